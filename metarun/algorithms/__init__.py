@@ -1,0 +1,1 @@
+"""Meta-learning algorithms, one module a method or a close family."""

@@ -1,0 +1,79 @@
+"""MAML and its relatives by configuration: FOMAML, ANIL.
+
+Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep
+Networks", algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm
+from metarun.inner_loops.base import InnerLoop
+from metarun.learner import Learner, Params, uses_batch_statistics
+from metarun.objectives import task_loss
+
+
+class MAML(Algorithm):
+    """Learn weights from which a few inner steps solve a task.
+
+    The meta-loss is the query loss after the inner loop (equation 2); its gradient passes
+    through the inner steps, or straight through them where the inner loop is of first order
+    (FOMAML, section 5.2). `adapts="head"` leaves the backbone as it is in the inner loop
+    (ANIL, Raghu et al. 2020).
+
+    Batch norm uses the statistics of the batch at hand, as in the paper's code, so queries
+    predicted together see each other (transductive). `transductive=False` predicts each query
+    beside the support alone, as Reptile's paper also reports.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        inner_loop: InnerLoop,
+        outputs: int,
+        head: Literal["fixed", "shared"] = "fixed",
+        adapts: Literal["all", "head"] = "all",
+        transductive: bool = True,
+    ) -> None:
+        super().__init__()
+        self.learner = Learner(backbone, outputs, head)
+        self.inner_loop = inner_loop
+        self.adapts = adapts
+        self.batch_statistics = uses_batch_statistics(backbone)
+        self.uses_query_statistics = transductive and self.batch_statistics
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
+        """The adapted weights, {"params": Params, "support_x": [T, S, *item]}."""
+        loss, slow, fast = self.inner_problem(support_x, support_y, ways)
+        return {"params": slow | self.inner_loop(loss, fast), "support_x": support_x}
+
+    def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int) -> Iterator[dict[str, Any]]:
+        loss, slow, fast = self.inner_problem(support_x, support_y, ways)
+        yield {"params": slow | fast, "support_x": support_x}
+        for params in self.inner_loop.trajectory(loss, fast):
+            yield {"params": slow | params, "support_x": support_x}
+
+    def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
+        params, support_x = adapted["params"], adapted["support_x"]
+        if self.uses_query_statistics or not self.batch_statistics:
+            return self.learner(params, query_x)
+        alone = [torch.cat([support_x, query], 1) for query in query_x.split(1, dim=1)]
+        return torch.cat([self.learner(params, batch)[:, -1:] for batch in alone], 1)
+
+    def inner_problem(
+        self, support_x: Tensor, support_y: Tensor, ways: int
+    ) -> tuple[Callable[[Params, int], Tensor], Params, Params]:
+        """The task's loss, the weights that stay and the weights that adapt."""
+        params = self.learner.task_params(len(support_x), ways)
+        if self.adapts == "all":
+            return lambda p, step: task_loss(self.learner(p, support_x), support_y), {}, params
+        slow = {name: p for name, p in params.items() if not name.startswith("head.")}
+        fast = {name: p for name, p in params.items() if name.startswith("head.")}
+        # The backbone does not change, so the support is embedded once for all steps.
+        features = self.learner.embed(slow, support_x)
+        return lambda p, step: task_loss(self.learner.classify(p, features), support_y), slow, fast

@@ -1,0 +1,63 @@
+"""Prototypical networks (Snell, Swersky and Zemel 2017)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm
+from metarun.errors import ConfigError
+from metarun.learner import uses_batch_statistics
+
+
+class ProtoNet(Algorithm):
+    """A class is the mean of its embedded shots (equation 1); a query belongs to the nearest.
+
+    Logits are negative squared Euclidean distances (equation 2). Batch norm keeps running
+    averages by default (norm=running), as the paper's code does, so evaluation does not use
+    query statistics; in training each task has its own batch statistics, of support and
+    query together.
+    """
+
+    def __init__(self, backbone: nn.Module, classification: bool = True) -> None:
+        super().__init__()
+        if not classification:
+            raise ConfigError("algorithm=protonet classifies and cannot regress; choose algorithm=maml or reptile")
+        self.backbone = backbone
+        self.uses_query_statistics = uses_batch_statistics(backbone)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> Tensor:
+        """The prototypes [T, N, features]; classes may have unequal numbers of shots."""
+        return prototypes(self.embed(support_x), support_y, ways)
+
+    def predict(self, adapted: Tensor, query_x: Tensor) -> Tensor:
+        return -squared_distances(self.embed(query_x), adapted)
+
+    def meta_loss(self, episodes: Any) -> tuple[Tensor, Tensor]:
+        shots = episodes.support_x.shape[1]
+        features = self.embed(torch.cat([episodes.support_x, episodes.query_x], 1))
+        support, query = features[:, :shots], features[:, shots:]
+        logits = -squared_distances(query, prototypes(support, episodes.support_y, episodes.ways))
+        return F.cross_entropy(logits.flatten(0, 1), episodes.query_y.flatten()), logits
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features [T, B, features] of x [T, B, *item]."""
+        if self.training or self.uses_query_statistics:
+            # A task's batch statistics are its own, however many tasks share the step.
+            return torch.stack([self.backbone(task) for task in x])
+        return self.backbone(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def prototypes(features: Tensor, targets: Tensor, ways: int) -> Tensor:
+    """Class means [T, N, features] of features [T, S, features] by targets [T, S]."""
+    members = F.one_hot(targets, ways).to(features).mT  # [T, N, S]
+    return members @ features / members.sum(-1, keepdim=True)
+
+
+def squared_distances(query: Tensor, prototypes: Tensor) -> Tensor:
+    """[T, B, N] from query [T, B, features] and prototypes [T, N, features]."""
+    squares = query.square().sum(-1, keepdim=True) + prototypes.square().sum(-1).unsqueeze(1)
+    return squares - 2 * query @ prototypes.mT

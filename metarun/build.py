@@ -1,0 +1,51 @@
+"""From a config to the objects it names. The only place besides the commands that knows Hydra."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+
+from metarun.algorithms.base import Algorithm
+from metarun.episodes import EpisodeSource, Geometry
+from metarun.errors import ConfigError
+from metarun.hardware import Hardware
+
+
+def build_hardware(cfg: DictConfig) -> Hardware:
+    return instantiate(cfg.hardware)
+
+
+def build_algorithm(cfg: DictConfig, hardware: Hardware) -> Algorithm:
+    """The algorithm on its device, from the train config alone: the data is not needed."""
+    dataset = instantiate(cfg.dataset)
+    regression = getattr(dataset, "outputs", None)
+    offered: dict[str, Any] = {
+        "backbone": instantiate(cfg.backbone, item_shape=tuple(dataset.item_shape)),
+        "outputs": regression or cfg.ways,
+        "classification": regression is None,
+    }
+    wanted = inspect.signature(get_class(cfg.algorithm._target_)).parameters
+    if "inner_loop" in wanted:
+        if not cfg.inner_loop:
+            raise ConfigError("this algorithm needs an inner loop; choose inner_loop=sgd or adam")
+        offered["inner_loop"] = instantiate(cfg.inner_loop)
+    algorithm = instantiate(cfg.algorithm, **{name: x for name, x in offered.items() if name in wanted})
+    return algorithm.to(device=hardware.device, dtype=hardware.dtype)
+
+
+def build_source(dataset_cfg: DictConfig, split: str, hardware: Hardware) -> EpisodeSource:
+    """One split of a dataset, on the device."""
+    return instantiate(dataset_cfg).split(split, hardware.device)
+
+
+def training_geometry(cfg: DictConfig) -> Geometry:
+    return Geometry(cfg.ways, cfg.shots, cfg.queries)
+
+
+def validation_geometry(cfg: DictConfig) -> Geometry:
+    """Validation's own ways, shots and queries where set, else training's."""
+    own = cfg.validation
+    return Geometry(own.ways or cfg.ways, own.shots or cfg.shots, own.queries or cfg.queries)

@@ -1,0 +1,94 @@
+"""Checkpoints: plain containers and tensors, written atomically, loaded with weights_only=True."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+import metarun
+from metarun.build import build_algorithm
+from metarun.algorithms.base import Algorithm
+from metarun.errors import CheckpointError
+from metarun.files import atomic_write
+from metarun.hardware import Hardware
+
+FORMAT = 1  # raised when older checkpoints can no longer be read
+
+
+def save(path: Path, content: Mapping[str, Any], kind: str = "run") -> None:
+    """Write plain content to `path`, whole or not at all."""
+    marked = {"format": FORMAT, "metarun": metarun.__version__, "kind": kind, **content}
+    atomic_write(path, lambda file: torch.save(marked, file))
+
+
+def load(path: Path, kind: str = "run") -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU. CheckpointError where it cannot be used."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a folder, not a checkpoint file") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError, OSError):
+        raise CheckpointError(
+            f"{path}: damaged, or not a metarun checkpoint; use another of the run's files or train again"
+        ) from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{path}: a PyTorch file, but not a metarun checkpoint")
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: written by metarun {content.get('metarun')} in checkpoint format {content['format']}; "
+            f"this is metarun {metarun.__version__}, which reads format {FORMAT}; install the matching version"
+        )
+    if content["kind"] != kind:
+        raise CheckpointError(f"{path}: holds {KINDS[content['kind']]}; {KINDS[kind]} is needed here")
+    return content
+
+
+KINDS = {"run": "a training run", "adapted": "an adapted model"}
+
+
+def find(reference: str, names: tuple[str, ...] = ("best.pt", "last.pt")) -> Path:
+    """The checkpoint file a person means: a file, or the first of `names` in a run folder."""
+    path = Path(reference).expanduser()
+    if not path.is_dir():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"{path}: this folder has no {' or '.join(names)}; name a run folder or a .pt file")
+
+
+def rebuild(content: dict[str, Any], cfg: DictConfig, hardware: Hardware, path: Path) -> Algorithm:
+    """The algorithm of a checkpoint, by the config it carries (or an adjusted copy, `cfg`)."""
+    algorithm = build_algorithm(cfg, hardware)
+    try:
+        algorithm.load_state_dict(content["algorithm"])
+    except RuntimeError as error:
+        reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(f"{path}: its weights do not fit its config ({reason})") from None
+    return algorithm
+
+
+def config_of(content: dict[str, Any]) -> DictConfig:
+    return OmegaConf.create(content["config"])
+
+
+def to_cpu(value: Any) -> Any:
+    """Nested containers with every tensor detached and on the CPU, as saved checkpoints hold them."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_cpu, value))
+    return value

@@ -1,0 +1,189 @@
+"""The command line: argv -> command -> Hydra -> the command's function.
+
+Torch is not imported here, so that help and mistakes in the command line are answered quickly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import metarun
+
+HERE = Path(__file__).resolve().parent
+# Inside the wheel, or beside the package in a checkout or an editable install.
+CONF = next((p for p in (HERE / "conf", HERE.parent / "conf") if p.is_dir()), HERE / "conf")
+
+COMMANDS = {
+    "train": "metarun.commands.train",
+    "eval": "metarun.commands.evaluate",
+    "adapt": "metarun.commands.adapt",
+}
+
+HELP = """\
+metarun {version}: meta-learning experiments from the command line
+
+  metarun train  [group=option ...] [key=value ...] [-m]   meta-train an algorithm
+  metarun eval   checkpoint=RUN [ways=[5,20] shots=[1,5]]  evaluate checkpoints on a grid of tasks
+  metarun adapt  checkpoint=RUN [support=FOLDER query=FOLDER]  adapt to a new task, also of your own images
+
+A first result in two minutes, without any download:
+  metarun train
+  metarun eval checkpoint=outputs/...        the run's folder, as `train` prints it
+
+More to type:
+  metarun train algorithm=maml dataset=omniglot ways=20 shots=5
+  metarun train -m algorithm=maml,protonet seed=0,1          a sweep over all combinations
+  metarun train --help                       every group, option and setting
+  metarun train --cfg job                    the whole config, without running it
+"""
+
+# Settings that hold a path: what Hydra's grammar would trip over is quoted for the user.
+PATH_KEYS = ("checkpoint", "support", "query", "resume", "dataset.root")
+
+# Hydra's flags that are followed by a word.
+VALUED_FLAGS = (
+    "-c --cfg -p --package -i --info -cn --config-name -cd --config-dir -cp --config-path "
+    "-e --experimental-rerun"
+).split()
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 1 a bad value, 2 bad usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments and "COMP_LINE" in os.environ:
+        arguments = os.environ["COMP_LINE"].split()[1:2]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP.format(version=metarun.__version__), end="")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"metarun {metarun.__version__}")
+        sys.exit(0)
+    name, *rest = arguments
+    if name in ("-sc", "--shell-completion"):
+        name, rest = completed_command(), arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
+        fail(f"{name!r} is not a command; {hint}", status=2)
+    run(name, rest)
+    sys.exit(0)
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Compose the command's config and run it; mistakes end in one line on standard error."""
+    import hydra
+
+    from metarun.config import register_frames
+
+    register_frames()
+    sys.argv = [f"metarun {name}", *arrange(name, arguments)]
+    # Let errors come here whole, to be told in one line each; `HYDRA_FULL_ERROR=1` shows them raw.
+    raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    def task(cfg: Any) -> Any:
+        return guarded(name, cfg, raw)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if raw:
+            raise
+        fail(explained(error, name), status=1)
+
+
+def guarded(name: str, cfg: Any, raw: bool) -> Any:
+    """The command's result; a mistake ends the program, or in a sweep this job alone."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    try:
+        return importlib.import_module(COMMANDS[name]).run(cfg)
+    except Exception as error:
+        if raw:
+            raise
+        message = explained(error, name)
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            from metarun.sweep import record_failure
+
+            print(f"metarun: error: {message}", file=sys.stderr)
+            return record_failure(folder, message)
+        remove_if_unused(folder)
+        fail(message, status=1)
+
+
+def explained(error: Exception, name: str) -> str:
+    """One line for a mistake; a fault of ours goes on with its traceback."""
+    from metarun.explain import explain
+
+    message = explain(error, name, sys.argv[1:])
+    if message is None:
+        raise error
+    return message
+
+
+def remove_if_unused(folder: Path) -> None:
+    """Remove a run folder that holds nothing but Hydra's notes."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra"}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def arrange(name: str, arguments: list[str]) -> list[str]:
+    """Flags before overrides, as Hydra's parser wants; paths quoted; a resumed run in its own folder."""
+    flags = [a for a in arguments if not is_override(a)]
+    for before, word in zip(["", *flags], flags, strict=False):
+        if not word.startswith("-") and before not in VALUED_FLAGS:
+            fail(f"{word!r} is neither a setting (key=value) nor a flag; see metarun {name} --help", status=2)
+    overrides = [quote_path(a) for a in arguments if is_override(a)]
+    if name == "train":
+        overrides = pairing(overrides) + overrides
+    resume = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
+    if name == "train" and resume:
+        folder = Path(resume[-1]).expanduser()
+        folder = folder if folder.is_dir() else folder.parent
+        overrides += [quote_path(f"hydra.run.dir={folder}", always=True), "hydra.output_subdir=null"]
+    return flags + overrides
+
+
+def pairing(overrides: list[str]) -> list[str]:
+    """What the chosen dataset asks of the other groups (conf/pairing), weaker than anything typed.
+
+    Hydra has no defaults list that depends on a choice and may override another group.
+    """
+    chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
+    name = chosen.get("dataset", "")
+    paired = "pairing" not in chosen and (CONF / "pairing" / f"{name}.yaml").is_file()
+    return [f"pairing={name}"] if paired else []
+
+
+def is_override(argument: str) -> bool:
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+
+
+def quote_path(override: str, always: bool = False) -> str:
+    """The override with its value in quotes, where it is a path with characters Hydra's grammar uses."""
+    key, _, value = override.partition("=")
+    if not always and (key not in PATH_KEYS or not value or value[0] in "'\"[$" or not Path(value).exists()):
+        return override
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def completed_command() -> str:
+    """The command on the line being completed."""
+    words = os.environ.get("COMP_LINE", "").split()
+    return next((word for word in words if word in COMMANDS), "train")
+
+
+def fail(message: str, status: int) -> NoReturn:
+    print(f"metarun: error: {message}", file=sys.stderr)
+    sys.exit(status)

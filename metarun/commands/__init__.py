@@ -1,0 +1,1 @@
+"""The commands, each a recipe: build, run, report."""

@@ -1,0 +1,241 @@
+"""`metarun eval`: checkpoints on a grid of ways and shots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from metarun import checkpoint, plots
+from metarun.algorithms.base import Algorithm
+from metarun.build import build_hardware, build_source
+from metarun.config import check
+from metarun.episodes import EpisodeSource, Geometry
+from metarun.errors import ConfigError, MetarunError
+from metarun.evaluation import Result, evaluate, paired_difference
+from metarun.files import atomic_write
+from metarun.hardware import Hardware
+from metarun.tracking import Bar, console, notes, relative, with_interval
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Model:
+    """A checkpoint brought back to life."""
+
+    name: str
+    path: Path
+    config: DictConfig
+    algorithm: Algorithm
+
+
+@dataclass
+class Cell:
+    """One checkpoint on one geometry: a result, or why there is none."""
+
+    model: Model
+    geometry: Geometry
+    result: Result | None = None
+    reason: str = ""
+
+
+def run(cfg: DictConfig) -> float:
+    """Evaluate by the config; the first cell's mean, for sweepers."""
+    check(cfg)
+    if cfg.split not in SPLITS:
+        raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
+    hardware = build_hardware(cfg)
+    models = load_models(cfg, hardware)
+    geometries = grid(cfg, models[0].config)
+    datasets = [cfg.dataset or model.config.dataset for model in models]
+    cells = []
+    total = len(models) * len(geometries) * cfg.episodes
+    sources: dict[str, EpisodeSource] = {}
+    with Bar("eval", total, "episodes") as bar:
+        for model, dataset in zip(models, datasets, strict=True):
+            key = OmegaConf.to_yaml(dataset, resolve=True)
+            if key not in sources:
+                sources[key] = build_source(dataset, cfg.split, hardware)
+            check_shapes(model, sources[key])
+            for geometry in geometries:
+                cells.append(run_cell(model, geometry, sources[key], cfg, hardware, bar))
+    if all(cell.result is None for cell in cells):
+        raise ConfigError(cells[0].reason)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    name = dataset_name(cfg, models[0].config)
+    report(cells, name, cfg, folder)
+    return next(cell.result.mean for cell in cells if cell.result)
+
+
+def load_models(cfg: DictConfig, hardware: Hardware) -> list[Model]:
+    """The checkpoints named, each rebuilt by its own config and the settings asked of the test."""
+    references = list(cfg.checkpoint) if OmegaConf.is_list(cfg.checkpoint) else [cfg.checkpoint]
+    if not references:
+        raise ConfigError("checkpoint=[]: name at least one run folder or .pt file")
+    models = []
+    for reference in references:
+        path = checkpoint.find(str(reference))
+        content = checkpoint.load(path)
+        config = checkpoint.config_of(content)
+        adjust(config, cfg)
+        algorithm = checkpoint.rebuild(content, config, hardware, path)
+        models.append(Model(config.choices.algorithm, path, config, algorithm))
+    names = [model.name for model in models]
+    for i, model in enumerate(models):
+        if names.count(model.name) > 1:
+            model.name = f"{model.name} {names[: i + 1].count(model.name)}"
+    return models
+
+
+def adjust(config: DictConfig, cfg: DictConfig) -> None:
+    """Put what the test asks for into a checkpoint's config."""
+    name = config.choices.algorithm
+    if cfg.steps is not None:
+        if cfg.steps < 0:
+            raise ConfigError(f"steps={cfg.steps}: must not be negative")
+        if not config.inner_loop:
+            raise ConfigError(f"steps={cfg.steps}: {name} takes no inner steps")
+        config.inner_loop.test_steps = cfg.steps
+    if cfg.get("transductive") is not None:
+        if "transductive" not in config.algorithm:
+            raise ConfigError(f"transductive={cfg.transductive}: {name} has no such choice")
+        config.algorithm.transductive = cfg.transductive
+
+
+def grid(cfg: DictConfig, trained: DictConfig) -> list[Geometry]:
+    """Every combination of the ways and shots asked for; by default those of training."""
+
+    def choices(key: str) -> list[int]:
+        value = cfg[key] if cfg[key] is not None else trained.validation[key] or trained[key]
+        return list(value) if OmegaConf.is_list(value) else [value]
+
+    return [Geometry(w, s, cfg.queries) for w, s in itertools.product(choices("ways"), choices("shots"))]
+
+
+def check_shapes(model: Model, source: EpisodeSource) -> None:
+    trained = tuple(instantiate(model.config.dataset).item_shape)
+    if trained != tuple(source.item_shape):
+        raise ConfigError(
+            f"{model.path} was trained on items of shape {trained}; "
+            f"this dataset's have {tuple(source.item_shape)}"
+        )
+
+
+def run_cell(
+    model: Model, geometry: Geometry, source: EpisodeSource, cfg: DictConfig, hardware: Hardware, bar: Bar
+) -> Cell:
+    """Evaluate one cell; what cannot be done there is told in the table."""
+    try:
+        result = evaluate(model.algorithm, source, geometry, cfg.episodes, cfg.seed, hardware, bar.advance)
+    except MetarunError as error:
+        bar.advance(cfg.episodes)
+        return Cell(model, geometry, reason=str(error))
+    return Cell(model, geometry, result)
+
+
+def dataset_name(cfg: DictConfig, trained: DictConfig) -> str:
+    return str(HydraConfig.get().runtime.choices.get("dataset") if cfg.dataset else trained.choices.dataset)
+
+
+def report(cells: list[Cell], dataset: str, cfg: DictConfig, folder: Path) -> None:
+    """Tables on screen; results.json, results.csv and results.png in the folder."""
+    rows = [row_of(cell, dataset, cfg) for cell in cells]
+    pairs = comparisons(cells)
+    console.print(table_of(cells, f"{dataset}, {cfg.split} classes, {cfg.episodes} episodes, seed {cfg.seed}"))
+    if pairs:
+        console.print(pair_table(pairs))
+    content = {"results": rows, "comparisons": pairs}
+    atomic_write(folder / "results.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(folder / "results.csv", lambda file: file.write(text.getvalue().encode()))
+    plots.evaluation_grid(rows, folder / "results.png")
+    notes.print(f"saved results.json, results.csv and results.png in {relative(folder)}", highlight=False, soft_wrap=True)
+
+
+def row_of(cell: Cell, dataset: str, cfg: DictConfig) -> dict[str, Any]:
+    """Plain figures of one cell; accuracies in [0, 1]."""
+    result = cell.result
+    return {
+        "model": cell.model.name,
+        "checkpoint": str(cell.model.path),
+        "dataset": dataset,
+        "split": cfg.split,
+        "cell": str(cell.geometry),
+        "ways": cell.geometry.ways,
+        "shots": cell.geometry.shots,
+        "queries": cell.geometry.queries,
+        "metric": result.metric if result else None,
+        "mean": result.mean if result else None,
+        "interval": result.interval if result else None,
+        "episodes": len(result.scores) if result else 0,
+        "uses_query_statistics": result.uses_query_statistics if result else None,
+        "seconds": round(result.seconds, 3) if result else None,
+        "episodes_hash": result.episodes_hash if result else None,
+        "reason": cell.reason or None,
+    }
+
+
+def table_of(cells: list[Cell], title: str) -> Table:
+    metric = next(cell.result.metric for cell in cells if cell.result)
+    table = Table(title=title)
+    for heading in ("model", "task", f"{metric}, 95 % interval", "episodes", "transductive", "seconds", "episodes' hash"):
+        table.add_column(heading, justify="left" if heading in ("model", "task") else "right")
+    for cell in cells:
+        if (result := cell.result) is None:
+            table.add_row(cell.model.name, str(cell.geometry), f"[yellow]{cell.reason}[/]")
+            continue
+        table.add_row(
+            cell.model.name,
+            str(cell.geometry),
+            with_interval(metric, result.mean, result.interval),
+            str(len(result.scores)),
+            "yes" if result.uses_query_statistics else "no",
+            f"{result.seconds:.1f}",
+            result.episodes_hash,
+        )
+    return table
+
+
+def comparisons(cells: list[Cell]) -> list[dict[str, Any]]:
+    """Every two checkpoints on every geometry where both have a result on the same episodes."""
+    pairs = []
+    for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
+        assert a.result and b.result
+        if a.geometry != b.geometry or a.result.episodes_hash != b.result.episodes_hash:
+            continue
+        difference, half = paired_difference(a.result, b.result)
+        pairs.append(
+            {
+                "task": str(a.geometry),
+                "a": a.model.name,
+                "b": b.model.name,
+                "metric": a.result.metric,
+                "difference": difference,
+                "interval": half,
+            }
+        )
+    return pairs
+
+
+def pair_table(pairs: list[dict[str, Any]]) -> Table:
+    table = Table(title="differences on the same episodes")
+    for heading in ("task", "models", "difference, 95 % interval", ""):
+        table.add_column(heading)
+    for pair in pairs:
+        clear = abs(pair["difference"]) > pair["interval"]
+        text = with_interval(pair["metric"], pair["difference"], pair["interval"], signed=True)
+        table.add_row(pair["task"], f"{pair['a']} - {pair['b']}", text, "" if clear else "within the interval")
+    return table

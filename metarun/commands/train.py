@@ -1,0 +1,175 @@
+"""`metarun train`: meta-train an algorithm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.panel import Panel
+from rich.text import Text
+
+from metarun import checkpoint, plots
+from metarun.build import (
+    build_algorithm,
+    build_hardware,
+    build_source,
+    training_geometry,
+    validation_geometry,
+)
+from metarun.config import check
+from metarun.errors import ConfigError
+from metarun.evaluation import Result, evaluate
+from metarun.files import atomic_write
+from metarun.hardware import Hardware
+from metarun.tracking import Bar, Tracker, console, notes, relative, with_interval
+from metarun.trainer import Interrupted, Plan, Trainer
+
+# What may change when a run is resumed; anything else would make it another run.
+RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "dataset.root")
+
+
+def run(cfg: DictConfig) -> float:
+    """Meta-train by the config; the best validation score, for sweepers."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    state = None
+    if cfg.resume is not None:
+        path = checkpoint.find(cfg.resume, ("last.pt",))
+        state = checkpoint.load(path)
+        folder = path.parent
+        cfg = resumed_config(state, cfg, list(HydraConfig.get().overrides.task))
+    check(cfg)
+    hardware = build_hardware(cfg)
+    torch.manual_seed(cfg.seed)
+    trainer = build_trainer(cfg, hardware, folder)
+    if state is not None:
+        trainer.load_state(state)
+    name = describe(cfg)
+    notes.print(f"[bold]{name}[/]: {hardware.describe()}, {count_parameters(trainer)} parameters", highlight=False)
+    if trainer.iteration:
+        notes.print(f"resumed at iteration {trainer.iteration}")
+    tracker = Tracker(folder, trainer.iteration, cfg.log.tensorboard)
+    try:
+        trainer.run(tracker)
+    except Interrupted:
+        notes.print(f"stopped and saved at iteration {trainer.iteration}; go on with")
+        notes.print(f"  metarun train resume={relative(folder)}", style="bold", highlight=False, soft_wrap=True)
+        raise
+    finally:
+        tracker.close()
+    plots.learning_curve(tracker.rows, name, folder / "learning_curve.png")
+    test = test_best(trainer, cfg, hardware) if cfg.test.episodes else None
+    report(trainer, test, name, folder)
+    assert trainer.best
+    return trainer.best.score
+
+
+def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
+    algorithm = build_algorithm(cfg, hardware)
+    optimizer = instantiate(cfg.optimizer, params=list(algorithm.parameters()))
+    scheduler = instantiate(cfg.scheduler, optimizer=optimizer) if cfg.scheduler else None
+    plan = Plan(
+        iterations=cfg.iterations,
+        meta_batch=cfg.meta_batch,
+        geometry=training_geometry(cfg),
+        validation_geometry=validation_geometry(cfg),
+        validation_episodes=cfg.validation.episodes,
+        validation_every=cfg.validation.every,
+        checkpoint_every=cfg.checkpoint.every,
+        log_every=cfg.log.every,
+        seed=cfg.seed,
+    )
+    train, validation = (build_source(cfg.dataset, split, hardware) for split in ("train", "validation"))
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    config["choices"] = choices(cfg)
+    return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, config)
+
+
+def resumed_config(state: dict[str, Any], typed: DictConfig, overrides: list[str]) -> DictConfig:
+    """The config the run was started with, with what was typed now where that may change."""
+    cfg = checkpoint.config_of(state)
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        if not any(key == name or key.startswith(name + ".") for name in RESUMABLE):
+            raise ConfigError(
+                f"{override}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} may change"
+            )
+        OmegaConf.update(cfg, key, OmegaConf.select(typed, key), force_add=True)
+    cfg.resume = None
+    return cfg
+
+
+def choices(cfg: DictConfig) -> dict[str, str]:
+    """The group options chosen, such as {"algorithm": "maml"}; for names in tables."""
+    if "choices" in cfg:
+        return dict(cfg.choices)
+    chosen = HydraConfig.get().runtime.choices
+    return {group: chosen[group] for group in ("algorithm", "dataset", "backbone", "inner_loop") if group in chosen}
+
+
+def describe(cfg: DictConfig) -> str:
+    chosen = choices(cfg)
+    return f"{chosen['algorithm']} on {chosen['dataset']}, {training_geometry(cfg)}"
+
+
+def count_parameters(trainer: Trainer) -> str:
+    return f"{sum(p.numel() for p in trainer.algorithm.parameters()):,}"
+
+
+def test_best(trainer: Trainer, cfg: DictConfig, hardware: Hardware) -> Result:
+    """Score the best checkpoint on the test split, in validation's geometry."""
+    best = checkpoint.load(trainer.folder / "best.pt")
+    trainer.algorithm.load_state_dict(best["algorithm"])
+    source = build_source(cfg.dataset, "test", hardware)
+    with Bar("test", cfg.test.episodes, "episodes") as bar:
+        return evaluate(
+            trainer.algorithm,
+            source,
+            validation_geometry(cfg),
+            cfg.test.episodes,
+            cfg.seed,
+            hardware,
+            bar.advance,
+        )
+
+
+def report(trainer: Trainer, test: Result | None, name: str, folder: Path) -> None:
+    """result.json, and a closing panel with the result, the paths and the next command."""
+    best = trainer.best
+    assert best
+    result: dict[str, Any] = {
+        "name": name,
+        "overrides": list(HydraConfig.get().overrides.task),
+        "iterations": trainer.iteration,
+        "seconds": round(trainer.seconds, 2),
+        "metric": best.metric,
+        "validation": {"iteration": best.iteration, "mean": best.score, "interval": best.interval},
+        "checkpoint": str(folder / "best.pt"),
+    }
+    lines = [f"validation  {best.metric} {with_interval(best.metric, best.score, best.interval)}  (best, iteration {best.iteration})"]
+    if test is not None:
+        result["test"] = {
+            "geometry": str(test.geometry),
+            "mean": test.mean,
+            "interval": test.interval,
+            "episodes": len(test.scores),
+            "episodes_hash": test.episodes_hash,
+            "uses_query_statistics": test.uses_query_statistics,
+        }
+        kind = "transductive" if test.uses_query_statistics else "each query by itself"
+        text = with_interval(test.metric, test.mean, test.interval)
+        lines.append(f"test        {test.metric} {text}  ({test.geometry}, {len(test.scores)} episodes, {kind})")
+    atomic_write(folder / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
+    place = relative(folder)
+    lines += [
+        f"trained     {trainer.iteration} iterations in {trainer.seconds:.0f} s",
+        f"folder      {place}",
+        "            best.pt  last.pt  learning_curve.png  metrics.jsonl  result.json",
+    ]
+    console.print(Panel(Text("\n".join(lines), overflow="fold"), title=name, expand=False))
+    # Below the panel, so that it can be copied in one piece.
+    console.print(f"next: [bold]metarun eval checkpoint={place}[/]", highlight=False, soft_wrap=True)

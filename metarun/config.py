@@ -1,0 +1,218 @@
+"""The typed frame of the config, and its check before anything heavy is loaded.
+
+The frame types the top level. Every node with a `_target_` is checked against that class's own
+signature and type hints, so a user's class is checked like metarun's, with no schema to write.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_class
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from metarun.errors import ConfigError
+
+
+@dataclass
+class Validation:
+    every: int = 100  # iterations between validations
+    episodes: int = 200  # fixed validation episodes
+    ways: int | None = None  # default: as in training
+    shots: int | None = None
+    queries: int | None = None
+
+
+@dataclass
+class Test:
+    episodes: int = 600  # test episodes for the best checkpoint at the end; 0: none
+
+
+@dataclass
+class Checkpointing:
+    every: int = 100  # iterations between saves of last.pt
+
+
+@dataclass
+class Log:
+    every: int = 20  # iterations a logged row averages over
+    tensorboard: bool = True
+
+
+@dataclass
+class TrainConfig:
+    dataset: Any = MISSING
+    algorithm: Any = MISSING
+    backbone: Any = MISSING
+    inner_loop: Any = None
+    hardware: Any = MISSING
+    ways: int = 5
+    shots: int = 1
+    queries: int = 15
+    meta_batch: int = 32
+    iterations: int = 1000
+    norm: str = "batch"
+    optimizer: Any = MISSING
+    scheduler: Any = None
+    validation: Validation = field(default_factory=Validation)
+    test: Test = field(default_factory=Test)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    log: Log = field(default_factory=Log)
+    seed: int = 0
+    resume: str | None = None
+
+
+@dataclass
+class EvalConfig:
+    checkpoint: Any = MISSING
+    dataset: Any = None
+    hardware: Any = MISSING
+    ways: Any = None
+    shots: Any = None
+    queries: int = 15
+    episodes: int = 600
+    split: str = "test"
+    steps: int | None = None
+    transductive: bool | None = None
+    seed: int = 0
+
+
+@dataclass
+class AdaptConfig:
+    checkpoint: str = MISSING
+    support: str | None = None
+    query: str | None = None
+    ink: str = "auto"
+    dataset: Any = None
+    hardware: Any = MISSING
+    ways: int | None = None
+    shots: int | None = None
+    queries: int = 15
+    split: str = "test"
+    steps: int | None = None
+    seed: int = 0
+
+
+FRAMES: dict[str, Any] = {"train": TrainConfig, "eval": EvalConfig, "adapt": AdaptConfig}
+
+
+def register_frames() -> None:
+    """Make the frames known to Hydra, for the defaults lists of conf/*.yaml."""
+    store = ConfigStore.instance()
+    for name, frame in FRAMES.items():
+        store.store(name=f"{name}_frame", node=frame)
+
+
+# What the builder passes to a node's class, so the config must not.
+SUPPLIED = {
+    "algorithm": {"backbone", "inner_loop", "outputs", "classification"},
+    "backbone": {"item_shape"},
+    "optimizer": {"params"},
+    "scheduler": {"optimizer"},
+}
+AT_LEAST_ONE = (
+    "ways shots queries meta_batch iterations episodes validation.every validation.episodes "
+    "checkpoint.every log.every validation.ways validation.shots validation.queries"
+).split()
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError for the first setting that cannot work."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command line")
+    for key in AT_LEAST_ONE:
+        value = OmegaConf.select(cfg, key)
+        for number in value if OmegaConf.is_list(value) else [value]:
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ConfigError(f"{key}={number}: must be a whole number of at least 1")
+    for key in cfg:
+        node = cfg[key]
+        if OmegaConf.is_dict(node) and "_target_" in node:
+            check_node(str(key), node)
+
+
+def check_node(path: str, node: DictConfig) -> None:
+    """Check a `_target_` node's settings against the signature of its class."""
+    try:
+        cls = get_class(node._target_)
+    except Exception as error:
+        raise ConfigError(f"{path}._target_={node._target_}: cannot be imported ({first_line(error)})") from None
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    supplied = SUPPLIED.get(path, set())
+    allowed = [name for name in parameters if name not in supplied]
+    hints = typing.get_type_hints(cls.__init__)
+    for key, value in OmegaConf.to_container(node, resolve=True).items():  # type: ignore[union-attr]
+        if str(key).startswith("_"):
+            continue
+        if key in supplied:
+            raise ConfigError(f"{path}.{key} is set by metarun and cannot be chosen")
+        if key not in allowed:
+            raise ConfigError(f"{path}.{key}: {cls.__name__} has no setting {key!r}{did_you_mean(key, allowed)}")
+        if not matches(value, hints.get(str(key), Any)):
+            raise ConfigError(f"{path}.{key}={value}: must be {describe(hints[str(key)])}")
+    for name in allowed:
+        if parameters[name].default is inspect.Parameter.empty and name not in node:
+            raise ConfigError(f"{path}.{name} is not set; add {path}.{name}=VALUE")
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a plain value fits a type hint; hints other than plain ones accept anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, types.UnionType):
+        return any(matches(value, argument) for argument in arguments)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        if arguments[-1:] == (Ellipsis,):
+            return all(matches(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(matches, value, arguments))
+    if origin in (list, typing.get_origin(typing.Sequence[int])):
+        return isinstance(value, (list, tuple)) and all(matches(item, arguments[0]) for item in value)
+    return True
+
+
+def describe(hint: Any) -> str:
+    """A type hint in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(describe, arguments))
+    if hint in (None, type(None)):
+        return "null"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in words:
+        return words[hint]
+    kinds = " and ".join(sorted({describe(a) for a in arguments if a is not Ellipsis}))
+    return f"a list of {kinds}" if arguments else str(hint)
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or what there is."""
+    known = list(known)
+    if close := difflib.get_close_matches(str(word), known, n=1):
+        return f"; did you mean {close[0]!r}?"
+    return f"; it has {', '.join(known)}" if known else ""
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,169 @@
+"""Episodes: what an algorithm learns from, and how they are drawn.
+
+Shape legend, here and everywhere: T tasks, N ways, K shots, Q queries a class, C channels,
+H and W image size. `*item` is the shape of one example, `C, H, W` for an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metarun.errors import DataError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a task: N ways, K shots and Q queries a class. A regression task has one way."""
+
+    ways: int
+    shots: int
+    queries: int
+
+    def __str__(self) -> str:
+        return f"{self.ways}-way {self.shots}-shot"
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """A batch of T tasks of one geometry, on one device.
+
+    For classification targets are int64 in [0, N) of shape [T, N*K]; for regression they are
+    floating point of shape [T, N*K, outputs].
+    """
+
+    support_x: Tensor  # [T, N*K, *item]
+    support_y: Tensor  # [T, N*K] or [T, N*K, outputs]
+    query_x: Tensor  # [T, N*Q, *item]
+    query_y: Tensor  # [T, N*Q] or [T, N*Q, outputs]
+    classes: Tensor  # [T, N] int64: which classes of the split the ways are
+
+    def __len__(self) -> int:
+        return len(self.support_x)
+
+    @property
+    def ways(self) -> int:
+        return self.classes.shape[1]
+
+    def to(self, dtype: torch.dtype) -> Episodes:
+        """The same tasks with floating point tensors of `dtype`; labels stay whole numbers."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        return Episodes(*map(cast, self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.support_x, self.support_y, self.query_x, self.query_y, self.classes
+
+    def chunks(self, tasks_at_once: int) -> Iterator[Episodes]:
+        """The same tasks, at most `tasks_at_once` at a time."""
+        for parts in zip(*(tensor.split(tasks_at_once) for tensor in self.tensors()), strict=True):
+            yield Episodes(*parts)
+
+
+Draw = tuple[Tensor, ...]  # the random choices that fix a batch of episodes; small
+
+
+class EpisodeSource(Protocol):
+    """One split of a dataset, on a device, from which episodes are drawn.
+
+    Drawing is separate from gathering so that the random choices alone identify episodes:
+    evaluation hashes them, and two checkpoints can be shown the same ones.
+    """
+
+    item_shape: tuple[int, ...]
+    fingerprint: str  # identifies the data the choices refer to
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise DataError where the split cannot give such tasks."""
+
+    def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
+        """Choose `tasks` tasks; the tensors are on the generator's device."""
+
+    def gather(self, draw: Draw, geometry: Geometry) -> Episodes:
+        """Turn the choices into episodes on the source's device."""
+
+
+class ClassStore:
+    """The images of one split, device-resident as uint8, grouped by class; an EpisodeSource.
+
+    An episode batch is index arithmetic on the device: no worker process, no Python per image.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,  # [images, C, H, W] uint8, the images of a class next to each other
+        counts: Sequence[int],  # images of each class, in order
+        names: Sequence[str],  # the classes' names, in order
+        name: str,  # what error messages call this split, such as "omniglot test"
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if sum(counts) != len(images) or len(counts) != len(names):
+            raise ValueError(
+                f"{len(images)} images, {sum(counts)} counted, {len(counts)} classes, {len(names)} names"
+            )
+        self.name = name
+        self.names = list(names)
+        self.fingerprint = hashlib.sha256(images.contiguous().numpy(force=True).tobytes()).hexdigest()
+        self.item_shape = tuple(images.shape[1:])
+        self.smallest_class, self.largest_class = min(counts), max(counts)
+        self.images = images.to(device)
+        self.counts = torch.tensor(counts, device=device)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise DataError where there are too few classes, or too few images in some class."""
+        if geometry.ways > len(self.names):
+            raise DataError(
+                f"ways={geometry.ways}: {self.name} has {len(self.names)} classes; "
+                f"lower ways to at most {len(self.names)}"
+            )
+        if (wanted := geometry.shots + geometry.queries) > self.smallest_class:
+            smallest = self.names[int(self.counts.argmin())]
+            raise DataError(
+                f"shots={geometry.shots} and queries={geometry.queries} need {wanted} images a class: "
+                f"class {smallest!r} of {self.name} has {self.smallest_class}; lower shots or queries"
+            )
+
+    def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
+        """Classes [T, N] and images [T, N, K+Q], both without replacement.
+
+        The largest of independent uniform numbers are a uniform choice without replacement.
+        """
+        device = generator.device
+        keys = torch.rand(tasks, len(self.names), generator=generator, device=device)
+        classes = keys.topk(geometry.ways).indices  # [T, N]
+        keys = torch.rand(tasks, geometry.ways, self.largest_class, generator=generator, device=device)
+        if self.smallest_class < self.largest_class:
+            absent = torch.arange(self.largest_class, device=device) >= self.counts.to(device)[classes, None]
+            keys = keys.masked_fill(absent, -1.0)
+        images = keys.topk(geometry.shots + geometry.queries).indices  # [T, N, K+Q]
+        return classes, images
+
+    def gather(self, draw: Draw, geometry: Geometry) -> Episodes:
+        """Look the chosen images up; pixels become float32 in [0, 1]."""
+        classes, images = (tensor.to(self.images.device) for tensor in draw)
+        rows = self.starts[classes].unsqueeze(-1) + images  # [T, N, K+Q]
+        x = self.images[rows].float().div_(255)  # [T, N, K+Q, C, H, W]
+        y = torch.arange(geometry.ways, device=x.device).expand(len(x), -1)  # [T, N]
+        support_x, query_x = x.split([geometry.shots, geometry.queries], dim=2)
+        return Episodes(
+            support_x=support_x.flatten(1, 2),
+            support_y=y.repeat_interleave(geometry.shots, dim=1),
+            query_x=query_x.flatten(1, 2),
+            query_y=y.repeat_interleave(geometry.queries, dim=1),
+            classes=classes,
+        )
+
+
+def sample(
+    source: EpisodeSource, tasks: int, geometry: Geometry, generator: torch.Generator
+) -> Episodes:
+    """Draw and gather in one go, as training does."""
+    return source.gather(source.draw(tasks, geometry, generator), geometry)

@@ -1,0 +1,21 @@
+"""The errors a person can mend: one line that says what, where and how; never a traceback."""
+
+
+class MetarunError(Exception):
+    """Something the user can put right. `cli` prints it as one line and exits with status 1."""
+
+
+class ConfigError(MetarunError):
+    """A setting that cannot work."""
+
+
+class DataError(MetarunError):
+    """Data that is missing, damaged or too small for what was asked."""
+
+
+class CheckpointError(MetarunError):
+    """A checkpoint that is missing, damaged or from another version."""
+
+
+class TrainingError(MetarunError):
+    """Training that cannot go on, such as a loss that is not finite."""

@@ -1,0 +1,120 @@
+"""Accuracy over many episodes, its confidence interval, and paired comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metarun.algorithms.base import Algorithm
+from metarun.episodes import Draw, EpisodeSource, Geometry
+from metarun.hardware import Hardware
+from metarun.objectives import metric_name, task_loss, task_score
+
+# Episodes are drawn in blocks of this size, each from its own seed, so that what is drawn does
+# not depend on how many are run at once, and the first 100 of 600 are the first 100 of 200.
+BLOCK = 50
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores of one algorithm on fixed episodes of one geometry."""
+
+    geometry: Geometry
+    metric: str  # "accuracy" in [0, 1], or "mse"
+    scores: Tensor  # [episodes], on the CPU
+    losses: Tensor  # [episodes]
+    episodes_hash: str
+    uses_query_statistics: bool
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return self.scores.mean().item()
+
+    @property
+    def loss(self) -> float:
+        return self.losses.mean().item()
+
+    @property
+    def interval(self) -> float:
+        return interval(self.scores)
+
+
+def interval(values: Tensor) -> float:
+    """Half the width of the 95 % confidence interval of the mean over episodes: 1.96 s / sqrt(n)."""
+    if len(values) < 2:
+        return math.nan
+    return 1.96 * values.double().std().item() / math.sqrt(len(values))
+
+
+def paired_difference(a: Result, b: Result) -> tuple[float, float]:
+    """Mean and 95 % interval of a's score minus b's on the same episodes."""
+    if a.episodes_hash != b.episodes_hash:
+        raise ValueError("results on different episodes cannot be paired")
+    difference = a.scores - b.scores
+    return difference.mean().item(), interval(difference)
+
+
+def fixed_draws(source: EpisodeSource, geometry: Geometry, episodes: int, seed: int) -> Iterator[Draw]:
+    """Blocks of episodes that depend on the source, the geometry and the seed alone.
+
+    The generator is the CPU's, so that every device meets the same episodes.
+    """
+    for block, start in enumerate(range(0, episodes, BLOCK)):
+        digest = hashlib.sha256(f"{seed} {block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        draw = source.draw(BLOCK, geometry, generator)
+        yield tuple(tensor[: episodes - start] for tensor in draw)
+
+
+def evaluate(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    geometry: Geometry,
+    episodes: int,
+    seed: int,
+    hardware: Hardware,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Result:
+    """Adapt to and score `episodes` fixed episodes; `advance(n)` is told of every n done.
+
+    The algorithm is left in the mode it was in, and the global random state untouched.
+    """
+    source.check(geometry)
+    began = time.perf_counter()
+    at_once = hardware.tasks_at_once(BLOCK, geometry)
+    digest = hashlib.sha256(f"{source.fingerprint} {geometry}".encode())
+    scores, losses, metric = [], [], "accuracy"
+    training = algorithm.training
+    algorithm.eval()
+    devices = [hardware.device] if hardware.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), hardware.compute():
+            torch.manual_seed(seed)
+            for draw in fixed_draws(source, geometry, episodes, seed):
+                for tensor in draw:
+                    digest.update(tensor.numpy().tobytes())
+                for chunk in source.gather(draw, geometry).to(hardware.dtype).chunks(at_once):
+                    adapted = algorithm.adapt(chunk.support_x, chunk.support_y, chunk.ways)
+                    outputs = algorithm.predict(adapted, chunk.query_x).to(hardware.dtype)
+                    scores.append(task_score(outputs, chunk.query_y))
+                    losses.append(task_loss(outputs, chunk.query_y))
+                    metric = metric_name(chunk.query_y)
+                    advance(len(chunk))
+    finally:
+        algorithm.train(training)
+    return Result(
+        geometry=geometry,
+        metric=metric,
+        scores=torch.cat(scores).cpu(),
+        losses=torch.cat(losses).cpu(),
+        episodes_hash=digest.hexdigest()[:16],
+        uses_query_statistics=algorithm.uses_query_statistics,
+        seconds=time.perf_counter() - began,
+    )

@@ -1,0 +1,1 @@
+from metarun.datasets.files import *  # noqa

@@ -1,0 +1,89 @@
+"""Where and how to compute: device, precision, tasks at once."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal
+
+import torch
+
+from metarun.episodes import Geometry
+from metarun.errors import ConfigError
+
+# A CPU is fastest while a chunk's activations stay near its caches; a GPU wants all the tasks it can get.
+CPU_TASKS_AT_ONCE = 8
+
+
+class Hardware:
+    """The settings of group `hardware`, resolved for this machine.
+
+    Precision: `float32`; `tf32` (float32 with TensorFloat-32 matrix products, GPU); `bf16`
+    (autocast; too coarse for second-order meta-gradients); `float64` (for checks).
+    `tasks_at_once` splits a meta-batch into chunks whose gradients are added up: the same
+    gradient, in less memory.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        precision: Literal["float32", "tf32", "bf16", "float64"] = "float32",
+        tasks_at_once: int | Literal["auto"] = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self.device = resolve_device(device)
+        self.precision = precision
+        if precision == "tf32" and self.device.type != "cuda":
+            raise ConfigError("hardware.precision=tf32 is for GPUs; choose float32")
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        if isinstance(tasks_at_once, int) and tasks_at_once < 1:
+            raise ConfigError(f"hardware.tasks_at_once={tasks_at_once}: must be at least 1, or auto")
+        self._tasks_at_once = tasks_at_once
+        if threads is not None:
+            if threads < 1:
+                raise ConfigError(f"hardware.threads={threads}: must be at least 1")
+            torch.set_num_threads(threads)
+
+    def tasks_at_once(self, tasks: int, geometry: Geometry) -> int:
+        """How many of `tasks` tasks to run in one pass."""
+        if self._tasks_at_once != "auto":
+            return min(tasks, int(self._tasks_at_once))
+        return tasks if self.device.type == "cuda" else min(tasks, CPU_TASKS_AT_ONCE)
+
+    @contextlib.contextmanager
+    def compute(self):
+        """The precision, for everything inside."""
+        with contextlib.ExitStack() as stack:
+            if self.precision == "tf32":
+                before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("high")
+                torch.backends.cudnn.allow_tf32 = True
+                stack.callback(torch.set_float32_matmul_precision, before)
+            elif self.device.type == "cuda":
+                torch.backends.cudnn.allow_tf32 = False
+            if self.precision == "bf16":
+                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            yield
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+        return f"CPU ({torch.get_num_threads()} threads), {self.precision}"
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. ConfigError where one was asked for in vain."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"hardware.device={name}: not a device; choose auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"hardware.device={name}: PyTorch {torch.__version__} finds no GPU here; "
+            "choose hardware=auto or hardware=cpu"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"hardware.device={name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device

@@ -1,0 +1,1 @@
+"""Inner loops: the rules by which a task's own weights follow its loss."""

@@ -1,0 +1,47 @@
+"""Adam, the inner loop of Reptile (Nichol et al. 2018, section 6, with beta1 = 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from metarun.inner_loops.base import InnerLoop, Loss, Params
+
+
+class Adam(InnerLoop):
+    """Adam (Kingma and Ba 2015, algorithm 1) on T tasks at once.
+
+    Every task starts with fresh moments. Reptile's own code carries the second moment on from
+    task to task, which has no meaning for tasks that run side by side.
+    """
+
+    def __init__(
+        self,
+        rate: float = 1e-3,
+        steps: int = 5,
+        test_steps: int | None = None,
+        order: int = 1,
+        beta1: float = 0.0,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+    ) -> None:
+        super().__init__(steps, test_steps, order)
+        self.rate, self.beta1, self.beta2, self.epsilon = rate, beta1, beta2, epsilon
+
+    def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
+        first = {name: torch.zeros_like(p) for name, p in params.items()}
+        second = {name: torch.zeros_like(p) for name, p in params.items()}
+        for step in range(self.step_count()):
+            grads = self.gradients(loss, params, step)
+            correct1, correct2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
+            for name, g in grads.items():
+                first[name] = self.beta1 * first[name] + (1 - self.beta1) * g
+                second[name] = self.beta2 * second[name] + (1 - self.beta2) * g.square()
+            params = {
+                # epsilon joins inside the root: the root's derivative is infinite at zero
+                name: p
+                - self.rate * (first[name] / correct1) / (second[name] / correct2 + self.epsilon**2).sqrt()
+                for name, p in params.items()
+            }
+            yield params

@@ -1,0 +1,58 @@
+"""What an inner loop is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import ConfigError
+
+Params = dict[str, Tensor]  # each [T, *shape]
+Loss = Callable[[Params, int], Tensor]  # (weights, step) -> each task's loss, [T]
+
+
+class InnerLoop(nn.Module, ABC):
+    """An update rule for T tasks at once. Meta-parameters of its own are nn.Parameters.
+
+    `steps` are taken in training, `test_steps` (by default as many) in evaluation mode.
+    `order=2` differentiates through the steps; `order=1` treats the inner gradients as
+    constants, so that the meta-gradient passes straight through to the starting weights.
+    """
+
+    def __init__(self, steps: int, test_steps: int | None, order: int) -> None:
+        super().__init__()
+        if steps < 0 or (test_steps is not None and test_steps < 0):
+            raise ConfigError(f"inner_loop.steps={steps}, test_steps={test_steps}: must not be negative")
+        if order not in (1, 2):
+            raise ConfigError(f"inner_loop.order={order}: 1 (first order) or 2 (second order)")
+        self.steps, self.test_steps, self.order = steps, test_steps, order
+
+    @abstractmethod
+    def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
+        """The weights after step 1, 2, ... of every task."""
+
+    def forward(self, loss: Loss, params: Params) -> Params:
+        """The weights after the last step; `params` themselves where there is none."""
+        for params in self.trajectory(loss, params):  # noqa: B020 (each step replaces the last)
+            pass
+        return params
+
+    def step_count(self) -> int:
+        return self.steps if self.training or self.test_steps is None else self.test_steps
+
+    def gradients(self, loss: Loss, params: Params, step: int) -> Params:
+        """Each task's own gradient, [T, *shape] each; part of the graph only for second order."""
+        through = self.order == 2 and torch.is_grad_enabled()
+        if not through:
+            params = {name: p.detach() for name, p in params.items()}
+        with torch.enable_grad():
+            params = {name: p if p.requires_grad else p.requires_grad_() for name, p in params.items()}
+            # No weights are shared between tasks: the sum's gradient is each task's own.
+            total = loss(params, step).sum()
+            grads = torch.autograd.grad(
+                total, list(params.values()), create_graph=through, materialize_grads=True
+            )
+        return dict(zip(params, grads, strict=True))

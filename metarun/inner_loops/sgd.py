@@ -1,0 +1,27 @@
+"""Gradient descent, the inner loop of MAML (Finn et al. 2017, equation 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from metarun.inner_loops.base import InnerLoop, Loss, Params
+
+
+class SGD(InnerLoop):
+    """theta <- theta - rate * gradient of the task's mean loss.
+
+    MAML's own code sums the loss over the N classes, so its published rates are N times
+    smaller than the same rate here (docs/protocols.md).
+    """
+
+    def __init__(
+        self, rate: float = 0.4, steps: int = 1, test_steps: int | None = None, order: int = 2
+    ) -> None:
+        super().__init__(steps, test_steps, order)
+        self.rate = rate
+
+    def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
+        for step in range(self.step_count()):
+            grads = self.gradients(loss, params, step)
+            params = {name: p - self.rate * grads[name] for name, p in params.items()}
+            yield params

@@ -1,0 +1,116 @@
+"""Pictures a run leaves behind."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from metarun.files import atomic_write  # noqa: E402
+
+COLOURS = {"train": "#8c8c8c", "validation": "#1f77b4"}
+
+
+def save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    atomic_write(path, lambda file: file.write(buffer.getvalue()))
+
+
+def learning_curve(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Loss and score of training and validation over iterations."""
+    metric = "accuracy" if any("accuracy" in row for row in rows) else "mse"
+    # A first-order surrogate such as Reptile's has a loss of another kind than validation's.
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    for axis, key in zip(axes, (metric, "loss"), strict=True):
+        for split, colour in COLOURS.items():
+            own = [row for row in rows if row["split"] == split and key in row]
+            x = [row["iteration"] for row in own]
+            y = np.array([row[key] for row in own])
+            axis.plot(x, y, color=colour, label=split, linewidth=1.5, marker="." if len(x) < 30 else None)
+            if key == metric and split == "validation" and len(own) > 0:
+                half = np.array([row["interval"] for row in own])
+                axis.fill_between(x, y - half, y + half, color=colour, alpha=0.2, linewidth=0)
+        axis.set_xlabel("iteration")
+        axis.set_title(key)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def evaluation_grid(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One bar for each checkpoint in each cell of ways and shots, with 95 % intervals."""
+    rows = [row for row in rows if row.get("mean") is not None]
+    if not rows:
+        return
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    width = 0.8 / len(models)
+    figure, axis = plt.subplots(figsize=(max(4.0, 1.2 * len(cells) * max(1.0, len(models) / 2) + 2), 3.8))
+    percent = rows[0]["metric"] == "accuracy"
+    scale = 100 if percent else 1
+    for i, model in enumerate(models):
+        own = [row for row in rows if row["model"] == model]
+        x = np.array([cells.index(row["cell"]) + (i - (len(models) - 1) / 2) * width for row in own])
+        y = np.array([scale * row["mean"] for row in own])
+        bars = axis.bar(x, y, width * 0.92, yerr=[scale * row["interval"] for row in own], capsize=3, label=model)
+        axis.bar_label(bars, fmt="%.1f" if percent else "%.3f", padding=3, fontsize=8)
+    if percent:
+        for position, cell in enumerate(cells):
+            chance = 100 / next(row["ways"] for row in rows if row["cell"] == cell)
+            label = "chance" if position == 0 else None
+            axis.hlines(chance, position - 0.45, position + 0.45, colors="k", linestyles="dotted", label=label)
+        axis.set_ylim(0, 109)
+    axis.set_xticks(range(len(cells)), cells)
+    axis.set_ylabel("accuracy, %" if percent else "mean squared error")
+    axis.set_title(f"{rows[0]['dataset']}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
+
+
+def predictions(
+    images: Tensor, titles: Sequence[str], right: Sequence[bool | None], path: Path, most: int = 60
+) -> None:
+    """Query images [B, C, H, W] in [0, 1] under their predictions; green right, red wrong, black unknown."""
+    shown = min(len(images), most)
+    columns = min(10, shown)
+    lines = -(-shown // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1.5 * columns, 1.75 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title, ok in zip(axes.flat, images, titles, right, strict=False):
+        pixels = image.permute(1, 2, 0).numpy(force=True)
+        axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(title, fontsize=7, color="black" if ok is None else "green" if ok else "red")
+    if len(images) > shown:
+        figure.suptitle(f"the first {shown} of {len(images)} queries", fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def regression_curves(
+    support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor], curves: dict[str, Tensor], path: Path
+) -> None:
+    """One task's support points, its true curve and the model's after each named number of steps."""
+    x, truth = (tensor.flatten().numpy(force=True) for tensor in query)
+    order = x.argsort()
+    figure, axis = plt.subplots(figsize=(6, 4))
+    axis.plot(x[order], truth[order], "k-", label="truth")
+    for name, y in curves.items():
+        axis.plot(x[order], y.flatten().numpy(force=True)[order], "--", label=name)
+    points_x, points_y = (tensor.flatten().numpy(force=True) for tensor in support)
+    axis.plot(points_x, points_y, "m^", label="support")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, path)

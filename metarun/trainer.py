@@ -1,0 +1,261 @@
+"""The outer loop: sample, backward, step; validate, checkpoint and log on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from metarun import checkpoint
+from metarun.algorithms.base import Algorithm
+from metarun.episodes import Episodes, EpisodeSource, Geometry, sample
+from metarun.errors import TrainingError
+from metarun.evaluation import Result, evaluate
+from metarun.hardware import Hardware
+from metarun.objectives import metric_name, task_score
+from metarun.tracking import Bar, Tracker
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the outer loop is to do; iterations are outer steps."""
+
+    iterations: int
+    meta_batch: int
+    geometry: Geometry
+    validation_geometry: Geometry
+    validation_episodes: int
+    validation_every: int
+    checkpoint_every: int
+    log_every: int
+    seed: int
+
+
+@dataclass
+class Best:
+    iteration: int
+    score: float
+    interval: float
+    metric: str
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the run has been saved."""
+
+
+class Trainer:
+    """Meta-trains an algorithm; its whole state is in `last.pt`, so that a killed run resumes bit-exactly."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        train: EpisodeSource,
+        validation: EpisodeSource,
+        plan: Plan,
+        hardware: Hardware,
+        folder: Path,
+        config: dict[str, Any],  # plain; goes into every checkpoint
+    ) -> None:
+        self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
+        self.train_source, self.validation_source = train, validation
+        self.plan, self.hardware, self.folder, self.config = plan, hardware, folder, config
+        self.generator = torch.Generator(hardware.device).manual_seed(plan.seed)
+        self.iteration = 0
+        self.seconds = 0.0  # of training so far, over all sessions
+        self.best: Best | None = None
+        self.window = torch.zeros(3, dtype=torch.float64, device=hardware.device)  # loss, score, tasks
+
+    # state
+
+    def state(self) -> dict[str, Any]:
+        cuda = self.hardware.device.type == "cuda"
+        return checkpoint.to_cpu(
+            {
+                "config": self.config,
+                "iteration": self.iteration,
+                "seconds": self.seconds,
+                "best": vars(self.best) if self.best else None,
+                "algorithm": self.algorithm.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                "generator": self.generator.get_state(),
+                "random": torch.get_rng_state(),
+                "cuda_random": torch.cuda.get_rng_state(self.hardware.device) if cuda else None,
+                "window": self.window,
+            }
+        )
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.best = Best(**state["best"]) if state["best"] else None
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        if state["cuda_random"] is not None and self.hardware.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"], self.hardware.device)
+        self.window.copy_(state["window"])
+
+    # the loop
+
+    def run(self, tracker: Tracker) -> None:
+        """Train to `plan.iterations`. Interrupted after Ctrl-C; TrainingError where the loss is not finite."""
+        plan = self.plan
+        self.train_source.check(plan.geometry)
+        self.validation_source.check(plan.validation_geometry)
+        self.algorithm.train()
+        began = time.perf_counter() - self.seconds
+        bar = Bar("train", plan.iterations, start=self.iteration)
+        with bar, hold_interrupts() as interrupts, self.hardware.compute():
+            while self.iteration < plan.iterations and not interrupts:
+                self.step()
+                self.seconds = time.perf_counter() - began
+                text = None
+                if self.due(plan.log_every):
+                    row = self.flush_window(tracker)
+                    text = f"loss {row['loss']:.3f}  {show(row)}"
+                if self.due(plan.validation_every):
+                    self.validate(tracker, bar)
+                if self.due(plan.checkpoint_every) or self.iteration == plan.iterations:
+                    self.save("last.pt", tracker)
+                bar.advance(1, text)
+        if interrupts and self.iteration < plan.iterations:
+            self.save("last.pt", tracker)
+            raise Interrupted
+
+    def due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.iteration == self.plan.iterations
+
+    def step(self) -> None:
+        """One outer step on a fresh meta-batch; nothing here waits for the device."""
+        plan = self.plan
+        episodes = sample(self.train_source, plan.meta_batch, plan.geometry, self.generator)
+        self.optimizer.zero_grad()
+        at_once = self.hardware.tasks_at_once(plan.meta_batch, plan.geometry)
+        for chunk in episodes.to(self.hardware.dtype).chunks(at_once):
+            self.accumulate(chunk)
+        self.optimizer.step()
+        if self.scheduler:
+            self.scheduler.step()
+        self.iteration += 1
+
+    def accumulate(self, chunk: Episodes) -> None:
+        """Add a chunk's share of the meta-batch's gradient and figures."""
+        loss, outputs = self.algorithm.meta_loss(chunk)
+        (loss * (len(chunk) / self.plan.meta_batch)).backward()
+        self.metric = metric_name(chunk.query_y)
+        with torch.no_grad():
+            scores = task_score(outputs, chunk.query_y)
+            figures = [loss.detach() * len(chunk), scores.sum(), torch.ones_like(loss) * len(chunk)]
+            self.window += torch.stack([figure.double() for figure in figures])
+
+    def flush_window(self, tracker: Tracker) -> dict[str, Any]:
+        """Log the averages since the last row. TrainingError where the loss is not finite."""
+        loss, score, tasks = self.window.tolist()
+        self.window.zero_()
+        if not math.isfinite(loss):
+            raise TrainingError(self.not_finite("the training loss"))
+        row = {
+            "iteration": self.iteration,
+            "split": "train",
+            "loss": loss / tasks,
+            self.metric: score / tasks,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "seconds": round(self.seconds, 2),
+        }
+        tracker.log(row)
+        return row
+
+    def validate(self, tracker: Tracker, bar: Bar) -> None:
+        """Score the fixed validation episodes; the best so far becomes best.pt."""
+        plan = self.plan
+        result = evaluate(
+            self.algorithm,
+            self.validation_source,
+            plan.validation_geometry,
+            plan.validation_episodes,
+            plan.seed,
+            self.hardware,
+        )
+        if not math.isfinite(result.loss):
+            raise TrainingError(self.not_finite("the validation loss"))
+        row = {
+            "iteration": self.iteration,
+            "split": "validation",
+            "loss": result.loss,
+            result.metric: result.mean,
+            "interval": result.interval,
+            "seconds": round(self.seconds, 2),
+        }
+        tracker.log(row)
+        train = next((row for row in reversed(tracker.rows) if row["split"] == "train"), None)
+        bar.line(describe_progress(self.iteration, train, row))
+        if self.best is None or is_better(result, self.best):
+            self.best = Best(self.iteration, result.mean, result.interval, result.metric)
+            self.save("best.pt", tracker)
+
+    def save(self, name: str, tracker: Tracker) -> None:
+        """Write a checkpoint; one with weights that are not finite never replaces a good one."""
+        if not all(p.isfinite().all() for p in self.algorithm.parameters()):
+            raise TrainingError(self.not_finite("a weight"))
+        tracker.sync()
+        checkpoint.save(self.folder / name, self.state())
+
+    def not_finite(self, what: str) -> str:
+        kept = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]
+        where = f"the last good checkpoint is {self.folder / kept[-1]}" if kept else "nothing was saved yet"
+        return (
+            f"{what} is no longer finite at iteration {self.iteration}; {where}; "
+            "lower inner_loop.rate or optimizer.lr"
+        )
+
+
+def is_better(result: Result, best: Best) -> bool:
+    return result.mean > best.score if result.metric == "accuracy" else result.mean < best.score
+
+
+def show(row: dict[str, Any]) -> str:
+    """The row's score for people."""
+    return f"accuracy {100 * row['accuracy']:.1f} %" if "accuracy" in row else f"mse {row['mse']:.3f}"
+
+
+def describe_progress(iteration: int, train: dict[str, Any] | None, validation: dict[str, Any]) -> str:
+    parts = [f"iteration {iteration:>6}"]
+    for name, row in (("train", train), ("validation", validation)):
+        if row:
+            parts.append(f"{name} loss {row['loss']:.4f} {show(row)}")
+    return "   ".join(parts)
+
+
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C instead of stopping midway; a second one stops at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def handler(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
