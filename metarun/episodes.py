@@ -110,7 +110,9 @@ class ClassStore:
             )
         self.name = name
         self.names = list(names)
-        self.fingerprint = hashlib.sha256(images.contiguous().numpy(force=True).tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{self.names} {list(counts)}".encode())
+        digest.update(images.contiguous().numpy(force=True))
+        self.fingerprint = digest.hexdigest()
         self.item_shape = tuple(images.shape[1:])
         self.smallest_class, self.largest_class = min(counts), max(counts)
         self.images = images.to(device)

@@ -1,1 +1,314 @@
-from metarun.datasets.files import *  # noqa
+"""Files: atomic writing, downloads, folders and zips read in place, and a cache of decoded data.
+
+Two folders, each with a variable that moves it: the data folder (METARUN_DATA) keeps what was
+downloaded, the cache folder (METARUN_CACHE) keeps what can be computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from metarun.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: two processes may then do the same work, never harm it
+    fcntl = None  # type: ignore[assignment]
+
+CHUNK = 1 << 18  # bytes read at a time
+TIMEOUT = 30.0  # seconds without a byte before a connection counts as lost
+TRIES = 3
+PAUSE = 1.0  # seconds before the second try; one more before each later one
+MEMBER_LIMIT = 64 << 20  # bytes one archive member may unpack to
+
+
+def cache_dir() -> Path:
+    """The folder for what can be computed again: METARUN_CACHE, else ~/.cache/metarun."""
+    return Path(os.environ.get("METARUN_CACHE") or "~/.cache/metarun").expanduser()
+
+
+def data_dir() -> Path:
+    """The folder for downloads: METARUN_DATA, else ~/.cache/metarun/data."""
+    return Path(os.environ.get("METARUN_DATA") or "~/.cache/metarun/data").expanduser()
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Create or replace `path` with what `write` puts into a file; never half of it.
+
+    A failure (OSError, or whatever `write` raises) leaves `path` as it was and nothing beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def cached(name: str, build: Callable[[], Any]) -> Any:
+    """What `build` returns, kept in the cache folder as `name`; damaged entries are built again.
+
+    Values are tensors, numbers, strings, and lists and dicts of them. Processes that need the same
+    entry at once wait for the first. Raises DataError where the folder cannot be written.
+    """
+    path = cache_dir() / name
+    if (value := _load(path)) is not None:
+        return value
+    with _blaming(path.parent, "METARUN_CACHE"):
+        lock = _lock(path)
+    with lock:
+        value = _load(path)  # another process may have built it while this one waited
+        if value is None:
+            value = build()
+            with _blaming(path.parent, "METARUN_CACHE"):
+                _save(value, path)
+    return value
+
+
+def _save(value: Any, path: Path) -> None:
+    """A SHA-256 digest, then what torch.save gives; the digest tells damage of any kind."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    payload = buffer.getbuffer()
+
+    def write(file: BinaryIO) -> None:
+        file.write(hashlib.sha256(payload).digest())
+        file.write(payload)
+
+    atomic_write(path, write)
+
+
+def _load(path: Path) -> Any:
+    """What `_save` wrote, or None where the file is absent or damaged."""
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError:
+        return None
+    digest, payload = content[:32], content[32:]
+    if hashlib.sha256(payload).digest() != digest:
+        return None
+    with suppress(Exception):  # such as a file of a later torch; building again mends it
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return None
+
+
+def download(url: str, path: Path, md5: str) -> None:
+    """Fetch `url` to `path` unless it exists. Raises DataError, saying how to do it by hand.
+
+    What arrives is kept in `path`.part, from which a later try goes on, in this call or the next.
+    `path` itself appears only once the md5 sum is right.
+    """
+    if path.exists():
+        return
+    with _blaming(path.parent, "METARUN_DATA"):
+        lock = _lock(path)
+    with lock:
+        if not path.exists():  # another process may have got it while this one waited
+            _download(url, path, md5)
+
+
+def _download(url: str, path: Path, md5: str) -> None:
+    part = path.with_name(path.name + ".part")
+    for tried in range(1, TRIES + 1):
+        try:
+            _receive(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's own
+            status = 500
+            if isinstance(error, urllib.error.HTTPError):
+                status = error.code
+                error.close()  # it is the response as well
+            if tried == TRIES or (status < 500 and status not in (408, 416, 429)):
+                raise DataError(
+                    f"cannot download {url}: {_reason(error)}; "
+                    f"check the network, or put that file at {path} yourself"
+                ) from error
+            if status == 416:  # what is there is no beginning of the file: start over
+                part.unlink(missing_ok=True)
+            time.sleep(PAUSE * tried)
+    found = _md5(part)
+    if found != md5:
+        part.unlink()
+        raise DataError(
+            f"{url} gave a file with md5 sum {found} where {md5} is right; it was deleted: "
+            f"try again later, or put the right file at {path} yourself"
+        )
+    os.replace(part, path)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        return str(error.reason)  # without urllib's brackets around it
+    return str(error) or type(error).__name__
+
+
+def _receive(url: str, part: Path) -> None:
+    """Fetch `url` to `part`, going on from what is there where the server can."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "metarun"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+        if response.status != 206:  # the whole file, asked for or not
+            have = 0
+        total = None if response.length is None else have + response.length
+        with open(part, "ab" if have else "wb") as file, _bytes_bar() as bar:
+            task = bar.add_task(f"download {url.rpartition('/')[2]}", completed=have, total=total)
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                have += len(chunk)
+                bar.update(task, completed=have)
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and have < total:  # urllib takes a closed connection for the end
+        raise ConnectionError(f"the connection was lost after {have:,} of {total:,} bytes")
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def count_bar() -> Progress:
+    """A progress bar on stderr that counts things, with the time left; a context manager."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _bytes_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+
+
+class Folder:
+    """The files below a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def identity(self) -> str:
+        """Changes when a file comes, goes, or is written again."""
+        digest = hashlib.sha256(str(self.path.resolve()).encode())
+        for name in self.names():
+            try:
+                status = os.stat(f"{self.path}/{name}")  # with 32,460 files, pathlib's cost shows
+            except OSError as error:
+                raise self._unreadable(name, error) from error
+            digest.update(f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def names(self) -> list[str]:
+        """Paths relative to the folder, with forward slashes, sorted."""
+        found = []
+        for folder, _, files in os.walk(self.path):
+            inner = Path(folder).relative_to(self.path).as_posix()
+            found += files if inner == "." else [f"{inner}/{file}" for file in files]
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file. Raises DataError."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: OSError) -> DataError:
+        return DataError(f"cannot read {self.path / name} ({error.strerror}): get it again")
+
+
+class Archive:
+    """The files in a zip, read in place: nothing is unpacked to disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def identity(self) -> str:
+        """Changes when the zip is written again."""
+        status = self.path.stat()
+        return f"{self.path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+
+    def names(self) -> list[str]:
+        """Members that are files, sorted. Raises DataError, also for a name that leads out of the zip.
+
+        Such a name could not do harm here; the zip that has one was not made in good faith.
+        """
+        for name in self._zip.namelist():
+            if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+                raise self._damaged(f"it holds a member named {name!r}, which leads out of it")
+        return sorted({name for name in self._zip.namelist() if not name.endswith("/")})
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one member. Raises DataError."""
+        if self._zip.getinfo(name).file_size > MEMBER_LIMIT:
+            raise self._damaged(f"{name} unpacks to more than {MEMBER_LIMIT:,} bytes")
+        try:
+            return self._zip.read(name)
+        # RuntimeError is an encrypted member or an unknown compression.
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise self._damaged(f"{name}: {error}") from error
+
+    def _damaged(self, how: str) -> DataError:
+        return DataError(f"{self.path} cannot be used ({how}): delete it and get it again")
+
+    @cached_property
+    def _zip(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise self._damaged(str(error)) from error
+
+
+@contextmanager
+def _blaming(folder: Path, variable: str) -> Iterator[None]:
+    """Turn a failure to write into a DataError that names the folder and how to choose another."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {folder} ({error.strerror or error}): "
+            f"set the variable {variable} to a folder that can be written"
+        ) from error
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Wait until no other process works on `path`; closing what is returned lets the next one in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path.with_name(f".{path.name}.lock"), "ab")  # noqa: SIM115 - the caller closes it
+    if fcntl is not None:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+    return file

@@ -1,0 +1,352 @@
+"""Downloads from a loopback server, zips and folders read in place, and the cache."""
+
+import hashlib
+import os
+import socket
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from metarun import files
+from metarun.files import Archive, Folder, atomic_write, cache_dir, cached, data_dir, download
+from metarun.errors import DataError
+
+BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
+MD5 = hashlib.md5(BODY).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with the next behaviour of `script`, the last one for ever."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = ["good"]
+        self.ranges = []  # the Range header of each request
+        self.url = f"http://127.0.0.1:{self.server_port}/file.zip"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        script = self.server.script
+        behaviour = script.pop(0) if len(script) > 1 else script[0]
+        wanted = self.headers["Range"]
+        self.server.ranges.append(wanted)
+        if behaviour.isdigit():
+            self.answer(int(behaviour), b"")
+        elif behaviour == "redirect":
+            self.answer(302, b"", ("Location", "/elsewhere"))
+        elif behaviour == "stall":
+            time.sleep(0.5)
+        elif behaviour == "cut":
+            self.answer(200, BODY, sent=len(BODY) // 3)
+        elif wanted is None or behaviour == "whole":
+            self.answer(200, BODY)
+        else:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            span = f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
+            self.answer(206, BODY[start:], ("Content-Range", span))
+
+    def answer(self, status, body, header=None, sent=None):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        if header:
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(body[:sent])
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(files, "PAUSE", 0.0)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("METARUN_DATA", str(tmp_path / "data"))
+
+
+def one_line(failure) -> str:
+    message = str(failure.value)
+    assert message and "\n" not in message
+    return message
+
+
+def names_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_download_good(server, tmp_path):
+    path = tmp_path / "new" / "file.zip"
+    download(server.url, path, MD5)
+    assert path.read_bytes() == BODY
+    assert names_in(path.parent) == ["file.zip"]
+
+
+def test_download_leaves_an_existing_file_alone(server, tmp_path):
+    path = tmp_path / "file.zip"
+    path.write_bytes(b"mine")
+    download(server.url, path, MD5)
+    assert path.read_bytes() == b"mine" and not server.ranges
+
+
+def test_download_goes_on_after_a_lost_connection(server, tmp_path):
+    server.script = ["cut", "good"]
+    download(server.url, tmp_path / "file.zip", MD5)
+    assert (tmp_path / "file.zip").read_bytes() == BODY
+    assert server.ranges == [None, f"bytes={len(BODY) // 3}-"]
+
+
+def test_download_goes_on_where_an_earlier_run_stopped(server, tmp_path):
+    (tmp_path / "file.zip.part").write_bytes(BODY[:1000])
+    download(server.url, tmp_path / "file.zip", MD5)
+    assert (tmp_path / "file.zip").read_bytes() == BODY
+    assert server.ranges == ["bytes=1000-"]
+
+
+def test_download_from_a_server_without_ranges_starts_over(server, tmp_path):
+    server.script = ["cut", "whole"]
+    download(server.url, tmp_path / "file.zip", MD5)
+    assert (tmp_path / "file.zip").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("passing", ["416", "503", "429", "stall"])
+def test_download_tries_again(server, tmp_path, monkeypatch, passing):
+    monkeypatch.setattr(files, "TIMEOUT", 0.2)
+    (tmp_path / "file.zip.part").write_bytes(BODY[:1000])
+    server.script = [passing, "good"]
+    download(server.url, tmp_path / "file.zip", MD5)
+    assert (tmp_path / "file.zip").read_bytes() == BODY
+    assert server.ranges == ["bytes=1000-", None if passing == "416" else "bytes=1000-"]
+
+
+def test_download_follows_a_redirect(server, tmp_path):
+    server.script = ["redirect", "good"]
+    download(server.url, tmp_path / "file.zip", MD5)
+    assert (tmp_path / "file.zip").read_bytes() == BODY
+
+
+def test_download_of_a_wrong_file(server, tmp_path):
+    with pytest.raises(DataError) as failure:
+        download(server.url, tmp_path / "file.zip", "0" * 32)
+    message = one_line(failure)
+    assert server.url in message and MD5 in message and str(tmp_path / "file.zip") in message
+    assert names_in(tmp_path) == []
+
+
+def test_download_that_never_gets_through_keeps_what_it_has(server, tmp_path):
+    server.script = ["cut", "503"]
+    with pytest.raises(DataError, match="503"):
+        download(server.url, tmp_path / "file.zip", MD5)
+    assert len(server.ranges) == files.TRIES
+    assert (tmp_path / "file.zip.part").read_bytes() == BODY[: len(BODY) // 3]
+    assert not (tmp_path / "file.zip").exists()
+
+
+def test_download_of_what_is_not_there_is_not_tried_again(server, tmp_path):
+    server.script = ["404"]
+    with pytest.raises(DataError) as failure:
+        download(server.url, tmp_path / "file.zip", MD5)
+    message = one_line(failure)
+    assert "404" in message and server.url in message and f"at {tmp_path / 'file.zip'} yourself" in message
+    assert len(server.ranges) == 1
+
+
+def test_download_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSE", 0.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/file.zip"
+    with pytest.raises(DataError, match="refused") as failure:
+        download(url, tmp_path / "file.zip", MD5)
+    assert url in one_line(failure) and "urlopen" not in one_line(failure)
+
+
+def test_download_into_a_folder_that_cannot_be_made(server, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(DataError, match="METARUN_DATA") as failure:
+        download(server.url, tmp_path / "taken" / "file.zip", MD5)
+    assert str(tmp_path / "taken") in one_line(failure)
+
+
+def test_folders_follow_their_variables(tmp_path, monkeypatch):
+    assert (cache_dir(), data_dir()) == (tmp_path / "cache", tmp_path / "data")
+    monkeypatch.setenv("METARUN_CACHE", "~/here")
+    monkeypatch.setenv("METARUN_DATA", "")
+    assert str(cache_dir()) == os.path.expanduser("~/here")
+    assert str(data_dir()) == os.path.expanduser("~/.cache/metarun/data")
+
+
+def test_atomic_write_replaces(tmp_path):
+    path = tmp_path / "new" / "file"
+    for content in (b"one", b"two"):
+        atomic_write(path, lambda file, content=content: file.write(content))
+        assert path.read_bytes() == content
+    assert names_in(path.parent) == ["file"]
+
+
+def test_atomic_write_that_fails_changes_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, write)
+    assert path.read_bytes() == b"old"
+    assert names_in(tmp_path) == ["file"]
+
+
+class Builder:
+    def __init__(self, pause=0.0):
+        self.calls, self.pause = 0, pause
+
+    def __call__(self):
+        self.calls += 1
+        time.sleep(self.pause)
+        return {"images": torch.arange(6, dtype=torch.uint8).view(2, 3), "names": ["a", "b"]}
+
+
+def test_cached_builds_once():
+    build = Builder()
+    for _ in range(2):
+        value = cached("entry", build)
+        assert value["names"] == ["a", "b"]
+        assert torch.equal(value["images"], torch.arange(6, dtype=torch.uint8).view(2, 3))
+    assert build.calls == 1
+    assert names_in(cache_dir()) == ["entry"]
+
+
+@pytest.mark.parametrize("where", ["first", "middle", "last", "cut", "empty"])
+def test_cached_builds_a_damaged_entry_again(where):
+    build = Builder()
+    cached("entry", build)
+    content = bytearray((cache_dir() / "entry").read_bytes())
+    good = bytes(content)
+    if where in ("cut", "empty"):
+        del content[len(content) // 2 if where == "cut" else 0 :]
+    else:
+        content[{"first": 0, "middle": len(content) // 2, "last": -1}[where]] ^= 1
+    (cache_dir() / "entry").write_bytes(content)
+    assert cached("entry", build)["names"] == ["a", "b"]
+    assert build.calls == 2
+    assert len((cache_dir() / "entry").read_bytes()) == len(good)
+    cached("entry", build)
+    assert build.calls == 2
+
+
+def test_cached_never_runs_what_a_file_asks_for(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    files._save(Hostile(), cache_dir() / "entry")
+    build = Builder()
+    assert cached("entry", build)["names"] == ["a", "b"]
+    assert build.calls == 1 and not (tmp_path / "ran").exists()
+
+
+def test_cached_is_built_by_one_of_many_at_once():
+    pytest.importorskip("fcntl")
+    build = Builder(pause=0.2)
+    # A lock belongs to an opened file, so threads compete for it as processes do.
+    with ThreadPoolExecutor(4) as pool:
+        values = list(pool.map(lambda _: cached("entry", build), range(4)))
+    assert build.calls == 1
+    assert all(value["names"] == ["a", "b"] for value in values)
+
+
+def test_cached_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "taken"))
+    build = Builder()
+    with pytest.raises(DataError, match="METARUN_CACHE") as failure:
+        cached("entry", build)
+    assert str(tmp_path / "taken") in one_line(failure)
+    assert build.calls == 0  # said before the work, not after it
+
+
+def make_zip(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return path
+
+
+def test_archive_is_read_in_place(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"b/": b"", "b/2.png": b"two", "a/1.png": b"one"})
+    archive = Archive(path)
+    assert archive.names() == ["a/1.png", "b/2.png"]
+    assert archive.read("b/2.png") == b"two"
+    assert names_in(tmp_path) == ["a.zip"]
+    before = archive.identity()
+    os.utime(path, ns=(1, 1))
+    assert Archive(path).identity() != before
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "a/../../evil.png", "/evil.png", "C:/evil.png", "a\\..\\evil.png"]
+)
+def test_archive_with_a_name_that_leads_out(tmp_path, name):
+    path = make_zip(tmp_path / "a.zip", {"a/1.png": b"one", name: b"evil"})
+    with pytest.raises(DataError) as failure:
+        Archive(path).names()
+    assert str(path) in one_line(failure) and repr(name) in one_line(failure)
+
+
+def test_archive_member_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MEMBER_LIMIT", 10)
+    path = make_zip(tmp_path / "a.zip", {"bomb.png": bytes(11)})
+    with pytest.raises(DataError, match=r"bomb\.png"):
+        Archive(path).read("bomb.png")
+
+
+def test_archive_damaged(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"a/1.png": b"a drawing"})
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"a drawing", b"a drowing"))
+    with pytest.raises(DataError, match=r"a/1\.png") as failure:
+        Archive(path).read("a/1.png")
+    assert str(path) in one_line(failure)
+    for content in (b"", good[: len(good) // 2], b"<html>sign in first</html>"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="get it again") as failure:
+            Archive(path).names()
+        assert str(path) in one_line(failure)
+
+
+def test_folder(tmp_path):
+    for name in ("b/2.png", "a/1.png", "a/c/3.png", "top.txt"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(name)
+    folder = Folder(tmp_path / "tree")
+    assert folder.names() == ["a/1.png", "a/c/3.png", "b/2.png", "top.txt"]
+    assert folder.read("a/c/3.png") == b"a/c/3.png"
+    seen = [folder.identity()]
+    (tmp_path / "tree/a/1.png").write_text("other")
+    seen.append(folder.identity())
+    (tmp_path / "tree/b/2.png").rename(tmp_path / "tree/b/4.png")
+    seen.append(folder.identity())
+    assert len(set(seen)) == 3
+    with pytest.raises(DataError, match=r"2\.png"):
+        folder.read("b/2.png")
+    (tmp_path / "tree/b/5.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"5\.png"):
+        folder.identity()
