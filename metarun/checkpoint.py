@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 import metarun
-from metarun.build import build_algorithm
 from metarun.algorithms.base import Algorithm
+from metarun.build import build_algorithm
 from metarun.errors import CheckpointError
 from metarun.files import atomic_write
 from metarun.hardware import Hardware

@@ -146,6 +146,8 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     overrides = [quote_path(a) for a in arguments if is_override(a)]
     if name == "train":
         overrides = pairing(overrides) + overrides
+    else:  # `dataset.root=...` adjusts the checkpoint's own dataset, which Hydra knows nothing of
+        overrides = [f"++{a}" if a.startswith("dataset.") else a for a in overrides]
     resume = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
     if name == "train" and resume:
         folder = Path(resume[-1]).expanduser()

@@ -72,7 +72,7 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     checkpoint: Any = MISSING
-    dataset: Any = None
+    dataset: Any = None  # a dataset, or settings to adjust the checkpoint's own
     hardware: Any = MISSING
     ways: Any = None
     shots: Any = None
@@ -90,7 +90,7 @@ class AdaptConfig:
     support: str | None = None
     query: str | None = None
     ink: str = "auto"
-    dataset: Any = None
+    dataset: Any = None  # a dataset, or settings to adjust the checkpoint's own
     hardware: Any = MISSING
     ways: int | None = None
     shots: int | None = None
@@ -128,7 +128,9 @@ def check(cfg: DictConfig) -> None:
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command line")
     for key in AT_LEAST_ONE:
-        value = OmegaConf.select(cfg, key)
+        group, _, name = key.rpartition(".")
+        node = cfg.get(group) if group else cfg
+        value = node.get(name) if OmegaConf.is_dict(node) else None
         for number in value if OmegaConf.is_list(value) else [value]:
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ConfigError(f"{key}={number}: must be a whole number of at least 1")

@@ -53,7 +53,7 @@ class Learner(nn.Module):
         """The meta-learned weights as T tasks' starting point, [T, *shape] each, without a copy."""
         if not self.shares_head and ways > self.outputs:
             raise ConfigError(
-                f"{ways} ways asked of a fixed head of {self.outputs}; train with algorithm.head=shared"
+                f"its fixed head has {self.outputs} ways, not {ways}; train with algorithm.head=shared"
             )
         params = {name: p.expand(tasks, *p.shape) for name, p in self.named_parameters()}
         for name in ("head.weight", "head.bias"):

@@ -18,7 +18,7 @@ from rich.table import Table
 from metarun import checkpoint, plots
 from metarun.algorithms.base import Algorithm
 from metarun.build import build_hardware, build_source
-from metarun.config import check
+from metarun.config import check, check_node
 from metarun.episodes import EpisodeSource, Geometry
 from metarun.errors import ConfigError, MetarunError
 from metarun.evaluation import Result, evaluate, paired_difference
@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> float:
     hardware = build_hardware(cfg)
     models = load_models(cfg, hardware)
     geometries = grid(cfg, models[0].config)
-    datasets = [cfg.dataset or model.config.dataset for model in models]
+    datasets = [dataset_config(cfg, model.config) for model in models]
     cells = []
     total = len(models) * len(geometries) * cfg.episodes
     sources: dict[str, EpisodeSource] = {}
@@ -122,6 +122,16 @@ def grid(cfg: DictConfig, trained: DictConfig) -> list[Geometry]:
     return [Geometry(w, s, cfg.queries) for w, s in itertools.product(choices("ways"), choices("shots"))]
 
 
+def dataset_config(cfg: DictConfig, trained: DictConfig) -> DictConfig:
+    """The dataset to test on: another one, or the checkpoint's own with what was adjusted."""
+    if cfg.dataset and "_target_" in cfg.dataset:
+        return cfg.dataset
+    own = OmegaConf.merge(trained.dataset, cfg.dataset or {})
+    assert isinstance(own, DictConfig)
+    check_node("dataset", own)
+    return own
+
+
 def check_shapes(model: Model, source: EpisodeSource) -> None:
     trained = tuple(instantiate(model.config.dataset).item_shape)
     if trained != tuple(source.item_shape):
@@ -144,7 +154,8 @@ def run_cell(
 
 
 def dataset_name(cfg: DictConfig, trained: DictConfig) -> str:
-    return str(HydraConfig.get().runtime.choices.get("dataset") if cfg.dataset else trained.choices.dataset)
+    chosen = HydraConfig.get().runtime.choices.get("dataset")
+    return str(chosen or trained.choices.dataset)
 
 
 def report(cells: list[Cell], dataset: str, cfg: DictConfig, folder: Path) -> None:
@@ -190,9 +201,12 @@ def row_of(cell: Cell, dataset: str, cfg: DictConfig) -> dict[str, Any]:
 
 def table_of(cells: list[Cell], title: str) -> Table:
     metric = next(cell.result.metric for cell in cells if cell.result)
-    table = Table(title=title)
-    for heading in ("model", "task", f"{metric}, 95 % interval", "episodes", "transductive", "seconds", "episodes' hash"):
-        table.add_column(heading, justify="left" if heading in ("model", "task") else "right")
+    table = Table(title=title, caption="transductive: query statistics were used; hash: of the episodes")
+    table.add_column("model", overflow="fold")
+    table.add_column("task", no_wrap=True)
+    table.add_column(f"{metric}, 95 % interval", min_width=16)
+    for heading in ("transductive", "seconds", "hash"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         if (result := cell.result) is None:
             table.add_row(cell.model.name, str(cell.geometry), f"[yellow]{cell.reason}[/]")
@@ -201,10 +215,9 @@ def table_of(cells: list[Cell], title: str) -> Table:
             cell.model.name,
             str(cell.geometry),
             with_interval(metric, result.mean, result.interval),
-            str(len(result.scores)),
             "yes" if result.uses_query_statistics else "no",
             f"{result.seconds:.1f}",
-            result.episodes_hash,
+            result.episodes_hash[:8],
         )
     return table
 

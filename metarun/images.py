@@ -1,0 +1,142 @@
+"""A user's own images: folders read, any size and mode, made into what a model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from metarun.errors import ConfigError, DataError
+
+Ink = Literal["dark", "light"]
+
+
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """Each sub-folder's files, by class name, sorted. DataError where they cannot make a task."""
+    require_folder(folder)
+    if stray := [path for path in visible(folder) if path.is_file()]:
+        raise DataError(f"{stray[0]}: lies beside the class folders; {folder} must hold one sub-folder a class")
+    classes = {path.name: visible(path) for path in visible(folder)}
+    for name, files in classes.items():
+        if not files:
+            raise DataError(f"{folder / name}: this class has no images; add some or remove the folder")
+    if len(classes) < 2:
+        raise DataError(f"{folder}: has {len(classes)} class folders; at least 2 are needed to tell apart")
+    return classes
+
+
+def query_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int | None]]:
+    """The images to predict and their classes where sub-folders tell them, else None."""
+    require_folder(folder)
+    if (path := Path(folder)).is_file():
+        return [path], [None]
+    files: list[Path] = []
+    labels: list[int | None] = []
+    for path in visible(folder):
+        if path.is_dir():
+            if path.name not in classes:
+                raise DataError(
+                    f"{path}: is no class of the support ({', '.join(classes)}); "
+                    "rename it, or put its images directly into the query folder"
+                )
+            inside = visible(path)
+            files += inside
+            labels += [list(classes).index(path.name)] * len(inside)
+        else:
+            files.append(path)
+            labels.append(None)
+    if not files:
+        raise DataError(f"{folder}: has no images")
+    return files, labels
+
+
+def require_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise DataError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: is a file; name the folder that holds the images")
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, in order of name, without hidden files (such as .DS_Store)."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def read(path: Path) -> Image.Image:
+    """An image upright and without transparency, in mode L or RGB. DataError where it is none."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; images belong directly into a class folder")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: is not an image; remove it from the folder") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+    return flatten(upright)
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Mode L or RGB: 16 bits to 8, transparency onto white, palettes and CMYK to RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if image.mode != "F" else max(float(values.max()), 1e-9)
+        if image.mode == "I" and values.max() <= 255:
+            top = 255
+        return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def to_batch(images: Sequence[Image.Image], item_shape: tuple[int, ...]) -> Tensor:
+    """Pixels [B, C, H, W] in [0, 1] of the model's size; padded to its proportions, not stretched."""
+    if len(item_shape) != 3:
+        raise ConfigError(f"this checkpoint's items have shape {tuple(item_shape)}: it cannot take images")
+    channels, height, width = item_shape
+    batch = [fit(image.convert("L" if channels == 1 else "RGB"), height, width) for image in images]
+    pixels = torch.from_numpy(np.stack(batch)).float() / 255  # [B, H, W] or [B, H, W, C]
+    return pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize to the height and width with antialiasing, the ground's colour around it."""
+    ground = tuple(int(value) for value in np.atleast_1d(border_level(image)))
+    colour = ground if len(ground) > 1 else ground[0]
+    side = max(image.width / width, image.height / height)
+    size = (max(round(image.width / side), 1), max(round(image.height / side), 1))
+    canvas = Image.new(image.mode, (width, height), colour)
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return np.asarray(canvas)
+
+
+def border_level(image: Image.Image) -> np.ndarray:
+    """The median grey level, or colour, of an image's outermost pixels: what it is drawn on."""
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.median(border, axis=0)
+
+
+def ink_of(images: Sequence[Image.Image]) -> Ink:
+    """Whether drawings are dark on light or light on dark, by the ground most of them have."""
+    levels = [float(border_level(image.convert("L"))) for image in images]
+    return "dark" if np.median(levels) > 127 else "light"
+
+
+def as_drawings(batch: Tensor, ink: Ink) -> Tensor:
+    """Drawings as Omniglot and glyphs hold them: bright ink on a dark ground, each at full contrast.
+
+    Thin strokes of a large image fade when it is made small, so each image's range is stretched.
+    """
+    batch = 1 - batch if ink == "dark" else batch
+    low, high = batch.amin((1, 2, 3), keepdim=True), batch.amax((1, 2, 3), keepdim=True)
+    return (batch - low) / (high - low).clamp(min=1e-3)
