@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from metarun.inner_loops.base import InnerLoop, Loss, Params
 
@@ -39,9 +40,13 @@ class Adam(InnerLoop):
                 first[name] = self.beta1 * first[name] + (1 - self.beta1) * g
                 second[name] = self.beta2 * second[name] + (1 - self.beta2) * g.square()
             params = {
-                # epsilon joins inside the root: the root's derivative is infinite at zero
                 name: p
-                - self.rate * (first[name] / correct1) / (second[name] / correct2 + self.epsilon**2).sqrt()
+                - self.rate * first[name] / correct1 / (root(second[name] / correct2) + self.epsilon)
                 for name, p in params.items()
             }
             yield params
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, with a finite derivative at zero for second order."""
+    return (x + 1e-30).sqrt()

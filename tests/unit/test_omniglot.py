@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from metarun import files, omniglot
+from metarun import files
+from metarun.datasets import omniglot
 from metarun.datasets.omniglot import MD5, Omniglot, characters, class_split
 from metarun.errors import ConfigError, DataError
 

@@ -1,0 +1,333 @@
+"""Every algorithm against an independent reference, in float64. A new one adds a row to METHODS."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import references
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.maml import MAML
+from metarun.algorithms.protonet import ProtoNet
+from metarun.algorithms.reptile import Reptile
+from metarun.backbones.conv4 import Conv4
+from metarun.backbones.mlp import MLP
+from metarun.backbones.omniglot_cnn import OmniglotCNN
+from metarun.episodes import Episodes, Geometry
+from metarun.errors import ConfigError
+from metarun.inner_loops.adam import Adam
+from metarun.inner_loops.base import InnerLoop
+from metarun.inner_loops.sgd import SGD
+
+SHAPE = (1, 16, 16)
+RATE = 0.1
+Gradient = dict[str, Tensor]
+
+
+class Smooth(nn.Sequential):
+    """A convolutional network without kinks, so that finite differences mean something."""
+
+    features = 4
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.Softplus(),
+            nn.AvgPool2d(4),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.Softplus(),
+            nn.AvgPool2d(4),
+            nn.Flatten(),
+        )
+
+
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "smooth": Smooth,
+    "conv4": lambda: Conv4(SHAPE, width=8),
+    "conv4-stride-layer": lambda: Conv4(SHAPE, width=8, downsample="stride", norm="layer"),
+    "omniglot_cnn": lambda: OmniglotCNN(SHAPE, width=4, hidden=8),
+    "mlp": lambda: MLP(SHAPE, hidden=(8, 8)),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    build: Callable[[nn.Module, int], Algorithm]  # (backbone, inner steps)
+    reference: Callable[[Algorithm, Episodes, int], Gradient]  # by parameter name
+    finite_differences: bool = True  # whether the loss's true gradient is what is followed
+
+
+def maml(order: int = 2, **settings) -> Callable[[nn.Module, int], MAML]:
+    return lambda backbone, steps: MAML(backbone, SGD(RATE, steps, order=order), outputs=3, **settings)
+
+
+def reptile(inner_loop: Callable[[int], InnerLoop]) -> Callable[[nn.Module, int], Reptile]:
+    return lambda backbone, steps: Reptile(backbone, inner_loop(steps), outputs=3, batch=0)
+
+
+def rename(grads: Gradient, names: dict[str, str]) -> Gradient:
+    return {names[name.split(".")[0]] + name[1:]: grad for name, grad in grads.items()}
+
+
+def maml_reference(order: int = 2, head_only: bool = False):
+    def reference(algorithm: MAML, episodes: Episodes, steps: int) -> Gradient:
+        net = references.network(algorithm.learner.backbone, algorithm.learner.head)
+        _, grads = references.maml_gradient(
+            net, episodes, rate=RATE, steps=steps, order=order, head_only=head_only
+        )
+        return rename(grads, {"0": "learner.backbone", "1": "learner.head"})
+
+    return reference
+
+
+def reptile_reference(optimizer: type[torch.optim.Optimizer], **settings):
+    def reference(algorithm: Reptile, episodes: Episodes, steps: int) -> Gradient:
+        net = references.network(algorithm.learner.backbone, algorithm.learner.head)
+        grads = references.reptile_update(net, episodes, optimizer, steps, **settings)
+        return rename(grads, {"0": "learner.backbone", "1": "learner.head"})
+
+    return reference
+
+
+def protonet_reference(algorithm: ProtoNet, episodes: Episodes, steps: int) -> Gradient:
+    net = copy.deepcopy(algorithm.backbone)
+    loss = references.protonet_loss(net, episodes)
+    grads = torch.autograd.grad(loss, list(net.parameters()))
+    return {f"backbone.{name}": g for (name, _), g in zip(net.named_parameters(), grads, strict=True)}
+
+
+METHODS = {
+    "maml": Method(maml(), maml_reference()),
+    "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False),
+    "anil": Method(maml(adapts="head"), maml_reference(head_only=True)),
+    "reptile-sgd": Method(
+        reptile(lambda steps: SGD(RATE, steps, order=1)),
+        reptile_reference(torch.optim.SGD, lr=RATE),
+        finite_differences=False,
+    ),
+    "reptile-adam": Method(
+        reptile(lambda steps: Adam(0.01, steps)),
+        reptile_reference(torch.optim.Adam, lr=0.01, betas=(0.0, 0.999)),
+        finite_differences=False,
+    ),
+    "protonet": Method(lambda backbone, steps: ProtoNet(backbone), protonet_reference),
+}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def episodes_of(tasks: int = 3, ways: int = 3, shots: int = 2, queries: int = 2) -> Episodes:
+    def labels(each: int) -> Tensor:
+        return torch.arange(ways).repeat_interleave(each).expand(tasks, -1)
+
+    return Episodes(
+        torch.rand(tasks, ways * shots, *SHAPE),
+        labels(shots),
+        torch.rand(tasks, ways * queries, *SHAPE),
+        labels(queries),
+        torch.zeros(tasks, ways, dtype=torch.long),
+    )
+
+
+def gradient(algorithm: Algorithm, episodes: Episodes, at_once: int = 100) -> Gradient:
+    """By metarun's own way: chunks of tasks, gradients added up."""
+    algorithm.zero_grad()
+    for chunk in episodes.chunks(at_once):
+        loss, _ = algorithm.meta_loss(chunk)
+        (loss * len(chunk) / len(episodes)).backward()
+    return {name: p.grad.clone() for name, p in algorithm.named_parameters()}
+
+
+def relative_error(a: Gradient, b: Gradient) -> float:
+    assert a.keys() == b.keys()
+    flat_a, flat_b = (torch.cat([g[name].flatten() for name in a]) for g in (a, b))
+    assert flat_b.norm() > 1e-3
+    return ((flat_a - flat_b).norm() / flat_b.norm()).item()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_is_the_references(name: str, steps: int, backbone: str):
+    """Whole and in chunks; on any network."""
+    method = METHODS[name]
+    algorithm = method.build(BACKBONES[backbone](), steps)
+    episodes = episodes_of()
+    expected = method.reference(algorithm, episodes, steps)
+    # Adam divides by a root: rounding grows where a gradient is nearly zero.
+    tolerance = 1e-7 if "adam" in name else 1e-10
+    assert relative_error(gradient(algorithm, episodes), expected) < tolerance
+    assert relative_error(gradient(algorithm, episodes, at_once=2), expected) < tolerance
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.finite_differences])
+def test_gradient_is_the_slope_of_the_loss(name: str, steps: int):
+    """Central differences along random directions, on a network without kinks."""
+    algorithm = METHODS[name].build(Smooth(), steps)
+    episodes = episodes_of()
+    grads = gradient(algorithm, episodes)
+    params = dict(algorithm.named_parameters())
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()}
+        slope = sum((grads[n] * direction[n]).sum() for n in params).item()
+        assert slope == pytest.approx(difference(algorithm, episodes, direction), rel=1e-6)
+
+
+def difference(algorithm: Algorithm, episodes: Episodes, direction: Gradient, h: float = 1e-5) -> float:
+    """(loss(theta + h d) - loss(theta - h d)) / 2h."""
+    params = dict(algorithm.named_parameters())
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, p in params.items():
+                p += sign * h * direction[name]
+        losses.append(algorithm.meta_loss(episodes)[0].item())
+        with torch.no_grad():
+            for name, p in params.items():
+                p -= sign * h * direction[name]
+    return (losses[0] - losses[1]) / (2 * h)
+
+
+@pytest.mark.parametrize("lowering", ["grouped", "vmap", "loop"])
+def test_every_lowering_gives_the_same_meta_gradient(lowering: str):
+    algorithm = METHODS["maml"].build(BACKBONES["conv4"](), 2)
+    episodes = episodes_of()
+    expected = METHODS["maml"].reference(algorithm, episodes, 2)
+    algorithm.learner.lowering = lowering
+    assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_equals_training_mode_and_leaves_no_graph(name: str):
+    """Without gradients, adapting gives the same predictions, and nothing is left to differentiate."""
+    algorithm = METHODS[name].build(BACKBONES["conv4"](), 2)
+    episodes = episodes_of()
+    with torch.no_grad():
+        adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
+        outputs = algorithm.predict(adapted, episodes.query_x)
+    assert not outputs.requires_grad
+    assert outputs.shape == (3, 6, 3)
+    again = algorithm.predict(
+        algorithm.adapt(episodes.support_x, episodes.support_y, 3), episodes.query_x
+    )
+    torch.testing.assert_close(outputs, again)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tasks_do_not_touch_each_other(name: str):
+    """A task's predictions are the same alone and beside others."""
+    algorithm = METHODS[name].build(BACKBONES["conv4"](), 2)
+    episodes = episodes_of()
+    whole = algorithm.predict(
+        algorithm.adapt(episodes.support_x, episodes.support_y, 3), episodes.query_x
+    )
+    for t, one in enumerate(episodes.chunks(1)):
+        alone = algorithm.predict(algorithm.adapt(one.support_x, one.support_y, 3), one.query_x)
+        torch.testing.assert_close(alone[0], whole[t])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trajectory_ends_where_adapt_does(name: str):
+    algorithm = METHODS[name].build(BACKBONES["smooth"](), 3).eval()
+    episodes = episodes_of()
+    with torch.no_grad():
+        steps = list(algorithm.trajectory(episodes.support_x, episodes.support_y, 3))
+        last = algorithm.predict(steps[-1], episodes.query_x)
+        direct = algorithm.predict(
+            algorithm.adapt(episodes.support_x, episodes.support_y, 3), episodes.query_x
+        )
+    assert len(steps) == (1 if name == "protonet" else 4)
+    torch.testing.assert_close(last, direct)
+
+
+def test_shared_head_meets_any_number_of_ways():
+    """Its gradient is that of the copies, summed: by finite differences, at 3 and at 7 ways."""
+    algorithm = MAML(Smooth(), SGD(RATE, 2), outputs=3, head="shared")
+    for ways in (3, 7):
+        episodes = episodes_of(ways=ways)
+        grads = gradient(algorithm, episodes)
+        assert grads["learner.head.weight"].shape == (1, 4)
+        direction = {name: torch.randn_like(g) for name, g in grads.items()}
+        slope = sum((grads[n] * direction[n]).sum() for n in grads).item()
+        assert slope == pytest.approx(difference(algorithm, episodes, direction), rel=1e-6)
+
+
+def test_fixed_head_uses_its_first_outputs_and_refuses_more():
+    algorithm = METHODS["maml"].build(Smooth(), 1)
+    few = episodes_of(ways=2)
+    adapted = algorithm.adapt(few.support_x, few.support_y, 2)
+    assert algorithm.predict(adapted, few.query_x).shape[-1] == 2
+    many = episodes_of(ways=4)
+    with pytest.raises(ConfigError, match=r"fixed head has 3 ways, not 4; .*algorithm\.head=shared"):
+        algorithm.adapt(many.support_x, many.support_y, 4)
+
+
+def test_queries_see_each_other_only_when_transductive():
+    """With batch statistics and transductive=False, a query's prediction ignores the other queries."""
+    episodes = episodes_of()
+    for transductive in (True, False):
+        algorithm = METHODS["maml"].build(BACKBONES["conv4"](), 1)
+        algorithm.uses_query_statistics = transductive
+        adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
+        together = algorithm.predict(adapted, episodes.query_x)[:, :2]
+        fewer = algorithm.predict(adapted, episodes.query_x[:, :2])
+        assert torch.allclose(together, fewer) == (not transductive)
+
+
+def test_reptile_takes_its_examples_in_turn():
+    """Every example is seen once before any is seen twice, in an order of each task's own."""
+    algorithm = Reptile(MLP((1,), hidden=(4,)), SGD(RATE, 1, order=1), outputs=3, batch=2)
+    x = torch.arange(6.0).view(1, 6, 1).expand(4, -1, -1)
+    seen: list[Tensor] = []
+
+    def record(params, batch):
+        seen.append(batch.squeeze(-1))
+        return torch.zeros(4, 2, 3, requires_grad=True)
+
+    algorithm.learner.forward = record
+    loss, _, params = algorithm.inner_problem(x, torch.zeros(4, 6, dtype=torch.long), 3)
+    for step in range(3):
+        loss(params, step)
+    order = torch.cat(seen, 1)
+    assert torch.equal(order.sort(1).values, x.squeeze(-1))
+    assert not torch.equal(order[0], order[1])
+
+
+def test_protonet_takes_unequal_numbers_of_shots():
+    algorithm = ProtoNet(MLP((2,), hidden=(4,)))
+    x, y = torch.rand(1, 5, 2), torch.tensor([[0, 1, 1, 1, 2]])
+    centres = algorithm.adapt(x, y, 3)
+    torch.testing.assert_close(centres[0, 1], algorithm.backbone(x[0, 1:4]).mean(0))
+
+
+def test_running_averages_are_refused_where_weights_adapt():
+    with pytest.raises(ConfigError, match="norm=running"):
+        METHODS["maml"].build(Conv4(SHAPE, width=8, norm="running"), 1)
+
+
+def test_regression_uses_the_mean_squared_error():
+    """MAML on values, against the plain loop."""
+    algorithm = MAML(MLP((1,), hidden=(8,)), SGD(RATE, 2), outputs=1)
+    x, y = torch.randn(2, 4, 10, 1), torch.randn(2, 4, 10, 1)
+    episodes = Episodes(x[0], y[0], x[1], y[1], torch.zeros(4, 1, dtype=torch.long))
+    expected = maml_reference()(algorithm, episodes, 2)
+    assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
+
+
+def test_geometry_reads_like_the_field():
+    assert str(Geometry(5, 1, 15)) == "5-way 1-shot"
