@@ -1,14 +1,17 @@
-"""Shared by all tests: few threads, a cache of their own, the command line in a fresh process."""
+"""Shared by all tests: few threads, a cache of their own, the command line."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from metarun import cli
 
 # Before torch is imported: small tensors gain nothing from threads, and test processes share cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,22 +25,36 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("METARUN_DATA", str(cache / "data"))
 
 
-Metarun = Callable[..., subprocess.CompletedProcess[str]]
+@dataclass
+class Done:
+    """What a finished command left behind."""
+
+    stdout: str
+    stderr: str
+
+
+Metarun = Callable[..., Done]
 
 
 @pytest.fixture
-def metarun(tmp_path: Path) -> Metarun:
-    """`metarun(*words)` as a person types it, in an empty folder; the finished process."""
+def metarun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Metarun:
+    """`metarun(*words)` as a person types it, in an empty folder.
 
-    def run(*words: str, status: int = 0, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-W", "error::DeprecationWarning:metarun", "-m", "metarun", *words],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == status, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    It calls the console script's own function, since a new process would spend seconds on
+    importing torch; test_cli.py runs new processes.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, status: int = 0) -> Done:
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(sys, "argv", ["metarun"])
+            patch.delenv("HYDRA_FULL_ERROR", raising=False)
+            cli.main(list(words))
+        GlobalHydra.instance().clear()
+        done = Done(*capsys.readouterr())
+        code = stopped.value.code or 0
+        assert code == status, f"exit {code}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run

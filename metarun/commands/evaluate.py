@@ -204,7 +204,7 @@ def table_of(cells: list[Cell], title: str) -> Table:
     table = Table(title=title, caption="transductive: query statistics were used; hash: of the episodes")
     table.add_column("model", overflow="fold")
     table.add_column("task", no_wrap=True)
-    table.add_column(f"{metric}, 95 % interval", min_width=16)
+    table.add_column(f"{metric}, 95 % interval", min_width=21)
     for heading in ("transductive", "seconds", "hash"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:

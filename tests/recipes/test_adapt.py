@@ -1,0 +1,120 @@
+"""`metarun adapt` on a user's own images, of many kinds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from metarun.datasets.glyphs import Glyphs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small but trained network, so that its predictions mean something."""
+    folder = tmp_path_factory.mktemp("run")
+    words = ["backbone.width=16", "iterations=150", "dataset.train_classes=200", "validation.every=150"]
+    words += ["log.tensorboard=false", "test.episodes=0", "hardware.threads=1", "hydra.run.dir=run"]
+    subprocess.run([sys.executable, "-m", "metarun", "train", *words], cwd=folder, check=True, capture_output=True)
+    return folder / "run"
+
+
+def draw(folder: Path, dark: bool, sizes: tuple[int, ...] = (28, 90, 61), modes: tuple[str, ...] = ("L",)) -> None:
+    """support/ (unequal shots) and query/ of three unseen characters, as a person would save them."""
+    store = Glyphs(test_classes=3, seed=11).split("test")
+    for k, name in enumerate(("alpha one", "βήτα", "gamma")):
+        for i in range(8):
+            pixels = store.images[20 * k + i, 0]
+            image = Image.fromarray((255 - pixels if dark else pixels).numpy())
+            side = sizes[i % len(sizes)]
+            image = image.resize((side, side), Image.Resampling.BICUBIC).convert(modes[i % len(modes)])
+            place = folder / ("support" if i < 2 + k else "query") / name
+            place.mkdir(parents=True, exist_ok=True)
+            image.save(place / f"{i}.png")
+
+
+@pytest.mark.parametrize("dark", [True, False])
+def test_a_users_drawings_of_either_polarity(metarun, run: Path, tmp_path: Path, dark: bool):
+    draw(tmp_path, dark, modes=("L", "RGB", "RGBA", "LA", "P", "1", "I;16") if dark else ("L", "RGB"))
+    done = metarun("adapt", f"checkpoint={run}", "support=support", "query=query", "hydra.run.dir=out")
+    assert f"{'dark' if dark else 'light'} ink" in done.stderr
+    with (tmp_path / "out/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15
+    assert sum(row["prediction"] == row["class"] for row in rows) >= 12
+    for row in rows:
+        assert sum(float(value) for key, value in row.items() if key.startswith("p(")) == pytest.approx(1, abs=1e-4)
+    assert (tmp_path / "out/predictions.png").stat().st_size > 5000
+    adapted = torch.load(tmp_path / "out/adapted.pt", weights_only=True)
+    assert adapted["classes"] == ["alpha one", "gamma", "βήτα"]
+    assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query score"] >= 0.8
+
+
+def test_a_flat_query_folder_is_predicted_but_not_scored(metarun, run: Path, tmp_path: Path):
+    draw(tmp_path, dark=True)
+    flat = tmp_path / "some (new) images"
+    flat.mkdir()
+    for i, path in enumerate(sorted((tmp_path / "query").glob("*/*.png"))):
+        path.rename(flat / f"{i}.png")
+    done = metarun("adapt", f"checkpoint={run}", "support=support", f"query={flat.name}")
+    assert "15 queries" in done.stdout
+    assert "right" not in done.stdout
+
+
+def spoil_nothing(folder: Path) -> str:
+    return "no such folder"
+
+
+def one_class(folder: Path) -> str:
+    (folder / "support/a").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(folder / "support/a/1.png")
+    return "at least 2"
+
+
+def empty_class(folder: Path) -> str:
+    draw(folder, dark=True)
+    (folder / "support/nothing").mkdir()
+    return "support/nothing: this class has no images"
+
+
+def text_file(folder: Path) -> str:
+    draw(folder, dark=True)
+    (folder / "support/gamma/notes.txt").write_text("hello")
+    return "support/gamma/notes.txt: is not an image"
+
+
+def cut_off(folder: Path) -> str:
+    draw(folder, dark=True)
+    path = folder / "support/gamma/0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return "support/gamma/0.png: cannot be read as an image"
+
+
+def stray(folder: Path) -> str:
+    draw(folder, dark=True)
+    (folder / "support/image.png").write_bytes(b"")
+    return "lies beside the class folders"
+
+
+def unknown_query_class(folder: Path) -> str:
+    draw(folder, dark=True)
+    (folder / "query/gamma").rename(folder / "query/delta")
+    return "query/delta: is no class of the support"
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_nothing, one_class, empty_class, text_file, cut_off, stray, unknown_query_class]
+)
+def test_folders_that_cannot_be_used(metarun, run: Path, tmp_path: Path, spoil):
+    message = spoil(tmp_path)
+    done = metarun("adapt", f"checkpoint={run}", "support=support", "query=query", "hydra.run.dir=out", status=1)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,206 @@
+"""The command line itself: help, usage, and every error in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import metarun as package
+
+
+def typed(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "metarun", *words],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_teaches_and_is_quick(tmp_path: Path):
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = typed("--help", cwd=tmp_path)
+        times.append(time.perf_counter() - began)
+    assert done.returncode == 0
+    for command in ("metarun train", "metarun eval", "metarun adapt"):
+        assert command in done.stdout
+    assert min(times) < 2  # it must not import torch, which takes longer
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "adapt"])
+def test_every_command_has_help_with_examples(tmp_path: Path, command: str):
+    done = typed(command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Examples:" in done.stdout
+    assert "torch" not in done.stderr
+
+
+def test_the_console_script_and_the_module_are_the_same(tmp_path: Path):
+    script = Path(sys.executable).with_name("metarun")
+    if not script.exists():
+        pytest.skip("the console script is not beside this Python")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == f"metarun {package.__version__}\n" == typed("--version", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "metarun train"),
+        (["trian"], "did you mean 'train'?"),
+        (["train", "ways"], "'ways' is neither a setting"),
+        (["train", "--wys"], "unrecognized arguments: --wys"),
+    ],
+)
+def test_bad_usage_exits_with_2(tmp_path: Path, words: list[str], message: str):
+    done = typed(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+BAD_VALUES = {
+    "algorithm=mmaml": "algorithm=mmaml: no such algorithm; did you mean 'maml'?",
+    "wayz=3": "wayz: there is no such setting; did you mean 'ways'?",
+    "validation.evry=3": "did you mean 'every'?",
+    "backbone.widht=3": "did you mean 'width'?",
+    "+backbone.widht=3": "backbone.widht: Conv4 has no setting 'widht'; did you mean 'width'?",
+    "ways=five": "ways: Value 'five' of type 'str' could not be converted to Integer",
+    "ways=0": "ways=0: must be a whole number of at least 1",
+    "iterations=-1": "iterations=-1: must be a whole number of at least 1",
+    "backbone.width=1.5": "backbone.width=1.5: must be a whole number",
+    "backbone.downsample=average": "must be one of max_pool, stride",
+    "backbone=null": "a group needs one of its options",
+    "ways=41": "ways=41: glyphs train has 40 classes; lower ways to at most 40",
+    "shots=10 queries=11": "need 21 images a class",
+    "validation.ways=11": "glyphs validation has 10 classes",
+    "dataset.train_classes=0": "glyphs needs a whole number of at least 1",
+    "dataset=sinusoid backbone=conv4": "backbone=conv4 takes images",
+    "dataset=sinusoid algorithm=protonet": "classifies and cannot regress",
+    "dataset=sinusoid algorithm=maml ways=2": "a regression task has one way",
+    "hardware=gpu": "finds no GPU here",
+    "hardware.device=tpuu": "not a device",
+    "hardware.tasks_at_once=0": "must be at least 1",
+    "hardware.precision=tf32": "is for GPUs",
+    "algorithm=maml norm=running": "norm=running keeps averages over tasks",
+    "algorithm=maml inner_loop.order=3": "order=3: 1 (first order) or 2 (second order)",
+    "algorithm=maml inner_loop.steps=-1": "must not be negative",
+    "optimizer._target_=torch.optim.Addam": "cannot be imported",
+    "optimizer.lr=fast": "optimizer.lr=fast",
+    "dataset=omniglot dataset.root=nowhere": "nowhere",
+    "resume=nowhere": "nowhere: no such checkpoint",
+    "hydra.run.dir=file/inside": "file",
+    "queries=(3": "queries=(3: not understood",
+}
+
+
+@pytest.mark.parametrize("words", BAD_VALUES)
+def test_a_bad_value_is_one_line_and_exit_1_and_leaves_nothing(metarun, tmp_path: Path, words: str):
+    if words == "hardware=gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (tmp_path / "file").write_text("in the way")
+    keys = {word.split("=")[0].lstrip("+") for word in words.split()}
+    tiny = [word for word in TINY if word.split("=")[0].split(".")[0] not in {k.split(".")[0] for k in keys} or
+            word.split("=")[0] not in keys and "dataset" not in keys and "backbone" not in keys]
+    done = metarun("train", *tiny, *words.split(), status=1)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("metarun: error: ")
+    assert BAD_VALUES[words] in lines[0]
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def damaged(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_checkpoints_that_cannot_be_used(metarun, tmp_path: Path):
+    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    good = (tmp_path / "run/best.pt").read_bytes()
+    content = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    torch.save(content | {"format": 99, "metarun": "9.0"}, tmp_path / "future.pt")
+    torch.save({"model": torch.zeros(1)}, tmp_path / "foreign.pt")
+    torch.save(content | {"algorithm": {}}, tmp_path / "misfit.pt")
+    (tmp_path / "folder").mkdir()
+    cases = {
+        "missing.pt": "no such checkpoint",
+        str(damaged(tmp_path / "empty.pt", b"")): "damaged",
+        str(damaged(tmp_path / "cut.pt", good[: len(good) // 2])): "damaged",
+        str(damaged(tmp_path / "text.pt", b"hello world")): "damaged",
+        "future.pt": "written by metarun 9.0 in checkpoint format 99",
+        "foreign.pt": "not a metarun checkpoint",
+        "misfit.pt": "its weights do not fit its config",
+        "folder": "has no best.pt or last.pt",
+    }
+    for reference, message in cases.items():
+        done = metarun("eval", f"checkpoint={reference}", "hydra.run.dir=out", status=1)
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_cannot_run_code(metarun, tmp_path: Path):
+    """weights_only=True refuses what a plain pickle would execute."""
+    import pickle
+
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Attack()))
+    metarun("eval", "checkpoint=evil.pt", status=1)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_resumed_run_keeps_its_settings(metarun, tmp_path: Path):
+    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    before = (tmp_path / "run/last.pt").read_bytes()
+    done = metarun("train", "resume=run", "ways=3", status=1)
+    assert "ways=3: a resumed run keeps its settings" in done.stderr
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("full", ["best.pt", "metrics.jsonl"])
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_half_written(
+    metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+):
+    """The system's own error for a full disk, at the moment a file is made safe."""
+    import errno
+
+    real = os.fsync
+
+    def fsync(number: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{number}") if sys.platform == "linux" else ""
+        if full in name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    done = metarun("train", *TINY, "hydra.run.dir=run", status=1)
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run/best.pt").exists()
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_paths_with_spaces_and_brackets_need_no_quotes(metarun, tmp_path: Path):
+    metarun("train", *TINY, "hydra.run.dir='my run (1)'", "test.episodes=0")
+    metarun("eval", "checkpoint=my run (1)", "episodes=5", "queries=2")
+    metarun("train", "resume=my run (1)", "iterations=14")
+
+
+def test_completion_lists_the_options(tmp_path: Path):
+    done = typed("-sc", "query=bash", cwd=tmp_path, COMP_LINE="metarun train algorithm=", COMP_POINT="24")
+    assert "algorithm=maml" in done.stdout

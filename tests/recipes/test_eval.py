@@ -1,0 +1,74 @@
+"""`metarun eval` as a person types it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small runs, `maml` and `protonet`."""
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("maml", "protonet"):
+        words = ["train", f"algorithm={name}", *TINY, f"hydra.run.dir={name}", "test.episodes=0"]
+        subprocess.run([sys.executable, "-m", "metarun", *words], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_grid_with_a_cell_that_cannot_be(metarun, runs: Path, tmp_path: Path):
+    done = metarun(
+        "eval",
+        f"checkpoint=[{runs}/maml,{runs}/protonet]",
+        "ways=[5,8]",
+        "shots=[1,3]",
+        "episodes=20",
+        "queries=4",
+        "hydra.run.dir=out",
+    )
+    assert "algorithm.head=shared" in done.stdout
+    content = results_of(tmp_path / "out")
+    assert len(content["results"]) == 8
+    refused = [row for row in content["results"] if row["reason"]]
+    assert {(row["model"], row["ways"]) for row in refused} == {("maml", 8)}
+    assert len(content["comparisons"]) == 2
+    with (tmp_path / "out/results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert (tmp_path / "out/results.png").stat().st_size > 5000
+
+
+def test_the_same_episodes_whatever_the_checkpoint_and_however_many_at_once(metarun, runs: Path, tmp_path: Path):
+    hashes, means = set(), set()
+    for i, words in enumerate((["hardware.tasks_at_once=1"], ["hardware.tasks_at_once=50"])):
+        metarun(
+            "eval", f"checkpoint=[{runs}/maml,{runs}/protonet]", "episodes=60", *words, f"hydra.run.dir=out{i}"
+        )
+        rows = results_of(tmp_path / f"out{i}")["results"]
+        hashes |= {row["episodes_hash"] for row in rows}
+        means.add(tuple(round(row["mean"], 4) for row in rows))
+    assert len(hashes) == 1
+    assert len(means) == 1
+    metarun("eval", f"checkpoint={runs}/maml", "episodes=60", "seed=1", "hydra.run.dir=other")
+    assert results_of(tmp_path / "other")["results"][0]["episodes_hash"] not in hashes
+
+
+def test_another_domain_other_steps_and_one_query_at_a_time(metarun, runs: Path, tmp_path: Path):
+    words = ["eval", f"checkpoint={runs}/maml/last.pt", "episodes=10", "queries=2"]
+    metarun(*words, "dataset=glyphs", "dataset.seed=5", "steps=3", "transductive=false", "hydra.run.dir=out")
+    row = results_of(tmp_path / "out")["results"][0]
+    assert row["uses_query_statistics"] is False
+    metarun(*words, "hydra.run.dir=own")
+    own = results_of(tmp_path / "own")["results"][0]
+    assert own["uses_query_statistics"] is True
+    assert own["episodes_hash"] != row["episodes_hash"]

@@ -1,0 +1,74 @@
+"""Every YAML is composed, checked and built; each opens with the command that runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from metarun import cli
+from metarun.build import build_algorithm, build_hardware
+from metarun.config import check, register_frames
+
+GROUPS = ("dataset", "algorithm", "backbone", "inner_loop", "hardware")
+FILES = sorted(cli.CONF.rglob("*.yaml"))
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((cli.CONF / group).glob("*.yaml"))]
+
+
+def composed(command: str, *words: str) -> DictConfig:
+    register_frames()
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        return compose(command, cli.arrange(command, list(words)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(cli.CONF)))
+def test_every_yaml_opens_with_its_command(path: Path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# metarun "), lines[0]
+    words = lines[0].removeprefix("# metarun ").split()
+    command, words = words[0], [word for word in words[1:] if not word.startswith("checkpoint=")]
+    words += ["checkpoint=x"] if command != "train" else []
+    words = [word for word in words if not word.startswith(("support=", "query="))]
+    assert path.stem in " ".join([command, *words]) or path.stem == "none"
+    check(composed(command, *words))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_checks(group: str, option: str):
+    if (group, option) == ("inner_loop", "none"):
+        return
+    cfg = composed("train", f"{group}={option}")
+    check(cfg)
+    if "_target_" in cfg[group]:
+        package = cfg[group]._target_.rsplit(".", 2)[0]
+        expected = "metarun" if group == "hardware" else f"metarun.{group}s"
+        assert package.startswith(expected)
+
+
+@pytest.mark.parametrize("algorithm", [option for group, option in OPTIONS if group == "algorithm"])
+@pytest.mark.parametrize("backbone", [option for group, option in OPTIONS if group == "backbone"])
+def test_every_algorithm_builds_on_every_backbone(algorithm: str, backbone: str):
+    cfg = composed("train", f"algorithm={algorithm}", f"backbone={backbone}", "hardware=cpu")
+    assert sum(p.numel() for p in build_algorithm(cfg, build_hardware(cfg)).parameters()) > 1000
+
+
+def test_what_is_typed_is_stronger_than_what_a_dataset_asks_for():
+    cfg = composed("train", "dataset=sinusoid", "shots=5", "backbone=conv4")
+    assert (cfg.ways, cfg.shots, cfg.backbone._target_.rsplit(".")[-1]) == (1, 5, "Conv4")
+
+
+def test_reptile_brings_its_own_optimizers_which_can_be_replaced():
+    cfg = composed("train", "algorithm=reptile")
+    assert cfg.inner_loop._target_.endswith("Adam")
+    assert cfg.optimizer._target_ == "torch.optim.SGD"
+    cfg = composed("train", "algorithm=reptile", "inner_loop=sgd", "optimizer.lr=0.5")
+    assert cfg.inner_loop._target_.endswith("inner_loops.sgd.SGD")
+    assert cfg.optimizer.lr == 0.5
+
+
+def test_the_resolved_config_is_plain():
+    """What goes into a checkpoint must load with weights_only=True."""
+    container = OmegaConf.to_container(composed("train"), resolve=True)
+    assert isinstance(container, dict)
