@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,14 +32,24 @@ def save(path: Path, content: Mapping[str, Any], kind: str = "run") -> None:
 def load(path: Path, kind: str = "run") -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU. CheckpointError where it cannot be used."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign files; the error below says it
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder, not a checkpoint file") from None
     except PermissionError:
         raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError, OSError):
+    except (
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        OSError,
+    ):
         raise CheckpointError(
             f"{path}: damaged, or not a metarun checkpoint; use another of the run's files or train again"
         ) from None
@@ -47,7 +58,7 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
     if content["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: written by metarun {content.get('metarun')} in checkpoint format {content['format']}; "
-            f"this is metarun {metarun.__version__}, which reads format {FORMAT}; install the matching version"
+            f"this is metarun {metarun.__version__}, which reads format {FORMAT}; install that version"
         )
     if content["kind"] != kind:
         raise CheckpointError(f"{path}: holds {KINDS[content['kind']]}; {KINDS[kind]} is needed here")

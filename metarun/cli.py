@@ -47,17 +47,27 @@ More to type:
 PATH_KEYS = ("checkpoint", "support", "query", "resume", "dataset.root")
 
 # Hydra's flags that are followed by a word.
-VALUED_FLAGS = (
-    "-c --cfg -p --package -i --info -cn --config-name -cd --config-dir -cp --config-path "
-    "-e --experimental-rerun"
-).split()
+VALUED_FLAGS = [
+    "-c",
+    "--cfg",
+    "-p",
+    "--package",
+    "-i",
+    "--info",
+    "-cn",
+    "--config-name",
+    "-cd",
+    "--config-dir",
+    "-cp",
+    "--config-path",
+    "-e",
+    "--experimental-rerun",
+]
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 1 a bad value, 2 bad usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments and "COMP_LINE" in os.environ:
-        arguments = os.environ["COMP_LINE"].split()[1:2]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP.format(version=metarun.__version__), end="")
         sys.exit(0 if arguments else 2)
@@ -181,9 +191,16 @@ def quote_path(override: str, always: bool = False) -> str:
 
 
 def completed_command() -> str:
-    """The command on the line being completed."""
-    words = os.environ.get("COMP_LINE", "").split()
-    return next((word for word in words if word in COMMANDS), "train")
+    """The command on the line being completed, taken out of it: Hydra knows of no subcommands."""
+    line = os.environ.get("COMP_LINE", "")
+    for name in COMMANDS:
+        before, found, after = line.partition(f" {name} ")
+        if found:
+            os.environ["COMP_LINE"] = f"{before} {after}"
+            point = int(os.environ.get("COMP_POINT", len(line)))
+            os.environ["COMP_POINT"] = str(point - len(name) - 1)
+            return name
+    return "train"
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -117,10 +117,21 @@ SUPPLIED = {
     "optimizer": {"params"},
     "scheduler": {"optimizer"},
 }
-AT_LEAST_ONE = (
-    "ways shots queries meta_batch iterations episodes validation.every validation.episodes "
-    "checkpoint.every log.every validation.ways validation.shots validation.queries"
-).split()
+AT_LEAST_ONE = [
+    "ways",
+    "shots",
+    "queries",
+    "meta_batch",
+    "iterations",
+    "episodes",
+    "validation.every",
+    "validation.episodes",
+    "checkpoint.every",
+    "log.every",
+    "validation.ways",
+    "validation.shots",
+    "validation.queries",
+]
 
 
 def check(cfg: DictConfig) -> None:
@@ -131,13 +142,13 @@ def check(cfg: DictConfig) -> None:
         group, _, name = key.rpartition(".")
         node = cfg.get(group) if group else cfg
         value = node.get(name) if OmegaConf.is_dict(node) else None
-        for number in value if OmegaConf.is_list(value) else [value]:
+        numbers: list[Any] = list(value) if OmegaConf.is_list(value) else [value]  # type: ignore[arg-type]
+        for number in numbers:
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ConfigError(f"{key}={number}: must be a whole number of at least 1")
-    for key in cfg:
-        node = cfg[key]
-        if OmegaConf.is_dict(node) and "_target_" in node:
-            check_node(str(key), node)
+    for path in map(str, cfg):
+        if OmegaConf.is_dict(cfg[path]) and "_target_" in cfg[path]:
+            check_node(path, cfg[path])
 
 
 def check_node(path: str, node: DictConfig) -> None:
@@ -145,29 +156,43 @@ def check_node(path: str, node: DictConfig) -> None:
     try:
         cls = get_class(node._target_)
     except Exception as error:
-        raise ConfigError(f"{path}._target_={node._target_}: cannot be imported ({first_line(error)})") from None
+        raise ConfigError(
+            f"{path}._target_={node._target_}: cannot be imported ({first_line(error)})"
+        ) from None
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     supplied = SUPPLIED.get(path, set())
     allowed = [name for name in parameters if name not in supplied]
-    hints = typing.get_type_hints(cls.__init__)
-    for key, value in OmegaConf.to_container(node, resolve=True).items():  # type: ignore[union-attr]
-        if str(key).startswith("_"):
+    hints = type_hints(cls)
+    settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    for key, value in settings.items():
+        if key.startswith("_"):
             continue
         if key in supplied:
             raise ConfigError(f"{path}.{key} is set by metarun and cannot be chosen")
         if key not in allowed:
-            raise ConfigError(f"{path}.{key}: {cls.__name__} has no setting {key!r}{did_you_mean(key, allowed)}")
-        if not matches(value, hints.get(str(key), Any)):
-            raise ConfigError(f"{path}.{key}={value}: must be {describe(hints[str(key)])}")
+            raise ConfigError(
+                f"{path}.{key}: {cls.__name__} has no setting {key!r}{did_you_mean(key, allowed)}"
+            )
+        if not matches(value, hints.get(key, Any)):
+            raise ConfigError(f"{path}.{key}={value}: must be {describe(hints[key])}")
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in node:
             raise ConfigError(f"{path}.{name} is not set; add {path}.{name}=VALUE")
 
 
+def type_hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except Exception:  # hints that name what was never imported
+        return {}
+
+
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a plain value fits a type hint; hints other than plain ones accept anything."""
+    """Whether a plain value fits a type hint; hints that are not understood accept anything."""
+    if hint is Any:
+        return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments
@@ -189,6 +214,8 @@ def matches(value: Any, hint: Any) -> bool:
         return len(value) == len(arguments) and all(map(matches, value, arguments))
     if origin in (list, typing.get_origin(typing.Sequence[int])):
         return isinstance(value, (list, tuple)) and all(matches(item, arguments[0]) for item in value)
+    if isinstance(hint, type):  # an object: only a node with its own `_target_` can become one
+        return isinstance(value, (hint, dict))
     return True
 
 
@@ -198,7 +225,8 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
-        return " or ".join(map(describe, arguments))
+        plain = [a for a in arguments if not isinstance(a, type) or a.__module__ == "builtins"]
+        return " or ".join(map(describe, plain or arguments))
     if hint in (None, type(None)):
         return "null"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

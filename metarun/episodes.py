@@ -111,7 +111,7 @@ class ClassStore:
         self.name = name
         self.names = list(names)
         digest = hashlib.sha256(f"{self.names} {list(counts)}".encode())
-        digest.update(images.contiguous().numpy(force=True))
+        digest.update(images.contiguous().numpy(force=True).data)
         self.fingerprint = digest.hexdigest()
         self.item_shape = tuple(images.shape[1:])
         self.smallest_class, self.largest_class = min(counts), max(counts)
@@ -164,8 +164,6 @@ class ClassStore:
         )
 
 
-def sample(
-    source: EpisodeSource, tasks: int, geometry: Geometry, generator: torch.Generator
-) -> Episodes:
+def sample(source: EpisodeSource, tasks: int, geometry: Geometry, generator: torch.Generator) -> Episodes:
     """Draw and gather in one go, as training does."""
     return source.gather(source.draw(tasks, geometry, generator), geometry)

@@ -21,7 +21,7 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
     if is_config_error(error):
         return explain_config(error, command, arguments)
     if "Config group override must be" in str(error):
-        return "a group needs one of its options, not null; metarun {command} --help lists them".format(command=command)
+        return f"a group needs one of its options, not null; metarun {command} --help lists them"
     for cause in causes(error):
         if "out of memory" in str(cause).lower() or isinstance(cause, MemoryError):
             return "out of memory; lower hardware.tasks_at_once, meta_batch, ways or backbone.width"
@@ -42,7 +42,9 @@ def explain_os(error: OSError) -> str | None:
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return f"{where}: cannot be written; choose another folder with hydra.run.dir=FOLDER"
         case errno.ENOTDIR | errno.EEXIST:
-            return f"{where}: is in the way of a folder of that name; choose another with hydra.run.dir=FOLDER"
+            return (
+                f"{where}: is in the way of a folder of that name; choose another with hydra.run.dir=FOLDER"
+            )
     return None
 
 
@@ -67,7 +69,9 @@ def explain_config(error: BaseException, command: str, arguments: list[str]) -> 
     if found := re.search(r"full_key: (\S+)", texts[-1]):
         return f"{found.group(1)}: {first_line(texts[-1])}"
     if found := re.search(r"Error parsing override '(.*)'", whole):
-        return f"{found.group(1)}: not understood; quote a value with special characters, as in 'key=\"a (b)\"'"
+        return (
+            f"{found.group(1)}: not understood; quote a value with special characters, as in 'key=\"a (b)\"'"
+        )
     return " ".join(texts[0].split())
 
 
@@ -86,7 +90,9 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
 
     parent, _, last = key.rpartition(".")
     known = known_keys(parent, command, arguments)
-    return f"{key}: there is no such setting{did_you_mean(last, known)} (metarun {command} --cfg job shows all)"
+    return (
+        f"{key}: there is no such setting{did_you_mean(last, known)} (metarun {command} --cfg job shows all)"
+    )
 
 
 def known_keys(parent: str, command: str, arguments: list[str]) -> list[str]:

@@ -6,9 +6,11 @@ downloaded, the cache folder (METARUN_CACHE) keeps what can be computed again.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import http.client
 import io
+import json
 import os
 import re
 import time
@@ -17,7 +19,7 @@ import urllib.request
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +61,7 @@ def data_dir() -> Path:
     return Path(os.environ.get("METARUN_DATA") or "~/.cache/metarun/data").expanduser()
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Create or replace `path` with what `write` puts into a file; never half of it.
 
     A failure (OSError, or whatever `write` raises) leaves `path` as it was and nothing beside it.
@@ -76,6 +78,24 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Create or replace a text file, whole or not at all."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """One line a row; its columns are all the rows' keys in the order they first appear."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def cached(name: str, build: Callable[[], Any]) -> Any:

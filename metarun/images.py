@@ -20,7 +20,9 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
     """Each sub-folder's files, by class name, sorted. DataError where they cannot make a task."""
     require_folder(folder)
     if stray := [path for path in visible(folder) if path.is_file()]:
-        raise DataError(f"{stray[0]}: lies beside the class folders; {folder} must hold one sub-folder a class")
+        raise DataError(
+            f"{stray[0]}: lies beside the class folders; {folder} must hold one sub-folder a class"
+        )
     classes = {path.name: visible(path) for path in visible(folder)}
     for name, files in classes.items():
         if not files:

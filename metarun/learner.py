@@ -38,9 +38,7 @@ class Learner(nn.Module):
     from, so any number of ways can be met (UnicornMAML, Ye and Chao 2022).
     """
 
-    def __init__(
-        self, backbone: nn.Module, outputs: int, head: Literal["fixed", "shared"] = "fixed"
-    ) -> None:
+    def __init__(self, backbone: nn.Module, outputs: int, head: Literal["fixed", "shared"] = "fixed") -> None:
         super().__init__()
         refuse_running_averages(backbone)
         self.backbone = backbone
@@ -177,6 +175,6 @@ GROUPED: dict[type[nn.Module], Callable[[nn.Module, Params, Tensor, int], Tensor
     nn.BatchNorm2d: _batch_norm,
     nn.GroupNorm: _group_norm,
     nn.Flatten: _flatten,
-} | dict.fromkeys(
-    (nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh, nn.Identity, nn.MaxPool2d, nn.AvgPool2d), _unchanged
-)
+}
+for _layer in (nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh, nn.Identity, nn.MaxPool2d, nn.AvgPool2d):
+    GROUPED[_layer] = _unchanged

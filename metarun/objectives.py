@@ -23,7 +23,8 @@ def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean loss of each task, [T].
 
     Arguments: outputs [T, B, N] and classes [T, B], or values and targets, both [T, B, outputs].
-    The mean is over a task's examples; papers that sum over classes need their rate scaled (docs/protocols.md).
+    The mean is over a task's examples; papers that sum over classes need their rate scaled
+    (docs/protocols.md).
     """
     if is_classification(targets):
         losses = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")

@@ -10,12 +10,12 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
-import numpy as np  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from torch import Tensor  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
 
-from metarun.files import atomic_write  # noqa: E402
+from metarun.files import atomic_write
 
 COLOURS = {"train": "#8c8c8c", "validation": "#1f77b4"}
 
@@ -64,17 +64,23 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], path: Path) -> None:
         own = [row for row in rows if row["model"] == model]
         x = np.array([cells.index(row["cell"]) + (i - (len(models) - 1) / 2) * width for row in own])
         y = np.array([scale * row["mean"] for row in own])
-        bars = axis.bar(x, y, width * 0.92, yerr=[scale * row["interval"] for row in own], capsize=3, label=model)
+        bars = axis.bar(
+            x, y, width * 0.92, yerr=[scale * row["interval"] for row in own], capsize=3, label=model
+        )
         axis.bar_label(bars, fmt="%.1f" if percent else "%.3f", padding=3, fontsize=8)
     if percent:
         for position, cell in enumerate(cells):
             chance = 100 / next(row["ways"] for row in rows if row["cell"] == cell)
-            label = "chance" if position == 0 else None
-            axis.hlines(chance, position - 0.45, position + 0.45, colors="k", linestyles="dotted", label=label)
+            label = "" if position else "chance"
+            axis.hlines(
+                chance, position - 0.45, position + 0.45, colors="k", linestyles="dotted", label=label
+            )
         axis.set_ylim(0, 109)
     axis.set_xticks(range(len(cells)), cells)
     axis.set_ylabel("accuracy, %" if percent else "mean squared error")
-    axis.set_title(f"{rows[0]['dataset']}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals")
+    axis.set_title(
+        f"{rows[0]['dataset']}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals"
+    )
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
 

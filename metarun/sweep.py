@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import sys
@@ -20,11 +18,13 @@ class SweepTable(Callback):
     """Prints one row a job when a multirun ends, and saves sweep.csv beside the jobs."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from metarun.files import atomic_write
+        from metarun.files import write_csv
         from metarun.tracking import console
 
         folder = Path(config.hydra.sweep.dir)
-        results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"), key=job_number)]
+        results = [
+            json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"), key=job_number)
+        ]
         if not results:
             return
         rows = [row_of(result) for result in results]
@@ -36,11 +36,7 @@ class SweepTable(Callback):
         for row in rows:
             table.add_row(*(str(row.get(key, "")) for key in shown))
         console.print(table)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, keys)
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(folder / "sweep.csv", lambda file: file.write(text.getvalue().encode()))
+        write_csv(folder / "sweep.csv", rows)
         console.print(f"saved {folder / 'sweep.csv'}", highlight=False, soft_wrap=True)
         if any("error" in row for row in rows):
             sys.exit(1)
@@ -48,11 +44,10 @@ class SweepTable(Callback):
 
 def record_failure(folder: Path, message: str) -> float:
     """Note a job that failed, so that the sweep goes on and its table tells."""
-    from metarun.files import atomic_write
+    from metarun.files import write_json
 
     overrides = list(HydraConfig.get().overrides.task)
-    text = json.dumps({"overrides": overrides, "error": message}, indent=2)
-    atomic_write(folder / "result.json", lambda file: file.write(text.encode()))
+    write_json(folder / "result.json", {"overrides": overrides, "error": message})
     return math.nan
 
 

@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from metarun.files import atomic_write
+from metarun.files import write_text
 
 # Progress and notes go to standard error, so that standard output holds results only.
 console = Console()
@@ -33,7 +39,7 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self.rows = [row for row in read_rows(self.path) if row["iteration"] <= resumed_at]
         kept = "".join(json.dumps(row) + "\n" for row in self.rows)
-        atomic_write(self.path, lambda file: file.write(kept.encode()))
+        write_text(self.path, kept)
         self.file = self.path.open("a")
         self.writer = None
         if tensorboard:
@@ -96,8 +102,8 @@ class Bar:
     def __init__(self, description: str, total: int, unit: str = "it", start: int = 0) -> None:
         self.progress = progress_bar(unit)
         self.task = self.progress.add_task(description, total=total, completed=start, rate="-", text="")
-        self.start, self.done, self.began = start, start, time.perf_counter()
-        self.shown = self.began
+        self.total, self.start, self.done, self.text = total, start, start, ""
+        self.began = self.shown = time.perf_counter()
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -109,12 +115,12 @@ class Bar:
     def advance(self, count: int = 1, text: str | None = None) -> None:
         self.done += count
         now = time.perf_counter()
-        if text is None and now - self.shown < 0.1 and self.done < self.progress.tasks[0].total:
+        self.text = self.text if text is None else text
+        if now - self.shown < 0.1 and self.done < self.total:
             return
         self.shown = now
         rate = (self.done - self.start) / max(now - self.began, 1e-9)
-        fields = {"rate": f"{rate:.1f}"} | ({} if text is None else {"text": text})
-        self.progress.update(self.task, completed=self.done, **fields)
+        self.progress.update(self.task, completed=self.done, rate=f"{rate:.1f}", text=self.text)
 
     def line(self, text: str) -> None:
         """A lasting line above the bar."""

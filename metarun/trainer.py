@@ -113,10 +113,8 @@ class Trainer:
     # the loop
 
     def run(self, tracker: Tracker) -> None:
-        """Train to `plan.iterations`. Interrupted after Ctrl-C; TrainingError where the loss is not finite."""
+        """Train to `plan.iterations`. Interrupted after Ctrl-C; TrainingError for a loss not finite."""
         plan = self.plan
-        self.train_source.check(plan.geometry)
-        self.validation_source.check(plan.validation_geometry)
         self.algorithm.train()
         began = time.perf_counter() - self.seconds
         bar = Bar("train", plan.iterations, start=self.iteration)

@@ -25,7 +25,13 @@ def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def maml_loss(
-    net: nn.Module, params: dict[str, Tensor], episodes: Episodes, rate: float, steps: int, order: int, head_only: bool
+    net: nn.Module,
+    params: dict[str, Tensor],
+    episodes: Episodes,
+    rate: float,
+    steps: int,
+    order: int,
+    head_only: bool,
 ) -> Tensor:
     """Mean over tasks of the query loss after `steps` of gradient descent (Finn et al., algorithm 2)."""
     losses = []

@@ -25,7 +25,9 @@ class ProtoNet(Algorithm):
     def __init__(self, backbone: nn.Module, classification: bool = True) -> None:
         super().__init__()
         if not classification:
-            raise ConfigError("algorithm=protonet classifies and cannot regress; choose algorithm=maml or reptile")
+            raise ConfigError(
+                "algorithm=protonet classifies and cannot regress; choose algorithm=maml or reptile"
+            )
         self.backbone = backbone
         self.uses_query_statistics = uses_batch_statistics(backbone)
 

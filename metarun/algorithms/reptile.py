@@ -47,9 +47,7 @@ class Reptile(MAML):
         distance = sum((p - phi["params"][name]).square().sum() for name, p in theta.items())
         return 0.5 * distance / len(x), outputs
 
-    def inner_problem(
-        self, support_x: Tensor, support_y: Tensor, ways: int
-    ) -> tuple[Loss, Params, Params]:
+    def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
         params = self.learner.task_params(len(support_x), ways)
         size = support_x.shape[1]
         if not 0 < self.batch < size:

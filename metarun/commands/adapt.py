@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from metarun.config import check
 from metarun.episodes import Episodes, Geometry
 from metarun.errors import ConfigError
 from metarun.evaluation import fixed_draws
-from metarun.files import atomic_write
+from metarun.files import write_csv, write_json
 from metarun.hardware import Hardware
 from metarun.objectives import is_classification, metric_name, task_loss, task_score
 from metarun.tracking import console, notes, relative
@@ -132,8 +129,8 @@ def move(task: Task, hardware: Hardware) -> Task:
         tensor = tensor.to(hardware.device)
         return tensor.to(hardware.dtype) if tensor.is_floating_point() else tensor
 
-    moved = [to(x) for x in (task.support_x, task.support_y, task.query_x, task.query_y)]
-    return Task(*moved, task.classes, task.query_names)  # type: ignore[arg-type]
+    moved = {key: to(getattr(task, key)) for key in ("support_x", "support_y", "query_x", "query_y")}
+    return replace(task, **moved)  # type: ignore[arg-type]
 
 
 def follow(algorithm: Algorithm, task: Task) -> tuple[list[dict[str, Any]], Adapted]:
@@ -163,18 +160,20 @@ def figures(name: str, outputs: Tensor, targets: Tensor) -> dict[str, float]:
     }
 
 
-def report(model: Model, task: Task, steps: list[dict[str, Any]], outputs: Tensor | None, folder: Path) -> None:
+def report(
+    model: Model, task: Task, steps: list[dict[str, Any]], outputs: Tensor | None, folder: Path
+) -> None:
     """Tables on screen; steps.json, predictions.csv and a picture in the folder."""
     metric = metric_name(task.support_y)
     ways = f"{len(task.classes)} classes, " if metric == "accuracy" else ""
     title = f"{model.name}: {ways}{task.support_x.shape[1]} support examples"
     console.print(step_table(steps, metric, title))
     saved = ["steps.json", "adapted.pt"]
-    atomic_write(folder / "steps.json", lambda file: file.write(json.dumps(steps, indent=2).encode()))
+    write_json(folder / "steps.json", steps)
     if outputs is not None and metric == "accuracy":
         rows = prediction_rows(task, outputs)
         console.print(prediction_table(rows, task))
-        write_predictions(rows, folder / "predictions.csv")
+        write_csv(folder / "predictions.csv", rows)
         draw_predictions(rows, task, folder / "predictions.png")
         saved += ["predictions.csv", "predictions.png"]
         if model.algorithm.uses_query_statistics:
@@ -224,24 +223,23 @@ def prediction_rows(task: Task, outputs: Tensor) -> list[dict[str, Any]]:
 def prediction_table(rows: list[dict[str, Any]], task: Task) -> Table:
     known = [row for row in rows if row["class"]]
     right = sum(row["prediction"] == row["class"] for row in known)
-    title = f"{len(rows)} queries" + (f", {right} of {len(known)} right ({right / len(known):.1%})" if known else "")
+    title = f"{len(rows)} queries" + (
+        f", {right} of {len(known)} right ({right / len(known):.1%})" if known else ""
+    )
     caption = f"the first {SHOWN}; all are in predictions.csv" if len(rows) > SHOWN else None
     table = Table(title=title, caption=caption)
     for heading in ("query", "prediction", "probability", *(["class"] if known else [])):
         table.add_column(heading, overflow="fold")
     for row in rows[:SHOWN]:
         wrong = row["class"] and row["prediction"] != row["class"]
-        cells = [row["query"], row["prediction"], f"{row['probability']:.3f}", *([row["class"]] if known else [])]
+        cells = [
+            row["query"],
+            row["prediction"],
+            f"{row['probability']:.3f}",
+            *([row["class"]] if known else []),
+        ]
         table.add_row(*cells, style="red" if wrong else None)
     return table
-
-
-def write_predictions(rows: list[dict[str, Any]], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None:

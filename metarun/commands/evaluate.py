@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from metarun.config import check, check_node
 from metarun.episodes import EpisodeSource, Geometry
 from metarun.errors import ConfigError, MetarunError
 from metarun.evaluation import Result, evaluate, paired_difference
-from metarun.files import atomic_write
+from metarun.files import write_csv, write_json
 from metarun.hardware import Hardware
 from metarun.tracking import Bar, console, notes, relative, with_interval
 
@@ -162,18 +159,20 @@ def report(cells: list[Cell], dataset: str, cfg: DictConfig, folder: Path) -> No
     """Tables on screen; results.json, results.csv and results.png in the folder."""
     rows = [row_of(cell, dataset, cfg) for cell in cells]
     pairs = comparisons(cells)
-    console.print(table_of(cells, f"{dataset}, {cfg.split} classes, {cfg.episodes} episodes, seed {cfg.seed}"))
+    console.print(
+        table_of(cells, f"{dataset}, {cfg.split} classes, {cfg.episodes} episodes, seed {cfg.seed}")
+    )
     if pairs:
         console.print(pair_table(pairs))
     content = {"results": rows, "comparisons": pairs}
-    atomic_write(folder / "results.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(folder / "results.csv", lambda file: file.write(text.getvalue().encode()))
+    write_json(folder / "results.json", content)
+    write_csv(folder / "results.csv", rows)
     plots.evaluation_grid(rows, folder / "results.png")
-    notes.print(f"saved results.json, results.csv and results.png in {relative(folder)}", highlight=False, soft_wrap=True)
+    notes.print(
+        f"saved results.json, results.csv and results.png in {relative(folder)}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def row_of(cell: Cell, dataset: str, cfg: DictConfig) -> dict[str, Any]:
@@ -250,5 +249,7 @@ def pair_table(pairs: list[dict[str, Any]]) -> Table:
     for pair in pairs:
         clear = abs(pair["difference"]) > pair["interval"]
         text = with_interval(pair["metric"], pair["difference"], pair["interval"], signed=True)
-        table.add_row(pair["task"], f"{pair['a']} - {pair['b']}", text, "" if clear else "within the interval")
+        table.add_row(
+            pair["task"], f"{pair['a']} - {pair['b']}", text, "" if clear else "within the interval"
+        )
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from metarun.build import (
     validation_geometry,
 )
 from metarun.config import check
+from metarun.episodes import EpisodeSource
 from metarun.errors import ConfigError
 from metarun.evaluation import Result, evaluate
-from metarun.files import atomic_write
+from metarun.files import write_json
 from metarun.hardware import Hardware
 from metarun.tracking import Bar, Tracker, console, notes, relative, with_interval
 from metarun.trainer import Interrupted, Plan, Trainer
@@ -46,10 +46,13 @@ def run(cfg: DictConfig) -> float:
     hardware = build_hardware(cfg)
     torch.manual_seed(cfg.seed)
     trainer = build_trainer(cfg, hardware, folder)
+    test_source = build_test_source(cfg, hardware)
     if state is not None:
         trainer.load_state(state)
     name = describe(cfg)
-    notes.print(f"[bold]{name}[/]: {hardware.describe()}, {count_parameters(trainer)} parameters", highlight=False)
+    notes.print(
+        f"[bold]{name}[/]: {hardware.describe()}, {count_parameters(trainer)} parameters", highlight=False
+    )
     if trainer.iteration:
         notes.print(f"resumed at iteration {trainer.iteration}")
     tracker = Tracker(folder, trainer.iteration, cfg.log.tensorboard)
@@ -57,12 +60,14 @@ def run(cfg: DictConfig) -> float:
         trainer.run(tracker)
     except Interrupted:
         notes.print(f"stopped and saved at iteration {trainer.iteration}; go on with")
-        notes.print(f"  metarun train resume={relative(folder)}", style="bold", highlight=False, soft_wrap=True)
+        notes.print(
+            f"  metarun train resume={relative(folder)}", style="bold", highlight=False, soft_wrap=True
+        )
         raise
     finally:
         tracker.close()
     plots.learning_curve(tracker.rows, name, folder / "learning_curve.png")
-    test = test_best(trainer, cfg, hardware) if cfg.test.episodes else None
+    test = test_best(trainer, test_source, cfg, hardware) if test_source else None
     report(trainer, test, name, folder)
     assert trainer.best
     return trainer.best.score
@@ -83,10 +88,22 @@ def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
         log_every=cfg.log.every,
         seed=cfg.seed,
     )
+    # Loaded and checked before anything runs, so that an impossible task is told at once.
     train, validation = (build_source(cfg.dataset, split, hardware) for split in ("train", "validation"))
+    train.check(plan.geometry)
+    validation.check(plan.validation_geometry)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config["choices"] = choices(cfg)
     return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, config)
+
+
+def build_test_source(cfg: DictConfig, hardware: Hardware) -> EpisodeSource | None:
+    """The test split where a test is asked for."""
+    if not cfg.test.episodes:
+        return None
+    source = build_source(cfg.dataset, "test", hardware)
+    source.check(validation_geometry(cfg))
+    return source
 
 
 def resumed_config(state: dict[str, Any], typed: DictConfig, overrides: list[str]) -> DictConfig:
@@ -108,7 +125,11 @@ def choices(cfg: DictConfig) -> dict[str, str]:
     if "choices" in cfg:
         return dict(cfg.choices)
     chosen = HydraConfig.get().runtime.choices
-    return {group: chosen[group] for group in ("algorithm", "dataset", "backbone", "inner_loop") if group in chosen}
+    return {
+        group: chosen[group]
+        for group in ("algorithm", "dataset", "backbone", "inner_loop")
+        if group in chosen
+    }
 
 
 def describe(cfg: DictConfig) -> str:
@@ -120,11 +141,10 @@ def count_parameters(trainer: Trainer) -> str:
     return f"{sum(p.numel() for p in trainer.algorithm.parameters()):,}"
 
 
-def test_best(trainer: Trainer, cfg: DictConfig, hardware: Hardware) -> Result:
+def test_best(trainer: Trainer, source: EpisodeSource, cfg: DictConfig, hardware: Hardware) -> Result:
     """Score the best checkpoint on the test split, in validation's geometry."""
     best = checkpoint.load(trainer.folder / "best.pt")
     trainer.algorithm.load_state_dict(best["algorithm"])
-    source = build_source(cfg.dataset, "test", hardware)
     with Bar("test", cfg.test.episodes, "episodes") as bar:
         return evaluate(
             trainer.algorithm,
@@ -150,7 +170,8 @@ def report(trainer: Trainer, test: Result | None, name: str, folder: Path) -> No
         "validation": {"iteration": best.iteration, "mean": best.score, "interval": best.interval},
         "checkpoint": str(folder / "best.pt"),
     }
-    lines = [f"validation  {best.metric} {with_interval(best.metric, best.score, best.interval)}  (best, iteration {best.iteration})"]
+    text = with_interval(best.metric, best.score, best.interval)
+    lines = [f"validation  {best.metric} {text}  (best, iteration {best.iteration})"]
     if test is not None:
         result["test"] = {
             "geometry": str(test.geometry),
@@ -162,8 +183,10 @@ def report(trainer: Trainer, test: Result | None, name: str, folder: Path) -> No
         }
         kind = "transductive" if test.uses_query_statistics else "each query by itself"
         text = with_interval(test.metric, test.mean, test.interval)
-        lines.append(f"test        {test.metric} {text}  ({test.geometry}, {len(test.scores)} episodes, {kind})")
-    atomic_write(folder / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
+        lines.append(
+            f"test        {test.metric} {text}  ({test.geometry}, {len(test.scores)} episodes, {kind})"
+        )
+    write_json(folder / "result.json", result)
     place = relative(folder)
     lines += [
         f"trained     {trainer.iteration} iterations in {trainer.seconds:.0f} s",

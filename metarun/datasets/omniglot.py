@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metarun.files import Archive, Folder, cached, count_bar, data_dir, download
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
+from metarun.files import Archive, Folder, cached, count_bar, data_dir, download
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 MD5 = {

@@ -31,7 +31,7 @@ class Sinusoid:
         phase: Range = (0.0, math.pi),
         x: Range = (-5.0, 5.0),
     ) -> None:
-        self.amplitude, self.phase, self.x = tuple(amplitude), tuple(phase), tuple(x)
+        self.amplitude, self.phase, self.x = amplitude, phase, x
 
     @property
     def item_shape(self) -> tuple[int, ...]:
@@ -59,15 +59,16 @@ class SinusoidSource:
     def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
         """Amplitudes [T, 1, 1], phases [T, 1, 1] and points [T, K+Q, 1]."""
 
-        def uniform(low: float, high: float, points: int) -> Tensor:
+        def uniform(bounds: Range, points: int) -> Tensor:
+            low, high = bounds
             numbers = torch.rand(tasks, points, 1, generator=generator, device=generator.device)
             return low + (high - low) * numbers
 
         points = geometry.shots + geometry.queries
         return (
-            uniform(*self.settings.amplitude, 1),
-            uniform(*self.settings.phase, 1),
-            uniform(*self.settings.x, points),
+            uniform(self.settings.amplitude, 1),
+            uniform(self.settings.phase, 1),
+            uniform(self.settings.x, points),
         )
 
     def gather(self, draw: Draw, geometry: Geometry) -> Episodes:

@@ -40,8 +40,7 @@ class Adam(InnerLoop):
                 first[name] = self.beta1 * first[name] + (1 - self.beta1) * g
                 second[name] = self.beta2 * second[name] + (1 - self.beta2) * g.square()
             params = {
-                name: p
-                - self.rate * first[name] / correct1 / (root(second[name] / correct2) + self.epsilon)
+                name: p - self.rate * first[name] / correct1 / (root(second[name] / correct2) + self.epsilon)
                 for name, p in params.items()
             }
             yield params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -36,9 +37,7 @@ class InnerLoop(nn.Module, ABC):
 
     def forward(self, loss: Loss, params: Params) -> Params:
         """The weights after the last step; `params` themselves where there is none."""
-        for params in self.trajectory(loss, params):  # noqa: B020 (each step replaces the last)
-            pass
-        return params
+        return deque(self.trajectory(loss, params), maxlen=1).pop() if self.step_count() else params
 
     def step_count(self) -> int:
         return self.steps if self.training or self.test_steps is None else self.test_steps

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 
 from metarun.datasets.glyphs import Glyphs
@@ -22,11 +21,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     words = ["backbone.width=16", "iterations=150", "dataset.train_classes=200", "validation.every=150"]
     words += ["log.tensorboard=false", "test.episodes=0", "hardware.threads=1", "hydra.run.dir=run"]
-    subprocess.run([sys.executable, "-m", "metarun", "train", *words], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "metarun", "train", *words], cwd=folder, check=True, capture_output=True
+    )
     return folder / "run"
 
 
-def draw(folder: Path, dark: bool, sizes: tuple[int, ...] = (28, 90, 61), modes: tuple[str, ...] = ("L",)) -> None:
+def draw(
+    folder: Path, dark: bool, sizes: tuple[int, ...] = (28, 90, 61), modes: tuple[str, ...] = ("L",)
+) -> None:
     """support/ (unequal shots) and query/ of three unseen characters, as a person would save them."""
     store = Glyphs(test_classes=3, seed=11).split("test")
     for k, name in enumerate(("alpha one", "βήτα", "gamma")):
@@ -50,7 +53,9 @@ def test_a_users_drawings_of_either_polarity(metarun, run: Path, tmp_path: Path,
     assert len(rows) == 15
     assert sum(row["prediction"] == row["class"] for row in rows) >= 12
     for row in rows:
-        assert sum(float(value) for key, value in row.items() if key.startswith("p(")) == pytest.approx(1, abs=1e-4)
+        assert sum(float(value) for key, value in row.items() if key.startswith("p(")) == pytest.approx(
+            1, abs=1e-4
+        )
     assert (tmp_path / "out/predictions.png").stat().st_size > 5000
     adapted = torch.load(tmp_path / "out/adapted.pt", weights_only=True)
     assert adapted["classes"] == ["alpha one", "gamma", "βήτα"]
@@ -114,7 +119,9 @@ def unknown_query_class(folder: Path) -> str:
 )
 def test_folders_that_cannot_be_used(metarun, run: Path, tmp_path: Path, spoil):
     message = spoil(tmp_path)
-    done = metarun("adapt", f"checkpoint={run}", "support=support", "query=query", "hydra.run.dir=out", status=1)
+    done = metarun(
+        "adapt", f"checkpoint={run}", "support=support", "query=query", "hydra.run.dir=out", status=1
+    )
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -110,10 +110,16 @@ def test_a_bad_value_is_one_line_and_exit_1_and_leaves_nothing(metarun, tmp_path
     if words == "hardware=gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     (tmp_path / "file").write_text("in the way")
-    keys = {word.split("=")[0].lstrip("+") for word in words.split()}
-    tiny = [word for word in TINY if word.split("=")[0].split(".")[0] not in {k.split(".")[0] for k in keys} or
-            word.split("=")[0] not in keys and "dataset" not in keys and "backbone" not in keys]
-    done = metarun("train", *tiny, *words.split(), status=1)
+    asked = words.split()
+    # What is typed replaces the small run's settings, and another group option has other settings.
+    replaced = {word.split("=")[0].lstrip("+") for word in asked}
+    if "dataset=sinusoid" in asked:
+        replaced |= {word.split("=")[0] for word in TINY if word.startswith(("dataset.", "backbone."))}
+    if replaced & {"dataset", "backbone"}:
+        group = (replaced & {"dataset", "backbone"}).pop()
+        replaced |= {word.split("=")[0] for word in TINY if word.startswith(f"{group}.")}
+    tiny = [word for word in TINY if word.split("=")[0] not in replaced]
+    done = metarun("train", *tiny, *asked, status=1)
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("metarun: error: ")

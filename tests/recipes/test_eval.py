@@ -48,11 +48,17 @@ def test_a_grid_with_a_cell_that_cannot_be(metarun, runs: Path, tmp_path: Path):
     assert (tmp_path / "out/results.png").stat().st_size > 5000
 
 
-def test_the_same_episodes_whatever_the_checkpoint_and_however_many_at_once(metarun, runs: Path, tmp_path: Path):
+def test_the_same_episodes_whatever_the_checkpoint_and_however_many_at_once(
+    metarun, runs: Path, tmp_path: Path
+):
     hashes, means = set(), set()
     for i, words in enumerate((["hardware.tasks_at_once=1"], ["hardware.tasks_at_once=50"])):
         metarun(
-            "eval", f"checkpoint=[{runs}/maml,{runs}/protonet]", "episodes=60", *words, f"hydra.run.dir=out{i}"
+            "eval",
+            f"checkpoint=[{runs}/maml,{runs}/protonet]",
+            "episodes=60",
+            *words,
+            f"hydra.run.dir=out{i}",
         )
         rows = results_of(tmp_path / f"out{i}")["results"]
         hashes |= {row["episodes_hash"] for row in rows}

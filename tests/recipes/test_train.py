@@ -76,7 +76,12 @@ def test_training_learns(metarun, tmp_path: Path):
     trained = json.loads((run_folder(tmp_path) / "result.json").read_text())["test"]["mean"]
     words[2] = "iterations=1"
     metarun(
-        *words, *data, "test.episodes=200", "log.tensorboard=false", "optimizer.lr=1e-9", "hydra.run.dir=start"
+        *words,
+        *data,
+        "test.episodes=200",
+        "log.tensorboard=false",
+        "optimizer.lr=1e-9",
+        "hydra.run.dir=start",
     )
     untrained = json.loads((tmp_path / "start/result.json").read_text())["test"]["mean"]
     assert trained > max(untrained + 0.08, 0.7)

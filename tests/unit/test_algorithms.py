@@ -222,9 +222,7 @@ def test_evaluation_equals_training_mode_and_leaves_no_graph(name: str):
         outputs = algorithm.predict(adapted, episodes.query_x)
     assert not outputs.requires_grad
     assert outputs.shape == (3, 6, 3)
-    again = algorithm.predict(
-        algorithm.adapt(episodes.support_x, episodes.support_y, 3), episodes.query_x
-    )
+    again = algorithm.predict(algorithm.adapt(episodes.support_x, episodes.support_y, 3), episodes.query_x)
     torch.testing.assert_close(outputs, again)
 
 
@@ -233,9 +231,7 @@ def test_tasks_do_not_touch_each_other(name: str):
     """A task's predictions are the same alone and beside others."""
     algorithm = METHODS[name].build(BACKBONES["conv4"](), 2)
     episodes = episodes_of()
-    whole = algorithm.predict(
-        algorithm.adapt(episodes.support_x, episodes.support_y, 3), episodes.query_x
-    )
+    whole = algorithm.predict(algorithm.adapt(episodes.support_x, episodes.support_y, 3), episodes.query_x)
     for t, one in enumerate(episodes.chunks(1)):
         alone = algorithm.predict(algorithm.adapt(one.support_x, one.support_y, 3), one.query_x)
         torch.testing.assert_close(alone[0], whole[t])

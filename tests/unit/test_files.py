@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from metarun import files
-from metarun.files import Archive, Folder, atomic_write, cache_dir, cached, data_dir, download
 from metarun.errors import DataError
+from metarun.files import Archive, Folder, atomic_write, cache_dir, cached, data_dir, download
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 MD5 = hashlib.md5(BODY).hexdigest()
