@@ -13,6 +13,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.table import Table
 
+Row = dict[str, Any]
+
 
 class SweepTable(Callback):
     """Prints one row a job when a multirun ends, and saves sweep.csv beside the jobs."""
@@ -22,23 +24,14 @@ class SweepTable(Callback):
         from metarun.tracking import console
 
         folder = Path(config.hydra.sweep.dir)
-        results = [
-            json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"), key=job_number)
-        ]
+        paths = sorted(folder.glob("*/result.json"), key=job_number)
+        results = {path.parent.name: json.loads(path.read_text()) for path in paths}
         if not results:
             return
-        rows = [row_of(result) for result in results]
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        table = Table(title=f"{len(rows)} jobs, {folder}")
-        shown = [key for key in keys if key != "checkpoint"]
-        for key in shown:
-            table.add_column(key)
-        for row in rows:
-            table.add_row(*(str(row.get(key, "")) for key in shown))
-        console.print(table)
-        write_csv(folder / "sweep.csv", rows)
+        write_csv(folder / "sweep.csv", [row_of(job, result) for job, result in results.items()])
+        console.print(table_of(results, str(folder)))
         console.print(f"saved {folder / 'sweep.csv'}", highlight=False, soft_wrap=True)
-        if any("error" in row for row in rows):
+        if any("error" in result for result in results.values()):
             sys.exit(1)
 
 
@@ -56,20 +49,45 @@ def job_number(path: Path) -> tuple[int, str]:
     return (int(name), "") if name.isdigit() else (1 << 30, name)
 
 
-def row_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What was swept, and what came out; accuracies in %."""
-    row: dict[str, Any] = dict(override.lstrip("+").split("=", 1) for override in result["overrides"])
-    row.pop("pairing", None)
+def typed(result: Row) -> dict[str, str]:
+    """The settings a job was given, by key."""
+    pairs = (override.lstrip("+").partition("=") for override in result["overrides"])
+    return {key: value for key, _, value in pairs if key != "pairing"}
+
+
+def row_of(job: str, result: Row) -> Row:
+    """Everything about a job, for sweep.csv; accuracies in [0, 1]."""
+    row: Row = {"job": job, **typed(result)}
     if "error" in result:
         return row | {"error": result["error"]}
-    scale = 100 if result["metric"] == "accuracy" else 1
     for split in ("validation", "test"):
         if split in result:
-            figures = result[split]
-            row[f"{split} {result['metric']}"] = round(scale * figures["mean"], 3)
-            row[f"{split} ±"] = round(scale * figures["interval"], 3)
-    return row | {
-        "best iteration": result["validation"]["iteration"],
-        "seconds": result["seconds"],
-        "checkpoint": result["checkpoint"],
-    }
+            row[f"{split} {result['metric']}"] = result[split]["mean"]
+            row[f"{split} interval"] = result[split]["interval"]
+    best = result["validation"]["iteration"]
+    return row | {"best iteration": best, "seconds": result["seconds"], "checkpoint": result["checkpoint"]}
+
+
+def table_of(results: dict[str, Row], folder: str) -> Table:
+    """What differs between the jobs, and what came out."""
+    from metarun.tracking import with_interval
+
+    settings = {job: typed(result) for job, result in results.items()}
+    keys = list(dict.fromkeys(key for own in settings.values() for key in own))
+    swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]
+    table = Table(title=f"{len(results)} jobs in {folder}")
+    for heading in ("job", *swept, "validation", "test", "seconds"):
+        table.add_column(heading, overflow="fold")
+    for job, result in results.items():
+        cells = [job, *(settings[job].get(key, "") for key in swept)]
+        if "error" in result:
+            table.add_row(*cells, f"[red]{result['error']}[/]")
+            continue
+        figures = [
+            with_interval(result["metric"], result[split]["mean"], result[split]["interval"])
+            if split in result
+            else ""
+            for split in ("validation", "test")
+        ]
+        table.add_row(*cells, *figures, f"{result['seconds']:.0f}")
+    return table

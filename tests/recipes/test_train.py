@@ -157,7 +157,7 @@ def test_a_sweep_ends_with_one_table(metarun, tmp_path: Path):
     assert "4 jobs" in done.stdout
     lines = (tmp_path / "sweep/sweep.csv").read_text().splitlines()
     assert len(lines) == 5
-    assert lines[0].startswith("algorithm,seed")
+    assert lines[0].startswith("job,algorithm,seed")
 
 
 def test_a_failed_job_is_a_row_and_the_sweep_goes_on(metarun, tmp_path: Path):
