@@ -1,0 +1,28 @@
+"""The main job on real Omniglot, where METARUN_TEST_DATA has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("words", "least"),
+    [
+        (["algorithm=protonet", "ways=10", "validation.ways=5", "iterations=400"], 0.90),
+        (["algorithm=maml", "backbone.downsample=stride", "backbone.width=32", "iterations=400"], 0.78),
+    ],
+    ids=["protonet", "maml"],
+)
+def test_it_trains_and_evaluates_on_omniglot(
+    metarun, tmp_path: Path, test_data: Path, words: list[str], least: float
+):
+    data = ["dataset=omniglot", f"dataset.root={test_data}/omniglot"]
+    metarun("train", *words, *data, "hydra.run.dir=run", "test.episodes=200", "log.tensorboard=false")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["test"]["mean"] > least
+    metarun("eval", "checkpoint=run", "shots=[1,5]", "episodes=200", "hydra.run.dir=out")
+    one, five = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert least - 0.02 < one["mean"] < five["mean"]

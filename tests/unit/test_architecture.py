@@ -1,0 +1,57 @@
+"""Imports run one way, and the documents name what exists."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import metarun
+
+PACKAGE = Path(metarun.__file__).parent
+INNER = {"algorithms", "inner_loops", "backbones", "learner", "objectives", "episodes"}
+FORBIDDEN = {
+    "hydra",
+    "omegaconf",
+    "metarun.datasets",
+    "metarun.trainer",
+    "metarun.commands",
+    "metarun.config",
+    "metarun.build",
+    "metarun.hardware",
+    "metarun.tracking",
+}
+HYDRA_ROOMS = {"cli", "commands", "config", "build", "explain", "sweep", "checkpoint"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path):
+    names = imports(path)
+    if room(path) in INNER:
+        assert not [name for name in names if any(name == f or name.startswith(f + ".") for f in FORBIDDEN)]
+    if room(path) not in HYDRA_ROOMS:
+        assert not [name for name in names if name.split(".")[0] in ("hydra", "omegaconf")]
+
+
+def test_no_algorithm_imports_a_sibling_but_a_variant_its_original():
+    allowed = {("reptile", "maml")}
+    for path in (PACKAGE / "algorithms").glob("*.py"):
+        for name in imports(path):
+            if name.startswith("metarun.algorithms."):
+                other = name.split(".")[2]
+                assert other in ("base", path.stem) or (path.stem, other) in allowed, (path.name, name)
