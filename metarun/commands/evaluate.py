@@ -87,10 +87,12 @@ def load_models(cfg: DictConfig, hardware: Hardware) -> list[Model]:
         adjust(config, cfg)
         algorithm = checkpoint.rebuild(content, config, hardware, path)
         models.append(Model(config.choices.algorithm, path, config, algorithm))
-    names = [model.name for model in models]
-    for i, model in enumerate(models):
-        if names.count(model.name) > 1:
-            model.name = f"{model.name} {names[: i + 1].count(model.name)}"
+    # The algorithm names a model, its folder tells two of a kind apart, then its file.
+    for suffix in (lambda model: model.path.resolve().parent.name, lambda model: model.path.stem):
+        names = [model.name for model in models]
+        for model in models:
+            if names.count(model.name) > 1:
+                model.name = f"{model.name} {suffix(model)}"
     return models
 
 
@@ -200,11 +202,13 @@ def row_of(cell: Cell, dataset: str, cfg: DictConfig) -> dict[str, Any]:
 
 def table_of(cells: list[Cell], title: str) -> Table:
     metric = next(cell.result.metric for cell in cells if cell.result)
-    table = Table(title=title, caption="transductive: query statistics were used; hash: of the episodes")
+    hashes = {str(cell.geometry): cell.result.episodes_hash for cell in cells if cell.result}
+    caption = "episodes' hash: " + ", ".join(f"{task} {value}" for task, value in hashes.items())
+    table = Table(title=title, caption=caption)
     table.add_column("model", overflow="fold")
     table.add_column("task", no_wrap=True)
     table.add_column(f"{metric}, 95 % interval", min_width=21)
-    for heading in ("transductive", "seconds", "hash"):
+    for heading in ("transductive", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         if (result := cell.result) is None:
@@ -216,7 +220,6 @@ def table_of(cells: list[Cell], title: str) -> Table:
             with_interval(metric, result.mean, result.interval),
             "yes" if result.uses_query_statistics else "no",
             f"{result.seconds:.1f}",
-            result.episodes_hash[:8],
         )
     return table
 

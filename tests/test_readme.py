@@ -1,0 +1,61 @@
+"""The README's commands are understood, what it shows exists, and its errors are word for word."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from metarun import cli
+from metarun.config import check, register_frames
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = [README, *(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def commands() -> list[list[str]]:
+    """Every `metarun ...` in a bash block."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(part)[1:] for part in parts if part.startswith("metarun ")]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_of_the_readme_composes(words: list[str]):
+    command, *rest = words
+    overrides = [word for word in cli.arrange(command, rest) if not word.startswith("-")]
+    register_frames()
+    # A sweep's lists are Hydra's to split; the first choice of each stands for it here.
+    first = [word if "[" in word else word.split(",")[0] for word in overrides]
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        check(compose(command, first))
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\((docs/[^)]+)\)", README))))
+def test_what_the_readme_links_to_exists(name: str):
+    assert (ROOT / name).stat().st_size > 500
+
+
+def test_the_table_of_options_is_what_there_is():
+    for group in ("algorithm", "dataset", "backbone", "inner_loop", "hardware", "recipe"):
+        (row,) = re.findall(rf"^\| `{group}` \|(.*)\|$", README, re.MULTILINE)
+        there = {path.stem for path in (cli.CONF / group).glob("*.yaml")} - {"none"}
+        assert set(re.findall(r"`(\w+)`", row)) == there
+
+
+@pytest.mark.parametrize(
+    ("line", "error"), re.findall(r"^\$ metarun (.*)\n(metarun: error: .*)$", README, re.MULTILINE)
+)
+def test_the_readmes_errors_are_word_for_word(metarun, line: str, error: str):
+    assert metarun(*shlex.split(line), status=1).stderr.strip() == error
+
+
+def test_documents_name_modules_and_tests_that_exist():
+    for text in DOCUMENTS:
+        for name in re.findall(r"`((?:metarun|conf|tests)/[\w/]+\.\w+)`", text):
+            if "nearest" not in name:
+                assert (ROOT / name).exists(), name
