@@ -15,7 +15,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -81,13 +80,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def progress_bar(unit: str) -> Progress:
-    """A progress bar with count, speed, elapsed and remaining time, and free text behind it."""
+    """A progress bar with count, speed, remaining time, and free text; it fits 80 columns."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}" + f" {unit}/s"),
-        TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),

@@ -122,15 +122,13 @@ class Trainer:
             while self.iteration < plan.iterations and not interrupts:
                 self.step()
                 self.seconds = time.perf_counter() - began
-                text = None
                 if self.due(plan.log_every):
-                    row = self.flush_window(tracker)
-                    text = f"loss {row['loss']:.3f}  {show(row)}"
+                    self.flush_window(tracker)
                 if self.due(plan.validation_every):
                     self.validate(tracker, bar)
                 if self.due(plan.checkpoint_every) or self.iteration == plan.iterations:
                     self.save("last.pt", tracker)
-                bar.advance(1, text)
+                bar.advance(1, describe_live(tracker.rows))
         if interrupts and self.iteration < plan.iterations:
             self.save("last.pt", tracker)
             raise Interrupted
@@ -161,7 +159,7 @@ class Trainer:
             figures = [loss.detach() * len(chunk), scores.sum(), torch.ones_like(loss) * len(chunk)]
             self.window += torch.stack([figure.double() for figure in figures])
 
-    def flush_window(self, tracker: Tracker) -> dict[str, Any]:
+    def flush_window(self, tracker: Tracker) -> None:
         """Log the averages since the last row. TrainingError where the loss is not finite."""
         loss, score, tasks = self.window.tolist()
         self.window.zero_()
@@ -176,7 +174,6 @@ class Trainer:
             "seconds": round(self.seconds, 2),
         }
         tracker.log(row)
-        return row
 
     def validate(self, tracker: Tracker, bar: Bar) -> None:
         """Score the fixed validation episodes; the best so far becomes best.pt."""
@@ -200,8 +197,7 @@ class Trainer:
             "seconds": round(self.seconds, 2),
         }
         tracker.log(row)
-        train = next((row for row in reversed(tracker.rows) if row["split"] == "train"), None)
-        bar.line(describe_progress(self.iteration, train, row))
+        bar.line(describe_validation(tracker.rows))
         if self.best is None or is_better(result, self.best):
             self.best = Best(self.iteration, result.mean, result.interval, result.metric)
             self.save("best.pt", tracker)
@@ -226,17 +222,32 @@ def is_better(result: Result, best: Best) -> bool:
     return result.mean > best.score if result.metric == "accuracy" else result.mean < best.score
 
 
-def show(row: dict[str, Any]) -> str:
-    """The row's score for people."""
-    return f"accuracy {100 * row['accuracy']:.1f} %" if "accuracy" in row else f"mse {row['mse']:.3f}"
+def latest(rows: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
+    return next((row for row in reversed(rows) if row["split"] == split), None)
 
 
-def describe_progress(iteration: int, train: dict[str, Any] | None, validation: dict[str, Any]) -> str:
-    parts = [f"iteration {iteration:>6}"]
-    for name, row in (("train", train), ("validation", validation)):
-        if row:
-            parts.append(f"{name} loss {row['loss']:.4f} {show(row)}")
-    return "   ".join(parts)
+def show(row: dict[str, Any] | None) -> str:
+    """A row's score for people."""
+    if row is None:
+        return "-"
+    return f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else f"{row['mse']:.3f}"
+
+
+def describe_live(rows: list[dict[str, Any]]) -> str:
+    """What stands behind the progress bar: loss, and the training and validation score."""
+    train, validation = latest(rows, "train"), latest(rows, "validation")
+    loss = f"{train['loss']:.3f}" if train else "-"
+    return f"loss {loss} train {show(train)} val {show(validation)}"
+
+
+def describe_validation(rows: list[dict[str, Any]]) -> str:
+    """The lasting line of a validation."""
+    train, validation = latest(rows, "train"), latest(rows, "validation")
+    assert validation
+    metric = "accuracy" if "accuracy" in validation else "mse"
+    before = f"train loss {train['loss']:.4f} {metric} {show(train)}   " if train else ""
+    after = f"validation loss {validation['loss']:.4f} {metric} {show(validation)}"
+    return f"iteration {validation['iteration']:>6}   {before}{after}"
 
 
 @contextlib.contextmanager

@@ -257,7 +257,8 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     assert task.query_x is not None and task.query_y is not None
     trajectory = list(algorithm.trajectory(task.support_x, task.support_y, 1))
     shown = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
-    curves = {f"after {i} steps": algorithm.predict(trajectory[i], task.query_x) for i in shown}
+    names = {i: "before adapting" if i == 0 else f"after step {i}" for i in shown}
+    curves = {names[i]: algorithm.predict(trajectory[i], task.query_x) for i in shown}
     plots.regression_curves((task.support_x, task.support_y), (task.query_x, task.query_y), curves, path)
 
 

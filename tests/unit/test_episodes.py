@@ -21,8 +21,8 @@ def store(counts: list[int] = COUNTS) -> ClassStore:
     return ClassStore(images, counts, [f"class {k}" for k in range(len(counts))], "made up")
 
 
-def drawn(tasks: int = 300, geometry: Geometry = Geometry(3, 1, 3), seed: int = 0) -> Episodes:
-    return sample(store(), tasks, geometry, torch.Generator().manual_seed(seed))
+def drawn(tasks: int = 300, seed: int = 0) -> Episodes:
+    return sample(store(), tasks, Geometry(3, 1, 3), torch.Generator().manual_seed(seed))
 
 
 def identity(x: Tensor) -> Tensor:
