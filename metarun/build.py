@@ -5,13 +5,27 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from hydra.utils import get_class, instantiate
+import hydra.utils
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from metarun.algorithms.base import Algorithm
 from metarun.episodes import EpisodeSource, Geometry
 from metarun.errors import ConfigError
 from metarun.hardware import Hardware
+
+
+def instantiate(node: DictConfig, **passed: Any) -> Any:
+    """The object a node names, with its settings as plain values and `passed` as it is.
+
+    A value the class itself refuses (ValueError) is the user's to mend; any other fault inside
+    the class keeps its traceback.
+    """
+    make = hydra.utils.instantiate(node, _partial_=True, _convert_="all")
+    try:
+        return make(**passed)
+    except ValueError as error:
+        raise ConfigError(f"{node._target_}: {error}") from error
 
 
 def build_hardware(cfg: DictConfig) -> Hardware:

@@ -5,6 +5,7 @@ Torch is not imported here, so that help and mistakes in the command line are an
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -93,6 +94,7 @@ def run(name: str, arguments: list[str]) -> None:
 
     register_frames()
     sys.argv = [f"metarun {name}", *arrange(name, arguments)]
+    sys.path.insert(0, os.getcwd())  # a user's own classes, as with `python -m`
     # Let errors come here whole, to be told in one line each; `HYDRA_FULL_ERROR=1` shows them raw.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -122,12 +124,12 @@ def guarded(name: str, cfg: Any, raw: bool) -> Any:
             raise
         message = explained(error, name)
         folder = Path(HydraConfig.get().runtime.output_dir)
+        remove_notes(folder)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from metarun.sweep import record_failure
 
             print(f"metarun: error: {message}", file=sys.stderr)
             return record_failure(folder, message)
-        remove_if_unused(folder)
         fail(message, status=1)
 
 
@@ -141,10 +143,15 @@ def explained(error: Exception, name: str) -> str:
     return message
 
 
-def remove_if_unused(folder: Path) -> None:
-    """Remove a run folder that holds nothing but Hydra's notes."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra"}:
-        shutil.rmtree(folder, ignore_errors=True)
+def remove_notes(folder: Path) -> None:
+    """Remove Hydra's notes from a folder that holds nothing else, and what that leaves empty."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {".hydra"}:
+        return
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty
+        for empty in (folder.resolve(), folder.resolve().parent):
+            if empty != Path.cwd():
+                empty.rmdir()
 
 
 def arrange(name: str, arguments: list[str]) -> list[str]:
@@ -156,9 +163,10 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     overrides = [quote_path(a) for a in arguments if is_override(a)]
     if name == "train":
         overrides = pairing(overrides) + overrides
-    else:  # `dataset.root=...` adjusts the checkpoint's own dataset, which Hydra knows nothing of
-        overrides = [f"++{a}" if a.startswith("dataset.") else a for a in overrides]
     resume = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
+    if name != "train" or resume:
+        # `dataset.root=...` adjusts the checkpoint's own dataset, which Hydra knows nothing of.
+        overrides = [f"++{a}" if a.startswith("dataset.") else a for a in overrides]
     if name == "train" and resume:
         folder = Path(resume[-1]).expanduser()
         folder = folder if folder.is_dir() else folder.parent

@@ -18,32 +18,35 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, first_line
 
 
+# The values are in conf/*.yaml; the frame gives their types.
 @dataclass
 class Validation:
-    every: int = 100  # iterations between validations
-    episodes: int = 200  # fixed validation episodes
-    ways: int | None = None  # default: as in training
+    every: int = MISSING
+    episodes: int = MISSING
+    ways: int | None = None
     shots: int | None = None
     queries: int | None = None
+    seed: int = MISSING
 
 
 @dataclass
 class Test:
-    episodes: int = 600  # test episodes for the best checkpoint at the end; 0: none
+    episodes: int = MISSING
+    seed: int = MISSING
 
 
 @dataclass
 class Checkpointing:
-    every: int = 100  # iterations between saves of last.pt
+    every: int = MISSING
 
 
 @dataclass
 class Log:
-    every: int = 20  # iterations a logged row averages over
-    tensorboard: bool = True
+    every: int = MISSING
+    tensorboard: bool = MISSING
 
 
 @dataclass
@@ -53,19 +56,19 @@ class TrainConfig:
     backbone: Any = MISSING
     inner_loop: Any = None
     hardware: Any = MISSING
-    ways: int = 5
-    shots: int = 1
-    queries: int = 15
-    meta_batch: int = 32
-    iterations: int = 1000
-    norm: str = "batch"
+    ways: int = MISSING
+    shots: int = MISSING
+    queries: int = MISSING
+    meta_batch: int = MISSING
+    iterations: int = MISSING
+    norm: str = MISSING
     optimizer: Any = MISSING
     scheduler: Any = None
     validation: Validation = field(default_factory=Validation)
     test: Test = field(default_factory=Test)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     log: Log = field(default_factory=Log)
-    seed: int = 0
+    seed: int = MISSING
     resume: str | None = None
 
 
@@ -76,12 +79,12 @@ class EvalConfig:
     hardware: Any = MISSING
     ways: Any = None
     shots: Any = None
-    queries: int = 15
-    episodes: int = 600
-    split: str = "test"
+    queries: int = MISSING
+    episodes: int = MISSING
+    split: str = MISSING
     steps: int | None = None
     transductive: bool | None = None
-    seed: int = 0
+    seed: int = MISSING
 
 
 @dataclass
@@ -89,15 +92,15 @@ class AdaptConfig:
     checkpoint: str = MISSING
     support: str | None = None
     query: str | None = None
-    ink: str = "auto"
+    ink: str = MISSING
     dataset: Any = None  # a dataset, or settings to adjust the checkpoint's own
     hardware: Any = MISSING
     ways: int | None = None
     shots: int | None = None
-    queries: int = 15
-    split: str = "test"
+    queries: int = MISSING
+    split: str = MISSING
     steps: int | None = None
-    seed: int = 0
+    seed: int = MISSING
 
 
 FRAMES: dict[str, Any] = {"train": TrainConfig, "eval": EvalConfig, "adapt": AdaptConfig}
@@ -117,38 +120,49 @@ SUPPLIED = {
     "optimizer": {"params"},
     "scheduler": {"optimizer"},
 }
-AT_LEAST_ONE = [
-    "ways",
-    "shots",
-    "queries",
-    "meta_batch",
-    "iterations",
-    "episodes",
-    "validation.every",
-    "validation.episodes",
-    "checkpoint.every",
-    "log.every",
-    "validation.ways",
-    "validation.shots",
-    "validation.queries",
-]
+ONE_OR_MORE = "ways shots queries meta_batch iterations validation.every checkpoint.every log.every"
+# The least that each number may be. An interval needs two episodes; a seed 64 bits at most.
+LEAST = dict.fromkeys(ONE_OR_MORE.split(), 1) | {
+    "validation.ways": 1,
+    "validation.shots": 1,
+    "validation.queries": 1,
+    "validation.episodes": 2,
+    "episodes": 2,
+    "test.episodes": 0,
+    "seed": 0,
+    "validation.seed": 0,
+    "test.seed": 0,
+}
+MOST = (1 << 63) - 1
+NORMS = ("batch", "running", "group", "layer", "instance", "none")
 
 
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError for the first setting that cannot work."""
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command line")
-    for key in AT_LEAST_ONE:
-        group, _, name = key.rpartition(".")
-        node = cfg.get(group) if group else cfg
-        value = node.get(name) if OmegaConf.is_dict(node) else None
-        numbers: list[Any] = list(value) if OmegaConf.is_list(value) else [value]  # type: ignore[arg-type]
-        for number in numbers:
-            if number is not None and (not isinstance(number, int) or number < 1):
-                raise ConfigError(f"{key}={number}: must be a whole number of at least 1")
+    for key, least in LEAST.items():
+        check_number(key, value_of(cfg, key), least)
+    if "norm" in cfg and cfg.norm not in NORMS:
+        raise ConfigError(f"norm={cfg.norm}: must be one of {', '.join(NORMS)}")
+    if "optimizer" in cfg and not OmegaConf.is_dict(cfg.optimizer):
+        raise ConfigError(f"optimizer={cfg.optimizer}: set optimizer._target_ and its settings instead")
     for path in map(str, cfg):
         if OmegaConf.is_dict(cfg[path]) and "_target_" in cfg[path]:
             check_node(path, cfg[path])
+
+
+def value_of(cfg: DictConfig, key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    group, _, name = key.rpartition(".")
+    node = cfg.get(group) if group else cfg
+    return node.get(name) if OmegaConf.is_dict(node) else None
+
+
+def check_number(key: str, value: Any, least: int) -> None:
+    for number in list(value) if OmegaConf.is_list(value) else [value]:
+        if number is not None and not (matches(number, int) and least <= number <= MOST):
+            raise ConfigError(f"{key}={number}: must be a whole number of at least {least}")
 
 
 def check_node(path: str, node: DictConfig) -> None:
@@ -156,9 +170,8 @@ def check_node(path: str, node: DictConfig) -> None:
     try:
         cls = get_class(node._target_)
     except Exception as error:
-        raise ConfigError(
-            f"{path}._target_={node._target_}: cannot be imported ({first_line(error)})"
-        ) from None
+        reason = first_line(error.__cause__ or error)
+        raise ConfigError(f"{path}._target_={node._target_}: cannot be imported ({reason})") from None
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
@@ -242,7 +255,3 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     if close := difflib.get_close_matches(str(word), known, n=1):
         return f"; did you mean {close[0]!r}?"
     return f"; it has {', '.join(known)}" if known else ""
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from metarun.errors import DataError
 
+SPLITS = ("train", "validation", "test")
+
 
 @dataclass(frozen=True)
 class Geometry:

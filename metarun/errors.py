@@ -19,3 +19,8 @@ class CheckpointError(MetarunError):
 
 class TrainingError(MetarunError):
     """Training that cannot go on, such as a loss that is not finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its name where it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -67,7 +67,7 @@ def fixed_draws(source: EpisodeSource, geometry: Geometry, episodes: int, seed: 
     The generator is the CPU's, so that every device meets the same episodes.
     """
     for block, start in enumerate(range(0, episodes, BLOCK)):
-        digest = hashlib.sha256(f"{seed} {block}".encode()).digest()
+        digest = hashlib.sha256(f"{seed} {block} {source.fingerprint}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         draw = source.draw(BLOCK, geometry, generator)
         yield tuple(tensor[: episodes - start] for tensor in draw)
@@ -88,7 +88,7 @@ def evaluate(
     """
     source.check(geometry)
     began = time.perf_counter()
-    at_once = hardware.tasks_at_once(BLOCK, geometry)
+    at_once = hardware.tasks_at_once(BLOCK)
     digest = hashlib.sha256(f"{source.fingerprint} {geometry}".encode())
     scores, losses, metric = [], [], "accuracy"
     training = algorithm.training

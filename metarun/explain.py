@@ -7,7 +7,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-from metarun.errors import MetarunError
+from metarun.errors import MetarunError, first_line
 
 
 def explain(error: BaseException, command: str, arguments: list[str]) -> str | None:
@@ -57,7 +57,8 @@ def is_config_error(error: BaseException) -> bool:
 
 def explain_config(error: BaseException, command: str, arguments: list[str]) -> str:
     """Hydra's and OmegaConf's messages, many lines long, told in one."""
-    texts = [str(cause) for cause in causes(error)]
+    causes_list = list(causes(error))
+    texts = [str(cause) for cause in causes_list]
     whole = "\n".join(texts)
     if found := re.search(r"Could not find '([\w@:./-]+)'", whole):
         return explain_choice(found.group(1), whole)
@@ -67,7 +68,7 @@ def explain_config(error: BaseException, command: str, arguments: list[str]) -> 
         full = re.search(r"full_key: (\S+)", whole)
         return explain_key(full.group(1) if full else found.group(1), command, arguments)
     if found := re.search(r"full_key: (\S+)", texts[-1]):
-        return f"{found.group(1)}: {first_line(texts[-1])}"
+        return f"{found.group(1)}: {first_line(causes_list[-1])}"
     if found := re.search(r"Error parsing override '(.*)'", whole):
         return (
             f"{found.group(1)}: not understood; quote a value with special characters, as in 'key=\"a (b)\"'"
@@ -110,7 +111,3 @@ def known_keys(parent: str, command: str, arguments: list[str]) -> list[str]:
         node = OmegaConf.select(cfg, parent) if parent else cfg
         return [str(name) for name in node if name != "_target_"]
     return []
-
-
-def first_line(text: str) -> str:
-    return text.strip().split("\n")[0]

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from metarun.episodes import Geometry
 from metarun.errors import ConfigError
 
 # A CPU is fastest while a chunk's activations stay near its caches; a GPU wants all the tasks it can get.
@@ -46,7 +45,7 @@ class Hardware:
                 raise ConfigError(f"hardware.threads={threads}: must be at least 1")
             torch.set_num_threads(threads)
 
-    def tasks_at_once(self, tasks: int, geometry: Geometry) -> int:
+    def tasks_at_once(self, tasks: int) -> int:
         """How many of `tasks` tasks to run in one pass."""
         if self._tasks_at_once != "auto":
             return min(tasks, int(self._tasks_at_once))
@@ -64,14 +63,15 @@ class Hardware:
             elif self.device.type == "cuda":
                 torch.backends.cudnn.allow_tf32 = False
             if self.precision == "bf16":
-                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+                # No cache: it would keep the first step's weights for as long as this context lasts.
+                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
             yield
 
-    def describe(self) -> str:
-        """One line for people."""
-        if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
-        return f"CPU ({torch.get_num_threads()} threads), {self.precision}"
+    def describe(self, tasks: int) -> str:
+        """One line for people, with what was decided for a meta-batch of `tasks`."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = f" ({torch.get_num_threads()} threads)" if name == "CPU" else ""
+        return f"{name}{threads}, {self.precision}, {self.tasks_at_once(tasks)} of {tasks} tasks at once"
 
 
 def keep_freed_memory() -> None:
@@ -81,7 +81,7 @@ def keep_freed_memory() -> None:
     to a third of a CPU's time.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(m_mmap_threshold, 1 << 30)
         mallopt(m_trim_threshold, (1 << 31) - 1)
@@ -95,6 +95,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"hardware.device={name}: not a device; choose auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"hardware.device={name}: metarun runs on cpu and cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"hardware.device={name}: PyTorch {torch.__version__} finds no GPU here; "

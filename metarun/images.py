@@ -85,7 +85,7 @@ def read(path: Path) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Mode L or RGB: 16 bits to 8, transparency onto white, palettes and CMYK to RGB."""
+    """Mode L or RGB: 16 bits to 8, palettes and CMYK to RGB, transparency onto a ground."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         top = 65535 if image.mode != "F" else max(float(values.max()), 1e-9)
@@ -94,9 +94,16 @@ def flatten(image: Image.Image) -> Image.Image:
         return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
+        ground = Image.new("RGBA", image.size, contrasting_ground(image))
         return Image.alpha_composite(ground, image).convert("RGB")
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def contrasting_ground(image: Image.Image) -> str:
+    """White, or black where what is not transparent is light: what is drawn must stay visible."""
+    levels = np.asarray(image.convert("L"), dtype=np.float64)
+    opacity = np.asarray(image.getchannel("A"), dtype=np.float64)
+    return "black" if (levels * opacity).sum() > 127 * max(opacity.sum(), 1.0) else "white"
 
 
 def to_batch(images: Sequence[Image.Image], item_shape: tuple[int, ...]) -> Tensor:

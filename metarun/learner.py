@@ -16,7 +16,7 @@ batch norm: its second derivative is silently wrong (functorch issue 534).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -48,7 +48,10 @@ class Learner(nn.Module):
         self.lowering: Lowering = "auto"
 
     def task_params(self, tasks: int, ways: int) -> Params:
-        """The meta-learned weights as T tasks' starting point, [T, *shape] each, without a copy."""
+        """The meta-learned weights as T tasks' starting point, [T, *shape] each, without a copy.
+
+        `ways` is the number of outputs the tasks need.
+        """
         if not self.shares_head and ways > self.outputs:
             raise ConfigError(
                 f"its fixed head has {self.outputs} ways, not {ways}; train with algorithm.head=shared"
@@ -110,21 +113,43 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowerin
 
 
 def is_groupable(module: nn.Module) -> bool:
-    """Whether every layer of this chain has a grouped form."""
-    if isinstance(module, nn.Sequential):
-        return all(is_groupable(child) for child in module)
-    return type(module) in GROUPED
+    """Whether this is a chain of layers that all have a grouped form, none of them used twice."""
+    chain = list(layers(module))
+    known = all(type(layer) in GROUPED and plain(layer) for _, layer in chain)
+    once = len({id(layer) for _, layer in chain}) == len(chain)
+    return isinstance(module, nn.Sequential) and known and once
+
+
+def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers of nested nn.Sequentials in order, by name."""
+    if type(module).forward is not nn.Sequential.forward:
+        yield prefix.removesuffix("."), module
+        return
+    for name, child in module._modules.items():
+        assert child is not None
+        yield from layers(child, f"{prefix}{name}.")
+
+
+def plain(layer: nn.Module) -> bool:
+    """Whether the layer has only the options its grouped form knows."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if isinstance(layer, nn.Flatten):
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    if isinstance(layer, nn.GroupNorm):
+        return layer.affine
+    return True
 
 
 def run_grouped(module: nn.Module, params: Params, x: Tensor) -> Tensor:
     tasks = len(x)
     if is_image := x.dim() == 5:
         x = x.transpose(0, 1).flatten(1, 2)  # [B, T*C, H, W]
-    for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Sequential):
-            own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
-            x = GROUPED[type(layer)](layer, own, x, tasks)
-            is_image = is_image and x.dim() == 4
+    for name, layer in layers(module):
+        if is_image and isinstance(layer, nn.Flatten):
+            x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]
+        own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
+        x = GROUPED[type(layer)](layer, own, x, tasks)
     return x.unflatten(1, (tasks, -1)).transpose(0, 1) if is_image else x
 
 
@@ -161,7 +186,7 @@ def _group_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
 
 
 def _flatten(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    return x.unflatten(1, (tasks, -1)).transpose(0, 1).flatten(2) if x.dim() == 4 else x.flatten(2)
+    return x.flatten(2)
 
 
 def _unchanged(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:

@@ -29,6 +29,8 @@ def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     if is_classification(targets):
         losses = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view(targets.shape).mean(1)
+    if outputs.shape != targets.shape:
+        raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape")
     return (outputs - targets).square().flatten(1).mean(1)
 
 

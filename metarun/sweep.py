@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.table import Table
+from rich.text import Text
 
 Row = dict[str, Any]
 
@@ -19,18 +21,23 @@ Row = dict[str, Any]
 class SweepTable(Callback):
     """Prints one row a job when a multirun ends, and saves sweep.csv beside the jobs."""
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.began = time.time()
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from metarun.files import write_csv
-        from metarun.tracking import console
+        from metarun.tracking import console, say
 
         folder = Path(config.hydra.sweep.dir)
-        paths = sorted(folder.glob("*/result.json"), key=job_number)
+        # Not those of an earlier sweep into the same folder.
+        new = [path for path in folder.glob("*/result.json") if path.stat().st_mtime >= self.began - 1]
+        paths = sorted(new, key=job_number)
         results = {path.parent.name: json.loads(path.read_text()) for path in paths}
         if not results:
             return
         write_csv(folder / "sweep.csv", [row_of(job, result) for job, result in results.items()])
         console.print(table_of(results, str(folder)))
-        console.print(f"saved {folder / 'sweep.csv'}", highlight=False, soft_wrap=True)
+        say(console, f"saved {folder / 'sweep.csv'}")
         if any("error" in result for result in results.values()):
             sys.exit(1)
 
@@ -81,7 +88,7 @@ def table_of(results: dict[str, Row], folder: str) -> Table:
     for job, result in results.items():
         cells = [job, *(settings[job].get(key, "") for key in swept)]
         if "error" in result:
-            table.add_row(*cells, f"[red]{result['error']}[/]")
+            table.add_row(*cells, Text(result["error"], style="red"))
             continue
         figures = [
             with_interval(result["metric"], result[split]["mean"], result[split]["interval"])

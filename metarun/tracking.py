@@ -27,6 +27,11 @@ notes = Console(stderr=True)
 Row = dict[str, Any]
 
 
+def say(where: Console, text: str) -> None:
+    """A line that can be copied in one piece: not wrapped, and no part of it read as markup."""
+    where.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class Tracker:
     """Appends rows to metrics.jsonl and, if wanted, to TensorBoard.
 
@@ -122,7 +127,7 @@ class Bar:
 
     def line(self, text: str) -> None:
         """A lasting line above the bar."""
-        self.progress.console.print(text, highlight=False, soft_wrap=True)
+        say(self.progress.console, text)
 
 
 def with_interval(metric: str, mean: float, half: float, signed: bool = False) -> str:

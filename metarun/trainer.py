@@ -35,6 +35,7 @@ class Plan:
     geometry: Geometry
     validation_geometry: Geometry
     validation_episodes: int
+    validation_seed: int
     validation_every: int
     checkpoint_every: int
     log_every: int
@@ -47,10 +48,6 @@ class Best:
     score: float
     interval: float
     metric: str
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the run has been saved."""
 
 
 class Trainer:
@@ -71,8 +68,10 @@ class Trainer:
         self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
         self.train_source, self.validation_source = train, validation
         self.plan, self.hardware, self.folder, self.config = plan, hardware, folder, config
-        self.generator = torch.Generator(hardware.device).manual_seed(plan.seed)
+        # The CPU's, so that a run draws the same episodes on every device; draws are small.
+        self.generator = torch.Generator().manual_seed(plan.seed)
         self.iteration = 0
+        self.saved_at = 0  # the iteration that last.pt holds
         self.seconds = 0.0  # of training so far, over all sessions
         self.best: Best | None = None
         self.window = torch.zeros(3, dtype=torch.float64, device=hardware.device)  # loss, score, tasks
@@ -99,6 +98,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.saved_at = self.iteration
         self.best = Best(**state["best"]) if state["best"] else None
         self.algorithm.load_state_dict(state["algorithm"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -113,7 +113,10 @@ class Trainer:
     # the loop
 
     def run(self, tracker: Tracker) -> None:
-        """Train to `plan.iterations`. Interrupted after Ctrl-C; TrainingError for a loss not finite."""
+        """Train to `plan.iterations`.
+
+        KeyboardInterrupt after Ctrl-C and a save; TrainingError for a loss that is not finite.
+        """
         plan = self.plan
         self.algorithm.train()
         began = time.perf_counter() - self.seconds
@@ -131,7 +134,7 @@ class Trainer:
                 bar.advance(1, describe_live(tracker.rows))
         if interrupts and self.iteration < plan.iterations:
             self.save("last.pt", tracker)
-            raise Interrupted
+            raise KeyboardInterrupt
 
     def due(self, every: int) -> bool:
         return self.iteration % every == 0 or self.iteration == self.plan.iterations
@@ -141,7 +144,7 @@ class Trainer:
         plan = self.plan
         episodes = sample(self.train_source, plan.meta_batch, plan.geometry, self.generator)
         self.optimizer.zero_grad()
-        at_once = self.hardware.tasks_at_once(plan.meta_batch, plan.geometry)
+        at_once = self.hardware.tasks_at_once(plan.meta_batch)
         for chunk in episodes.to(self.hardware.dtype).chunks(at_once):
             self.accumulate(chunk)
         self.optimizer.step()
@@ -183,7 +186,7 @@ class Trainer:
             self.validation_source,
             plan.validation_geometry,
             plan.validation_episodes,
-            plan.seed,
+            plan.validation_seed,
             self.hardware,
         )
         if not math.isfinite(result.loss):
@@ -208,6 +211,8 @@ class Trainer:
             raise TrainingError(self.not_finite("a weight"))
         tracker.sync()
         checkpoint.save(self.folder / name, self.state())
+        if name == "last.pt":
+            self.saved_at = self.iteration
 
     def not_finite(self, what: str) -> str:
         kept = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]

@@ -73,13 +73,19 @@ def reptile_update(
     return totals
 
 
-def protonet_loss(net: nn.Module, episodes: Episodes) -> Tensor:
-    """Snell et al., algorithm 1, one class and one query at a time."""
+def protonet_loss(net: nn.Module, episodes: Episodes, together: bool) -> Tensor:
+    """Snell et al., algorithm 1, one class and one query at a time.
+
+    `together`: support and query share one pass, and so batch norm's statistics in training.
+    """
     losses = []
     for t in range(len(episodes)):
         shots = len(episodes.support_x[t])
-        features = net(torch.cat([episodes.support_x[t], episodes.query_x[t]]))
-        support, queries = features[:shots], features[shots:]
+        if together:
+            features = net(torch.cat([episodes.support_x[t], episodes.query_x[t]]))
+            support, queries = features[:shots], features[shots:]
+        else:
+            support, queries = net(episodes.support_x[t]), net(episodes.query_x[t])
         centres = [support[episodes.support_y[t] == k].mean(0) for k in range(episodes.ways)]
         total = 0.0
         for query, label in zip(queries, episodes.query_y[t], strict=True):

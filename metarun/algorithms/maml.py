@@ -6,16 +6,16 @@ Networks", algorithms 1 and 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.inner_loops.base import InnerLoop
+from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.learner import Learner, Params, uses_batch_statistics
-from metarun.objectives import task_loss
+from metarun.objectives import is_classification, task_loss
 
 
 class MAML(Algorithm):
@@ -65,11 +65,13 @@ class MAML(Algorithm):
         alone = [torch.cat([support_x, query], 1) for query in query_x.split(1, dim=1)]
         return torch.cat([self.learner(params, batch)[:, -1:] for batch in alone], 1)
 
-    def inner_problem(
-        self, support_x: Tensor, support_y: Tensor, ways: int
-    ) -> tuple[Callable[[Params, int], Tensor], Params, Params]:
+    def outputs_for(self, targets: Tensor, ways: int) -> int:
+        """How many outputs a task needs: its ways, or all values where it regresses."""
+        return ways if is_classification(targets) else self.learner.outputs
+
+    def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
         """The task's loss, the weights that stay and the weights that adapt."""
-        params = self.learner.task_params(len(support_x), ways)
+        params = self.learner.task_params(len(support_x), self.outputs_for(support_y, ways))
         if self.adapts == "all":
             return lambda p, step: task_loss(self.learner(p, support_x), support_y), {}, params
         slow = {name: p for name, p in params.items() if not name.startswith("head.")}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
+from metarun.episodes import Episodes
 from metarun.errors import ConfigError
 from metarun.learner import uses_batch_statistics
+from metarun.objectives import task_loss
 
 
 class ProtoNet(Algorithm):
@@ -18,8 +18,7 @@ class ProtoNet(Algorithm):
 
     Logits are negative squared Euclidean distances (equation 2). Batch norm keeps running
     averages by default (norm=running), as the paper's code does, so evaluation does not use
-    query statistics; in training each task has its own batch statistics, of support and
-    query together.
+    query statistics; in training each task has its own batch statistics.
     """
 
     def __init__(self, backbone: nn.Module, classification: bool = True) -> None:
@@ -38,12 +37,19 @@ class ProtoNet(Algorithm):
     def predict(self, adapted: Tensor, query_x: Tensor) -> Tensor:
         return -squared_distances(self.embed(query_x), adapted)
 
-    def meta_loss(self, episodes: Any) -> tuple[Tensor, Tensor]:
+    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Cross entropy of the query logits, and these [T, N*Q, N].
+
+        With running averages, support and query pass together, as in the paper's code; with
+        batch statistics apart, as they do in evaluation.
+        """
+        if self.uses_query_statistics:
+            return super().meta_loss(episodes)
         shots = episodes.support_x.shape[1]
         features = self.embed(torch.cat([episodes.support_x, episodes.query_x], 1))
         support, query = features[:, :shots], features[:, shots:]
         logits = -squared_distances(query, prototypes(support, episodes.support_y, episodes.ways))
-        return F.cross_entropy(logits.flatten(0, 1), episodes.query_y.flatten()), logits
+        return task_loss(logits, episodes.query_y).mean(), logits
 
     def embed(self, x: Tensor) -> Tensor:
         """Features [T, B, features] of x [T, B, *item]."""
@@ -61,5 +67,7 @@ def prototypes(features: Tensor, targets: Tensor, ways: int) -> Tensor:
 
 def squared_distances(query: Tensor, prototypes: Tensor) -> Tensor:
     """[T, B, N] from query [T, B, features] and prototypes [T, N, features]."""
+    if query.dtype == torch.bfloat16:  # the squares nearly cancel
+        query, prototypes = query.float(), prototypes.float()
     squares = query.square().sum(-1, keepdim=True) + prototypes.square().sum(-1).unsqueeze(1)
     return squares - 2 * query @ prototypes.mT

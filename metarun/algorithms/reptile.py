@@ -43,12 +43,17 @@ class Reptile(MAML):
         with torch.no_grad():
             phi = self.adapt(x, y, episodes.ways)
             outputs = self.predict(phi, episodes.query_x)
-        theta = self.learner.task_params(len(x), episodes.ways)
-        distance = sum((p - phi["params"][name]).square().sum() for name, p in theta.items())
+        theta = self.learner.task_params(len(x), self.outputs_for(y, episodes.ways))
+        learned = dict(self.learner.named_parameters())
+        distance = torch.zeros((), device=x.device, dtype=x.dtype)
+        for name, p in theta.items():
+            # The copies of a shared head pull their one vector by their mean.
+            copies = max(p[0].numel() // learned[name].numel(), 1)
+            distance = distance + (p - phi["params"][name]).square().sum() / copies
         return 0.5 * distance / len(x), outputs
 
     def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
-        params = self.learner.task_params(len(support_x), ways)
+        params = self.learner.task_params(len(support_x), self.outputs_for(support_y, ways))
         size = support_x.shape[1]
         if not 0 < self.batch < size:
             return super().inner_problem(support_x, support_y, ways)

@@ -9,23 +9,24 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from metarun import checkpoint, images, plots
 from metarun.algorithms.base import Adapted, Algorithm
-from metarun.build import build_hardware, build_source
-from metarun.commands.evaluate import SPLITS, Model, adjust, dataset_config
+from metarun.build import build_hardware, build_source, instantiate
+from metarun.commands.evaluate import Model, adjust, dataset_config
 from metarun.config import check
-from metarun.episodes import Episodes, Geometry
+from metarun.episodes import SPLITS, Episodes, Geometry
 from metarun.errors import ConfigError
 from metarun.evaluation import fixed_draws
 from metarun.files import write_csv, write_json
 from metarun.hardware import Hardware
 from metarun.objectives import is_classification, metric_name, task_loss, task_score
-from metarun.tracking import console, notes, relative
+from metarun.tracking import console, notes, relative, say
 
 SHOWN = 30  # predictions listed on screen; all are in predictions.csv
 
@@ -58,12 +59,13 @@ def run(cfg: DictConfig) -> float:
     algorithm = checkpoint.rebuild(content, config, hardware, path).eval()
     model = Model(config.choices.algorithm, path, config, algorithm)
     task = move(task, hardware)
+    torch.manual_seed(cfg.seed)
     with torch.no_grad(), hardware.compute():
         steps, adapted = follow(algorithm, task)
         outputs = algorithm.predict(adapted, task.query_x) if task.query_x is not None else None
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(model, task, steps, outputs, folder)
-    save_adapted(content, config, task, adapted, folder)
+    save_adapted(content, task, adapted, folder)
     return steps[-1].get("query score", steps[-1]["support score"])
 
 
@@ -97,7 +99,7 @@ def converter(cfg: DictConfig, config: DictConfig, drawings: list[Any]) -> Calla
     ink = images.ink_of(drawings) if cfg.ink == "auto" else cfg.ink
     how = "assumed from their borders; ink=dark or ink=light decides" if cfg.ink == "auto" else "as you said"
     ground = "light" if ink == "dark" else "dark"
-    notes.print(f"your drawings: {ink} ink on a {ground} ground ({how})", highlight=False, soft_wrap=True)
+    say(notes, f"your drawings: {ink} ink on a {ground} ground ({how})")
     return lambda batch: images.as_drawings(batch, ink)
 
 
@@ -177,11 +179,11 @@ def report(
         draw_predictions(rows, task, folder / "predictions.png")
         saved += ["predictions.csv", "predictions.png"]
         if model.algorithm.uses_query_statistics:
-            notes.print("the queries were predicted together, with each other's statistics (transductive)")
+            say(notes, "the queries were predicted together, with each other's statistics (transductive)")
     elif task.query_x is not None and task.query_x.shape[-1] == 1:
         draw_regression(model.algorithm, task, folder / "curves.png")
         saved.append("curves.png")
-    notes.print(f"saved {', '.join(saved)} in {relative(folder)}", highlight=False, soft_wrap=True)
+    say(notes, f"saved {', '.join(saved)} in {relative(folder)}")
 
 
 def step_table(steps: list[dict[str, Any]], metric: str, title: str) -> Table:
@@ -238,7 +240,7 @@ def prediction_table(rows: list[dict[str, Any]], task: Task) -> Table:
             f"{row['probability']:.3f}",
             *([row["class"]] if known else []),
         ]
-        table.add_row(*cells, style="red" if wrong else None)
+        table.add_row(*map(Text, cells), style="red" if wrong else None)
     return table
 
 
@@ -262,9 +264,7 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     plots.regression_curves((task.support_x, task.support_y), (task.query_x, task.query_y), curves, path)
 
 
-def save_adapted(
-    content: dict[str, Any], config: DictConfig, task: Task, adapted: Adapted, folder: Path
-) -> None:
+def save_adapted(content: dict[str, Any], task: Task, adapted: Adapted, folder: Path) -> None:
     """adapted.pt: what was learned of the task beside the algorithm it belongs to."""
     body = {
         "config": content["config"],

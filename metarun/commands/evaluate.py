@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
+from rich.text import Text
 
 from metarun import checkpoint, plots
 from metarun.algorithms.base import Algorithm
-from metarun.build import build_hardware, build_source
+from metarun.build import build_hardware, build_source, instantiate
 from metarun.config import check, check_node
-from metarun.episodes import EpisodeSource, Geometry
+from metarun.episodes import SPLITS, EpisodeSource, Geometry
 from metarun.errors import ConfigError, MetarunError
 from metarun.evaluation import Result, evaluate, paired_difference
 from metarun.files import write_csv, write_json
 from metarun.hardware import Hardware
-from metarun.tracking import Bar, console, notes, relative, with_interval
-
-SPLITS = ("train", "validation", "test")
+from metarun.tracking import Bar, console, notes, relative, say, with_interval
 
 
 @dataclass
@@ -69,8 +67,7 @@ def run(cfg: DictConfig) -> float:
     if all(cell.result is None for cell in cells):
         raise ConfigError(cells[0].reason)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    name = dataset_name(cfg, models[0].config)
-    report(cells, name, cfg, folder)
+    report(cells, cfg, folder)
     return next(cell.result.mean for cell in cells if cell.result)
 
 
@@ -84,7 +81,7 @@ def load_models(cfg: DictConfig, hardware: Hardware) -> list[Model]:
         path = checkpoint.find(str(reference))
         content = checkpoint.load(path)
         config = checkpoint.config_of(content)
-        adjust(config, cfg)
+        adjust(config, cfg, alone=len(references) == 1)
         algorithm = checkpoint.rebuild(content, config, hardware, path)
         models.append(Model(config.choices.algorithm, path, config, algorithm))
     # The algorithm names a model, its folder tells two of a kind apart, then its file.
@@ -96,19 +93,24 @@ def load_models(cfg: DictConfig, hardware: Hardware) -> list[Model]:
     return models
 
 
-def adjust(config: DictConfig, cfg: DictConfig) -> None:
-    """Put what the test asks for into a checkpoint's config."""
+def adjust(config: DictConfig, cfg: DictConfig, alone: bool = True) -> None:
+    """Put what the test asks for into a checkpoint's config.
+
+    A method without such a setting is an error where it stands alone; beside others it is said.
+    """
     name = config.choices.algorithm
-    if cfg.steps is not None:
-        if cfg.steps < 0:
-            raise ConfigError(f"steps={cfg.steps}: must not be negative")
-        if not config.inner_loop:
-            raise ConfigError(f"steps={cfg.steps}: {name} takes no inner steps")
-        config.inner_loop.test_steps = cfg.steps
-    if cfg.get("transductive") is not None:
-        if "transductive" not in config.algorithm:
-            raise ConfigError(f"transductive={cfg.transductive}: {name} has no such choice")
-        config.algorithm.transductive = cfg.transductive
+    if cfg.steps is not None and cfg.steps < 0:
+        raise ConfigError(f"steps={cfg.steps}: must not be negative")
+    asked = {"steps": (config.inner_loop, "test_steps"), "transductive": (config.algorithm, "transductive")}
+    for key, (node, setting) in asked.items():
+        if (value := cfg.get(key)) is None:
+            continue
+        if node and setting in node:
+            node[setting] = value
+        elif alone:
+            raise ConfigError(f"{key}={value}: {name} has no such choice")
+        else:
+            say(notes, f"{name} has no such choice as {key}={value} and is tested as it is")
 
 
 def grid(cfg: DictConfig, trained: DictConfig) -> list[Geometry]:
@@ -157,12 +159,13 @@ def dataset_name(cfg: DictConfig, trained: DictConfig) -> str:
     return str(chosen or trained.choices.dataset)
 
 
-def report(cells: list[Cell], dataset: str, cfg: DictConfig, folder: Path) -> None:
+def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
     """Tables on screen; results.json, results.csv and results.png in the folder."""
-    rows = [row_of(cell, dataset, cfg) for cell in cells]
+    rows = [row_of(cell, cfg) for cell in cells]
+    datasets = ", ".join(dict.fromkeys(row["dataset"] for row in rows))
     pairs = comparisons(cells)
     console.print(
-        table_of(cells, f"{dataset}, {cfg.split} classes, {cfg.episodes} episodes, seed {cfg.seed}")
+        table_of(cells, f"{datasets}, {cfg.split} classes, {cfg.episodes} episodes, seed {cfg.seed}")
     )
     if pairs:
         console.print(pair_table(pairs))
@@ -170,20 +173,16 @@ def report(cells: list[Cell], dataset: str, cfg: DictConfig, folder: Path) -> No
     write_json(folder / "results.json", content)
     write_csv(folder / "results.csv", rows)
     plots.evaluation_grid(rows, folder / "results.png")
-    notes.print(
-        f"saved results.json, results.csv and results.png in {relative(folder)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(notes, f"saved results.json, results.csv and results.png in {relative(folder)}")
 
 
-def row_of(cell: Cell, dataset: str, cfg: DictConfig) -> dict[str, Any]:
+def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:
     """Plain figures of one cell; accuracies in [0, 1]."""
     result = cell.result
     return {
         "model": cell.model.name,
         "checkpoint": str(cell.model.path),
-        "dataset": dataset,
+        "dataset": dataset_name(cfg, cell.model.config),
         "split": cfg.split,
         "cell": str(cell.geometry),
         "ways": cell.geometry.ways,
@@ -212,7 +211,7 @@ def table_of(cells: list[Cell], title: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         if (result := cell.result) is None:
-            table.add_row(cell.model.name, str(cell.geometry), f"[yellow]{cell.reason}[/]")
+            table.add_row(cell.model.name, str(cell.geometry), Text(cell.reason, style="yellow"))
             continue
         table.add_row(
             cell.model.name,

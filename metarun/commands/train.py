@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.panel import Panel
 from rich.text import Text
@@ -17,6 +17,7 @@ from metarun.build import (
     build_algorithm,
     build_hardware,
     build_source,
+    instantiate,
     training_geometry,
     validation_geometry,
 )
@@ -26,8 +27,8 @@ from metarun.errors import ConfigError
 from metarun.evaluation import Result, evaluate
 from metarun.files import write_json
 from metarun.hardware import Hardware
-from metarun.tracking import Bar, Tracker, console, notes, relative, with_interval
-from metarun.trainer import Interrupted, Plan, Trainer
+from metarun.tracking import Bar, Tracker, console, notes, relative, say, with_interval
+from metarun.trainer import Best, Plan, Trainer
 
 # What may change when a run is resumed; anything else would make it another run.
 RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "dataset.root")
@@ -42,6 +43,11 @@ def run(cfg: DictConfig) -> float:
         state = checkpoint.load(path)
         folder = path.parent
         cfg = resumed_config(state, cfg, list(HydraConfig.get().overrides.task))
+    elif existing := [name for name in ("last.pt", "best.pt") if (folder / name).exists()]:
+        raise ConfigError(
+            f"{folder / existing[0]}: this folder already holds a run; go on with it by "
+            f"resume={relative(folder)}, or choose another hydra.run.dir"
+        )
     check(cfg)
     hardware = build_hardware(cfg)
     torch.manual_seed(cfg.seed)
@@ -50,27 +56,35 @@ def run(cfg: DictConfig) -> float:
     if state is not None:
         trainer.load_state(state)
     name = describe(cfg)
-    notes.print(
-        f"[bold]{name}[/]: {hardware.describe()}, {count_parameters(trainer)} parameters", highlight=False
-    )
+    say(notes, f"{name}: {hardware.describe(cfg.meta_batch)}, {count_parameters(trainer)} parameters")
     if trainer.iteration:
-        notes.print(f"resumed at iteration {trainer.iteration}")
+        say(notes, f"resumed at iteration {trainer.iteration}")
     tracker = Tracker(folder, trainer.iteration, cfg.log.tensorboard)
     try:
         trainer.run(tracker)
-    except Interrupted:
-        notes.print(f"stopped and saved at iteration {trainer.iteration}; go on with")
-        notes.print(
-            f"  metarun train resume={relative(folder)}", style="bold", highlight=False, soft_wrap=True
-        )
+        finish(trainer, tracker, test_source, cfg, hardware, name)
+    except KeyboardInterrupt:
+        say(notes, f"stopped, and saved at iteration {trainer.saved_at}; go on with")
+        say(notes, f"  metarun train {shlex.quote(f'resume={relative(folder)}')}")
         raise
     finally:
         tracker.close()
-    plots.learning_curve(tracker.rows, name, folder / "learning_curve.png")
-    test = test_best(trainer, test_source, cfg, hardware) if test_source else None
-    report(trainer, test, name, folder)
     assert trainer.best
     return trainer.best.score
+
+
+def finish(
+    trainer: Trainer,
+    tracker: Tracker,
+    test_source: EpisodeSource | None,
+    cfg: DictConfig,
+    hardware: Hardware,
+    name: str,
+) -> None:
+    """The learning curve, the test of the best checkpoint, and the report."""
+    plots.learning_curve(tracker.rows, name, trainer.folder / "learning_curve.png")
+    test = test_best(trainer, test_source, cfg, hardware) if test_source else None
+    report(trainer, test, name, trainer.folder)
 
 
 def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
@@ -83,6 +97,7 @@ def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
         geometry=training_geometry(cfg),
         validation_geometry=validation_geometry(cfg),
         validation_episodes=cfg.validation.episodes,
+        validation_seed=cfg.validation.seed,
         validation_every=cfg.validation.every,
         checkpoint_every=cfg.checkpoint.every,
         log_every=cfg.log.every,
@@ -94,6 +109,7 @@ def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
     validation.check(plan.validation_geometry)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config["choices"] = choices(cfg)
+    config["overrides"] = overrides(cfg)
     return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, config)
 
 
@@ -116,6 +132,13 @@ def resumed_config(state: dict[str, Any], typed: DictConfig, overrides: list[str
                 f"{override}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} may change"
             )
         OmegaConf.update(cfg, key, OmegaConf.select(typed, key), force_add=True)
+    if cfg.iterations < state["iteration"]:
+        raise ConfigError(f"iterations={cfg.iterations}: the run has already done {state['iteration']}")
+    if cfg.scheduler and cfg.iterations != state["config"]["iterations"]:
+        raise ConfigError(
+            f"iterations={cfg.iterations}: this run's rate follows a schedule made for "
+            f"{state['config']['iterations']} iterations; start a new run"
+        )
     cfg.resume = None
     return cfg
 
@@ -132,6 +155,11 @@ def choices(cfg: DictConfig) -> dict[str, str]:
     }
 
 
+def overrides(cfg: DictConfig) -> list[str]:
+    """What was typed when the run was started."""
+    return list(cfg.overrides if "overrides" in cfg else HydraConfig.get().overrides.task)
+
+
 def describe(cfg: DictConfig) -> str:
     chosen = choices(cfg)
     return f"{chosen['algorithm']} on {chosen['dataset']}, {training_geometry(cfg)}"
@@ -145,13 +173,14 @@ def test_best(trainer: Trainer, source: EpisodeSource, cfg: DictConfig, hardware
     """Score the best checkpoint on the test split, in validation's geometry."""
     best = checkpoint.load(trainer.folder / "best.pt")
     trainer.algorithm.load_state_dict(best["algorithm"])
+    trainer.best = Best(**best["best"])  # of the very weights that are tested
     with Bar("test", cfg.test.episodes, "episodes") as bar:
         return evaluate(
             trainer.algorithm,
             source,
             validation_geometry(cfg),
             cfg.test.episodes,
-            cfg.seed,
+            cfg.test.seed,
             hardware,
             bar.advance,
         )
@@ -163,12 +192,12 @@ def report(trainer: Trainer, test: Result | None, name: str, folder: Path) -> No
     assert best
     result: dict[str, Any] = {
         "name": name,
-        "overrides": list(HydraConfig.get().overrides.task),
+        "overrides": trainer.config["overrides"],
         "iterations": trainer.iteration,
         "seconds": round(trainer.seconds, 2),
         "metric": best.metric,
         "validation": {"iteration": best.iteration, "mean": best.score, "interval": best.interval},
-        "checkpoint": str(folder / "best.pt"),
+        "checkpoint": str((folder / "best.pt").resolve()),
     }
     text = with_interval(best.metric, best.score, best.interval)
     lines = [f"validation  {best.metric} {text}  (best, iteration {best.iteration})"]
@@ -195,4 +224,4 @@ def report(trainer: Trainer, test: Result | None, name: str, folder: Path) -> No
     ]
     console.print(Panel(Text("\n".join(lines), overflow="fold"), title=name, expand=False))
     # Below the panel, so that it can be copied in one piece.
-    console.print(f"next: [bold]metarun eval checkpoint={place}[/]", highlight=False, soft_wrap=True)
+    say(console, f"next: metarun eval {shlex.quote(f'checkpoint={place}')}")

@@ -24,10 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metarun.episodes import ClassStore
+from metarun.episodes import SPLITS, ClassStore
 from metarun.errors import ConfigError
 
-SPLITS = ("train", "validation", "test")
 BLOCK = 20  # classes drawn from one generator; a block is always drawn whole
 STROKES, SUBSTROKES, CONTROLS, SAMPLES = 4, 3, 6, 20  # the most s and b; p; points on a sub-stroke
 # Double precision, and always on the CPU: rounding, which differs between machines and numbers of

@@ -50,7 +50,8 @@ class SinusoidSource:
 
     def __init__(self, settings: Sinusoid, split: str, device: torch.device | str) -> None:
         self.settings, self.device = settings, device
-        self.fingerprint = f"sinusoid {settings.amplitude} {settings.phase} {settings.x}"
+        self.split = split
+        self.fingerprint = f"sinusoid {split} {settings.amplitude} {settings.phase} {settings.x}"
 
     def check(self, geometry: Geometry) -> None:
         if geometry.ways != 1:

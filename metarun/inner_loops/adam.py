@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from metarun.inner_loops.base import InnerLoop, Loss, Params
+from metarun.inner_loops.base import InnerLoop, Loss
+from metarun.learner import Params
 
 
 class Adam(InnerLoop):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError
+from metarun.learner import Params
 
-Params = dict[str, Tensor]  # each [T, *shape]
 Loss = Callable[[Params, int], Tensor]  # (weights, step) -> each task's loss, [T]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from metarun.inner_loops.base import InnerLoop, Loss, Params
+from metarun.inner_loops.base import InnerLoop, Loss
+from metarun.learner import Params
 
 
 class SGD(InnerLoop):

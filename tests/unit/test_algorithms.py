@@ -10,6 +10,7 @@ import pytest
 import references
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.maml import MAML
@@ -23,6 +24,8 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.base import InnerLoop
 from metarun.inner_loops.sgd import SGD
+from metarun.learner import run_on_tasks
+from metarun.objectives import task_loss
 
 SHAPE = (1, 16, 16)
 RATE = 0.1
@@ -98,7 +101,7 @@ def reptile_reference(optimizer: type[torch.optim.Optimizer], **settings):
 
 def protonet_reference(algorithm: ProtoNet, episodes: Episodes, steps: int) -> Gradient:
     net = copy.deepcopy(algorithm.backbone)
-    loss = references.protonet_loss(net, episodes)
+    loss = references.protonet_loss(net, episodes, together=not algorithm.uses_query_statistics)
     grads = torch.autograd.grad(loss, list(net.parameters()))
     return {f"backbone.{name}": g for (name, _), g in zip(net.named_parameters(), grads, strict=True)}
 
@@ -215,13 +218,14 @@ def test_every_lowering_gives_the_same_meta_gradient(lowering: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_evaluation_equals_training_mode_and_leaves_no_graph(name: str):
     """Without gradients, adapting gives the same predictions, and nothing is left to differentiate."""
-    algorithm = METHODS[name].build(BACKBONES["conv4"](), 2)
+    algorithm = METHODS[name].build(BACKBONES["conv4"](), 2).eval()
     episodes = episodes_of()
     with torch.no_grad():
         adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
         outputs = algorithm.predict(adapted, episodes.query_x)
     assert not outputs.requires_grad
     assert outputs.shape == (3, 6, 3)
+    algorithm.train()
     again = algorithm.predict(algorithm.adapt(episodes.support_x, episodes.support_y, 3), episodes.query_x)
     torch.testing.assert_close(outputs, again)
 
@@ -274,15 +278,120 @@ def test_fixed_head_uses_its_first_outputs_and_refuses_more():
 
 
 def test_queries_see_each_other_only_when_transductive():
-    """With batch statistics and transductive=False, a query's prediction ignores the other queries."""
+    """transductive=False predicts each query in one batch with the support: against a plain loop."""
     episodes = episodes_of()
+    backbone = BACKBONES["conv4"]()
     for transductive in (True, False):
-        algorithm = METHODS["maml"].build(BACKBONES["conv4"](), 1)
-        algorithm.uses_query_statistics = transductive
+        algorithm = maml(transductive=transductive)(backbone, 1)
+        assert algorithm.uses_query_statistics is transductive
         adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
-        together = algorithm.predict(adapted, episodes.query_x)[:, :2]
+        predictions = algorithm.predict(adapted, episodes.query_x)
         fewer = algorithm.predict(adapted, episodes.query_x[:, :2])
-        assert torch.allclose(together, fewer) == (not transductive)
+        assert torch.allclose(predictions[:, :2], fewer) == (not transductive)
+    net = references.network(algorithm.learner.backbone, algorithm.learner.head)
+    for t in range(3):
+        own = {name: p[t] for name, p in adapted["params"].items()}
+        weights = {name.replace("backbone", "0").replace("head", "1"): p for name, p in own.items()}
+        for q in range(6):
+            batch = torch.cat([episodes.support_x[t], episodes.query_x[t, q : q + 1]])
+            expected = functional_call(net, weights, (batch,))[-1]
+            torch.testing.assert_close(predictions[t, q], expected)
+
+
+def test_test_steps_are_taken_in_evaluation_only():
+    inner_loop = SGD(0.25, steps=1, test_steps=3)
+    start = {"w": torch.ones(1, 1)}
+
+    def loss(params, step):
+        return params["w"].square().sum(1)  # one step: w <- w - 0.25 * 2w = w / 2
+
+    assert inner_loop(loss, start)["w"].item() == pytest.approx(0.5)
+    assert inner_loop.eval()(loss, start)["w"].item() == pytest.approx(0.125)
+
+
+def test_protonet_with_running_averages():
+    """Training: each task by its own batch statistics, support and query in one pass."""
+    algorithm = ProtoNet(Conv4(SHAPE, width=8, norm="running"))
+    episodes = episodes_of()
+    expected = protonet_reference(algorithm, episodes, 0)
+    assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
+    assert relative_error(gradient(algorithm, episodes, at_once=1), expected) < 1e-10
+    # Evaluation: a query's prediction is its own affair.
+    algorithm.eval()
+    adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
+    together, fewer = (algorithm.predict(adapted, x) for x in (episodes.query_x, episodes.query_x[:, :2]))
+    torch.testing.assert_close(together[:, :2], fewer)
+
+
+@pytest.mark.parametrize("inner_loop", [SGD(RATE, 2), Adam(0.01, 2, order=2)], ids=["sgd", "adam"])
+def test_second_order_through_any_inner_loop(inner_loop: InnerLoop):
+    algorithm = MAML(Smooth(), inner_loop, outputs=3)
+    episodes = episodes_of()
+    grads = gradient(algorithm, episodes)
+    direction = {name: torch.randn_like(g) for name, g in grads.items()}
+    for name in grads:  # a bias before batch norm has no gradient, only rounding, which Adam would enlarge
+        if name.endswith(("backbone.0.bias", "backbone.4.bias")):
+            direction[name].zero_()
+    slope = sum((grads[n] * direction[n]).sum() for n in grads).item()
+    assert slope == pytest.approx(difference(algorithm, episodes, direction, h=1e-6), rel=1e-4)
+
+
+def test_reptile_moves_a_shared_head_by_the_mean_of_its_copies():
+    algorithm = Reptile(Smooth(), SGD(RATE, 2, order=1), outputs=3, head="shared", batch=0)
+    episodes = episodes_of(ways=4)
+    x = torch.cat([episodes.support_x, episodes.query_x], 1)
+    y = torch.cat([episodes.support_y, episodes.query_y], 1)
+    phi = algorithm.adapt(x, y, 4)["params"]["head.weight"]  # [T, N, features]
+    expected = algorithm.learner.head.weight - phi.mean((0, 1))
+    torch.testing.assert_close(gradient(algorithm, episodes)["learner.head.weight"], expected.detach())
+
+
+def odd_networks() -> dict[str, nn.Module]:
+    """Networks a user may well write, which the grouped lowering does not know."""
+    act, tied = nn.ReLU(), nn.Linear(8, 8)
+    return {
+        "one activation used twice": nn.Sequential(
+            nn.Conv2d(1, 4, 3), act, nn.Conv2d(4, 2, 3), act, nn.Flatten()
+        ),
+        "tied layers": nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), tied, nn.Tanh(), tied),
+        "circular padding": nn.Sequential(
+            nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Flatten()
+        ),
+        "another flatten": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(2), nn.Flatten()),
+        "group norm without weights": nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.Flatten()
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", odd_networks())
+def test_any_network_gives_what_the_loop_gives(name: str):
+    module = odd_networks()[name]
+    params = {n: p.detach() + 0.1 * torch.randn(3, *p.shape) for n, p in module.named_parameters()}
+    x = torch.rand(3, 5, *SHAPE)
+    torch.testing.assert_close(run_on_tasks(module, params, x), run_on_tasks(module, params, x, "loop"))
+
+
+def test_items_that_are_no_images():
+    """A vector or a sequence of vectors, [L, F], through the grouped lowering."""
+    for shape in ((5,), (4, 5)):
+        module = MLP(shape, hidden=(6, 6))
+        params = {n: p.detach() + 0.1 * torch.randn(3, *p.shape) for n, p in module.named_parameters()}
+        x = torch.rand(3, 7, *shape)
+        torch.testing.assert_close(
+            run_on_tasks(module, params, x, "grouped"), run_on_tasks(module, params, x, "loop")
+        )
+
+
+def test_regression_of_several_values():
+    """Two outputs for one way, against the plain loop; targets of another shape are refused."""
+    algorithm = MAML(MLP((1,), hidden=(8,)), SGD(RATE, 2), outputs=2)
+    x, y = torch.randn(2, 4, 10, 1), torch.randn(2, 4, 10, 2)
+    episodes = Episodes(x[0], y[0], x[1], y[1], torch.zeros(4, 1, dtype=torch.long))
+    expected = maml_reference()(algorithm, episodes, 2)
+    assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
+    with pytest.raises(ValueError, match="differ in shape"):
+        task_loss(torch.zeros(1, 3, 1), torch.zeros(1, 3, 2))
 
 
 def test_reptile_takes_its_examples_in_turn():
