@@ -21,7 +21,7 @@ def instantiate(node: DictConfig, **passed: Any) -> Any:
     A value the class itself refuses (ValueError) is the user's to mend; any other fault inside
     the class keeps its traceback.
     """
-    make = hydra.utils.instantiate(node, _partial_=True, _convert_="all")
+    make = hydra.utils.instantiate(node, _partial_=True, _convert_="all", _recursive_=False)
     try:
         return make(**passed)
     except ValueError as error:
@@ -46,6 +46,10 @@ def build_algorithm(cfg: DictConfig, hardware: Hardware) -> Algorithm:
         if not cfg.inner_loop:
             raise ConfigError("this algorithm needs an inner loop; choose inner_loop=sgd or adam")
         offered["inner_loop"] = instantiate(cfg.inner_loop)
+    elif "_target_" in (cfg.inner_loop or {}):
+        raise ConfigError(
+            "this algorithm takes no inner steps; leave inner_loop out, or choose inner_loop=none"
+        )
     algorithm = instantiate(cfg.algorithm, **{name: x for name, x in offered.items() if name in wanted})
     return algorithm.to(device=hardware.device, dtype=hardware.dtype)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import metarun
 from metarun.algorithms.base import Algorithm
 from metarun.build import build_algorithm
+from metarun.config import check_node
 from metarun.errors import CheckpointError
 from metarun.files import atomic_write
 from metarun.hardware import Hardware
@@ -32,6 +33,7 @@ def save(path: Path, content: Mapping[str, Any], kind: str = "run") -> None:
 def load(path: Path, kind: str = "run") -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU. CheckpointError where it cannot be used."""
     try:
+        check_bytes(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign files; the error below says it
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -47,7 +49,7 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
         ValueError,
-        KeyError,
+        LookupError,
         OSError,
     ):
         raise CheckpointError(
@@ -55,14 +57,25 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{path}: a PyTorch file, but not a metarun checkpoint")
+    if content["format"] == FORMAT and not content.keys() >= {"kind", "config", "algorithm"}:
+        raise CheckpointError(f"{path}: damaged, or not a metarun checkpoint: it lacks what one holds")
     if content["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: written by metarun {content.get('metarun')} in checkpoint format {content['format']}; "
             f"this is metarun {metarun.__version__}, which reads format {FORMAT}; install that version"
         )
     if content["kind"] != kind:
-        raise CheckpointError(f"{path}: holds {KINDS[content['kind']]}; {KINDS[kind]} is needed here")
+        raise CheckpointError(
+            f"{path}: holds {KINDS.get(content['kind'], 'something else')}; {KINDS[kind]} is needed here"
+        )
     return content
+
+
+def check_bytes(path: Path) -> None:
+    """Compare the stored checksums, which torch.load does not."""
+    with zipfile.ZipFile(path) as archive:
+        if (member := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(member)
 
 
 KINDS = {"run": "a training run", "adapted": "an adapted model"}
@@ -80,11 +93,18 @@ def find(reference: str, names: tuple[str, ...] = ("best.pt", "last.pt")) -> Pat
 
 
 def rebuild(content: dict[str, Any], cfg: DictConfig, hardware: Hardware, path: Path) -> Algorithm:
-    """The algorithm of a checkpoint, by the config it carries (or an adjusted copy, `cfg`)."""
+    """The algorithm of a checkpoint, by the config it carries (or an adjusted copy, `cfg`).
+
+    The config is checked like a typed one: a checkpoint must not name what is no algorithm,
+    backbone or dataset.
+    """
+    for group in ("dataset", "backbone", "inner_loop", "algorithm"):
+        if cfg[group]:
+            check_node(group, cfg[group])
     algorithm = build_algorithm(cfg, hardware)
     try:
         algorithm.load_state_dict(content["algorithm"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(f"{path}: its weights do not fit its config ({reason})") from None
     return algorithm

@@ -47,7 +47,7 @@ More to type:
 # Settings that hold a path: what Hydra's grammar would trip over is quoted for the user.
 PATH_KEYS = ("checkpoint", "support", "query", "resume", "dataset.root")
 
-# Hydra's flags that are followed by a word.
+# Hydra's flags, those followed by a word first.
 VALUED_FLAGS = [
     "-c",
     "--cfg",
@@ -63,6 +63,19 @@ VALUED_FLAGS = [
     "--config-path",
     "-e",
     "--experimental-rerun",
+]
+PLAIN_FLAGS = [
+    "-h",
+    "--help",
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "-r",
+    "--run",
+    "-m",
+    "--multirun",
+    "-sc",
+    "--shell-completion",
 ]
 
 
@@ -105,7 +118,7 @@ def run(name: str, arguments: list[str]) -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except KeyboardInterrupt:
-        sys.exit(130)
+        fail("interrupted", status=130)
     except Exception as error:
         if raw:
             raise
@@ -119,6 +132,9 @@ def guarded(name: str, cfg: Any, raw: bool) -> Any:
 
     try:
         return importlib.import_module(COMMANDS[name]).run(cfg)
+    except KeyboardInterrupt:
+        remove_notes(Path(HydraConfig.get().runtime.output_dir))
+        raise
     except Exception as error:
         if raw:
             raise
@@ -157,10 +173,12 @@ def remove_notes(folder: Path) -> None:
 def arrange(name: str, arguments: list[str]) -> list[str]:
     """Flags before overrides, as Hydra's parser wants; paths quoted; a resumed run in its own folder."""
     flags = [a for a in arguments if not is_override(a)]
-    for before, word in zip(["", *flags], flags, strict=False):
-        if not word.startswith("-") and before not in VALUED_FLAGS:
-            fail(f"{word!r} is neither a setting (key=value) nor a flag; see metarun {name} --help", status=2)
     overrides = [quote_path(a) for a in arguments if is_override(a)]
+    for before, word in zip(["", *flags], flags, strict=False):
+        if word.startswith("-"):
+            check_flag(name, word.partition("=")[0])
+        elif before not in VALUED_FLAGS:
+            fail(f"{word!r} is neither a setting (key=value) nor a flag; see metarun {name} --help", status=2)
     if name == "train":
         overrides = pairing(overrides) + overrides
     resume = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
@@ -170,7 +188,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     if name == "train" and resume:
         folder = Path(resume[-1]).expanduser()
         folder = folder if folder.is_dir() else folder.parent
-        overrides += [quote_path(f"hydra.run.dir={folder}", always=True), "hydra.output_subdir=null"]
+        overrides += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null"]
     return flags + overrides
 
 
@@ -189,13 +207,33 @@ def is_override(argument: str) -> bool:
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
-def quote_path(override: str, always: bool = False) -> str:
-    """The override with its value in quotes, where it is a path with characters Hydra's grammar uses."""
+def check_flag(name: str, flag: str) -> None:
+    if flag not in VALUED_FLAGS + PLAIN_FLAGS:
+        close = difflib.get_close_matches(flag, VALUED_FLAGS + PLAIN_FLAGS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"see metarun {name} --help"
+        fail(f"{flag} is not a flag; {hint}", status=2)
+
+
+def quote_path(override: str) -> str:
+    """A path's override in quotes, so that no character of it is read as Hydra's grammar; `~` is home.
+
+    What is quoted already, null, and interpolations stay as they are.
+    """
     key, _, value = override.partition("=")
-    if not always and (key not in PATH_KEYS or not value or value[0] in "'\"[$" or not Path(value).exists()):
+    if key not in PATH_KEYS or value == "null" or value[:1] in ("'", '"', "$"):
         return override
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    if value.startswith("[") and value.endswith("]"):
+        return f"{key}=[{','.join(quoted(item.strip()) for item in value[1:-1].split(','))}]"
+    if not value:
+        fail(f"{key}= is empty; name a path", status=1)
+    return f"{key}={quoted(value)}"
+
+
+def quoted(path: str) -> str:
+    if path[:1] in ("'", '"'):
+        return path
+    path = os.path.expanduser(path).replace("'", "\\'").replace("${", "\\${")
+    return f"'{path}'"
 
 
 def completed_command() -> str:
@@ -212,5 +250,6 @@ def completed_command() -> str:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    print(f"metarun: error: {message}", file=sys.stderr)
+    prefix = "metarun: " if status == 130 else "metarun: error: "
+    print(prefix + message, file=sys.stderr)
     sys.exit(status)

@@ -7,6 +7,7 @@ signature and type hints, so a user's class is checked like metarun's, with no s
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import types
 import typing
@@ -120,6 +121,15 @@ SUPPLIED = {
     "optimizer": {"params"},
     "scheduler": {"optimizer"},
 }
+# What each group's class must be. By name: torch is imported only when there is something to check.
+KINDS = {
+    "algorithm": "metarun.algorithms.base.Algorithm",
+    "backbone": "torch.nn.Module",
+    "inner_loop": "metarun.inner_loops.base.InnerLoop",
+    "hardware": "metarun.hardware.Hardware",
+    "optimizer": "torch.optim.Optimizer",
+    "scheduler": "torch.optim.lr_scheduler.LRScheduler",
+}
 ONE_OR_MORE = "ways shots queries meta_batch iterations validation.every checkpoint.every log.every"
 # The least that each number may be. An interval needs two episodes; a seed 64 bits at most.
 LEAST = dict.fromkeys(ONE_OR_MORE.split(), 1) | {
@@ -133,12 +143,17 @@ LEAST = dict.fromkeys(ONE_OR_MORE.split(), 1) | {
     "validation.seed": 0,
     "test.seed": 0,
 }
+NOTES = ("choices", "overrides")  # what a checkpoint's config adds
 MOST = (1 << 63) - 1
 NORMS = ("batch", "running", "group", "layer", "instance", "none")
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, command: str) -> None:
     """Raise ConfigError for the first setting that cannot work."""
+    known = list(FRAMES[command].__dataclass_fields__)
+    for key in map(str, cfg):
+        if key not in (*known, *NOTES):
+            raise ConfigError(f"{key}: there is no such setting{did_you_mean(key, known)}")
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command line")
     for key, least in LEAST.items():
@@ -160,6 +175,8 @@ def value_of(cfg: DictConfig, key: str) -> Any:
 
 
 def check_number(key: str, value: Any, least: int) -> None:
+    if OmegaConf.is_list(value) and not value:
+        raise ConfigError(f"{key}=[]: must name at least one number")
     for number in list(value) if OmegaConf.is_list(value) else [value]:
         if number is not None and not (matches(number, int) and least <= number <= MOST):
             raise ConfigError(f"{key}={number}: must be a whole number of at least {least}")
@@ -172,6 +189,7 @@ def check_node(path: str, node: DictConfig) -> None:
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         raise ConfigError(f"{path}._target_={node._target_}: cannot be imported ({reason})") from None
+    check_kind(path, cls)
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
@@ -200,6 +218,21 @@ def type_hints(cls: type) -> dict[str, Any]:
         return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     except Exception:  # hints that name what was never imported
         return {}
+
+
+def check_kind(path: str, cls: type) -> None:
+    """Refuse a class that is not what its group holds: a checkpoint's config must not call at will."""
+    if path not in KINDS:
+        if path != "dataset":
+            raise ConfigError(f"{path}._target_: no group of this name is built from a class")
+        if not (hasattr(cls, "split") and hasattr(cls, "item_shape")):
+            raise ConfigError(
+                f"dataset._target_: {cls.__name__} is no dataset (it has no split and item_shape)"
+            )
+        return
+    module, _, name = KINDS[path].rpartition(".")
+    if not issubclass(cls, getattr(importlib.import_module(module), name)):
+        raise ConfigError(f"{path}._target_: {cls.__name__} is no {KINDS[path]}")
 
 
 def matches(value: Any, hint: Any) -> bool:

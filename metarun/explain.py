@@ -21,7 +21,15 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
     if is_config_error(error):
         return explain_config(error, command, arguments)
     if "Config group override must be" in str(error):
-        return f"a group needs one of its options, not null; metarun {command} --help lists them"
+        empty = [a.partition("=")[0] for a in arguments if a.endswith("=null")]
+        return (
+            f"{', '.join(empty)}=null: a group needs one of its options; metarun {command} --help lists them"
+        )
+    if found := re.search(r"Ambiguous value for argument '(\S+?)=(.*?)'", str(error)):
+        key, value = found.groups()
+        return f"{key}={value}: a list is typed {key}=[{value}], a sweep over the values needs -m"
+    if type(error).__module__.startswith("yaml") or "yaml" in type(error.__cause__).__module__:
+        return "a YAML file cannot be read: " + " ".join(str(error).split())
     for cause in causes(error):
         if "out of memory" in str(cause).lower() or isinstance(cause, MemoryError):
             return "out of memory; lower hardware.tasks_at_once, meta_batch, ways or backbone.width"

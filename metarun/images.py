@@ -34,9 +34,9 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
 
 def query_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int | None]]:
     """The images to predict and their classes where sub-folders tell them, else None."""
+    if folder.is_file():
+        return [folder], [None]
     require_folder(folder)
-    if (path := Path(folder)).is_file():
-        return [path], [None]
     files: list[Path] = []
     labels: list[int | None] = []
     for path in visible(folder):
@@ -65,8 +65,9 @@ def require_folder(folder: Path) -> None:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, in order of name, without hidden files (such as .DS_Store)."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    """What is in a folder, in order of name, without what systems leave there unasked."""
+    unasked = ("Thumbs.db", "desktop.ini", "__MACOSX")
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in unasked)
 
 
 def read(path: Path) -> Image.Image:

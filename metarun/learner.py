@@ -52,15 +52,19 @@ class Learner(nn.Module):
 
         `ways` is the number of outputs the tasks need.
         """
-        if not self.shares_head and ways > self.outputs:
-            raise ConfigError(
-                f"its fixed head has {self.outputs} ways, not {ways}; train with algorithm.head=shared"
-            )
+        self.check(ways)
         params = {name: p.expand(tasks, *p.shape) for name, p in self.named_parameters()}
         for name in ("head.weight", "head.bias"):
             p = params[name]
             params[name] = p.expand(tasks, ways, *p.shape[2:]) if self.shares_head else p[:, :ways]
         return params
+
+    def check(self, ways: int) -> None:
+        """Raise ConfigError where the head cannot have so many outputs."""
+        if not self.shares_head and ways > self.outputs:
+            raise ConfigError(
+                f"its fixed head has {self.outputs} ways, not {ways}; train with algorithm.head=shared"
+            )
 
     def forward(self, params: Params, x: Tensor) -> Tensor:
         """Outputs [T, B, N] of examples [T, B, *item], each task by its own weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ COLOURS = {"train": "#8c8c8c", "validation": "#1f77b4"}
 
 def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
+        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
     atomic_write(path, lambda file: file.write(buffer.getvalue()))
 
@@ -30,19 +33,21 @@ def save(figure: Figure, path: Path) -> None:
 def learning_curve(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Loss and score of training and validation over iterations."""
     metric = "accuracy" if any("accuracy" in row for row in rows) else "mse"
-    # A first-order surrogate such as Reptile's has a loss of another kind than validation's.
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for axis, key in zip(axes, (metric, "loss"), strict=True):
         for split, colour in COLOURS.items():
             own = [row for row in rows if row["split"] == split and key in row]
             x = [row["iteration"] for row in own]
-            y = np.array([row[key] for row in own])
+            percent = 100 if key == "accuracy" else 1
+            y = percent * np.array([row[key] for row in own])
             axis.plot(x, y, color=colour, label=split, linewidth=1.5, marker="." if len(x) < 30 else None)
             if key == metric and split == "validation" and len(own) > 0:
-                half = np.array([row["interval"] for row in own])
-                axis.fill_between(x, y - half, y + half, color=colour, alpha=0.2, linewidth=0)
+                half = percent * np.array([row["interval"] for row in own])
+                axis.fill_between(
+                    x, y - half, y + half, color=colour, alpha=0.2, linewidth=0, label="95 % interval"
+                )
         axis.set_xlabel("iteration")
-        axis.set_title(key)
+        axis.set_title("accuracy, %" if key == "accuracy" else key)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)
@@ -117,6 +122,9 @@ def regression_curves(
         axis.plot(x[order], y.flatten().numpy(force=True)[order], "--", label=name)
     points_x, points_y = (tensor.flatten().numpy(force=True) for tensor in support)
     axis.plot(points_x, points_y, "m^", label="support")
+    axis.set_xlabel("x")
+    axis.set_ylabel("y")
+    axis.set_title("one task, before and after adapting")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save(figure, path)

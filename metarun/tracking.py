@@ -88,13 +88,14 @@ def progress_bar(unit: str) -> Progress:
     """A progress bar with count, speed, remaining time, and free text; it fits 80 columns."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=10),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}" + f" {unit}/s"),
         TextColumn("ETA"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
         console=notes,
+        expand=True,
         transient=False,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -257,7 +258,7 @@ def describe_validation(rows: list[dict[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def hold_interrupts() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C instead of stopping midway; a second one stops at once."""
+    """Collect the first Ctrl-C or SIGTERM instead of stopping midway; a second stops at once."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -267,9 +268,12 @@ def hold_interrupts() -> Iterator[list[int]]:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
+        # Not through rich, which may be interrupted in the middle of drawing.
+        os.write(2, b"\nstopping and saving (once more: stop at once)\n")
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)

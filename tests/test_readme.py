@@ -32,7 +32,7 @@ def test_every_command_of_the_readme_composes(words: list[str]):
     # A sweep's lists are Hydra's to split; the first choice of each stands for it here.
     first = [word if "[" in word else word.split(",")[0] for word in overrides]
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        check(compose(command, first))
+        check(compose(command, first), command)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\((docs/[^)]+)\)", README))))

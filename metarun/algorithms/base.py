@@ -24,6 +24,9 @@ class Algorithm(nn.Module, ABC):
     #: Whether predictions for one query depend on the other queries of its task.
     uses_query_statistics: bool = False
 
+    def check(self, ways: int) -> None:
+        """Raise ConfigError where tasks of so many ways cannot be met."""
+
     @abstractmethod
     def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> Adapted:
         """Learn T tasks from support_x [T, S, *item] and support_y [T, S] (or [T, S, outputs])."""

@@ -47,6 +47,9 @@ class MAML(Algorithm):
         self.batch_statistics = uses_batch_statistics(backbone)
         self.uses_query_statistics = transductive and self.batch_statistics
 
+    def check(self, ways: int) -> None:
+        self.learner.check(ways)
+
     def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
         """The adapted weights, {"params": Params, "support_x": [T, S, *item]}."""
         loss, slow, fast = self.inner_problem(support_x, support_y, ways)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig
+from PIL.Image import Image
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -45,9 +45,13 @@ class Task:
 
 def run(cfg: DictConfig) -> float:
     """Adapt by the config; the query score after the last step, or the support's."""
-    check(cfg)
+    check(cfg, "adapt")
     if cfg.query is not None and cfg.support is None:
         raise ConfigError("query= needs support=: a folder with one sub-folder of images a class")
+    if cfg.support is not None:
+        for key in ("dataset", "ways", "shots"):
+            if cfg[key] is not None:
+                raise ConfigError(f"{key}= is for a task of a dataset; support= brings its own")
     if cfg.ink not in ("auto", "dark", "light"):
         raise ConfigError(f"ink={cfg.ink}: must be auto, dark or light")
     hardware = build_hardware(cfg)
@@ -80,27 +84,36 @@ def user_task(cfg: DictConfig, config: DictConfig) -> Task:
     if cfg.query is not None:
         query_files, query_labels = images.query_files(Path(cfg.query).expanduser(), list(classes))
     query = [images.read(file) for file in query_files]
-    convert = converter(cfg, config, [*support, *query])
+    support_x = prepare(cfg, config, "support", support, item_shape)
+    query_x = prepare(cfg, config, "query", query, item_shape) if query else None
     known = torch.tensor([[-1 if label is None else label for label in query_labels]])
     return Task(
-        support_x=convert(images.to_batch(support, item_shape)).unsqueeze(0),
+        support_x=support_x,
         support_y=torch.tensor([labels]),
-        query_x=convert(images.to_batch(query, item_shape)).unsqueeze(0) if query else None,
+        query_x=query_x,
         query_y=known if query else None,
         classes=list(classes),
         query_names=[str(file) for file in query_files],
     )
 
 
-def converter(cfg: DictConfig, config: DictConfig, drawings: list[Any]) -> Callable[[Tensor], Tensor]:
-    """For a model of drawings, the change of polarity its images need; said, never silent."""
-    if not getattr(get_class(config.dataset._target_), "drawings", False):
-        return lambda batch: batch
-    ink = images.ink_of(drawings) if cfg.ink == "auto" else cfg.ink
-    how = "assumed from their borders; ink=dark or ink=light decides" if cfg.ink == "auto" else "as you said"
-    ground = "light" if ink == "dark" else "dark"
-    say(notes, f"your drawings: {ink} ink on a {ground} ground ({how})")
-    return lambda batch: images.as_drawings(batch, ink)
+def prepare(
+    cfg: DictConfig, config: DictConfig, name: str, pictures: list[Image], item_shape: tuple[int, ...]
+) -> Tensor:
+    """A folder's pictures as the model's [1, B, C, H, W].
+
+    For a model of drawings their polarity is changed where it must be; said, never silent.
+    """
+    batch = images.to_batch(pictures, item_shape)
+    if getattr(get_class(config.dataset._target_), "drawings", False):
+        ink = images.ink_of(pictures) if cfg.ink == "auto" else cfg.ink
+        how = "assumed from their borders; ink=dark or ink=light decides" if cfg.ink == "auto" else "as typed"
+        ground = "light" if ink == "dark" else "dark"
+        say(notes, f"{name} drawings: {ink} ink on a {ground} ground ({how})")
+        batch = images.as_drawings(batch, ink)
+    if blank := int((batch.amax((1, 2, 3)) - batch.amin((1, 2, 3)) < 0.05).sum()):
+        say(notes, f"{name}: {blank} of {len(batch)} images are blank at the model's size")
+    return batch.unsqueeze(0)
 
 
 def dataset_task(cfg: DictConfig, config: DictConfig, hardware: Hardware) -> Task:
@@ -108,8 +121,11 @@ def dataset_task(cfg: DictConfig, config: DictConfig, hardware: Hardware) -> Tas
     if cfg.split not in SPLITS:
         raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
     ways, shots = (cfg[key] or config.validation[key] or config[key] for key in ("ways", "shots"))
-    geometry = Geometry(ways, shots, cfg.queries)
-    source = build_source(dataset_config(cfg, config), cfg.split, hardware)
+    dataset = dataset_config(cfg, config)
+    regression = hasattr(get_class(dataset._target_), "outputs")
+    # A curve is drawn through its queries.
+    geometry = Geometry(ways, shots, max(cfg.queries, 200) if regression else cfg.queries)
+    source = build_source(dataset, cfg.split, hardware)
     source.check(geometry)
     episodes: Episodes = source.gather(next(fixed_draws(source, geometry, 1, cfg.seed)), geometry)
     names = getattr(source, "names", None)
@@ -248,9 +264,21 @@ def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None
     assert task.query_x is not None
     if task.query_x.dim() != 5:
         return
-    titles = [f"{row['prediction']}\n{row['probability']:.2f}" for row in rows]
+    titles = [title_of(row) for row in rows]
     right = [row["prediction"] == row["class"] if row["class"] else None for row in rows]
     plots.predictions(task.query_x[0].float(), titles, right, path)
+
+
+def title_of(row: dict[str, Any]) -> str:
+    """A query's prediction and its probability; where it is wrong, the truth too."""
+    wrong = row["class"] and row["prediction"] != row["class"]
+    truth = f" (is {shorten(row['class'])})" if wrong else ""
+    return f"{shorten(row['prediction'])}{truth}\n{row['probability']:.2f}"
+
+
+def shorten(name: str, most: int = 14) -> str:
+    """The end of a long name, where names of a kind differ."""
+    return name if len(name) <= most else "…" + name[-most + 1 :]
 
 
 @torch.no_grad()

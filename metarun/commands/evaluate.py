@@ -40,32 +40,44 @@ class Cell:
 
     model: Model
     geometry: Geometry
+    source: EpisodeSource
     result: Result | None = None
     reason: str = ""
 
 
 def run(cfg: DictConfig) -> float:
     """Evaluate by the config; the first cell's mean, for sweepers."""
-    check(cfg)
+    check(cfg, "eval")
     if cfg.split not in SPLITS:
         raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
     hardware = build_hardware(cfg)
     models = load_models(cfg, hardware)
     geometries = grid(cfg, models[0].config)
     datasets = [dataset_config(cfg, model.config) for model in models]
-    cells = []
-    total = len(models) * len(geometries) * cfg.episodes
     sources: dict[str, EpisodeSource] = {}
-    with Bar("eval", total, "episodes") as bar:
-        for model, dataset in zip(models, datasets, strict=True):
-            key = OmegaConf.to_yaml(dataset, resolve=True)
-            if key not in sources:
-                sources[key] = build_source(dataset, cfg.split, hardware)
-            check_shapes(model, sources[key])
-            for geometry in geometries:
-                cells.append(run_cell(model, geometry, sources[key], cfg, hardware, bar))
-    if all(cell.result is None for cell in cells):
+    cells = []
+    for model, dataset in zip(models, datasets, strict=True):
+        key = OmegaConf.to_yaml(dataset, resolve=True)
+        if key not in sources:
+            sources[key] = build_source(dataset, cfg.split, hardware)
+        check_shapes(model, sources[key])
+        cells += [plan_cell(model, geometry, sources[key]) for geometry in geometries]
+    if all(cell.reason for cell in cells):
         raise ConfigError(cells[0].reason)
+    possible = [cell for cell in cells if not cell.reason]
+    with Bar("eval", len(possible) * cfg.episodes, "episodes") as bar:
+        for cell in possible:
+            cell.result = evaluate(
+                cell.model.algorithm,
+                cell.source,
+                cell.geometry,
+                cfg.episodes,
+                cfg.seed,
+                hardware,
+                bar.advance,
+            )
+    if len(sources) > 1:
+        say(notes, "on different datasets, so not compared; dataset=NAME tests all on one")
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(cells, cfg, folder)
     return next(cell.result.mean for cell in cells if cell.result)
@@ -118,7 +130,7 @@ def grid(cfg: DictConfig, trained: DictConfig) -> list[Geometry]:
 
     def choices(key: str) -> list[int]:
         value = cfg[key] if cfg[key] is not None else trained.validation[key] or trained[key]
-        return list(value) if OmegaConf.is_list(value) else [value]
+        return list(dict.fromkeys(value)) if OmegaConf.is_list(value) else [value]
 
     return [Geometry(w, s, cfg.queries) for w, s in itertools.product(choices("ways"), choices("shots"))]
 
@@ -142,16 +154,14 @@ def check_shapes(model: Model, source: EpisodeSource) -> None:
         )
 
 
-def run_cell(
-    model: Model, geometry: Geometry, source: EpisodeSource, cfg: DictConfig, hardware: Hardware, bar: Bar
-) -> Cell:
-    """Evaluate one cell; what cannot be done there is told in the table."""
+def plan_cell(model: Model, geometry: Geometry, source: EpisodeSource) -> Cell:
+    """A cell to evaluate, or why it cannot be."""
     try:
-        result = evaluate(model.algorithm, source, geometry, cfg.episodes, cfg.seed, hardware, bar.advance)
+        source.check(geometry)
+        model.algorithm.check(geometry.ways)
     except MetarunError as error:
-        bar.advance(cfg.episodes)
-        return Cell(model, geometry, reason=str(error))
-    return Cell(model, geometry, result)
+        return Cell(model, geometry, source, reason=str(error))
+    return Cell(model, geometry, source)
 
 
 def dataset_name(cfg: DictConfig, trained: DictConfig) -> str:

@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> float:
             f"{folder / existing[0]}: this folder already holds a run; go on with it by "
             f"resume={relative(folder)}, or choose another hydra.run.dir"
         )
-    check(cfg)
+    check(cfg, "train")
     hardware = build_hardware(cfg)
     torch.manual_seed(cfg.seed)
     trainer = build_trainer(cfg, hardware, folder)

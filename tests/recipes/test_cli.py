@@ -101,6 +101,13 @@ BAD_VALUES = {
     "dataset=omniglot dataset.root=nowhere": "nowhere",
     "resume=nowhere": "nowhere: no such checkpoint",
     "hydra.run.dir=file/inside": "file",
+    "test.episodes=-5": "test.episodes=-5: must be a whole number of at least 0",
+    "validation.episodes=1": "must be a whole number of at least 2",
+    "optimizer=null": "set optimizer._target_",
+    "optimizer.lr=-1": "torch.optim.Adam: Invalid learning rate",
+    "hardware.device=mps": "metarun runs on cpu and cuda",
+    "seed=99999999999999999999999": "seed=99999999999999999999999",
+    "norm=foo": "norm=foo: must be one of batch",
     "queries=(3": "queries=(3: not understood",
 }
 

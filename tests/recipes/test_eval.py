@@ -78,3 +78,36 @@ def test_another_domain_other_steps_and_one_query_at_a_time(metarun, runs: Path,
     own = results_of(tmp_path / "own")["results"][0]
     assert own["uses_query_statistics"] is True
     assert own["episodes_hash"] != row["episodes_hash"]
+
+
+def test_steps_and_one_query_at_a_time_change_what_they_should(metarun, runs: Path, tmp_path: Path):
+    means = {}
+    for name, words in {"own": [], "more": ["steps=10"], "none": ["steps=0"]}.items():
+        metarun("eval", f"checkpoint={runs}/maml", "episodes=60", *words, f"hydra.run.dir={name}")
+        means[name] = results_of(tmp_path / name)["results"][0]["mean"]
+    assert means["none"] == pytest.approx(0.2, abs=0.04)  # an unadapted head knows no class
+    assert len(set(means.values())) == 3
+    done = metarun("eval", f"checkpoint={runs}/protonet", "steps=3", status=1)
+    assert "protonet has no such choice" in done.stderr
+    done = metarun("eval", f"checkpoint=[{runs}/maml,{runs}/protonet]", "steps=3", "episodes=5", "queries=2")
+    assert "protonet has no such choice as steps=3" in done.stderr
+
+
+def test_splits_of_a_dataset_without_classes_differ_too(metarun, tmp_path: Path):
+    words = ["dataset=sinusoid", "iterations=3", "log.tensorboard=false", "test.episodes=0"]
+    metarun("train", *words, "hydra.run.dir=run")
+    hashes = set()
+    for split in ("train", "validation", "test"):
+        metarun("eval", "checkpoint=run", f"split={split}", "episodes=10", f"hydra.run.dir={split}")
+        hashes.add(results_of(tmp_path / split)["results"][0]["episodes_hash"])
+    assert len(hashes) == 3
+
+
+def test_every_row_names_its_own_dataset(metarun, runs: Path, tmp_path: Path):
+    words = ["dataset=sinusoid", "iterations=3", "log.tensorboard=false", "test.episodes=0"]
+    metarun("train", *words, "hydra.run.dir=sinus")
+    metarun(
+        "eval", f"checkpoint=[{runs}/maml,sinus]", "ways=[1,5]", "shots=1", "episodes=5", "hydra.run.dir=out"
+    )
+    rows = results_of(tmp_path / "out")["results"]
+    assert [row["dataset"] for row in rows] == ["glyphs", "glyphs", "sinusoid", "sinusoid"]

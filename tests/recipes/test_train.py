@@ -115,11 +115,12 @@ def test_killed_three_times_it_ends_bit_identical(metarun, tmp_path: Path, algor
         killed += process.wait() == -signal.SIGKILL
     assert killed == 3
     metarun("train", "resume=killed")
-    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed")]
-    for state in states:
-        del state["seconds"]
-    assert states[0]["iteration"] == 60
-    assert same(*states)
+    for file in ("last.pt", "best.pt"):
+        states = [torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "killed")]
+        for state in states:
+            del state["seconds"], state["config"]["overrides"]
+        assert file == "best.pt" or states[0]["iteration"] == 60
+        assert same(*states)
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "killed")
 
 
@@ -186,3 +187,84 @@ def test_tensorboard_has_the_curves(metarun, tmp_path: Path):
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("validation/accuracy")] == [6, 12]
+
+
+def test_bf16_learns_too(metarun, tmp_path: Path):
+    """Autocast must not keep the first step's weights."""
+    words = ["train", "backbone.width=16", "iterations=120", "validation.every=60", "test.episodes=0"]
+    data = ["dataset.train_classes=100", "log.tensorboard=false", "hardware.threads=1", "log.every=10"]
+    metarun(*words, *data, "hardware.precision=bf16", "hydra.run.dir=run")
+    losses = [row["loss"] for row in rows_of(tmp_path / "run") if row["split"] == "train"]
+    assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
+
+
+def test_best_is_the_best_validation(metarun, tmp_path: Path):
+    for words, key, best in ((TINY, "accuracy", max), (["dataset=sinusoid"], "mse", min)):
+        more = ["iterations=30", "validation.every=3", "log.tensorboard=false", "optimizer.lr=0.05"]
+        folder = tmp_path / key
+        metarun("train", *words, *more, "test.episodes=20", f"hydra.run.dir={folder}")
+        rows = [row for row in rows_of(folder) if row["split"] == "validation"]
+        wanted = best(row[key] for row in rows)
+        result = json.loads((folder / "result.json").read_text())
+        assert result["validation"]["mean"] == pytest.approx(wanted)
+        first = next(row["iteration"] for row in rows if row[key] == wanted)
+        assert torch.load(folder / "best.pt", weights_only=True)["iteration"] == first
+        assert result["test"]["mean"] != result["validation"]["mean"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.iterdir() if path.is_file()]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(metarun, tmp_path: Path):
+    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    before = contents(tmp_path / "run")
+    done = metarun("train", *TINY, "hydra.run.dir=run", "ways=3", status=1)
+    assert "already holds a run" in done.stderr and "resume=run" in done.stderr
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_schedule_cannot_be_stretched_and_iterations_cannot_be_undone(metarun, tmp_path: Path):
+    metarun("train", "algorithm=reptile", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    assert (
+        "follows a schedule made for 12" in metarun("train", "resume=run", "iterations=24", status=1).stderr
+    )
+    assert "already done 12" in metarun("train", "resume=run", "iterations=3", status=1).stderr
+
+
+def test_a_mistake_removes_no_folder_of_the_users(metarun, tmp_path: Path):
+    metarun("train", "resume=nowhere", status=1)
+    assert tmp_path.is_dir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    metarun("train", "ways=0", "hydra.run.dir=mine", status=1)
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
+
+
+def test_an_optimizer_with_lists_of_its_own_leaves_readable_checkpoints(metarun, tmp_path: Path):
+    words = ["optimizer._target_=torch.optim.RAdam", "+optimizer.betas=[0.5,0.9]"]
+    metarun("train", *TINY, *words, "hydra.run.dir=run", "test.episodes=0")
+    metarun("eval", "checkpoint=run", "episodes=5", "queries=2")
+    metarun("train", "resume=run", "iterations=14")
+
+
+def test_a_users_own_class_from_a_folder_beside(metarun, tmp_path: Path):
+    """A backbone and its YAML in the working folder: no fork, no install."""
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, item_shape, width: int = 4):\n"
+        "        super().__init__()\n"
+        "        assert item_shape == (1, 28, 28), item_shape\n"
+        "        self.features = width * 49\n"
+        "        self.conv = nn.Conv2d(1, width, 4, stride=4)\n"
+        "    def forward(self, x):\n"
+        "        return self.conv(x).relu().flatten(1)\n"
+    )
+    (tmp_path / "conf/backbone").mkdir(parents=True)
+    (tmp_path / "conf/backbone/own.yaml").write_text("_target_: own_net.Net\nwidth: 4\n")
+    tiny = [word for word in TINY if not word.startswith("backbone.")]
+    metarun("train", "-cd", "conf", "backbone=own", "algorithm=maml", *tiny, "hydra.run.dir=run")
+    done = metarun("train", "-cd", "conf", "backbone=own", "+backbone.widht=3", *tiny, status=1)
+    assert "Net has no setting 'widht'; did you mean 'width'?" in done.stderr

@@ -33,7 +33,7 @@ def test_every_yaml_opens_with_its_command(path: Path):
     words += ["checkpoint=x"] if command != "train" else []
     words = [word for word in words if not word.startswith(("support=", "query="))]
     assert path.stem in " ".join([command, *words]) or path.stem == "none"
-    check(composed(command, *words))
+    check(composed(command, *words), command)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -41,7 +41,7 @@ def test_every_option_composes_and_checks(group: str, option: str):
     if (group, option) == ("inner_loop", "none"):
         return
     cfg = composed("train", f"{group}={option}")
-    check(cfg)
+    check(cfg, "train")
     if "_target_" in cfg[group]:
         package = cfg[group]._target_.rsplit(".", 2)[0]
         expected = "metarun" if group == "hardware" else f"metarun.{group}s"

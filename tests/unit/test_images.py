@@ -34,9 +34,12 @@ def test_sixteen_bits_are_scaled_not_cut(tmp_path: Path):
     assert np.abs(np.asarray(image).astype(int) - RAMP).max() <= 1
 
 
-def test_transparency_is_laid_on_white(tmp_path: Path):
+def test_transparency_is_laid_on_a_ground_that_shows_the_ink(tmp_path: Path):
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert np.asarray(saved(tmp_path, clear)).min() == 255
+    clear.putpixel((1, 1), (10, 10, 10, 255))
+    assert np.asarray(saved(tmp_path, clear).convert("L")).tolist()[0] == [255] * 4
+    clear.putpixel((1, 1), (250, 250, 250, 255))  # white ink would vanish on white
+    assert np.asarray(saved(tmp_path, clear).convert("L")).tolist()[0] == [0] * 4
 
 
 def test_a_camera_held_sideways_is_turned_upright(tmp_path: Path):
