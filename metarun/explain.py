@@ -18,6 +18,11 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
     for cause in causes(error):
         if isinstance(cause, OSError) and (message := explain_os(cause)):
             return message
+    if found := re.search(r"Ambiguous value for argument '(\S+?)=(.*?)'", str(error)):
+        key, value = found.groups()
+        return f"{key}={value}: a list is typed {key}=[{value}], a sweep over the values needs -m"
+    if type(error).__module__.startswith("yaml") or "yaml" in type(error.__cause__).__module__:
+        return "a YAML file cannot be read: " + " ".join(str(error).split())
     if is_config_error(error):
         return explain_config(error, command, arguments)
     if "Config group override must be" in str(error):
@@ -25,11 +30,6 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
         return (
             f"{', '.join(empty)}=null: a group needs one of its options; metarun {command} --help lists them"
         )
-    if found := re.search(r"Ambiguous value for argument '(\S+?)=(.*?)'", str(error)):
-        key, value = found.groups()
-        return f"{key}={value}: a list is typed {key}=[{value}], a sweep over the values needs -m"
-    if type(error).__module__.startswith("yaml") or "yaml" in type(error.__cause__).__module__:
-        return "a YAML file cannot be read: " + " ".join(str(error).split())
     for cause in causes(error):
         if "out of memory" in str(cause).lower() or isinstance(cause, MemoryError):
             return "out of memory; lower hardware.tasks_at_once, meta_batch, ways or backbone.width"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,25 @@ def test_a_users_drawings_of_either_polarity(metarun, run: Path, tmp_path: Path,
     adapted = torch.load(tmp_path / "out/adapted.pt", weights_only=True)
     assert adapted["classes"] == ["alpha one", "gamma", "βήτα"]
     assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query score"] >= 0.8
+
+
+def test_ink_on_paper_beside_chalk_on_a_board(metarun, run: Path, tmp_path: Path):
+    """Support and query of opposite polarity: each folder is looked at by itself."""
+    draw(tmp_path, dark=True)
+    shutil.rmtree(tmp_path / "query")
+    draw(tmp_path / "chalk", dark=False)
+    done = metarun("adapt", f"checkpoint={run}", "support=support", "query=chalk/query", "hydra.run.dir=out")
+    assert "support drawings: dark ink" in done.stderr and "query drawings: light ink" in done.stderr
+    assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query score"] >= 0.8
+
+
+def test_a_single_query_and_what_systems_leave_behind(metarun, run: Path, tmp_path: Path):
+    draw(tmp_path, dark=True)
+    (tmp_path / "support/.DS_Store").write_bytes(b"x")
+    (tmp_path / "support/gamma/Thumbs.db").write_bytes(b"x")
+    one = next((tmp_path / "query/gamma").iterdir())
+    done = metarun("adapt", f"checkpoint={run}", "support=support", f"query={one}")
+    assert "1 queries" in done.stdout
 
 
 def test_a_flat_query_folder_is_predicted_but_not_scored(metarun, run: Path, tmp_path: Path):

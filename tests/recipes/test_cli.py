@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,7 @@ def test_the_console_script_and_the_module_are_the_same(tmp_path: Path):
         ([], "metarun train"),
         (["trian"], "did you mean 'train'?"),
         (["train", "ways"], "'ways' is neither a setting"),
-        (["train", "--wys"], "unrecognized arguments: --wys"),
+        (["train", "--wys"], "--wys is not a flag"),
     ],
 )
 def test_bad_usage_exits_with_2(tmp_path: Path, words: list[str], message: str):
@@ -134,6 +136,16 @@ def test_a_bad_value_is_one_line_and_exit_1_and_leaves_nothing(metarun, tmp_path
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
+def flipped(content: bytes) -> bytes:
+    """One bit in the middle of the largest weights changed; PyTorch itself would not notice."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        with archive.open(largest) as member:
+            data = member.read()
+    place = content.index(data) + len(data) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 def damaged(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -146,6 +158,7 @@ def test_checkpoints_that_cannot_be_used(metarun, tmp_path: Path):
     torch.save(content | {"format": 99, "metarun": "9.0"}, tmp_path / "future.pt")
     torch.save({"model": torch.zeros(1)}, tmp_path / "foreign.pt")
     torch.save(content | {"algorithm": {}}, tmp_path / "misfit.pt")
+    torch.save({"format": 1}, tmp_path / "hollow.pt")
     (tmp_path / "folder").mkdir()
     cases = {
         "missing.pt": "no such checkpoint",
@@ -155,6 +168,9 @@ def test_checkpoints_that_cannot_be_used(metarun, tmp_path: Path):
         "future.pt": "written by metarun 9.0 in checkpoint format 99",
         "foreign.pt": "not a metarun checkpoint",
         "misfit.pt": "its weights do not fit its config",
+        "hollow.pt": "it lacks what one holds",
+        str(damaged(tmp_path / "flipped.pt", flipped(good))): "damaged",
+        str(damaged(tmp_path / "byte.pt", b"\x80")): "damaged",
         "folder": "has no best.pt or last.pt",
     }
     for reference, message in cases.items():
@@ -175,6 +191,56 @@ def test_a_checkpoint_cannot_run_code(metarun, tmp_path: Path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Attack()))
     metarun("eval", "checkpoint=evil.pt", status=1)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("group", ["dataset", "backbone", "algorithm"])
+def test_a_checkpoints_config_cannot_call_at_will(metarun, tmp_path: Path, group: str):
+    """A config names classes; only what a group holds is ever built, at any depth."""
+    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    content = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    attack = {"_target_": "pathlib.Path.write_text", "self": {"_target_": "pathlib.Path"}, "data": "x"}
+    content["config"][group] = attack
+    torch.save(content, tmp_path / "call.pt")
+    assert "cannot be imported" in metarun("eval", "checkpoint=call.pt", status=1).stderr
+    content["config"][group] = {"_target_": "subprocess.Popen", "args": "touch owned", "shell": True}
+    torch.save(content, tmp_path / "call.pt")
+    assert "is no" in metarun("eval", "checkpoint=call.pt", status=1).stderr
+    assert not (tmp_path / "owned").exists()
+
+
+def test_home_is_understood_in_paths(metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    metarun("train", *TINY, "hydra.run.dir=run, (x=1) [2]".replace("run,", "'run,") + "'", "test.episodes=0")
+    metarun("eval", "checkpoint=~/run, (x=1) [2]", "episodes=5", "queries=2")
+    done = metarun("eval", "checkpoint=", status=1)
+    assert "checkpoint= is empty" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ways=[]"], "ways=[]: must name at least one number"),
+        (["ways=5,20"], "a list is typed ways=[5,20], a sweep over the values needs -m"),
+        (["ways=500"], "has 20 classes"),
+        (["split=tests"], "must be one of train, validation, test"),
+        (["episodes=1"], "at least 2"),
+        (["dataset=null"], "dataset=null: a group needs one of its options"),
+        (["+foo=1"], "foo: there is no such setting"),
+    ],
+)
+def test_mistakes_of_eval(metarun, tmp_path: Path, words: list[str], message: str):
+    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    done = metarun("eval", "checkpoint=run", *words, status=1)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_yaml_that_cannot_be_read_is_named(metarun, tmp_path: Path):
+    (tmp_path / "conf/backbone").mkdir(parents=True)
+    (tmp_path / "conf/backbone/own.yaml").write_text("_target_: [\n")
+    done = metarun("train", "-cd", "conf", "backbone=own", status=1)
+    assert "own.yaml" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_resumed_run_keeps_its_settings(metarun, tmp_path: Path):

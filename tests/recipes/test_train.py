@@ -134,7 +134,8 @@ def wait_for_rows(path: Path, iteration: int, process: subprocess.Popen, seconds
     raise TimeoutError(f"{path} did not reach iteration {iteration}")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(metarun, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(metarun, tmp_path: Path, number: int):
     process = subprocess.Popen(
         [sys.executable, "-m", "metarun", "train", *TINY, "iterations=100000", "hydra.run.dir=run"],
         cwd=tmp_path,
@@ -143,7 +144,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(metarun, tmp_path: Path):
         text=True,
     )
     wait_for_rows(tmp_path / "run/metrics.jsonl", 6, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "metarun train resume=run" in errors
