@@ -88,14 +88,13 @@ def progress_bar(unit: str) -> Progress:
     """A progress bar with count, speed, remaining time, and free text; it fits 80 columns."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
+        BarColumn(bar_width=6),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}" + f" {unit}/s"),
         TextColumn("ETA"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
         console=notes,
-        expand=True,
         transient=False,
     )
 
@@ -124,7 +123,7 @@ class Bar:
             return
         self.shown = now
         rate = (self.done - self.start) / max(now - self.began, 1e-9)
-        self.progress.update(self.task, completed=self.done, rate=f"{rate:.1f}", text=self.text)
+        self.progress.update(self.task, completed=self.done, rate=f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}", text=self.text)
 
     def line(self, text: str) -> None:
         """A lasting line above the bar."""

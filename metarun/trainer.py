@@ -243,7 +243,7 @@ def describe_live(rows: list[dict[str, Any]]) -> str:
     """What stands behind the progress bar: loss, and the training and validation score."""
     train, validation = latest(rows, "train"), latest(rows, "validation")
     loss = f"{train['loss']:.3f}" if train else "-"
-    return f"loss {loss} train {show(train)} val {show(validation)}"
+    return f"loss {loss} train {show(train)} val {show(validation)}".replace(" %", "%")
 
 
 def describe_validation(rows: list[dict[str, Any]]) -> str:
