@@ -107,7 +107,7 @@ def run(name: str, arguments: list[str]) -> None:
 
     register_frames()
     sys.argv = [f"metarun {name}", *arrange(name, arguments)]
-    sys.path.insert(0, os.getcwd())  # a user's own classes, as with `python -m`
+    sys.path.append(os.getcwd())  # for a user's own classes
     # Let errors come here whole, to be told in one line each; `HYDRA_FULL_ERROR=1` shows them raw.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -119,6 +119,9 @@ def run(name: str, arguments: list[str]) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except KeyboardInterrupt:
         fail("interrupted", status=130)
+    except BrokenPipeError:  # such as `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if raw:
             raise
