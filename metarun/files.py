@@ -77,8 +77,9 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(path)
+        for fault in (error, error.__cause__, error.__context__):  # torch.save wraps what the file raised
+            if isinstance(fault, OSError) and fault.filename in (None, str(temporary)):
+                fault.filename = str(path)
         raise
 
 
