@@ -33,7 +33,7 @@ def save(figure: Figure, path: Path) -> None:
 def learning_curve(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Loss and score of training and validation over iterations."""
     metric = "accuracy" if any("accuracy" in row for row in rows) else "mse"
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, key in zip(axes, (metric, "loss"), strict=True):
         for split, colour in COLOURS.items():
             own = [row for row in rows if row["split"] == split and key in row]

@@ -123,7 +123,8 @@ class Bar:
             return
         self.shown = now
         rate = (self.done - self.start) / max(now - self.began, 1e-9)
-        self.progress.update(self.task, completed=self.done, rate=f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}", text=self.text)
+        shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
+        self.progress.update(self.task, completed=self.done, rate=shown, text=self.text)
 
     def line(self, text: str) -> None:
         """A lasting line above the bar."""
