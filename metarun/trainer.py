@@ -130,9 +130,10 @@ class Trainer:
                     self.flush_window(tracker)
                 if self.due(plan.validation_every):
                     self.validate(tracker, bar)
-                if self.due(plan.checkpoint_every) or self.iteration == plan.iterations:
+                if self.due(plan.checkpoint_every):
                     self.save("last.pt", tracker)
-                bar.advance(1, describe_live(tracker.rows))
+                told = self.due(plan.log_every) or self.due(plan.validation_every)
+                bar.advance(1, describe_live(tracker.rows) if told else None)
         if interrupts and self.iteration < plan.iterations:
             self.save("last.pt", tracker)
             raise KeyboardInterrupt
@@ -141,7 +142,7 @@ class Trainer:
         return self.iteration % every == 0 or self.iteration == self.plan.iterations
 
     def step(self) -> None:
-        """One outer step on a fresh meta-batch; nothing here waits for the device."""
+        """One outer step on a fresh meta-batch; no result is read back from the device."""
         plan = self.plan
         episodes = sample(self.train_source, plan.meta_batch, plan.geometry, self.generator)
         self.optimizer.zero_grad()

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
-from metarun.files import Archive, Folder, cached, count_bar, data_dir, download
+from metarun.files import Archive, Folder, cached, data_dir, download
+from metarun.tracking import Bar
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 MD5 = {
@@ -202,12 +203,13 @@ def decode(sources: dict[str, Archive | Folder], size: int) -> dict[str, Any]:
     members = {piece: _members(piece, source) for piece, source in sources.items()}
     pixels, counts = bytearray(), []
     # One thread: two are slower, since each drawing is too small to be worth letting go of the GIL.
-    with count_bar() as bar:
-        for character in bar.track(characters(), description="decode Omniglot"):
+    with Bar("decode Omniglot", len(characters()), "characters") as bar:
+        for character in characters():
             files = members[character.piece][character.name]
             for file in files:
                 pixels += _pixels(sources[character.piece], file, size)
             counts.append(len(files))
+            bar.advance()
     images = 255 - torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 1, size, size)  # upstream's ink is 0
     return {"images": images, "counts": counts, "names": [character.name for character in characters()]}
 

@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -28,16 +27,27 @@ def typed(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
-def test_help_teaches_and_is_quick(tmp_path: Path):
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = typed("--help", cwd=tmp_path)
-        times.append(time.perf_counter() - began)
+def test_help_teaches(tmp_path: Path):
+    done = typed("--help", cwd=tmp_path)
     assert done.returncode == 0
     for command in ("metarun train", "metarun eval", "metarun adapt"):
         assert command in done.stdout
-    assert min(times) < 2  # it must not import torch, which takes longer
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["train", "wayz=3"], ["train", "--cfg", "job"]]
+)
+def test_help_and_mistyped_keys_do_not_wait_for_torch(tmp_path: Path, words: list[str]):
+    code = f"""
+import sys
+from metarun import cli
+try:
+    cli.main({words!r})
+except SystemExit:
+    pass
+sys.exit(3 if "torch" in sys.modules else 0)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "adapt"])
@@ -45,7 +55,6 @@ def test_every_command_has_help_with_examples(tmp_path: Path, command: str):
     done = typed(command, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "Examples:" in done.stdout
-    assert "torch" not in done.stderr
 
 
 def test_the_console_script_and_the_module_are_the_same(tmp_path: Path):
