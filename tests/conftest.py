@@ -18,11 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never the user's cache; one for all tests of a process."""
+def own_surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the user's cache, one for all tests of a process; no variable left by another test."""
     cache = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("METARUN_CACHE", str(cache))
     monkeypatch.setenv("METARUN_DATA", str(cache / "data"))
+    # `cli` sets it for Hydra, and a command run inside this process leaves it set.
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
 
 @dataclass
