@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.learner import Learner, Params, uses_batch_statistics
+from metarun.learner import Learner, uses_batch_statistics
+from metarun.lowering import Params
 from metarun.objectives import is_classification, task_loss
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metarun.algorithms.maml import MAML
 from metarun.episodes import Episodes
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.learner import Params
+from metarun.lowering import Params
 from metarun.objectives import task_loss
 
 

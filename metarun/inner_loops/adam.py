@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.learner import Params
+from metarun.lowering import Params
 
 
 class Adam(InnerLoop):

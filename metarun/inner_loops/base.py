@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError
-from metarun.learner import Params
+from metarun.lowering import Params
 
 Loss = Callable[[Params, int], Tensor]  # (weights, step) -> each task's loss, [T]
 

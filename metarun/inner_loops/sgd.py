@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.learner import Params
+from metarun.lowering import Params
 
 
 class SGD(InnerLoop):

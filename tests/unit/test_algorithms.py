@@ -24,7 +24,7 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.base import InnerLoop
 from metarun.inner_loops.sgd import SGD
-from metarun.learner import run_on_tasks
+from metarun.lowering import Lowering, run_on_tasks
 from metarun.objectives import task_loss
 
 SHAPE = (1, 16, 16)
@@ -206,12 +206,12 @@ def difference(algorithm: Algorithm, episodes: Episodes, direction: Gradient, h:
     return (losses[0] - losses[1]) / (2 * h)
 
 
-@pytest.mark.parametrize("lowering", ["grouped", "vmap", "loop"])
+@pytest.mark.parametrize("lowering", ["grouped", "unfold", "vmap", "loop"])
 def test_every_lowering_gives_the_same_meta_gradient(lowering: str):
     algorithm = METHODS["maml"].build(BACKBONES["conv4"](), 2)
     episodes = episodes_of()
     expected = METHODS["maml"].reference(algorithm, episodes, 2)
-    algorithm.learner.lowering = lowering
+    algorithm.learner.lowering = Lowering(lowering)
     assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
 
 
@@ -369,7 +369,9 @@ def test_any_network_gives_what_the_loop_gives(name: str):
     module = odd_networks()[name]
     params = {n: p.detach() + 0.1 * torch.randn(3, *p.shape) for n, p in module.named_parameters()}
     x = torch.rand(3, 5, *SHAPE)
-    torch.testing.assert_close(run_on_tasks(module, params, x), run_on_tasks(module, params, x, "loop"))
+    torch.testing.assert_close(
+        run_on_tasks(module, params, x), run_on_tasks(module, params, x, Lowering("loop"))
+    )
 
 
 def test_items_that_are_no_images():
@@ -379,7 +381,8 @@ def test_items_that_are_no_images():
         params = {n: p.detach() + 0.1 * torch.randn(3, *p.shape) for n, p in module.named_parameters()}
         x = torch.rand(3, 7, *shape)
         torch.testing.assert_close(
-            run_on_tasks(module, params, x, "grouped"), run_on_tasks(module, params, x, "loop")
+            run_on_tasks(module, params, x, Lowering("grouped")),
+            run_on_tasks(module, params, x, Lowering("loop")),
         )
 
 

@@ -1,0 +1,174 @@
+"""Batch norm and max pooling with short backward passes of their own, for second order.
+
+PyTorch differentiates the backward of a batch norm by some twenty passes over the feature map,
+and keeps the input of a max pooling although its indices suffice. Both matter for MAML, whose
+outer gradient runs through the inner one. The formulas here are exact: see
+tests/unit/test_lowering.py.
+
+Everything keeps the memory layout of its input, so that feature maps stay channels-last, which
+is what makes normalising and pooling fast on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+native = torch.ops.aten
+Pair = tuple[int, int]
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalise x [B, C, H, W] by its own statistics; as F.batch_norm in training, twice differentiable."""
+    return _BatchNorm.apply(x, weight, bias, eps)
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, scale = native.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        g = like(g, x)
+        if torch.is_grad_enabled():  # to be differentiated again
+            dx, dw, db = _BatchNormBackward.apply(g, x, weight, mean, scale, ctx.eps)
+        else:
+            dx, dw, db = native.native_batch_norm_backward(
+                g, x, weight, None, None, mean, scale, True, ctx.eps, [True] * 3
+            )
+        affine = ctx.needs_input_grad[1:3]
+        return dx, dw if affine[0] else None, db if affine[1] else None, None
+
+
+class _BatchNormBackward(Function):
+    """The gradients of batch norm as a function of g, x and the weight.
+
+    With s = 1/sqrt(var + eps), n = (x - mean) s and means over a channel's N places, let
+    P(g) = s (g - mean(g) - n mean(g n)), which is the transposed derivative of n. Then
+    dx = weight P(g), dw = sum(g n), db = sum(g). For a cotangent v of dx, with
+    k = mean(g v) - mean(g) mean(v) - mean(g n) mean(v n):
+
+        to g:       weight P(v)                                        (P is symmetric)
+        to weight:  N s k
+        to x:       -weight s (s k n + mean(v n) P(g) + mean(g n) P(v))
+
+    and a cotangent u of dw adds u n to g and u P(g) to x; one of db adds itself to g.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        projected, dw, db = project(g, x, mean, scale, eps)
+        ctx.save_for_backward(g, x, weight, mean, scale, projected, dw, db)
+        ctx.eps = eps
+        dx = projected if weight is None else projected * column(weight)
+        return dx, dw, db
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor, u: Tensor, to_bias: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, weight, mean, scale, projected, sum_gn, sum_g = ctx.saved_tensors
+        v = like(v, x)
+        count = x.numel() // x.shape[1]
+        projected_v, sum_vn, sum_v = project(v, x, mean, scale, ctx.eps)
+        mean_gn, mean_vn = sum_gn / count, sum_vn / count
+        k = inner_products(g, v) / count - sum_g * sum_v / count**2 - mean_gn * mean_vn
+        w = torch.ones_like(scale) if weight is None else weight
+        to_g = affine(x, u * scale, to_bias - u * scale * mean).addcmul_(projected_v, column(w))
+        slope = -w * scale.pow(3) * k
+        to_x = affine(x, slope, -slope * mean)
+        to_x.addcmul_(projected, column(u - w * scale * mean_vn))
+        to_x.addcmul_(projected_v, column(-w * scale * mean_gn))
+        return to_g, to_x, None if weight is None else count * scale * k, None, None, None
+
+
+def project(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """P(g), and the sums of g n and of g over each channel's places, in one kernel."""
+    return native.native_batch_norm_backward(g, x, None, None, None, mean, scale, True, eps, [True] * 3)
+
+
+def inner_products(g: Tensor, v: Tensor) -> Tensor:
+    """The sum of g v over each channel's places [C]: batch norm's reduction with mean 0 and scale 1."""
+    zero, one = g.new_zeros(g.shape[1]), g.new_ones(g.shape[1])
+    mask = [False, True, False]
+    return native.native_batch_norm_backward(g, v, one, None, None, zero, one, True, 0.0, mask)[1]
+
+
+def affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """x times a slope plus an offset, both by channel."""
+    return torch.addcmul(column(offset), x, column(slope))
+
+
+def column(vector: Tensor) -> Tensor:
+    """A vector by channel [C] as [C, 1, 1]."""
+    return vector[:, None, None]
+
+
+def like(g: Tensor, x: Tensor) -> Tensor:
+    """g in x's memory layout; as it is, where it has that already."""
+    return g.contiguous(memory_format=layout(x))
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    is_last = x.stride(1) == 1 and x.shape[1] > 1
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil: bool) -> Tensor:
+    """As F.max_pool2d of x [B, C, H, W]; keeps the indices of the largest, not its input."""
+    return _MaxPool.apply(x, (kernel, stride, padding, dilation, ceil))
+
+
+class _MaxPool(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
+        y, places = native.max_pool2d_with_indices(x, *settings)
+        ctx.save_for_backward(places)
+        ctx.shape, ctx.layout, ctx.settings = x.shape, layout(x), settings
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _MaxPoolBackward.apply(g, *ctx.saved_tensors, ctx.shape, ctx.layout, ctx.settings), None
+
+
+class _MaxPoolBackward(Function):
+    """g added up at the places it came from; linear in g."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        places: Tensor,
+        shape: torch.Size,
+        form: torch.memory_format,
+        settings: tuple[Any, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.layout = form
+        like_input = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=form)  # never read
+        return native.max_pool2d_with_indices_backward(
+            g.contiguous(memory_format=form), like_input, *settings, places
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        v = v.contiguous(memory_format=ctx.layout)
+        if ctx.layout == torch.channels_last:
+            v, where = v.permute(0, 2, 3, 1), places.permute(0, 2, 3, 1)  # [B, H, W, C], [B, h, w, C]
+            picked = v.flatten(1, 2).gather(1, where.flatten(1, 2)).view(where.shape).permute(0, 3, 1, 2)
+        else:
+            picked = v.flatten(2).gather(2, places.flatten(2)).view(places.shape)
+        return picked, None, None, None, None

@@ -1,0 +1,202 @@
+"""One network, T tasks, each task with its own weights, in one forward pass.
+
+A backbone is written for one task. Here it meets T sets of weights, by one of four exact
+lowerings (the same result to rounding):
+
+- `grouped`: the tasks lie side by side in the channel dimension, so that a convolution with
+  T groups and a batch norm over T*C channels serve all tasks at once. For chains of the
+  layers in `GROUPED`.
+- `unfold`: the same, with a convolution as one batched matrix product of unfolded patches.
+- `vmap`: the forward pass alone is vectorised over tasks. For any network.
+- `loop`: one task after another. The plain reference.
+
+Differentiate outside, `autograd.grad(losses.sum(), params)`: tasks share no weights, so the
+gradient of the sum is each task's own. Never put `torch.func.grad` inside `vmap` around fused
+batch norm: its second derivative is silently wrong (functorch issue 534).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metarun import fused
+
+Params = dict[str, Tensor]  # each [T, *shape]: every task's own copy of the weights
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How T tasks are run at once; `auto` means what was fastest where it was measured.
+
+    `channels_last` keeps feature maps in that memory layout. On a CPU normalising and pooling
+    are then several times faster (docs/speed.md).
+    """
+
+    how: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto"
+    channels_last: bool | Literal["auto"] = "auto"
+
+
+AUTO = Lowering()
+
+
+def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowering = AUTO) -> Tensor:
+    """`module` on x [T, B, *item] with weights params [T, *shape]: [T, B, *out]."""
+    how = lowering.how
+    if how in ("auto", "grouped", "unfold") and is_groupable(module):
+        return run_grouped(module, params, x, lowering)
+    if how != "loop":
+        return torch.vmap(lambda p, one: functional_call(module, p, (one,)), randomness="different")(
+            params, x
+        )
+    tasks = [{name: p[t] for name, p in params.items()} for t in range(len(x))]
+    return torch.stack([functional_call(module, p, (one,)) for p, one in zip(tasks, x, strict=True)])
+
+
+# The grouped lowering. Images travel as [B, T*C, H, W] and vectors as [T, B, features].
+
+
+def is_groupable(module: nn.Module) -> bool:
+    """Whether this is a chain of layers that all have a grouped form, none of them used twice."""
+    chain = list(layers(module))
+    known = all(type(layer) in GROUPED and plain(layer) for _, layer in chain)
+    once = len({id(layer) for _, layer in chain}) == len(chain)
+    return isinstance(module, nn.Sequential) and known and once
+
+
+def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers of nested nn.Sequentials in order, by name."""
+    if type(module).forward is not nn.Sequential.forward:
+        yield prefix.removesuffix("."), module
+        return
+    for name, child in module._modules.items():
+        assert child is not None
+        yield from layers(child, f"{prefix}{name}.")
+
+
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """A layer's setting for height and width."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def plain(layer: nn.Module) -> bool:
+    """Whether the layer has only the options its grouped form knows."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if isinstance(layer, nn.Flatten):
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    if isinstance(layer, nn.GroupNorm):
+        return layer.affine
+    if isinstance(layer, nn.MaxPool2d):
+        return not layer.return_indices
+    return True
+
+
+def run_grouped(module: nn.Module, params: Params, x: Tensor, lowering: Lowering) -> Tensor:
+    tasks = len(x)
+    if is_image := x.dim() == 5:
+        x = x.transpose(0, 1).flatten(1, 2)  # [B, T*C, H, W]
+        if lowering.channels_last is True or (lowering.channels_last == "auto" and not x.is_cuda):
+            x = x.clone(memory_format=torch.channels_last)  # contiguous() is blind to it for one channel
+    for name, layer in pooled_first(list(layers(module))):
+        if is_image and isinstance(layer, nn.Flatten):
+            x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]
+        own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
+        unfolds = lowering.how == "unfold" and isinstance(layer, nn.Conv2d) and layer.groups == 1
+        x = (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
+    return x.unflatten(1, (tasks, -1)).transpose(0, 1) if is_image else x
+
+
+def pooled_first(chain: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The chain with every max pooling before the ReLU that it follows: the same, on fewer numbers."""
+    for i in range(1, len(chain)):
+        if type(chain[i][1]) is nn.MaxPool2d and type(chain[i - 1][1]) is nn.ReLU:
+            chain[i - 1], chain[i] = chain[i], chain[i - 1]
+    return chain
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, B, in], weight [T, out, in], bias [T, out]: [T, B, out]."""
+    if bias is None:
+        return torch.bmm(x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+
+def _linear(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    return grouped_linear(x, own["weight"], own.get("bias"))
+
+
+def _conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    assert isinstance(layer, nn.Conv2d)
+    bias = own["bias"].flatten() if "bias" in own else None
+    weight = own["weight"].flatten(0, 1)  # [T*out, in/groups, k, k]
+    groups = tasks * layer.groups
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
+
+
+def _unfolded_conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    """Patches [T, C*k*k, B*H*W] times weights [T, out, C*k*k]: one batched matrix product."""
+    assert isinstance(layer, nn.Conv2d)
+    assert not isinstance(layer.padding, str)
+    (pad_h, pad_w), (dilation_h, dilation_w) = pair(layer.padding), pair(layer.dilation)
+    x = F.pad(x, (pad_w, pad_w, pad_h, pad_h)).unflatten(1, (tasks, -1))  # [B, T, C, H, W]
+    for dim, size, step, gap in zip(
+        (3, 4), pair(layer.kernel_size), pair(layer.stride), (dilation_h, dilation_w), strict=True
+    ):
+        x = x.unfold(dim, gap * (size - 1) + 1, step)
+    patches = x[..., ::dilation_h, ::dilation_w]  # [B, T, C, H, W, k, k]
+    batch, _, _, height, width = patches.shape[:5]
+    columns = patches.permute(1, 2, 5, 6, 0, 3, 4).reshape(tasks, -1, batch * height * width)
+    weight = own["weight"].flatten(2)  # [T, out, C*k*k]
+    y = (
+        torch.bmm(weight, columns)
+        if "bias" not in own
+        else torch.baddbmm(own["bias"].unsqueeze(2), weight, columns)
+    )
+    return y.unflatten(2, (batch, height, width)).permute(2, 0, 1, 3, 4).flatten(1, 2)  # [B, T*out, H, W]
+
+
+def _batch_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    """Batch statistics of each task by itself: its channels are its own."""
+    assert isinstance(layer, nn.BatchNorm2d)
+    weight, bias = (own[key].flatten() if key in own else None for key in ("weight", "bias"))
+    return fused.batch_norm(x, weight, bias, layer.eps)
+
+
+def _max_pool2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    assert isinstance(layer, nn.MaxPool2d)
+    kernel, stride, padding = pair(layer.kernel_size), pair(layer.stride), pair(layer.padding)
+    return fused.max_pool(x, kernel, stride, padding, pair(layer.dilation), layer.ceil_mode)
+
+
+def _group_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    assert isinstance(layer, nn.GroupNorm)
+    weight, bias = (own[key].flatten() for key in ("weight", "bias"))
+    return F.group_norm(x, tasks * layer.num_groups, weight, bias, layer.eps)
+
+
+def _flatten(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    return x.flatten(2)
+
+
+def _unchanged(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    """A layer without weights that treats channels alike."""
+    return layer(x)
+
+
+GROUPED: dict[type[nn.Module], Callable[[nn.Module, Params, Tensor, int], Tensor]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.BatchNorm2d: _batch_norm,
+    nn.GroupNorm: _group_norm,
+    nn.MaxPool2d: _max_pool2d,
+    nn.Flatten: _flatten,
+}
+for _layer in (nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh, nn.Identity, nn.AvgPool2d):
+    GROUPED[_layer] = _unchanged
