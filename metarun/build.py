@@ -6,8 +6,11 @@ import inspect
 from typing import Any
 
 import hydra.utils
+import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig
+from torch import Tensor
+from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
 from metarun.episodes import EpisodeSource, Geometry
@@ -51,7 +54,20 @@ def build_algorithm(cfg: DictConfig, hardware: Hardware) -> Algorithm:
             "this algorithm takes no inner steps; leave inner_loop out, or choose inner_loop=none"
         )
     algorithm = instantiate(cfg.algorithm, **{name: x for name, x in offered.items() if name in wanted})
-    return algorithm.to(device=hardware.device, dtype=hardware.dtype)
+    return hardware.place(algorithm)
+
+
+def build_optimizer(cfg: DictConfig, parameters: list[Tensor], hardware: Hardware) -> Optimizer:
+    """The outer loop's optimizer: one kernel for all weights, and fit for a CUDA graph, where it can be."""
+    known = inspect.signature(get_class(cfg.optimizer._target_)).parameters
+    captured = hardware.graph and hardware.device.type == "cuda"
+    wanted = ("fused", "capturable") if captured else ("fused",)
+    chosen: dict[str, Any] = {name: True for name in wanted if name in known and name not in cfg.optimizer}
+    if captured and chosen and "lr" in cfg.optimizer:
+        chosen["lr"] = torch.tensor(
+            float(cfg.optimizer.lr), device=hardware.device
+        )  # a schedule may change it
+    return instantiate(cfg.optimizer, params=parameters, **chosen)
 
 
 def build_source(dataset_cfg: DictConfig, split: str, hardware: Hardware) -> EpisodeSource:

@@ -7,6 +7,7 @@ H and W image size. `*item` is the shape of one example, `C, H, W` for an image.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 from metarun.errors import DataError
 
 SPLITS = ("train", "validation", "test")
+DRAW_BLOCK = 16  # meta-batches drawn in one go
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,6 @@ class Episodes:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.support_x, self.support_y, self.query_x, self.query_y, self.classes
-
-    def chunks(self, tasks_at_once: int) -> Iterator[Episodes]:
-        """The same tasks, at most `tasks_at_once` at a time."""
-        for parts in zip(*(tensor.split(tasks_at_once) for tensor in self.tensors()), strict=True):
-            yield Episodes(*parts)
 
 
 Draw = tuple[Tensor, ...]  # the random choices that fix a batch of episodes; small
@@ -166,6 +163,39 @@ class ClassStore:
         )
 
 
+def split_draw(draw: Draw, tasks_at_once: int) -> Iterator[Draw]:
+    """The same tasks, at most `tasks_at_once` at a time, in parts as even as can be."""
+    parts = math.ceil(len(draw[0]) / tasks_at_once)
+    yield from zip(*(tensor.tensor_split(parts) for tensor in draw), strict=True)
+
+
+def training_draws(
+    source: EpisodeSource,
+    tasks: int,
+    geometry: Geometry,
+    seed: int,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Draw]:
+    """The meta-batches of iterations `start`, `start` + 1, ..., on `device`.
+
+    What is drawn at an iteration depends on the seed and the iteration alone. It is drawn on
+    the CPU, whose generator gives every device the same episodes, and in blocks, so that small
+    tasks do not pay for it each time.
+    """
+    block, skip = divmod(start, DRAW_BLOCK)
+    on_gpu = torch.device(device).type == "cuda"
+    while True:
+        digest = hashlib.sha256(f"training {seed} {block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        draws = source.draw(DRAW_BLOCK * tasks, geometry, generator)
+        if on_gpu:  # pinned, so that the host does not wait for the device
+            draws = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in draws)
+        meta_batches = list(zip(*(tensor.split(tasks) for tensor in draws), strict=True))
+        yield from meta_batches[skip:]
+        block, skip = block + 1, 0
+
+
 def sample(source: EpisodeSource, tasks: int, geometry: Geometry, generator: torch.Generator) -> Episodes:
-    """Draw and gather in one go, as training does."""
+    """Draw and gather in one go."""
     return source.gather(source.draw(tasks, geometry, generator), geometry)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
-from metarun.episodes import Draw, EpisodeSource, Geometry
+from metarun.episodes import Draw, EpisodeSource, Geometry, split_draw
 from metarun.hardware import Hardware
+from metarun.measure import peak_bytes
 from metarun.objectives import metric_name, task_loss, task_score
 
 # Episodes are drawn in blocks of this size, each from its own seed, so that what is drawn does
@@ -88,25 +89,40 @@ def evaluate(
     """
     source.check(geometry)
     began = time.perf_counter()
-    at_once = hardware.tasks_at_once(BLOCK)
     digest = hashlib.sha256(f"{source.fingerprint} {geometry}".encode())
     scores, losses, metric = [], [], "accuracy"
+    at_once = 0
+
+    def judge(draw: Draw) -> tuple[Tensor, Tensor, str]:
+        """Each task's loss and score, [T]."""
+        tasks = source.gather(draw, geometry).to(hardware.dtype)
+        adapted = algorithm.adapt(tasks.support_x, tasks.support_y, tasks.ways)
+        outputs = algorithm.predict(adapted, tasks.query_x).to(hardware.dtype)
+        return (
+            task_loss(outputs, tasks.query_y),
+            task_score(outputs, tasks.query_y),
+            metric_name(tasks.query_y),
+        )
+
+    def tasks_at_once(draw: Draw) -> int:
+        one = next(split_draw(draw, 1))
+        with hardware.forked_random():
+            return hardware.tasks_at_once(BLOCK, lambda: peak_bytes(lambda: judge(one), hardware.device))
+
     training = algorithm.training
     algorithm.eval()
-    devices = [hardware.device] if hardware.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), hardware.compute():
+        with hardware.forked_random(), torch.no_grad(), hardware.compute():
             torch.manual_seed(seed)
             for draw in fixed_draws(source, geometry, episodes, seed):
                 for tensor in draw:
                     digest.update(tensor.numpy().tobytes())
-                for chunk in source.gather(draw, geometry).to(hardware.dtype).chunks(at_once):
-                    adapted = algorithm.adapt(chunk.support_x, chunk.support_y, chunk.ways)
-                    outputs = algorithm.predict(adapted, chunk.query_x).to(hardware.dtype)
-                    scores.append(task_score(outputs, chunk.query_y))
-                    losses.append(task_loss(outputs, chunk.query_y))
-                    metric = metric_name(chunk.query_y)
-                    advance(len(chunk))
+                at_once = at_once or tasks_at_once(draw)
+                for part in split_draw(draw, at_once):
+                    loss, score, metric = judge(part)
+                    losses.append(loss)
+                    scores.append(score)
+                    advance(len(score))
     finally:
         algorithm.train(training)
     return Result(

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
+from torch import nn
 
 from metarun.errors import ConfigError
+from metarun.learner import Learner
+from metarun.lowering import Lowering
 
-# A CPU is fastest while a chunk's activations stay near its caches; a GPU wants all the tasks it can get.
-CPU_TASKS_AT_ONCE = 8
+Module = TypeVar("Module", bound=nn.Module)
+
+# A CPU gains little from more tasks at once than fill these many bytes (docs/speed.md).
+CPU_BYTES_AT_ONCE = 256 << 20
+GPU_SHARE = 0.8  # of the free memory; the rest is for what measuring one task does not show
 
 
 class Hardware:
@@ -20,7 +27,9 @@ class Hardware:
     Precision: `float32`; `tf32` (float32 with TensorFloat-32 matrix products, GPU); `bf16`
     (autocast; too coarse for second-order meta-gradients); `float64` (for checks).
     `tasks_at_once` splits a meta-batch into chunks whose gradients are added up: the same
-    gradient, in less memory.
+    gradient, in less memory; `auto` measures one task. `compile` compiles the meta-gradient;
+    `graph` captures an outer step as one CUDA graph (GPU). `lowering` and `channels_last` say
+    how per-task weights are run (metarun.lowering).
     """
 
     def __init__(
@@ -29,6 +38,10 @@ class Hardware:
         precision: Literal["float32", "tf32", "bf16", "float64"] = "float32",
         tasks_at_once: int | Literal["auto"] = "auto",
         threads: int | None = None,
+        compile: bool = False,
+        graph: bool = True,
+        lowering: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto",
+        channels_last: bool | Literal["auto"] = "auto",
     ) -> None:
         self.device = resolve_device(device)
         if self.device.type == "cpu":
@@ -40,16 +53,39 @@ class Hardware:
         if isinstance(tasks_at_once, int) and tasks_at_once < 1:
             raise ConfigError(f"hardware.tasks_at_once={tasks_at_once}: must be at least 1, or auto")
         self._tasks_at_once = tasks_at_once
+        self.compile, self.graph = compile, graph
+        self.lowering = Lowering(lowering, channels_last)
         if threads is not None:
             if threads < 1:
                 raise ConfigError(f"hardware.threads={threads}: must be at least 1")
             torch.set_num_threads(threads)
 
-    def tasks_at_once(self, tasks: int) -> int:
-        """How many of `tasks` tasks to run in one pass."""
+    def tasks_at_once(self, tasks: int, bytes_of_one: Callable[[], int]) -> int:
+        """How many of `tasks` tasks to run in one pass, when one needs `bytes_of_one()` at its peak."""
         if self._tasks_at_once != "auto":
             return min(tasks, int(self._tasks_at_once))
-        return tasks if self.device.type == "cuda" else min(tasks, CPU_TASKS_AT_ONCE)
+        if self.device.type == "cuda":
+            budget = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]
+        else:
+            budget = CPU_BYTES_AT_ONCE
+        return max(1, min(tasks, int(budget // max(bytes_of_one(), 1))))
+
+    def place(self, module: Module) -> Module:
+        """The module on this device, in this precision, its per-task networks run by this lowering."""
+        for learner in module.modules():
+            if isinstance(learner, Learner):
+                learner.lowering = self.lowering
+        return module.to(device=self.device, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def forked_random(self):
+        """Leave the global random numbers as they were."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            yield
+
+    def captures_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of this optimizer can be part of a CUDA graph."""
+        return all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
 
     @contextlib.contextmanager
     def compute(self):
@@ -67,11 +103,11 @@ class Hardware:
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
             yield
 
-    def describe(self, tasks: int) -> str:
-        """One line for people, with what was decided for a meta-batch of `tasks`."""
+    def describe(self) -> str:
+        """One line for people."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f" ({torch.get_num_threads()} threads)" if name == "CPU" else ""
-        return f"{name}{threads}, {self.precision}, {self.tasks_at_once(tasks)} of {tasks} tasks at once"
+        return f"{name}{threads}, {self.precision}"
 
 
 def keep_freed_memory() -> None:

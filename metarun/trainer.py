@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metarun import checkpoint
 from metarun.algorithms.base import Algorithm
-from metarun.episodes import Episodes, EpisodeSource, Geometry, sample
+from metarun.engine import Engine
+from metarun.episodes import EpisodeSource, Geometry
 from metarun.errors import TrainingError
 from metarun.evaluation import Result, evaluate
 from metarun.hardware import Hardware
-from metarun.objectives import metric_name, task_score
 from metarun.tracking import Bar, Tracker
 
 
@@ -69,13 +69,12 @@ class Trainer:
         self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
         self.train_source, self.validation_source = train, validation
         self.plan, self.hardware, self.folder, self.config = plan, hardware, folder, config
-        # The CPU's, so that a run draws the same episodes on every device; draws are small.
-        self.generator = torch.Generator().manual_seed(plan.seed)
+        self.engine = Engine(algorithm, optimizer, train, plan.geometry, plan.meta_batch, plan.seed, hardware)
+        self.window = self.engine.window  # loss, score, tasks since the last row
         self.iteration = 0
         self.saved_at = 0  # the iteration that last.pt holds
         self.seconds = 0.0  # of training so far, over all sessions
         self.best: Best | None = None
-        self.window = torch.zeros(3, dtype=torch.float64, device=hardware.device)  # loss, score, tasks
 
     # state
 
@@ -90,7 +89,6 @@ class Trainer:
                 "algorithm": self.algorithm.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-                "generator": self.generator.get_state(),
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state(self.hardware.device) if cuda else None,
                 "window": self.window,
@@ -102,10 +100,9 @@ class Trainer:
         self.saved_at = self.iteration
         self.best = Best(**state["best"]) if state["best"] else None
         self.algorithm.load_state_dict(state["algorithm"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.hardware.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.hardware.device)
@@ -123,6 +120,7 @@ class Trainer:
         began = time.perf_counter() - self.seconds
         bar = Bar("train", plan.iterations, start=self.iteration)
         with bar, hold_interrupts() as interrupts, self.hardware.compute():
+            self.engine.prepare(self.iteration, bar.line)
             while self.iteration < plan.iterations and not interrupts:
                 self.step()
                 self.seconds = time.perf_counter() - began
@@ -142,27 +140,10 @@ class Trainer:
         return self.iteration % every == 0 or self.iteration == self.plan.iterations
 
     def step(self) -> None:
-        """One outer step on a fresh meta-batch; no result is read back from the device."""
-        plan = self.plan
-        episodes = sample(self.train_source, plan.meta_batch, plan.geometry, self.generator)
-        self.optimizer.zero_grad()
-        at_once = self.hardware.tasks_at_once(plan.meta_batch)
-        for chunk in episodes.to(self.hardware.dtype).chunks(at_once):
-            self.accumulate(chunk)
-        self.optimizer.step()
+        self.engine.step()
         if self.scheduler:
             self.scheduler.step()
         self.iteration += 1
-
-    def accumulate(self, chunk: Episodes) -> None:
-        """Add a chunk's share of the meta-batch's gradient and figures."""
-        loss, outputs = self.algorithm.meta_loss(chunk)
-        (loss * (len(chunk) / self.plan.meta_batch)).backward()
-        self.metric = metric_name(chunk.query_y)
-        with torch.no_grad():
-            scores = task_score(outputs, chunk.query_y)
-            figures = [loss.detach() * len(chunk), scores.sum(), torch.ones_like(loss) * len(chunk)]
-            self.window += torch.stack([figure.double() for figure in figures])
 
     def flush_window(self, tracker: Tracker) -> None:
         """Log the averages since the last row. TrainingError where the loss is not finite."""
@@ -174,7 +155,7 @@ class Trainer:
             "iteration": self.iteration,
             "split": "train",
             "loss": loss / tasks,
-            self.metric: score / tasks,
+            self.engine.metric: score / tasks,
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": round(self.seconds, 2),
         }
@@ -223,6 +204,20 @@ class Trainer:
             f"{what} is no longer finite at iteration {self.iteration}; {where}; "
             "lower inner_loop.rate or optimizer.lr"
         )
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what was learned, and keep what belongs to this machine: the state may come from another."""
+    machine = ("lr", "fused", "capturable", "foreach")
+    own = [{key: group[key] for key in machine if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, own, strict=True):
+        rate = float(group["lr"])
+        group.update(kept)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def is_better(result: Result, best: Best) -> bool:

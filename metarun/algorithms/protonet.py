@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
@@ -61,7 +60,8 @@ class ProtoNet(Algorithm):
 
 def prototypes(features: Tensor, targets: Tensor, ways: int) -> Tensor:
     """Class means [T, N, features] of features [T, S, features] by targets [T, S]."""
-    members = F.one_hot(targets, ways).to(features).mT  # [T, N, S]
+    every = torch.arange(ways, device=targets.device).unsqueeze(1)
+    members = (targets.unsqueeze(1) == every).to(features)  # [T, N, S]
     return members @ features / members.sum(-1, keepdim=True)
 
 

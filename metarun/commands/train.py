@@ -16,6 +16,7 @@ from metarun import checkpoint, plots
 from metarun.build import (
     build_algorithm,
     build_hardware,
+    build_optimizer,
     build_source,
     instantiate,
     training_geometry,
@@ -56,7 +57,7 @@ def run(cfg: DictConfig) -> float:
     if state is not None:
         trainer.load_state(state)
     name = describe(cfg)
-    say(notes, f"{name}: {hardware.describe(cfg.meta_batch)}, {count_parameters(trainer)} parameters")
+    say(notes, f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if trainer.iteration:
         say(notes, f"resumed at iteration {trainer.iteration}")
     tracker = Tracker(folder, trainer.iteration, cfg.log.tensorboard)
@@ -89,7 +90,7 @@ def finish(
 
 def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
     algorithm = build_algorithm(cfg, hardware)
-    optimizer = instantiate(cfg.optimizer, params=list(algorithm.parameters()))
+    optimizer = build_optimizer(cfg, list(algorithm.parameters()), hardware)
     scheduler = instantiate(cfg.scheduler, optimizer=optimizer) if cfg.scheduler else None
     plan = Plan(
         iterations=cfg.iterations,

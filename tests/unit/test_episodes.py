@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from metarun.datasets.sinusoid import Sinusoid
-from metarun.episodes import ClassStore, Episodes, Geometry, sample
+from metarun.episodes import DRAW_BLOCK, ClassStore, Episodes, Geometry, sample, split_draw, training_draws
 from metarun.errors import DataError
 
 COUNTS = [5, 9, 4, 6]
@@ -81,11 +83,28 @@ def test_the_fingerprint_tells_data_apart():
     assert store().fingerprint != store([9, 5, 4, 6]).fingerprint
 
 
-def test_chunks_put_together_are_the_whole():
-    episodes = drawn(tasks=7)
-    chunks = list(episodes.chunks(3))
-    assert [len(chunk) for chunk in chunks] == [3, 3, 1]
-    assert torch.equal(torch.cat([chunk.query_x for chunk in chunks]), episodes.query_x)
+def test_the_parts_of_a_draw_are_even_and_the_whole():
+    geometry = Geometry(3, 1, 3)
+    draw = store().draw(7, geometry, torch.Generator().manual_seed(0))
+    parts = list(split_draw(draw, 3))
+    assert [len(part[0]) for part in parts] == [3, 2, 2]
+    for whole, *pieces in zip(draw, *parts, strict=True):
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_what_is_drawn_at_an_iteration_depends_on_the_seed_and_the_iteration_alone():
+    geometry = Geometry(3, 1, 3)
+
+    def drawn(seed: int, start: int, count: int) -> list[Tensor]:
+        draws = training_draws(store(), 2, geometry, seed, start)
+        return [torch.cat([t.flatten() for t in draw]) for draw in itertools.islice(draws, count)]
+
+    whole = drawn(0, 0, 2 * DRAW_BLOCK)
+    for start in (1, DRAW_BLOCK - 1, DRAW_BLOCK):
+        for a, b in zip(whole[start:], drawn(0, start, 2 * DRAW_BLOCK - start), strict=True):
+            assert torch.equal(a, b)
+    assert len({tuple(t.tolist()) for t in whole}) == len(whole)
+    assert not torch.equal(whole[0], drawn(1, 0, 1)[0])
 
 
 def test_sinusoids_are_what_the_paper_says():

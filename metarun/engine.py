@@ -1,0 +1,255 @@
+"""One outer step on this hardware: in chunks of tasks, compiled, as one CUDA graph.
+
+Whatever is chosen, the episodes are the same, and the arithmetic is to rounding
+(tests/unit/test_engine.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from metarun.algorithms.base import Algorithm
+from metarun.episodes import Draw, Episodes, EpisodeSource, Geometry, split_draw, training_draws
+from metarun.errors import TrainingError, first_line
+from metarun.hardware import Hardware
+from metarun.measure import peak_bytes
+from metarun.objectives import metric_name, task_score
+
+WARM_UP = 3  # eager steps before a CUDA graph is captured, as PyTorch asks
+Gradient = tuple[list[Tensor | None], Tensor]  # of each weight; and the sums to be logged, float64 [3]
+GradientOfDraw = Callable[[Draw], Gradient]
+MetaLoss = Callable[[Episodes], tuple[Tensor, Tensor]]
+
+
+class Engine:
+    """Makes outer steps. `window` adds up losses, scores and tasks, on the device."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        optimizer: Optimizer,
+        source: EpisodeSource,
+        geometry: Geometry,
+        meta_batch: int,
+        seed: int,
+        hardware: Hardware,
+    ) -> None:
+        self.algorithm, self.optimizer, self.source = algorithm, optimizer, source
+        self.geometry, self.meta_batch, self.seed = geometry, meta_batch, seed
+        self.hardware = hardware
+        self.params = [p for p in algorithm.parameters() if p.requires_grad]
+        self.window = torch.zeros(3, dtype=torch.float64, device=hardware.device)
+        self.at_once = meta_batch
+        self.compiled: dict[int, GradientOfDraw] = {}  # by number of tasks
+
+    def prepare(self, start: int, say: Callable[[str], object] = lambda text: None) -> None:
+        """Choose how to run from iteration `start` on, and `say` it; within `hardware.compute()`."""
+        self.say = say
+        self.draws = self.draws_from(start)
+        self.at_once = self.hardware.tasks_at_once(self.meta_batch, self.bytes_of_one_task)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        captures = self.hardware.graph and self.hardware.device.type == "cuda"
+        self.eager_steps_left = WARM_UP if captures else None
+        if self.at_once < self.meta_batch:
+            say(f"{self.at_once} of {self.meta_batch} tasks at once")
+        if self.hardware.compile:
+            self.compile()
+
+    def draws_from(self, start: int) -> Iterator[Draw]:
+        source, device = self.source, self.hardware.device
+        return training_draws(source, self.meta_batch, self.geometry, self.seed, start, device)
+
+    def bytes_of_one_task(self) -> int:
+        """Measured on a copy, so that weights, averages and random numbers stay as they are."""
+        draw = next(split_draw(next(self.draws_from(0)), 1))
+        twin = copy.deepcopy(self.algorithm)
+        params = [p for p in twin.parameters() if p.requires_grad]
+        with self.hardware.forked_random():
+            return peak_bytes(lambda: self.meta_gradient(twin.meta_loss, params, draw), self.hardware.device)
+
+    # one step
+
+    def step(self) -> None:
+        """One outer step on the next meta-batch; nothing is read back from the device."""
+        draw = next(self.draws)
+        if self.graph is not None:
+            self.replay(draw)
+        elif self.eager_steps_left == 0:
+            self.capture(draw)
+        else:
+            self.eager_step(draw)
+            if self.eager_steps_left:
+                self.eager_steps_left -= 1
+
+    def eager_step(self, draw: Draw) -> None:
+        self.backward(draw)
+        self.optimizer.step()
+
+    def backward(self, draw: Draw) -> None:
+        """The meta-gradient into each weight's `.grad`; half as many tasks at once where memory runs out."""
+        while True:
+            try:
+                grads, figures = self.summed_gradient(draw)
+                break
+            except torch.OutOfMemoryError as error:
+                failed = first_line(error)
+            self.halve(failed)
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = grad
+        self.window += figures
+
+    def halve(self, reason: str) -> None:
+        if self.at_once == 1:
+            raise TrainingError(
+                f"out of memory with one task at a time ({reason}); "
+                "lower shots, queries, ways or inner_loop.steps"
+            )
+        self.at_once = (self.at_once + 1) // 2
+        if self.hardware.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"out of memory: going on with {self.at_once} tasks at once")
+
+    def summed_gradient(self, draw: Draw) -> Gradient:
+        """Over chunks of tasks; the same gradient however many there are at once."""
+        total: Gradient | None = None
+        for chunk in split_draw(draw, self.at_once):
+            part = self.compiled.get(len(chunk[0]), self.eager_gradient)(chunk)
+            total = part if total is None else add(total, part)
+        assert total is not None
+        return total
+
+    def eager_gradient(self, draw: Draw) -> Gradient:
+        return self.meta_gradient(self.algorithm.meta_loss, self.params, draw)
+
+    def meta_gradient(self, meta_loss: MetaLoss, params: Sequence[Tensor], draw: Draw) -> Gradient:
+        """These tasks' share of the meta-batch's gradient, None for a weight without; and their figures."""
+        episodes = self.source.gather(draw, self.geometry).to(self.hardware.dtype)
+        loss, outputs = meta_loss(episodes)
+        self.metric = metric_name(episodes.query_y)
+        share = loss * (len(episodes) / self.meta_batch)
+        grads = torch.autograd.grad(share, params, allow_unused=True)
+        with torch.no_grad():
+            score = task_score(outputs, episodes.query_y).sum()
+            tasks = torch.full_like(loss, len(episodes))
+            figures = torch.stack([loss.detach() * tasks, score.to(loss), tasks]).double()
+        return list(grads), figures
+
+    # one CUDA graph
+
+    def capture(self, draw: Draw) -> None:
+        """Record sampling, gradient and optimizer as one graph; eager, and said why, where that fails."""
+        self.eager_steps_left = None
+        self.static_draw = tuple(tensor.clone() for tensor in draw)
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()
+        torch.cuda.synchronize(self.hardware.device)
+        try:
+            with torch.cuda.graph(graph):
+                self.backward(self.static_draw)
+                if self.hardware.captures_optimizer(self.optimizer):
+                    self.optimizer.step()
+        except Exception as error:
+            self.say(f"no CUDA graph, steps run one kernel after another: {first_line(error)}")
+            self.eager_step(draw)
+            return
+        self.graph = graph
+        self.replay(draw)
+
+    def replay(self, draw: Draw) -> None:
+        assert self.graph is not None
+        for static, fresh in zip(self.static_draw, draw, strict=True):
+            static.copy_(fresh)
+        self.graph.replay()
+        if not self.hardware.captures_optimizer(self.optimizer):
+            self.optimizer.step()
+
+    # compiling
+
+    def compile(self) -> None:
+        """Compile the gradient for each size of chunk; eager, and said why, where that fails."""
+        began = time.perf_counter()
+        draw = next(self.draws_from(0))
+        try:
+            for chunk in split_draw(draw, self.at_once):
+                if len(chunk[0]) not in self.compiled:
+                    self.compiled[len(chunk[0])] = self.compiled_gradient(chunk)
+        except Exception as error:
+            self.compiled.clear()
+            self.say(f"not compiled, going on without: {first_line(error)}")
+        else:
+            self.say(f"compiled in {time.perf_counter() - began:.0f} s")
+
+    def compiled_gradient(self, example: Draw) -> GradientOfDraw:
+        """The whole meta-gradient as one graph without a backward pass, compiled by TorchInductor.
+
+        torch.compile cannot differentiate twice what it compiled; a trace taken below autograd
+        has nothing left to differentiate.
+        """
+        from torch._inductor import compile as inductor
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        module = _MetaLoss(self.algorithm)
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        weights = [name for name, p in module.named_parameters() if p.requires_grad]
+        used: list[bool] = []
+
+        def flat(*inputs: Tensor) -> list[Tensor]:
+            state = dict(zip(tensors, inputs, strict=False))
+            state |= {name: state[name].detach().requires_grad_() for name in weights}
+            grads, figures = self.meta_gradient(
+                lambda episodes: functional_call(module, state, (episodes,)),
+                [state[name] for name in weights],
+                inputs[len(tensors) :],
+            )
+            used[:] = [grad is not None for grad in grads]
+            return [grad for grad in grads if grad is not None] + [figures]
+
+        inputs: list[Any] = [tensor.detach() for tensor in tensors.values()] + list(example)
+        with self.hardware.forked_random(), kept(module.named_buffers()):
+            graph = make_fx(flat)(*inputs)
+            run = inductor(graph, inputs, options={"fallback_random": True})
+            run(*inputs)
+
+        def gradient(draw: Draw) -> Gradient:
+            with torch.no_grad():
+                *grads, figures = run(*tensors.values(), *draw)
+            rest = iter(grads)
+            return [next(rest) if is_used else None for is_used in used], figures
+
+        return gradient
+
+
+class _MetaLoss(nn.Module):
+    """The meta-loss as a module's forward, to be called with other weights."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        super().__init__()
+        self.algorithm = algorithm
+
+    def forward(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        return self.algorithm.meta_loss(episodes)
+
+
+@contextlib.contextmanager
+def kept(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """Give tensors back the values they had."""
+    before = [(tensor, tensor.clone()) for _, tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in before:
+            tensor.copy_(value)
+
+
+def add(a: Gradient, b: Gradient) -> Gradient:
+    grads = [y if x is None else x if y is None else x + y for x, y in zip(a[0], b[0], strict=True)]
+    return grads, a[1] + b[1]

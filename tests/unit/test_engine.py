@@ -1,0 +1,196 @@
+"""However a step is run, the losses are the same."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from engines import engine_of
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.maml import MAML
+from metarun.algorithms.protonet import ProtoNet
+from metarun.algorithms.reptile import Reptile
+from metarun.backbones.conv4 import Conv4
+from metarun.engine import Engine
+from metarun.episodes import Episodes
+from metarun.errors import TrainingError
+from metarun.hardware import Hardware
+from metarun.inner_loops.sgd import SGD
+from metarun.measure import peak_bytes
+
+SHAPE = (1, 16, 16)
+
+
+def algorithms(name: str) -> Algorithm:
+    torch.manual_seed(1)
+    if name == "protonet":
+        return ProtoNet(Conv4(SHAPE, 4, norm="running")).double()
+    if name == "reptile":
+        return Reptile(Conv4(SHAPE, 4), SGD(0.1, 2, order=1), 3, batch=4).double()
+    if name == "tiny":
+        block = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(4))
+        backbone = nn.Sequential(*block, nn.Flatten())
+        backbone.features = 36
+        return MAML(backbone, SGD(0.1, 1), 3).double()
+    return MAML(Conv4(SHAPE, 4), SGD(0.1, 2), 3).double()
+
+
+def episodes() -> Episodes:
+    torch.manual_seed(0)
+    labels = torch.arange(3).repeat_interleave(2).expand(5, -1)
+    x = torch.rand(2, 5, 6, *SHAPE, dtype=torch.float64)
+    return Episodes(x[0], labels, x[1], labels, torch.zeros(5, 3, dtype=torch.long))
+
+
+def losses(name: str, **hardware) -> list[float]:
+    """The training losses of four outer steps."""
+    algorithm = algorithms(name)
+    optimizer = torch.optim.Adam(algorithm.parameters(), lr=0.01)
+    engine = engine_of(algorithm, episodes(), optimizer, **hardware)
+    found = []
+    torch.manual_seed(2)  # Reptile's order
+    for _ in range(4):
+        engine.window.zero_()
+        engine.step()
+        loss, score, tasks = engine.window.tolist()
+        assert tasks == 5
+        assert 0 <= score <= 5
+        found.append(loss)
+    return found
+
+
+WAYS_TO_RUN = {
+    "two tasks at once": {"tasks_at_once": 2},
+    "chosen": {"tasks_at_once": "auto"},
+    "loop": {"lowering": "loop"},
+    "unfold": {"lowering": "unfold"},
+    "channels first": {"channels_last": False},
+}
+
+
+@pytest.mark.parametrize("how", WAYS_TO_RUN)
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+def test_losses_do_not_depend_on_how_a_step_is_run(name: str, how: str):
+    """To 1e-9, relative, over four outer steps in float64."""
+    expected = losses(name)
+    assert expected[3] < expected[0]
+    assert losses(name, **WAYS_TO_RUN[how]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler (g++)")
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", *(pytest.param(name, marks=pytest.mark.long) for name in ("maml", "protonet", "reptile"))],
+)
+def test_the_compiled_gradient_gives_the_same_losses(name: str):
+    """Running averages and random numbers too."""
+    expected = losses(name, tasks_at_once=5)
+    assert losses(name, tasks_at_once=5, compile=True) == pytest.approx(expected, rel=1e-9)
+
+
+class Hungry(ProtoNet):
+    """Fits `room` tasks into memory."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(nn.Flatten())
+        self.room, self.scale = room, nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        if len(episodes) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+        loss, outputs = super().meta_loss(episodes)
+        return loss * self.scale, outputs
+
+
+def test_out_of_memory_halves_the_tasks_at_once_and_goes_on():
+    said: list[str] = []
+    expected = engine_of(Hungry(5), episodes())
+    expected.step()
+    engine = engine_of(Hungry(2), episodes())
+    engine.say = said.append
+    engine.step()
+    assert engine.at_once == 2
+    assert said == [
+        "out of memory: going on with 3 tasks at once",
+        "out of memory: going on with 2 tasks at once",
+    ]
+    torch.testing.assert_close(engine.window, expected.window)
+    torch.testing.assert_close(engine.algorithm.scale, expected.algorithm.scale)
+
+
+def test_out_of_memory_for_one_task_ends_in_one_line():
+    with pytest.raises(TrainingError, match=r"one task at a time .*2 GiB.*lower shots"):
+        engine_of(Hungry(0), episodes()).step()
+
+
+def test_tasks_at_once_follow_the_memory_that_one_needs():
+    hardware = Hardware("cpu")
+    assert hardware.tasks_at_once(32, lambda: 60 << 20) == 4
+    assert hardware.tasks_at_once(32, lambda: 1 << 30) == 1
+    assert hardware.tasks_at_once(32, lambda: 0) == 32
+    assert Hardware("cpu", tasks_at_once=3).tasks_at_once(32, lambda: 0) == 3
+
+
+def test_measuring_memory_counts_what_is_alive_at_once():
+    x = torch.ones(1 << 18)  # 1 MiB, not made by the function
+
+    def three_in_a_row() -> None:
+        for _ in range(3):
+            (x + 1).mul_(2)  # 1 MiB, freed each time
+
+    def three_together() -> list[Tensor]:
+        return [(x + 1).view(-1)[1:] for _ in range(3)]
+
+    cpu = torch.device("cpu")
+    assert peak_bytes(three_in_a_row, cpu) == 1 << 20
+    assert peak_bytes(three_together, cpu) == 3 << 20
+    assert peak_bytes(lambda: x.view(2, -1).relu_(), cpu) == 0
+
+
+def test_measuring_leaves_weights_averages_and_random_numbers_alone():
+    algorithm, tasks = algorithms("protonet"), episodes()
+    before = {name: tensor.clone() for name, tensor in algorithm.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    engine_of(algorithm, tasks, tasks_at_once="auto")
+    assert torch.equal(torch.rand(2), expected)
+    for name, tensor in algorithm.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    algorithm = algorithms("maml")
+    engine = engine_of(algorithm, episodes())
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("no compiler\nlong story")
+
+    monkeypatch.setattr(Engine, "compiled_gradient", refuse)
+    engine.hardware.compile = True
+    engine.prepare(0, said.append)
+    engine.step()
+    assert said == ["not compiled, going on without: no compiler"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", ["maml", "protonet", "reptile"])
+def test_a_captured_step_gives_the_losses_of_an_eager_one(name: str):
+    """On a GPU: ten steps, three of them before the capture."""
+    found = []
+    for graph in (False, True):
+        algorithm = algorithms(name).cuda()
+        rate = torch.tensor(0.01, device="cuda")
+        optimizer = torch.optim.Adam(algorithm.parameters(), lr=rate, fused=True, capturable=True)
+        engine = engine_of(algorithm, episodes(), optimizer, device="cuda", graph=graph)
+        torch.manual_seed(2)
+        for _ in range(10):
+            engine.step()
+        assert (engine.graph is not None) == graph
+        found.append(engine.window.tolist())
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
