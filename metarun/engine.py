@@ -25,13 +25,13 @@ from metarun.measure import peak_bytes
 from metarun.objectives import metric_name, task_score
 
 WARM_UP = 3  # eager steps before a CUDA graph is captured, as PyTorch asks
-Gradient = tuple[list[Tensor | None], Tensor]  # of each weight; and the sums to be logged, float64 [3]
+Gradient = tuple[list[Tensor | None], Tensor]  # of each weight; sums of losses and scores, float64 [2]
 GradientOfDraw = Callable[[Draw], Gradient]
 MetaLoss = Callable[[Episodes], tuple[Tensor, Tensor]]
 
 
 class Engine:
-    """Makes outer steps. `window` adds up losses, scores and tasks, on the device."""
+    """Makes outer steps. `window` adds up the losses and scores of tasks, on the device."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Engine:
         self.geometry, self.meta_batch, self.seed = geometry, meta_batch, seed
         self.hardware = hardware
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
-        self.window = torch.zeros(3, dtype=torch.float64, device=hardware.device)
+        self.window = torch.zeros(2, dtype=torch.float64, device=hardware.device)
         self.at_once = meta_batch
         self.compiled: dict[int, GradientOfDraw] = {}  # by number of tasks
 
@@ -135,12 +135,11 @@ class Engine:
         episodes = self.source.gather(draw, self.geometry).to(self.hardware.dtype)
         loss, outputs = meta_loss(episodes)
         self.metric = metric_name(episodes.query_y)
-        share = loss * (len(episodes) / self.meta_batch)
+        tasks = len(episodes)
+        share = loss if tasks == self.meta_batch else loss * (tasks / self.meta_batch)
         grads = torch.autograd.grad(share, params, allow_unused=True)
-        with torch.no_grad():
-            score = task_score(outputs, episodes.query_y).sum()
-            tasks = torch.full_like(loss, len(episodes))
-            figures = torch.stack([loss.detach() * tasks, score.to(loss), tasks]).double()
+        score = task_score(outputs.detach(), episodes.query_y).mean()
+        figures = torch.stack([loss.detach(), score.to(loss.dtype)]).double() * tasks
         return list(grads), figures
 
     # one CUDA graph

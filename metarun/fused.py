@@ -71,7 +71,7 @@ class _BatchNormBackward(Function):
         projected, dw, db = project(g, x, mean, scale, eps)
         ctx.save_for_backward(g, x, weight, mean, scale, projected, dw, db)
         ctx.eps = eps
-        dx = projected if weight is None else projected * column(weight)
+        dx = projected if weight is None else (projected * column(weight)).to(x.dtype)
         return dx, dw, db
 
     @staticmethod
@@ -115,8 +115,8 @@ def column(vector: Tensor) -> Tensor:
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:
-    """g in x's memory layout; as it is, where it has that already."""
-    return g.contiguous(memory_format=layout(x))
+    """g in x's memory layout and type; as it is, where it has these already."""
+    return g.to(x.dtype).contiguous(memory_format=layout(x))
 
 
 def layout(x: Tensor) -> torch.memory_format:

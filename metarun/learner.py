@@ -33,11 +33,13 @@ class Learner(nn.Module):
         `ways` is the number of outputs the tasks need.
         """
         self.check(ways)
-        params = {name: p.expand(tasks, *p.shape) for name, p in self.named_parameters()}
+        params: Params = dict(self.named_parameters())
         for name in ("head.weight", "head.bias"):
-            p = params[name]
-            params[name] = p.expand(tasks, ways, *p.shape[2:]) if self.shares_head else p[:, :ways]
-        return params
+            if self.shares_head:
+                params[name] = params[name].expand(ways, *params[name].shape[1:])
+            elif ways < self.outputs:
+                params[name] = params[name][:ways]
+        return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
 
     def check(self, ways: int) -> None:
         """Raise ConfigError where the head cannot have so many outputs."""

@@ -31,7 +31,7 @@ def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return losses.view(targets.shape).mean(1)
     if outputs.shape != targets.shape:
         raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape")
-    return (outputs - targets).square().flatten(1).mean(1)
+    return F.mse_loss(outputs, targets, reduction="none").flatten(1).mean(1)
 
 
 def task_score(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Trainer:
         self.train_source, self.validation_source = train, validation
         self.plan, self.hardware, self.folder, self.config = plan, hardware, folder, config
         self.engine = Engine(algorithm, optimizer, train, plan.geometry, plan.meta_batch, plan.seed, hardware)
-        self.window = self.engine.window  # loss, score, tasks since the last row
+        self.tasks = 0  # since the last row
         self.iteration = 0
         self.saved_at = 0  # the iteration that last.pt holds
         self.seconds = 0.0  # of training so far, over all sessions
@@ -91,7 +91,8 @@ class Trainer:
                 "scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state(self.hardware.device) if cuda else None,
-                "window": self.window,
+                "window": self.engine.window,
+                "tasks": self.tasks,
             }
         )
 
@@ -106,7 +107,8 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.hardware.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.hardware.device)
-        self.window.copy_(state["window"])
+        self.engine.window.copy_(state["window"])
+        self.tasks = state["tasks"]
 
     # the loop
 
@@ -141,21 +143,23 @@ class Trainer:
 
     def step(self) -> None:
         self.engine.step()
+        self.tasks += self.plan.meta_batch
         if self.scheduler:
             self.scheduler.step()
         self.iteration += 1
 
     def flush_window(self, tracker: Tracker) -> None:
         """Log the averages since the last row. TrainingError where the loss is not finite."""
-        loss, score, tasks = self.window.tolist()
-        self.window.zero_()
+        loss, score = (self.engine.window / self.tasks).tolist()
+        self.engine.window.zero_()
+        self.tasks = 0
         if not math.isfinite(loss):
             raise TrainingError(self.not_finite("the training loss"))
         row = {
             "iteration": self.iteration,
             "split": "train",
-            "loss": loss / tasks,
-            self.engine.metric: score / tasks,
+            "loss": loss,
+            self.engine.metric: score,
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": round(self.seconds, 2),
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.lowering import Params
 
@@ -24,5 +26,5 @@ class SGD(InnerLoop):
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
         for step in range(self.step_count()):
             grads = self.gradients(loss, params, step)
-            params = {name: p - self.rate * grads[name] for name, p in params.items()}
+            params = {name: torch.add(p, grads[name], alpha=-self.rate) for name, p in params.items()}
             yield params
