@@ -103,8 +103,8 @@ class Engine:
             except torch.OutOfMemoryError as error:
                 failed = first_line(error)
             self.halve(failed)
-        for p, grad in zip(self.params, grads, strict=True):
-            p.grad = grad
+        for p, grad in zip(self.params, grads, strict=True):  # optimizers expect the weight's own layout
+            p.grad = grad if grad is None or grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
         self.window += figures
 
     def halve(self, reason: str) -> None:

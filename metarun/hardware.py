@@ -16,8 +16,9 @@ from metarun.lowering import Lowering
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# A CPU gains little from more tasks at once than fill these many bytes (docs/speed.md).
-CPU_BYTES_AT_ONCE = 256 << 20
+# What was fastest on a CPU without needing half as much memory again as a loop (docs/speed.md): small tasks
+# by the dozen, large ones four at a time, fewer where these would not fit.
+CPU_SMALL_TASK, CPU_BYTES_OF_SMALL, CPU_BYTES_OF_LARGE = 16 << 20, 256 << 20, 384 << 20
 GPU_SHARE = 0.8  # of the free memory; the rest is for what measuring one task does not show
 
 
@@ -64,11 +65,14 @@ class Hardware:
         """How many of `tasks` tasks to run in one pass, when one needs `bytes_of_one()` at its peak."""
         if self._tasks_at_once != "auto":
             return min(tasks, int(self._tasks_at_once))
+        need = max(bytes_of_one(), 1)
         if self.device.type == "cuda":
-            budget = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]
+            fit = int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]) // need
+        elif need <= CPU_SMALL_TASK:
+            fit = CPU_BYTES_OF_SMALL // need
         else:
-            budget = CPU_BYTES_AT_ONCE
-        return max(1, min(tasks, int(budget // max(bytes_of_one(), 1))))
+            fit = min(4, CPU_BYTES_OF_LARGE // need)
+        return max(1, min(tasks, fit))
 
     def place(self, module: Module) -> Module:
         """The module on this device, in this precision, its per-task networks run by this lowering."""

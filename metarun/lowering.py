@@ -102,8 +102,10 @@ def run_grouped(module: nn.Module, params: Params, x: Tensor, lowering: Lowering
     tasks = len(x)
     if is_image := x.dim() == 5:
         x = x.transpose(0, 1).flatten(1, 2)  # [B, T*C, H, W]
-        if lowering.channels_last is True or (lowering.channels_last == "auto" and not x.is_cuda):
-            x = x.clone(memory_format=torch.channels_last)  # contiguous() is blind to it for one channel
+        if lowering.channels_last == "auto":
+            x = fused.fast_layout(x)
+        elif lowering.channels_last:
+            x = fused.channels_last(x)
     for name, layer in pooled_first(list(layers(module))):
         if is_image and isinstance(layer, nn.Flatten):
             x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]

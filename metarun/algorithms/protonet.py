@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
+from metarun.fused import fast_layout
 from metarun.learner import uses_batch_statistics
 from metarun.objectives import task_loss
 
@@ -54,8 +55,8 @@ class ProtoNet(Algorithm):
         """Features [T, B, features] of x [T, B, *item]."""
         if self.training or self.uses_query_statistics:
             # A task's batch statistics are its own, however many tasks share the step.
-            return torch.stack([self.backbone(task) for task in x])
-        return self.backbone(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return torch.stack([self.backbone(fast_layout(task)) for task in x])
+        return self.backbone(fast_layout(x.flatten(0, 1))).unflatten(0, x.shape[:2])
 
 
 def prototypes(features: Tensor, targets: Tensor, ways: int) -> Tensor:

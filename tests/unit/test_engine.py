@@ -79,6 +79,15 @@ def test_losses_do_not_depend_on_how_a_step_is_run(name: str, how: str):
     assert losses(name, **WAYS_TO_RUN[how]) == pytest.approx(expected, rel=1e-9)
 
 
+def test_gradients_have_the_memory_layout_of_their_weights():
+    """A fused optimizer pairs them up as they lie in memory, and takes another layout without a word."""
+    algorithm = algorithms("protonet")
+    engine = engine_of(algorithm, episodes())
+    engine.backward(next(engine.draws))
+    for p in engine.params:
+        assert p.grad.stride() == p.stride()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler (g++)")
 @pytest.mark.parametrize(
     "name",
@@ -128,6 +137,7 @@ def test_out_of_memory_for_one_task_ends_in_one_line():
 def test_tasks_at_once_follow_the_memory_that_one_needs():
     hardware = Hardware("cpu")
     assert hardware.tasks_at_once(32, lambda: 60 << 20) == 4
+    assert hardware.tasks_at_once(32, lambda: 10 << 20) == 25
     assert hardware.tasks_at_once(32, lambda: 1 << 30) == 1
     assert hardware.tasks_at_once(32, lambda: 0) == 32
     assert Hardware("cpu", tasks_at_once=3).tasks_at_once(32, lambda: 0) == 3
