@@ -134,7 +134,7 @@ def take_turns(
     """A B C A B C ...: seconds of a step in every turn, after a warm-up."""
     counts, times = {}, {key: [] for key in running}
     for key, contestant in running.items():
-        for _ in range(5):  # a CUDA graph is captured at the fourth
+        for _ in range(5 if device.type == "cuda" else 2):  # a CUDA graph is captured at the fourth
             once = seconds(contestant.step, device)
         counts[key] = max(1, round(args.seconds / once))
     for _ in range(args.rounds):
@@ -174,10 +174,10 @@ def in_own_process(name: str, key: str, device: torch.device) -> dict[str, float
 
 
 def peak_memory(workload: Workload, key: str, device: torch.device) -> dict[str, float]:
-    """Of three steps, in MiB: of the process on a CPU, of tensors on a GPU."""
+    """Of some steps, in MiB: of the process on a CPU, of tensors on a GPU."""
     make = contestants(device, "compiled" in key)[key]
     contestant = make(workload, workload.meta_batch, torch.float32, device)
-    for _ in range(3):
+    for _ in range(5 if device.type == "cuda" else 2):
         contestant.step()
     synchronize(device)
     if device.type == "cuda":
@@ -271,4 +271,5 @@ def show_sampling(rows: dict[str, Any]) -> None:
     console.print(table)
 
 
-main()
+if __name__ == "__main__":
+    main()

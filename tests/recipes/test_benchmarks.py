@@ -1,0 +1,72 @@
+"""The benchmark's own promises; its figures are not tested."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT))  # it is no part of the installed package
+    import benchmarks.__main__ as main
+
+    return main
+
+
+def test_the_command_times_checks_and_writes(tmp_path: Path):
+    out = tmp_path / "figures.json"
+    words = ["W5a", "--rounds", "2", "--seconds", "0.01", "--only", "metarun", "plain loop", "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks", *words, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "times the best peer" in done.stdout
+    report = json.loads(out.read_text())
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    rows = report["workloads"]["W5a"]["contestants"]
+    assert set(rows) == {"metarun", "plain loop"}
+    for row in rows.values():
+        assert row["error"] < 1e-12
+        assert 0 < row["low_ms"] <= row["ms"] <= row["high_ms"]
+        assert row["peak_mib"] > 100
+        assert 0 < row["of_limit"] < 1
+    assert 0 < rows["metarun"]["sampling_share"] < 1
+    assert set(report["sampling"]) == {"class store", "loader of single images"}
+
+
+def test_a_wrong_gradient_gets_no_number(benchmarks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    class Wrong(benchmarks.PlainLoop):
+        def gradient(self) -> list[Tensor]:
+            return [g * 1.001 for g in super().gradient()]
+
+    monkeypatch.setitem(benchmarks.PEERS, "wrong", Wrong)
+    words = ["", "W5a", "--only", "wrong", "plain loop", "--no-memory", "--rounds", "2", "--seconds", "0.01"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "figures.json")])
+    rows = benchmarks.run_workload("W5a", benchmarks.arguments(), CPU, benchmarks.Peak(1e11, 1e10))["contestants"]
+    assert rows["wrong"].keys() == {"error"}
+    assert rows["wrong"]["error"] == pytest.approx(1e-3)
+    assert "ms" in rows["plain loop"]
+
+
+@pytest.mark.parametrize("name", ["W1c", "W2c", "W4b", "W5b"])
+def test_every_kind_of_workload_is_exact(benchmarks, name: str):
+    workload = benchmarks.WORKLOADS[name]
+    reference = benchmarks.PlainLoop(workload, 2, torch.float64, CPU).gradient()
+    assert benchmarks.gradient_error(benchmarks.Metarun, workload, reference, CPU) < benchmarks.EXACT
+
+
+def test_the_limit_counts_the_operations_of_a_matrix_product(benchmarks):
+    peak = benchmarks.Peak(flops=1e9, bytes=1e6)
+    with benchmarks.Roofline(peak) as counter:
+        torch.ones(10, 20) @ torch.ones(20, 30) + 1
+    assert counter.flops == 2 * 10 * 20 * 30
+    assert counter.bytes == 4 * (10 * 20 + 20 * 30 + 10 * 30)
+    assert counter.seconds == pytest.approx(counter.bytes / peak.bytes)
