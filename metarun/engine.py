@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -49,20 +50,21 @@ class Engine:
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
         self.window = torch.zeros(2, dtype=torch.float64, device=hardware.device)
         self.at_once = meta_batch
-        self.compiled: dict[int, GradientOfDraw] = {}  # by number of tasks
+        self.lowered: dict[int, GradientOfDraw] = {}  # by number of tasks; what is missing is run eagerly
 
     def prepare(self, start: int, say: Callable[[str], object] = lambda text: None) -> None:
         """Choose how to run from iteration `start` on, and `say` it; within `hardware.compute()`."""
         self.say = say
         self.draws = self.draws_from(start)
-        self.at_once = self.hardware.tasks_at_once(self.meta_batch, self.bytes_of_one_task)
+        bytes_of_one = functools.cache(self.bytes_of_one_task)
+        self.at_once = self.hardware.tasks_at_once(self.meta_batch, bytes_of_one)
         self.graph: torch.cuda.CUDAGraph | None = None
         captures = self.hardware.graph and self.hardware.device.type == "cuda"
         self.eager_steps_left = WARM_UP if captures else None
         if self.at_once < self.meta_batch:
             say(f"{self.at_once} of {self.meta_batch} tasks at once")
-        if self.hardware.compile:
-            self.compile()
+        if self.hardware.compile is True or self.hardware.traces(bytes_of_one):
+            self.lower(compiles=self.hardware.compile is True)
 
     def draws_from(self, start: int) -> Iterator[Draw]:
         source, device = self.source, self.hardware.device
@@ -122,7 +124,7 @@ class Engine:
         """Over chunks of tasks; the same gradient however many there are at once."""
         total: Gradient | None = None
         for chunk in split_draw(draw, self.at_once):
-            part = self.compiled.get(len(chunk[0]), self.eager_gradient)(chunk)
+            part = self.lowered.get(len(chunk[0]), self.eager_gradient)(chunk)
             total = part if total is None else add(total, part)
         assert total is not None
         return total
@@ -171,29 +173,30 @@ class Engine:
         if not self.hardware.captures_optimizer(self.optimizer):
             self.optimizer.step()
 
-    # compiling
+    # the gradient as one graph
 
-    def compile(self) -> None:
-        """Compile the gradient for each size of chunk; eager, and said why, where that fails."""
+    def lower(self, compiles: bool) -> None:
+        """Trace, and compile, the gradient for each size of chunk; eager, and said why, where that fails."""
         began = time.perf_counter()
         draw = next(self.draws_from(0))
         try:
             for chunk in split_draw(draw, self.at_once):
-                if len(chunk[0]) not in self.compiled:
-                    self.compiled[len(chunk[0])] = self.compiled_gradient(chunk)
+                if len(chunk[0]) not in self.lowered:
+                    self.lowered[len(chunk[0])] = self.lowered_gradient(chunk, compiles)
         except Exception as error:
-            self.compiled.clear()
-            self.say(f"not compiled, going on without: {first_line(error)}")
+            self.lowered.clear()
+            if compiles:
+                self.say(f"not compiled, going on without: {first_line(error)}")
         else:
-            self.say(f"compiled in {time.perf_counter() - began:.0f} s")
+            if compiles:
+                self.say(f"compiled in {time.perf_counter() - began:.0f} s")
 
-    def compiled_gradient(self, example: Draw) -> GradientOfDraw:
-        """The whole meta-gradient as one graph without a backward pass, compiled by TorchInductor.
+    def lowered_gradient(self, example: Draw, compiles: bool) -> GradientOfDraw:
+        """The whole meta-gradient as one graph without a backward pass; TorchInductor may compile it.
 
         torch.compile cannot differentiate twice what it compiled; a trace taken below autograd
         has nothing left to differentiate.
         """
-        from torch._inductor import compile as inductor
         from torch.fx.experimental.proxy_tensor import make_fx
 
         module = _MetaLoss(self.algorithm)
@@ -214,9 +217,12 @@ class Engine:
 
         inputs: list[Any] = [tensor.detach() for tensor in tensors.values()] + list(example)
         with self.hardware.forked_random(), kept(module.named_buffers()):
-            graph = make_fx(flat)(*inputs)
-            run = inductor(graph, inputs, options={"fallback_random": True})
-            run(*inputs)
+            run: Callable[..., Any] = make_fx(flat)(*inputs)
+            if compiles:
+                from torch._inductor import compile as inductor
+
+                run = inductor(run, inputs, options={"fallback_random": True})  # type: ignore[arg-type]
+                run(*inputs)
 
         def gradient(draw: Draw) -> Gradient:
             with torch.no_grad():

@@ -19,6 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 # What was fastest on a CPU without needing half as much memory again as a loop (docs/speed.md): small tasks
 # by the dozen, large ones four at a time, fewer where these would not fit.
 CPU_SMALL_TASK, CPU_BYTES_OF_SMALL, CPU_BYTES_OF_LARGE = 16 << 20, 256 << 20, 384 << 20
+TINY_TASK = 1 << 20
 GPU_SHARE = 0.8  # of the free memory; the rest is for what measuring one task does not show
 
 
@@ -28,7 +29,8 @@ class Hardware:
     Precision: `float32`; `tf32` (float32 with TensorFloat-32 matrix products, GPU); `bf16`
     (autocast; too coarse for second-order meta-gradients); `float64` (for checks).
     `tasks_at_once` splits a meta-batch into chunks whose gradients are added up: the same
-    gradient, in less memory; `auto` measures one task. `compile` compiles the meta-gradient;
+    gradient, in less memory; `auto` measures one task. `compile` compiles the meta-gradient; `auto`
+    only traces it, in half a second, and only for tiny tasks on a CPU, where Python takes the time;
     `graph` captures an outer step as one CUDA graph (GPU). `lowering` and `channels_last` say
     how per-task weights are run (metarun.lowering).
     """
@@ -39,7 +41,7 @@ class Hardware:
         precision: Literal["float32", "tf32", "bf16", "float64"] = "float32",
         tasks_at_once: int | Literal["auto"] = "auto",
         threads: int | None = None,
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         graph: bool = True,
         lowering: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto",
         channels_last: bool | Literal["auto"] = "auto",
@@ -73,6 +75,10 @@ class Hardware:
         else:
             fit = min(4, CPU_BYTES_OF_LARGE // need)
         return max(1, min(tasks, fit))
+
+    def traces(self, bytes_of_one: Callable[[], int]) -> bool:
+        """Whether to run the meta-gradient from a trace, without Python's and autograd's overhead."""
+        return self.compile == "auto" and self.device.type == "cpu" and bytes_of_one() <= TINY_TASK
 
     def place(self, module: Module) -> Module:
         """The module on this device, in this precision, its per-task networks run by this lowering."""

@@ -125,9 +125,7 @@ def pooled_first(chain: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Modul
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, B, in], weight [T, out, in], bias [T, out]: [T, B, out]."""
-    if bias is None:
-        return torch.bmm(x, weight.mT)
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    return fused.linear(x, weight, bias)
 
 
 def _linear(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:

@@ -37,7 +37,9 @@ def engine_of(
     **settings,
 ) -> Engine:
     """metarun's own way to a gradient, in float64."""
-    hardware = Hardware(device, **({"precision": "float64", "tasks_at_once": 100} | settings))
+    hardware = Hardware(
+        device, **({"precision": "float64", "tasks_at_once": 100, "compile": False} | settings)
+    )
     hardware.place(algorithm)
     optimizer = optimizer or torch.optim.SGD(algorithm.parameters(), lr=0.1)
     source = FixedSource(Episodes(*(tensor.to(device) for tensor in episodes.tensors())))

@@ -25,7 +25,18 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_command_times_checks_and_writes(tmp_path: Path):
     out = tmp_path / "figures.json"
-    words = ["W5a", "--rounds", "2", "--seconds", "0.01", "--only", "metarun", "plain loop", "--device", "cpu"]
+    words = [
+        "W5a",
+        "--rounds",
+        "2",
+        "--seconds",
+        "0.01",
+        "--only",
+        "metarun",
+        "plain loop",
+        "--device",
+        "cpu",
+    ]
     command = [sys.executable, "-m", "benchmarks", *words, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "times the best peer" in done.stdout
@@ -50,7 +61,9 @@ def test_a_wrong_gradient_gets_no_number(benchmarks, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(benchmarks.PEERS, "wrong", Wrong)
     words = ["", "W5a", "--only", "wrong", "plain loop", "--no-memory", "--rounds", "2", "--seconds", "0.01"]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "figures.json")])
-    rows = benchmarks.run_workload("W5a", benchmarks.arguments(), CPU, benchmarks.Peak(1e11, 1e10))["contestants"]
+    rows = benchmarks.run_workload("W5a", benchmarks.arguments(), CPU, benchmarks.Peak(1e11, 1e10))[
+        "contestants"
+    ]
     assert rows["wrong"].keys() == {"error"}
     assert rows["wrong"]["error"] == pytest.approx(1e-3)
     assert "ms" in rows["plain loop"]

@@ -50,6 +50,7 @@ def losses(name: str, **hardware) -> list[float]:
     algorithm = algorithms(name)
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=0.01)
     engine = engine_of(algorithm, episodes(), optimizer, **hardware)
+    assert bool(engine.lowered) == (hardware.get("compile", False) is not False)
     found = []
     torch.manual_seed(2)  # Reptile's order
     for _ in range(4):
@@ -67,11 +68,12 @@ WAYS_TO_RUN = {
     "loop": {"lowering": "loop"},
     "unfold": {"lowering": "unfold"},
     "channels first": {"channels_last": False},
+    "traced": {"compile": "auto"},
 }
 
 
 @pytest.mark.parametrize("how", WAYS_TO_RUN)
-@pytest.mark.parametrize("name", ["maml", "protonet"])
+@pytest.mark.parametrize("name", ["maml", "protonet", "reptile"])
 def test_losses_do_not_depend_on_how_a_step_is_run(name: str, how: str):
     """To 1e-9, relative, over four outer steps in float64."""
     expected = losses(name)
@@ -179,7 +181,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.M
     def refuse(*arguments: object) -> None:
         raise RuntimeError("no compiler\nlong story")
 
-    monkeypatch.setattr(Engine, "compiled_gradient", refuse)
+    monkeypatch.setattr(Engine, "lowered_gradient", refuse)
     engine.hardware.compile = True
     engine.prepare(0, said.append)
     engine.step()

@@ -67,6 +67,24 @@ def test_feature_maps_stay_channels_last_through_both_backward_passes():
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_and_its_first_and_second_derivatives(biased: bool):
+    torch.manual_seed(0)
+    x, w, b = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 5, 3), (2, 4, 3), (2, 4))
+    )
+    inputs = (x, w, b) if biased else (x, w)
+
+    def squared(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return fused.linear(x, w, b).square()
+
+    expected = torch.stack([F.linear(x[t], w[t], b[t] if biased else None) for t in range(2)])
+    torch.testing.assert_close(fused.linear(*inputs, *([] if biased else [None])), expected)
+    assert gradcheck(squared, inputs)
+    assert gradgradcheck(squared, inputs)
+
+
 def test_pooling_moves_before_the_relu_it_follows():
     chain = [("a", nn.Conv2d(1, 2, 3)), ("b", nn.ReLU()), ("c", nn.MaxPool2d(2)), ("d", nn.ReLU())]
     assert [name for name, _ in pooled_first(chain)] == ["a", "c", "b", "d"]
