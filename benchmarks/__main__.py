@@ -147,7 +147,8 @@ def take_turns(
 def sampling_share(contestant: Contestant, ms: float, device: torch.device) -> float:
     """How much of a step goes into drawing and gathering its episodes."""
     assert isinstance(contestant, Metarun)
-    rounds = [seconds(lambda: [contestant.sample() for _ in range(32)], device) / 32 for _ in range(5)]
+    sample = contestant.sampler()
+    rounds = [seconds(lambda: [sample() for _ in range(32)], device) / 32 for _ in range(9)]
     return 1e3 * median(rounds) / ms
 
 

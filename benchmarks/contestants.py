@@ -12,11 +12,13 @@ import importlib.metadata
 import time
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.workloads import Workload
 from metarun.engine import Engine
@@ -71,10 +73,15 @@ class Metarun(Contestant):
         with self.hardware.compute():
             self.engine.step()
 
-    def sample(self) -> Episodes:
-        """What a step spends on its episodes."""
+    def sampler(self) -> Callable[[], object]:
+        """What a step spends on its episodes, run as the step runs it."""
         engine = self.engine
-        return engine.source.gather(next(engine.draws), engine.geometry).to(self.hardware.dtype)
+
+        def gather(*draw: Tensor) -> tuple[Tensor, ...]:
+            return engine.source.gather(draw, engine.geometry).to(self.hardware.dtype).tensors()
+
+        run = make_fx(gather)(*next(engine.draws)) if engine.lowered else gather
+        return lambda: run(*next(engine.draws))
 
 
 def metarun(**settings: Any) -> type[Metarun]:

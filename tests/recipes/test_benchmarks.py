@@ -83,3 +83,11 @@ def test_the_limit_counts_the_operations_of_a_matrix_product(benchmarks):
     assert counter.flops == 2 * 10 * 20 * 30
     assert counter.bytes == 4 * (10 * 20 + 20 * 30 + 10 * 30)
     assert counter.seconds == pytest.approx(counter.bytes / peak.bytes)
+
+
+@pytest.mark.parametrize("kind", ["markdown", "compiled"])
+def test_the_tables_of_the_document_are_the_committed_figures(benchmarks, kind: str):
+    from benchmarks import table
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    assert getattr(table, kind)(report) in (ROOT / "docs" / "speed.md").read_text()
