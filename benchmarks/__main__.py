@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from math import isfinite
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -70,6 +71,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := sorted(set(args.workloads) - set(WORKLOADS)):
         parser.error(f"{unknown[0]}: no such workload; there are {', '.join(WORKLOADS)}")
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
     args.workloads = args.workloads or list(WORKLOADS)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     return args
@@ -93,7 +96,7 @@ def run_workload(name: str, args: argparse.Namespace, device: torch.device, peak
     running: dict[str, Contestant] = {}
     for key, make in takes_part.items():
         rows[key] = row = {"error": gradient_error(make, workload, reference, device)}
-        if row["error"] < EXACT or any(word in key for word in INEXACT):
+        if row["error"] < EXACT or (isfinite(row["error"]) and any(word in key for word in INEXACT)):
             running[key] = make(workload, workload.meta_batch, torch.float32, device)
             if isinstance(engine := running[key], Metarun):
                 row |= {"start_up_s": engine.start_up, "said": engine.said}

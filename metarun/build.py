@@ -61,7 +61,9 @@ def build_optimizer(cfg: DictConfig, parameters: list[Tensor], hardware: Hardwar
     """The outer loop's optimizer: one kernel for all weights, and fit for a CUDA graph, where it can be."""
     known = inspect.signature(get_class(cfg.optimizer._target_)).parameters
     captured = hardware.graph and hardware.device.type == "cuda"
-    wanted = ("fused", "capturable") if captured else ("fused",)
+    wanted = ["capturable"] if captured else []
+    if not (cfg.optimizer.get("foreach") or cfg.optimizer.get("differentiable")):
+        wanted.append("fused")
     chosen: dict[str, Any] = {name: True for name in wanted if name in known and name not in cfg.optimizer}
     if captured and chosen and "lr" in cfg.optimizer:
         chosen["lr"] = torch.tensor(

@@ -21,7 +21,7 @@ from metarun.errors import CheckpointError
 from metarun.files import atomic_write
 from metarun.hardware import Hardware
 
-FORMAT = 1  # raised when older checkpoints can no longer be read
+FORMAT = 2  # raised when older checkpoints can no longer be read
 
 
 def save(path: Path, content: Mapping[str, Any], kind: str = "run") -> None:

@@ -59,11 +59,12 @@ class Engine:
         bytes_of_one = functools.cache(self.bytes_of_one_task)
         self.at_once = self.hardware.tasks_at_once(self.meta_batch, bytes_of_one)
         self.graph: torch.cuda.CUDAGraph | None = None
-        captures = self.hardware.graph and self.hardware.device.type == "cuda"
-        self.eager_steps_left = WARM_UP if captures else None
+        self.captures = False  # at this moment
+        wants_graph = self.hardware.graph and self.hardware.device.type == "cuda"
+        self.eager_steps_left = WARM_UP if wants_graph else None
         if self.at_once < self.meta_batch:
             say(f"{self.at_once} of {self.meta_batch} tasks at once")
-        if self.hardware.compile is True or self.hardware.traces(bytes_of_one):
+        if self.hardware.compile is True or (is_ours(self.algorithm) and self.hardware.traces(bytes_of_one)):
             self.lower(compiles=self.hardware.compile is True)
 
     def draws_from(self, start: int) -> Iterator[Draw]:
@@ -103,6 +104,8 @@ class Engine:
                 grads, figures = self.summed_gradient(draw)
                 break
             except torch.OutOfMemoryError as error:
+                if self.captures:
+                    raise  # what was captured so far would stay in the graph
                 failed = first_line(error)
             self.halve(failed)
         for p, grad in zip(self.params, grads, strict=True):  # optimizers expect the weight's own layout
@@ -152,6 +155,7 @@ class Engine:
         self.static_draw = tuple(tensor.clone() for tensor in draw)
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad()
+        self.captures = True
         torch.cuda.synchronize(self.hardware.device)
         try:
             with torch.cuda.graph(graph):
@@ -159,9 +163,12 @@ class Engine:
                 if self.hardware.captures_optimizer(self.optimizer):
                     self.optimizer.step()
         except Exception as error:
-            self.say(f"no CUDA graph, steps run one kernel after another: {first_line(error)}")
+            reason = first_line(error.__context__ or error)  # ending a failed capture raises anew
+            self.say(f"no CUDA graph, steps run one kernel after another: {reason}")
+            self.captures = False
             self.eager_step(draw)
             return
+        self.captures = False
         self.graph = graph
         self.replay(draw)
 
@@ -225,7 +232,8 @@ class Engine:
                 run(*inputs)
 
         def gradient(draw: Draw) -> Gradient:
-            with torch.no_grad():
+            # The casts of autocast are in the graph already.
+            with torch.no_grad(), torch.autocast(self.hardware.device.type, enabled=False):
                 *grads, figures = run(*tensors.values(), *draw)
             rest = iter(grads)
             return [next(rest) if is_used else None for is_used in used], figures
@@ -253,6 +261,11 @@ def kept(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
     finally:
         for tensor, value in before:
             tensor.copy_(value)
+
+
+def is_ours(algorithm: Algorithm) -> bool:
+    """Whether nothing in it is a user's, which may do more than a trace of it shows."""
+    return all(type(part).__module__.split(".")[0] in ("metarun", "torch") for part in algorithm.modules())
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:

@@ -43,7 +43,7 @@ class _BatchNorm(Function):
             dx, dw, db = _BatchNormBackward.apply(g, x, weight, mean, scale, ctx.eps)
         else:
             dx, dw, db = native.native_batch_norm_backward(
-                g, x, weight, None, None, mean, scale, True, ctx.eps, [True] * 3
+                g, x, weight, None, None, mean, scale, True, ctx.eps, [True, *[weight is not None] * 2]
             )
         affine = ctx.needs_input_grad[1:3]
         return dx, dw if affine[0] else None, db if affine[1] else None, None
@@ -82,11 +82,11 @@ class _BatchNormBackward(Function):
         count = x.numel() // x.shape[1]
         projected_v, sum_vn, sum_v = project(v, x, mean, scale, ctx.eps)
         mean_gn, mean_vn = sum_gn / count, sum_vn / count
-        k = inner_products(g, v) / count - sum_g * sum_v / count**2 - mean_gn * mean_vn
+        k = inner_products(g, v, scale) / count - sum_g * sum_v / count**2 - mean_gn * mean_vn
         w = torch.ones_like(scale) if weight is None else weight
-        to_g = affine(x, u * scale, to_bias - u * scale * mean).addcmul_(projected_v, column(w))
-        slope = -w * scale.pow(3) * k
-        to_x = affine(x, slope, -slope * mean)
+        centred = x - column(mean)
+        to_g = torch.addcmul(column(to_bias), centred, column(u * scale)).addcmul_(projected_v, column(w))
+        to_x = centred.mul_(column(-w * scale.pow(3) * k))
         to_x.addcmul_(projected, column(u - w * scale * mean_vn))
         to_x.addcmul_(projected_v, column(-w * scale * mean_gn))
         return to_g, to_x, None if weight is None else count * scale * k, None, None, None
@@ -94,19 +94,15 @@ class _BatchNormBackward(Function):
 
 def project(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """P(g), and the sums of g n and of g over each channel's places, in one kernel."""
-    return native.native_batch_norm_backward(g, x, None, None, None, mean, scale, True, eps, [True] * 3)
+    one = torch.ones_like(scale)  # the GPU's kernel does not sum without a weight
+    return native.native_batch_norm_backward(g, x, one, None, None, mean, scale, True, eps, [True] * 3)
 
 
-def inner_products(g: Tensor, v: Tensor) -> Tensor:
+def inner_products(g: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     """The sum of g v over each channel's places [C]: batch norm's reduction with mean 0 and scale 1."""
-    zero, one = g.new_zeros(g.shape[1]), g.new_ones(g.shape[1])
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)  # float32 where g and v are bf16
     mask = [False, True, False]
     return native.native_batch_norm_backward(g, v, one, None, None, zero, one, True, 0.0, mask)[1]
-
-
-def affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """x times a slope plus an offset, both by channel."""
-    return torch.addcmul(column(offset), x, column(slope))
 
 
 def column(vector: Tensor) -> Tensor:
@@ -122,11 +118,6 @@ def like(g: Tensor, x: Tensor) -> Tensor:
 def layout(x: Tensor) -> torch.memory_format:
     is_last = x.stride(1) == 1 and x.shape[1] > 1
     return torch.channels_last if is_last else torch.contiguous_format
-
-
-def fast_layout(images: Tensor) -> Tensor:
-    """Images [B, C, H, W] in the memory layout their device is fastest with: channels-last on a CPU."""
-    return channels_last(images) if images.dim() == 4 and not images.is_cuda else images
 
 
 def channels_last(images: Tensor) -> Tensor:

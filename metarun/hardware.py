@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from metarun.errors import ConfigError
-from metarun.learner import Learner
 from metarun.lowering import Lowering
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -49,6 +48,8 @@ class Hardware:
         self.device = resolve_device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
+        elif self.device.index is not None:
+            torch.cuda.set_device(self.device)  # streams and graphs are the current device's
         self.precision = precision
         if precision == "tf32" and self.device.type != "cuda":
             raise ConfigError("hardware.precision=tf32 is for GPUs; choose float32")
@@ -69,6 +70,7 @@ class Hardware:
             return min(tasks, int(self._tasks_at_once))
         need = max(bytes_of_one(), 1)
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is kept for reuse is free too
             fit = int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]) // need
         elif need <= CPU_SMALL_TASK:
             fit = CPU_BYTES_OF_SMALL // need
@@ -82,9 +84,9 @@ class Hardware:
 
     def place(self, module: Module) -> Module:
         """The module on this device, in this precision, its per-task networks run by this lowering."""
-        for learner in module.modules():
-            if isinstance(learner, Learner):
-                learner.lowering = self.lowering
+        for part in module.modules():
+            if isinstance(getattr(part, "lowering", None), Lowering):
+                part.lowering = self.lowering  # type: ignore[assignment]
         return module.to(device=self.device, dtype=self.dtype)
 
     @contextlib.contextmanager
@@ -95,7 +97,7 @@ class Hardware:
 
     def captures_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step of this optimizer can be part of a CUDA graph."""
-        return all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
+        return all(group.get("capturable", group.get("fused")) for group in optimizer.param_groups)
 
     @contextlib.contextmanager
     def compute(self):
@@ -129,7 +131,8 @@ def keep_freed_memory() -> None:
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_threshold, 1 << 30)
+        if not mallopt(m_mmap_threshold, 1 << 30):
+            mallopt(m_mmap_threshold, 32 << 20)  # the most that some versions allow
         mallopt(m_trim_threshold, (1 << 31) - 1)
 
 

@@ -42,6 +42,11 @@ class Lowering:
     how: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
 
+    def laid_out(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the chosen memory layout."""
+        wanted = not images.is_cuda if self.channels_last == "auto" else self.channels_last
+        return fused.channels_last(images) if wanted else images
+
 
 AUTO = Lowering()
 
@@ -102,10 +107,7 @@ def run_grouped(module: nn.Module, params: Params, x: Tensor, lowering: Lowering
     tasks = len(x)
     if is_image := x.dim() == 5:
         x = x.transpose(0, 1).flatten(1, 2)  # [B, T*C, H, W]
-        if lowering.channels_last == "auto":
-            x = fused.fast_layout(x)
-        elif lowering.channels_last:
-            x = fused.channels_last(x)
+        x = lowering.laid_out(x)
     for name, layer in pooled_first(list(layers(module))):
         if is_image and isinstance(layer, nn.Flatten):
             x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]

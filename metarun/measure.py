@@ -32,6 +32,12 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.known: set[int] = set()
+        self.watches: list[weakref.finalize] = []
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for watch in self.watches:
+            watch.detach()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -54,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self.known.add(key)
         self.now += size
-        weakref.finalize(storage, self.forget, key, size)
+        self.watches.append(weakref.finalize(storage, self.forget, key, size))
 
     def forget(self, key: int, size: int) -> None:
         self.known.discard(key)

@@ -212,16 +212,17 @@ class Trainer:
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load what was learned, and keep what belongs to this machine: the state may come from another."""
-    machine = ("lr", "fused", "capturable", "foreach")
-    own = [{key: group[key] for key in machine if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, own, strict=True):
+    machine = ("fused", "capturable", "foreach")
+    own = [dict(group) for group in optimizer.param_groups]
+    groups = [
+        saved | {key: group[key] for key in machine if key in group}
+        for saved, group in zip(state["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, before in zip(optimizer.param_groups, own, strict=True):
         rate = float(group["lr"])
-        group.update(kept)
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        is_tensor = isinstance(before["lr"], torch.Tensor)
+        group["lr"] = before["lr"].fill_(rate) if is_tensor else rate
 
 
 def is_better(result: Result, best: Best) -> bool:

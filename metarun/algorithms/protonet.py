@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
-from metarun.fused import fast_layout
 from metarun.learner import uses_batch_statistics
+from metarun.lowering import AUTO, is_groupable
 from metarun.objectives import task_loss
 
 
@@ -28,6 +28,7 @@ class ProtoNet(Algorithm):
                 "algorithm=protonet classifies and cannot regress; choose algorithm=maml or reptile"
             )
         self.backbone = backbone
+        self.lowering = AUTO
         self.uses_query_statistics = uses_batch_statistics(backbone)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> Tensor:
@@ -53,10 +54,13 @@ class ProtoNet(Algorithm):
 
     def embed(self, x: Tensor) -> Tensor:
         """Features [T, B, features] of x [T, B, *item]."""
+        tasks, together = x.shape[:2], x.flatten(0, 1)
+        if x.dim() == 5 and is_groupable(self.backbone):  # its layers take any memory layout
+            together = self.lowering.laid_out(together)
         if self.training or self.uses_query_statistics:
             # A task's batch statistics are its own, however many tasks share the step.
-            return torch.stack([self.backbone(fast_layout(task)) for task in x])
-        return self.backbone(fast_layout(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+            return torch.stack([self.backbone(task) for task in together.split(tasks[1])])
+        return self.backbone(together).unflatten(0, tasks)
 
 
 def prototypes(features: Tensor, targets: Tensor, ways: int) -> Tensor:

@@ -243,6 +243,11 @@ def test_a_mistake_removes_no_folder_of_the_users(metarun, tmp_path: Path):
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
 
+def test_an_optimizer_keeps_the_way_of_running_that_was_typed(metarun):
+    metarun(*TINY, "+optimizer.foreach=true")
+    metarun(*TINY, "optimizer._target_=torch.optim.RAdam", "hydra.run.dir=other")
+
+
 def test_an_optimizer_with_lists_of_its_own_leaves_readable_checkpoints(metarun, tmp_path: Path):
     words = ["optimizer._target_=torch.optim.RAdam", "+optimizer.betas=[0.5,0.9]"]
     metarun("train", *TINY, *words, "hydra.run.dir=run", "test.episodes=0")

@@ -20,6 +20,7 @@ from metarun.errors import TrainingError
 from metarun.hardware import Hardware
 from metarun.inner_loops.sgd import SGD
 from metarun.measure import peak_bytes
+from metarun.trainer import load_optimizer
 
 SHAPE = (1, 16, 16)
 
@@ -113,6 +114,42 @@ class Hungry(ProtoNet):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
         loss, outputs = super().meta_loss(episodes)
         return loss * self.scale, outputs
+
+
+def test_only_what_metarun_knows_is_traced_unasked():
+    """A user's class may do what one trace of it does not show."""
+    assert engine_of(algorithms("protonet"), episodes(), compile="auto").lowered
+    assert not engine_of(Hungry(5), episodes(), compile="auto").lowered
+
+
+def test_a_backbone_that_views_its_maps_as_vectors_gets_plain_images():
+    class Viewing(nn.Module):
+        features = 4 * 14 * 14
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(1, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.convolution(x).view(len(x), -1)
+
+    for algorithm in (ProtoNet(Viewing()), MAML(Viewing(), SGD(0.1, 1), 3)):
+        engine_of(algorithm, episodes()).step()
+        engine_of(algorithm.eval(), episodes()).step()
+
+
+def test_an_optimizer_keeps_what_belongs_to_this_machine():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    saved = torch.optim.Adam([weight], lr=0.5, foreach=True)
+    saved.step()
+    mine = torch.optim.Adam([weight], lr=torch.tensor(0.1), fused=True)
+    load_optimizer(mine, saved.state_dict())
+    (group,) = mine.param_groups
+    assert group["fused"]
+    assert group["lr"].item() == 0.5
+    torch.testing.assert_close(mine.state[weight]["exp_avg"], saved.state[weight]["exp_avg"])
+    mine.step()
 
 
 def test_out_of_memory_halves_the_tasks_at_once_and_goes_on():
