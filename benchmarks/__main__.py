@@ -150,8 +150,7 @@ def take_turns(
 def sampling_share(contestant: Contestant, ms: float, device: torch.device) -> float:
     """How much of a step goes into drawing and gathering its episodes."""
     assert isinstance(contestant, Metarun)
-    sample = contestant.sampler()
-    rounds = [seconds(lambda: [sample() for _ in range(32)], device) / 32 for _ in range(9)]
+    rounds = [seconds(lambda: [contestant.sample() for _ in range(32)], device) / 32 for _ in range(9)]
     return 1e3 * median(rounds) / ms
 
 

@@ -12,13 +12,11 @@ import importlib.metadata
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.workloads import Workload
 from metarun.engine import Engine
@@ -73,15 +71,10 @@ class Metarun(Contestant):
         with self.hardware.compute():
             self.engine.step()
 
-    def sampler(self) -> Callable[[], object]:
-        """What a step spends on its episodes, run as the step runs it."""
+    def sample(self) -> Episodes:
+        """What a step spends on its episodes."""
         engine = self.engine
-
-        def gather(*draw: Tensor) -> tuple[Tensor, ...]:
-            return engine.source.gather(draw, engine.geometry).to(self.hardware.dtype).tensors()
-
-        run = make_fx(gather)(*next(engine.draws)) if engine.lowered else gather
-        return lambda: run(*next(engine.draws))
+        return engine.source.gather(next(engine.draws), engine.geometry).to(self.hardware.dtype)
 
 
 def metarun(**settings: Any) -> type[Metarun]:

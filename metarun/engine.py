@@ -224,16 +224,21 @@ class Engine:
 
         inputs: list[Any] = [tensor.detach() for tensor in tensors.values()] + list(example)
         with self.hardware.forked_random(), kept(module.named_buffers()):
-            run: Callable[..., Any] = make_fx(flat)(*inputs)
+            traced = make_fx(flat)(*inputs)
+            for node in traced.graph.nodes:  # what is left of detach()
+                if node.target is torch.ops.aten.alias.default:
+                    node.replace_all_uses_with(node.args[0])
+                    traced.graph.erase_node(node)
+            traced.recompile()
+            run: Callable[..., Any] = traced.forward
             if compiles:
                 from torch._inductor import compile as inductor
 
-                run = inductor(run, inputs, options={"fallback_random": True})  # type: ignore[arg-type]
+                run = inductor(traced, inputs, options={"fallback_random": True})  # type: ignore[arg-type]
                 run(*inputs)
 
         def gradient(draw: Draw) -> Gradient:
-            # The casts of autocast are in the graph already.
-            with torch.no_grad(), torch.autocast(self.hardware.device.type, enabled=False):
+            with torch.no_grad(), self.hardware.without_autocast():  # its casts are in the graph already
                 *grads, figures = run(*tensors.values(), *draw)
             rest = iter(grads)
             return [next(rest) if is_used else None for is_used in used], figures

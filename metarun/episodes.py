@@ -60,6 +60,8 @@ class Episodes:
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
+        if self.support_x.dtype == dtype:
+            return self
         return Episodes(*map(cast, self.tensors()))
 
     def tensors(self) -> tuple[Tensor, ...]:

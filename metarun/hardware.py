@@ -95,6 +95,12 @@ class Hardware:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             yield
 
+    def without_autocast(self) -> contextlib.AbstractContextManager:
+        """Run what is inside in the types it has; costs nothing where there is no autocast."""
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
+
     def captures_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step of this optimizer can be part of a CUDA graph."""
         return all(group.get("capturable", group.get("fused")) for group in optimizer.param_groups)

@@ -244,8 +244,8 @@ def test_a_mistake_removes_no_folder_of_the_users(metarun, tmp_path: Path):
 
 
 def test_an_optimizer_keeps_the_way_of_running_that_was_typed(metarun):
-    metarun(*TINY, "+optimizer.foreach=true")
-    metarun(*TINY, "optimizer._target_=torch.optim.RAdam", "hydra.run.dir=other")
+    metarun("train", *TINY, "+optimizer.foreach=true")
+    metarun("train", *TINY, "optimizer._target_=torch.optim.RAdam", "hydra.run.dir=other")
 
 
 def test_an_optimizer_with_lists_of_its_own_leaves_readable_checkpoints(metarun, tmp_path: Path):
