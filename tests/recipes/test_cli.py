@@ -14,6 +14,7 @@ import torch
 from conftest import TINY
 
 import metarun as package
+from metarun.checkpoint import FORMAT
 
 
 def typed(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -167,7 +168,7 @@ def test_checkpoints_that_cannot_be_used(metarun, tmp_path: Path):
     torch.save(content | {"format": 99, "metarun": "9.0"}, tmp_path / "future.pt")
     torch.save({"model": torch.zeros(1)}, tmp_path / "foreign.pt")
     torch.save(content | {"algorithm": {}}, tmp_path / "misfit.pt")
-    torch.save({"format": 1}, tmp_path / "hollow.pt")
+    torch.save({"format": FORMAT}, tmp_path / "hollow.pt")
     (tmp_path / "folder").mkdir()
     cases = {
         "missing.pt": "no such checkpoint",
