@@ -85,6 +85,7 @@ class Peer(Contestant):
     """A loop over tasks with one copy of the network for each, however it is made."""
 
     package: str | None = None  # what must be installed
+    has_first_order = False
 
     def __init__(self, workload: Workload, tasks: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(workload, tasks, dtype, device)
@@ -104,7 +105,7 @@ class Peer(Contestant):
 
     @classmethod
     def fits(cls, workload: Workload) -> bool:
-        return workload.kind == "maml"
+        return workload.kind == "maml" and (workload.order == 2 or cls.has_first_order)
 
     def gradient(self) -> list[Tensor]:
         self.optimizer.zero_grad()
@@ -196,10 +197,6 @@ class Higher(Peer):
                 update.step(self.loss(twin(support_x), support_y))
             (self.loss(twin(query_x), query_y) / self.tasks).backward()
 
-    @classmethod
-    def fits(cls, workload: Workload) -> bool:
-        return workload.kind == "maml" and workload.order == 2
-
 
 class TorchOpt(Peer):
     package = "torchopt"
@@ -221,10 +218,6 @@ class TorchOpt(Peer):
         (self.loss(self.net(query_x), query_y) / self.tasks).backward()
         torchopt.recover_state_dict(self.net, state)
         torchopt.recover_state_dict(self.inner, inner_state)
-
-    @classmethod
-    def fits(cls, workload: Workload) -> bool:
-        return workload.kind == "maml" and workload.order == 2
 
 
 class TorchOptVmap(Peer):
@@ -257,13 +250,10 @@ class TorchOptVmap(Peer):
     def backward_of_task(self, *task: Tensor) -> None:
         raise NotImplementedError
 
-    @classmethod
-    def fits(cls, workload: Workload) -> bool:
-        return workload.kind == "maml" and workload.order == 2
-
 
 class Learn2Learn(Peer):
     package = "learn2learn"
+    has_first_order = True
 
     def set_up(self) -> None:
         import learn2learn

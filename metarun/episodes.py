@@ -171,6 +171,12 @@ def split_draw(draw: Draw, tasks_at_once: int) -> Iterator[Draw]:
     yield from zip(*(tensor.tensor_split(parts) for tensor in draw), strict=True)
 
 
+def seeded(name: str) -> torch.Generator:
+    """A CPU generator that depends on the name alone."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
 def training_draws(
     source: EpisodeSource,
     tasks: int,
@@ -188,9 +194,7 @@ def training_draws(
     block, skip = divmod(start, DRAW_BLOCK)
     on_gpu = torch.device(device).type == "cuda"
     while True:
-        digest = hashlib.sha256(f"training {seed} {block}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        draws = source.draw(DRAW_BLOCK * tasks, geometry, generator)
+        draws = source.draw(DRAW_BLOCK * tasks, geometry, seeded(f"training {seed} {block}"))
         if on_gpu:  # pinned, so that the host does not wait for the device
             draws = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in draws)
         meta_batches = list(zip(*(tensor.split(tasks) for tensor in draws), strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
-from metarun.episodes import Draw, EpisodeSource, Geometry, split_draw
+from metarun.episodes import Draw, EpisodeSource, Geometry, seeded, split_draw
 from metarun.hardware import Hardware
 from metarun.measure import peak_bytes
 from metarun.objectives import metric_name, task_loss, task_score
@@ -68,9 +68,7 @@ def fixed_draws(source: EpisodeSource, geometry: Geometry, episodes: int, seed: 
     The generator is the CPU's, so that every device meets the same episodes.
     """
     for block, start in enumerate(range(0, episodes, BLOCK)):
-        digest = hashlib.sha256(f"{seed} {block} {source.fingerprint}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        draw = source.draw(BLOCK, geometry, generator)
+        draw = source.draw(BLOCK, geometry, seeded(f"{seed} {block} {source.fingerprint}"))
         yield tuple(tensor[: episodes - start] for tensor in draw)
 
 
