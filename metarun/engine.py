@@ -224,7 +224,7 @@ class Engine:
 
         inputs: list[Any] = [tensor.detach() for tensor in tensors.values()] + list(example)
         with self.hardware.forked_random(), kept(module.named_buffers()):
-            traced = make_fx(flat)(*inputs)
+            traced = make_fx(flat, decomposition_table=VECTOR_PRODUCTS if compiles else None)(*inputs)
             for node in traced.graph.nodes:  # what is left of detach()
                 if node.target is torch.ops.aten.alias.default:
                     node.replace_all_uses_with(node.args[0])
@@ -266,6 +266,27 @@ def kept(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
     finally:
         for tensor, value in before:
             tensor.copy_(value)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape[2] == 1:
+        return a * b
+    if a.shape[1] == 1 or b.shape[2] == 1:
+        return (a.unsqueeze(3) * b.unsqueeze(1)).sum(2)
+    return NotImplemented
+
+
+def _baddbmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    product = _bmm(a, b)
+    return product if product is NotImplemented else c + product
+
+
+# TorchInductor fuses products of vectors with what is around them, but leaves matrix products to a library,
+# whose call costs more than such a product.
+VECTOR_PRODUCTS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.bmm.default: _bmm,
+    torch.ops.aten.baddbmm.default: _baddbmm,
+}
 
 
 def is_ours(algorithm: Algorithm) -> bool:

@@ -16,7 +16,7 @@ from metarun.lowering import Lowering
 Module = TypeVar("Module", bound=nn.Module)
 
 # What was fastest on a CPU without needing half as much memory again as a loop (docs/speed.md): small tasks
-# by the dozen, large ones four at a time, fewer where these would not fit.
+# by the dozen, large ones three at a time, fewer where these would not fit.
 CPU_SMALL_TASK, CPU_BYTES_OF_SMALL, CPU_BYTES_OF_LARGE = 16 << 20, 256 << 20, 384 << 20
 TINY_TASK = 1 << 20
 GPU_SHARE = 0.8  # of the free memory; the rest is for what measuring one task does not show
@@ -75,7 +75,7 @@ class Hardware:
         elif need <= CPU_SMALL_TASK:
             fit = CPU_BYTES_OF_SMALL // need
         else:
-            fit = min(4, CPU_BYTES_OF_LARGE // need)
+            fit = min(3, CPU_BYTES_OF_LARGE // need)
         return max(1, min(tasks, fit))
 
     def traces(self, bytes_of_one: Callable[[], int]) -> bool:

@@ -175,7 +175,7 @@ def test_out_of_memory_for_one_task_ends_in_one_line():
 
 def test_tasks_at_once_follow_the_memory_that_one_needs():
     hardware = Hardware("cpu")
-    assert hardware.tasks_at_once(32, lambda: 60 << 20) == 4
+    assert hardware.tasks_at_once(32, lambda: 60 << 20) == 3
     assert hardware.tasks_at_once(32, lambda: 10 << 20) == 25
     assert hardware.tasks_at_once(32, lambda: 1 << 30) == 1
     assert hardware.tasks_at_once(32, lambda: 0) == 32
