@@ -40,6 +40,12 @@ class Test:
 
 
 @dataclass
+class Clipping:
+    value: float | None = None
+    norm: float | None = None
+
+
+@dataclass
 class Checkpointing:
     every: int = MISSING
 
@@ -62,9 +68,11 @@ class TrainConfig:
     queries: int = MISSING
     meta_batch: int = MISSING
     iterations: int = MISSING
+    inner_rate: float = MISSING
     norm: str = MISSING
     optimizer: Any = MISSING
     scheduler: Any = None
+    clip: Clipping = field(default_factory=Clipping)
     validation: Validation = field(default_factory=Validation)
     test: Test = field(default_factory=Test)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
@@ -162,6 +170,9 @@ def check(cfg: DictConfig, command: str) -> None:
         raise ConfigError(f"norm={cfg.norm}: must be one of {', '.join(NORMS)}")
     if "optimizer" in cfg and not OmegaConf.is_dict(cfg.optimizer):
         raise ConfigError(f"optimizer={cfg.optimizer}: set optimizer._target_ and its settings instead")
+    for key in ("clip.value", "clip.norm"):
+        if (bound := value_of(cfg, key)) is not None and bound <= 0:
+            raise ConfigError(f"{key}={bound}: must be above 0, or null")
     for path in map(str, cfg):
         if OmegaConf.is_dict(cfg[path]) and "_target_" in cfg[path]:
             check_node(path, cfg[path])

@@ -11,6 +11,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,20 @@ GradientOfDraw = Callable[[Draw], Gradient]
 MetaLoss = Callable[[Episodes], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Clip:
+    """Bounds of the meta-gradient: of every entry (`value`), of its length (`norm`)."""
+
+    value: float | None = None
+    norm: float | None = None
+
+    def apply(self, params: Sequence[Tensor]) -> None:
+        if self.value is not None:
+            nn.utils.clip_grad_value_(params, self.value)
+        if self.norm is not None:
+            nn.utils.clip_grad_norm_(params, self.norm)
+
+
 class Engine:
     """Makes outer steps. `window` adds up the losses and scores of tasks, on the device."""
 
@@ -43,7 +58,9 @@ class Engine:
         meta_batch: int,
         seed: int,
         hardware: Hardware,
+        clip: Clip | None = None,
     ) -> None:
+        self.clip = clip or Clip()
         self.algorithm, self.optimizer, self.source = algorithm, optimizer, source
         self.geometry, self.meta_batch, self.seed = geometry, meta_batch, seed
         self.hardware = hardware
@@ -54,7 +71,9 @@ class Engine:
 
     def prepare(self, start: int, say: Callable[[str], object] = lambda text: None) -> None:
         """Choose how to run from iteration `start` on, and `say` it; within `hardware.compute()`."""
-        self.say = say
+        self.say, self.iteration = say, start
+        self.algorithm.advance(start)
+        self.lowered.clear()
         self.draws = self.draws_from(start)
         bytes_of_one = functools.cache(self.bytes_of_one_task)
         self.at_once = self.hardware.tasks_at_once(self.meta_batch, bytes_of_one)
@@ -83,6 +102,9 @@ class Engine:
 
     def step(self) -> None:
         """One outer step on the next meta-batch; nothing is read back from the device."""
+        if self.algorithm.advance(self.iteration):
+            self.prepare(self.iteration, self.say)
+        self.iteration += 1
         draw = next(self.draws)
         if self.graph is not None:
             self.replay(draw)
@@ -110,6 +132,7 @@ class Engine:
             self.halve(failed)
         for p, grad in zip(self.params, grads, strict=True):  # optimizers expect the weight's own layout
             p.grad = grad if grad is None or grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+        self.clip.apply(self.params)
         self.window += figures
 
     def halve(self, reason: str) -> None:

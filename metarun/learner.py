@@ -76,6 +76,7 @@ def refuse_running_averages(backbone: nn.Module) -> None:
 def uses_batch_statistics(backbone: nn.Module) -> bool:
     """Whether a prediction depends on the other examples beside it (transductive)."""
     return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+        getattr(module, "uses_batch_statistics", False)
+        or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None)
         for module in backbone.modules()
     )

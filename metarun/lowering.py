@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,25 @@ class Lowering:
 AUTO = Lowering()
 
 
+@runtime_checkable
+class OnTasks(Protocol):
+    """A layer that brings its own grouped form."""
+
+    def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:
+        """x [B, T*C, H, W] (or [T, B, features]) by the layer's weights `own`, [T, *shape] each."""
+
+
+def flatten(params: Params) -> Tensor:
+    """All weights of T tasks in one row each, [T, P]."""
+    return torch.cat([p.flatten(1) for p in params.values()], 1)
+
+
+def unflatten(rows: Tensor, like: Params) -> Params:
+    """Rows [T, P] as weights of the names and shapes of `like`."""
+    parts = rows.split([p[0].numel() for p in like.values()], 1)
+    return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts, strict=True)}
+
+
 def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowering = AUTO) -> Tensor:
     """`module` on x [T, B, *item] with weights params [T, *shape]: [T, B, *out]."""
     how = lowering.how
@@ -70,7 +89,7 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowerin
 def is_groupable(module: nn.Module) -> bool:
     """Whether this is a chain of layers that all have a grouped form, none of them used twice."""
     chain = list(layers(module))
-    known = all(type(layer) in GROUPED and plain(layer) for _, layer in chain)
+    known = all(isinstance(layer, OnTasks) or (type(layer) in GROUPED and plain(layer)) for _, layer in chain)
     once = len({id(layer) for _, layer in chain}) == len(chain)
     return isinstance(module, nn.Sequential) and known and once
 
@@ -112,6 +131,9 @@ def run_grouped(module: nn.Module, params: Params, x: Tensor, lowering: Lowering
         if is_image and isinstance(layer, nn.Flatten):
             x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]
         own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
+        if isinstance(layer, OnTasks):
+            x = layer.on_tasks(own, x, tasks)
+            continue
         unfolds = lowering.how == "unfold" and isinstance(layer, nn.Conv2d) and layer.groups == 1
         x = (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
     return x.unflatten(1, (tasks, -1)).transpose(0, 1) if is_image else x

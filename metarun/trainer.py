@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metarun import checkpoint
 from metarun.algorithms.base import Algorithm
-from metarun.engine import Engine
+from metarun.engine import Clip, Engine
 from metarun.episodes import EpisodeSource, Geometry
 from metarun.errors import TrainingError
 from metarun.evaluation import Result, evaluate
@@ -41,6 +41,7 @@ class Plan:
     checkpoint_every: int
     log_every: int
     seed: int
+    clip: Clip
 
 
 @dataclass
@@ -69,7 +70,9 @@ class Trainer:
         self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
         self.train_source, self.validation_source = train, validation
         self.plan, self.hardware, self.folder, self.config = plan, hardware, folder, config
-        self.engine = Engine(algorithm, optimizer, train, plan.geometry, plan.meta_batch, plan.seed, hardware)
+        self.engine = Engine(
+            algorithm, optimizer, train, plan.geometry, plan.meta_batch, plan.seed, hardware, plan.clip
+        )
         self.tasks = 0  # since the last row
         self.iteration = 0
         self.saved_at = 0  # the iteration that last.pt holds

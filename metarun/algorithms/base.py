@@ -27,6 +27,14 @@ class Algorithm(nn.Module, ABC):
     def check(self, ways: int) -> None:
         """Raise ConfigError where tasks of so many ways cannot be met."""
 
+    def advance(self, iteration: int) -> bool:
+        """Told before outer step `iteration`: what is annealed goes into buffers, in place.
+
+        True where the computation itself is now another one, so that what was recorded of it (a
+        trace, a CUDA graph, its memory) no longer holds.
+        """
+        return False
+
     @abstractmethod
     def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> Adapted:
         """Learn T tasks from support_x [T, S, *item] and support_y [T, S] (or [T, S, outputs])."""

@@ -1,4 +1,4 @@
-"""MAML and its relatives by configuration: FOMAML, ANIL.
+"""MAML and its relatives by configuration: FOMAML, ANIL, BOIL, Meta-SGD, Meta-Curvature, learned optimizers.
 
 Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep
 Networks", algorithms 1 and 2.
@@ -25,7 +25,7 @@ class MAML(Algorithm):
     The meta-loss is the query loss after the inner loop (equation 2); its gradient passes
     through the inner steps, or straight through them where the inner loop is of first order
     (FOMAML, section 5.2). `adapts="head"` leaves the backbone as it is in the inner loop
-    (ANIL, Raghu et al. 2020).
+    (ANIL, Raghu et al. 2020), `adapts="body"` the head (BOIL, Oh et al. 2021).
 
     Batch norm uses the statistics of the batch at hand, as in the paper's code, so queries
     predicted together see each other (transductive). `transductive=False` predicts each query
@@ -38,7 +38,7 @@ class MAML(Algorithm):
         inner_loop: InnerLoop,
         outputs: int,
         head: Literal["fixed", "shared"] = "fixed",
-        adapts: Literal["all", "head"] = "all",
+        adapts: Literal["all", "head", "body"] = "all",
         transductive: bool = True,
     ) -> None:
         super().__init__()
@@ -47,6 +47,12 @@ class MAML(Algorithm):
         self.adapts = adapts
         self.batch_statistics = uses_batch_statistics(backbone)
         self.uses_query_statistics = transductive and self.batch_statistics
+        learned = dict(self.learner.named_parameters())
+        inner_loop.attach({name: p.detach() for name, p in learned.items() if self.is_fast(name)})
+
+    def is_fast(self, name: str) -> bool:
+        """Whether the inner loop adapts the weight of this name."""
+        return self.adapts == "all" or name.startswith("head.") == (self.adapts == "head")
 
     def check(self, ways: int) -> None:
         self.learner.check(ways)
@@ -76,10 +82,10 @@ class MAML(Algorithm):
     def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
         """The task's loss, the weights that stay and the weights that adapt."""
         params = self.learner.task_params(len(support_x), self.outputs_for(support_y, ways))
-        if self.adapts == "all":
-            return lambda p, step: task_loss(self.learner(p, support_x), support_y), {}, params
-        slow = {name: p for name, p in params.items() if not name.startswith("head.")}
-        fast = {name: p for name, p in params.items() if name.startswith("head.")}
+        fast = {name: p for name, p in params.items() if self.is_fast(name)}
+        slow = {name: p for name, p in params.items() if name not in fast}
+        if self.adapts != "head":
+            return lambda p, step: task_loss(self.learner(slow | p, support_x), support_y), slow, fast
         # The backbone does not change, so the support is embedded once for all steps.
         features = self.learner.embed(slow, support_x)
         return lambda p, step: task_loss(self.learner.classify(p, features), support_y), slow, fast

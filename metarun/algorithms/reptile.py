@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.maml import MAML
 from metarun.episodes import Episodes
-from metarun.inner_loops.base import InnerLoop, Loss
+from metarun.inner_loops.base import InnerLoop, Loss, refuse_learned
 from metarun.lowering import Params
 from metarun.objectives import task_loss
 
@@ -33,6 +33,7 @@ class Reptile(MAML):
         transductive: bool = True,
         batch: int = 10,
     ) -> None:
+        refuse_learned(inner_loop, "Reptile's update moves the weights alone")
         super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
         self.batch = batch
 
@@ -53,10 +54,10 @@ class Reptile(MAML):
         return 0.5 * distance / len(x), outputs
 
     def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
-        params = self.learner.task_params(len(support_x), self.outputs_for(support_y, ways))
         size = support_x.shape[1]
         if not 0 < self.batch < size:
             return super().inner_problem(support_x, support_y, ways)
+        params = self.learner.task_params(len(support_x), self.outputs_for(support_y, ways))
         order = torch.rand(support_x.shape[:2], device=support_x.device).argsort(1)  # [T, S]
         tasks = torch.arange(len(support_x), device=support_x.device).unsqueeze(1)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from metarun import fused
 from metarun.errors import ConfigError
 
 Norm = Literal["batch", "running", "group", "layer", "instance", "none"]
@@ -54,3 +56,94 @@ def feature_count(network: nn.Module, item_shape: tuple[int, ...]) -> int:
         features = network.eval()(torch.zeros(2, *item_shape)).shape[1]
     network.train(training)
     return features
+
+
+class FiLM(nn.Module):
+    """Channels scaled and shifted by a task's context (CAVIA, Zintgraf et al. 2019, equations 3 and 4).
+
+    The context is a vector of `size` zeros that each task adapts; what it does to the channels is
+    meta-learned. Vectors are only shifted, which equals a context appended to the input of
+    the linear layer before, whose number of `inputs` sets the range of the first weights.
+    """
+
+    def __init__(self, channels: int, size: int, inputs: int | None = None) -> None:
+        super().__init__()
+        self.context = nn.Parameter(torch.zeros(size), requires_grad=False)
+        if inputs is None:
+            first = nn.Linear(size, 2 * channels)
+            self.weight = first.weight
+            self.bias: nn.Parameter | None = first.bias
+        else:
+            first = nn.Linear(inputs + size, channels)
+            self.weight = nn.Parameter(first.weight[:, inputs:].detach().clone())
+            self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] or [B, features], by the module's own weights."""
+        own = {name: p.unsqueeze(0) for name, p in self.named_parameters()}
+        return self.on_tasks(own, x, 1) if x.dim() == 4 else self.on_tasks(own, x.unsqueeze(0), 1)[0]
+
+    def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+        """x [B, T*C, H, W] or [T, B, features], by weights of each task."""
+        to = torch.einsum("tcn,tn->tc", own["weight"], own["context"])  # [T, C] or [T, 2C]
+        if self.bias is None:
+            return x + to.unsqueeze(1)
+        scale, shift = (to + own["bias"]).chunk(2, 1)
+        if x.dim() == 4:
+            return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+        return x * scale.unsqueeze(1) + shift.unsqueeze(1)
+
+
+class StepNorm(nn.Module):
+    """Batch norm with statistics and affine weights of each inner step's own (MAML++, section 4).
+
+    `step` says which rows are used. `statistics` > 0 keeps that many rows of running averages,
+    used in evaluation; training always normalises by the batch. 0: the batch's statistics always.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(
+        self, channels: int, affine: int, statistics: int, eps: float, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(affine, channels))
+        self.bias = nn.Parameter(torch.zeros(affine, channels))
+        self.uses_batch_statistics = statistics == 0
+        self.register_buffer("mean", torch.zeros(statistics, channels))
+        self.register_buffer("variance", torch.ones(statistics, channels))
+        self.eps, self.momentum, self.step = eps, momentum, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W], by the module's own weights."""
+        return self.on_tasks({"weight": self.weight.unsqueeze(0), "bias": self.bias.unsqueeze(0)}, x, 1)
+
+    def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+        """x [B, T*C, H, W], by weights [T, rows, C] of each task."""
+        row = min(self.step, own["weight"].shape[1] - 1)
+        weight, bias = own["weight"][:, row].flatten(), own["bias"][:, row].flatten()
+        if self.uses_batch_statistics:
+            return fused.batch_norm(x, weight, bias, self.eps)
+        row = min(self.step, len(self.mean) - 1)
+        if self.training:
+            self.keep(row, x.detach(), tasks)
+            return fused.batch_norm(x, weight, bias, self.eps)
+        mean, variance = self.mean[row].repeat(tasks), self.variance[row].repeat(tasks)
+        scale = weight * (variance + self.eps).rsqrt()
+        return x * scale.view(-1, 1, 1) + (bias - mean * scale).view(-1, 1, 1)
+
+    @torch.no_grad()
+    def keep(self, row: int, x: Tensor, tasks: int) -> None:
+        """Move the running averages of a row towards the mean over tasks."""
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=1)
+        self.mean[row].lerp_(mean.view(tasks, -1).mean(0), self.momentum)
+        self.variance[row].lerp_(variance.view(tasks, -1).mean(0), self.momentum)
+
+
+def replace_layers(network: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put `new(layer)` in the place of every layer for which it gives one."""
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if (other := new(layer)) is not None:
+                setattr(parent, name, other)

@@ -23,7 +23,8 @@ from metarun.build import (
     validation_geometry,
 )
 from metarun.config import check
-from metarun.episodes import EpisodeSource
+from metarun.engine import Clip
+from metarun.episodes import ClassStore, EpisodeSource
 from metarun.errors import ConfigError
 from metarun.evaluation import Result, evaluate
 from metarun.files import write_json
@@ -89,6 +90,9 @@ def finish(
 
 
 def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
+    train, validation = (build_source(cfg.dataset, split, hardware) for split in ("train", "validation"))
+    if "classes" in cfg.algorithm and cfg.algorithm.classes is None and isinstance(train, ClassStore):
+        cfg.algorithm.classes = len(train.names)  # kept in the checkpoint, for the weights' shapes
     algorithm = build_algorithm(cfg, hardware)
     optimizer = build_optimizer(cfg, list(algorithm.parameters()), hardware)
     scheduler = instantiate(cfg.scheduler, optimizer=optimizer) if cfg.scheduler else None
@@ -103,9 +107,9 @@ def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
         checkpoint_every=cfg.checkpoint.every,
         log_every=cfg.log.every,
         seed=cfg.seed,
+        clip=Clip(cfg.clip.value, cfg.clip.norm),
     )
     # Loaded and checked before anything runs, so that an impossible task is told at once.
-    train, validation = (build_source(cfg.dataset, split, hardware) for split in ("train", "validation"))
     train.check(plan.geometry)
     validation.check(plan.validation_geometry)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]

@@ -23,6 +23,9 @@ class InnerLoop(nn.Module, ABC):
     constants, so that the meta-gradient passes straight through to the starting weights.
     """
 
+    #: Whether it has meta-parameters, which only a meta-gradient through its steps can train.
+    learned: bool = False
+
     def __init__(self, steps: int, test_steps: int | None, order: int) -> None:
         super().__init__()
         if steps < 0 or (test_steps is not None and test_steps < 0):
@@ -30,6 +33,9 @@ class InnerLoop(nn.Module, ABC):
         if order not in (1, 2):
             raise ConfigError(f"inner_loop.order={order}: 1 (first order) or 2 (second order)")
         self.steps, self.test_steps, self.order = steps, test_steps, order
+
+    def attach(self, weights: Params) -> None:
+        """Make the meta-parameters for the weights, [*shape] each, that are to be adapted; called once."""
 
     @abstractmethod
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
@@ -44,14 +50,46 @@ class InnerLoop(nn.Module, ABC):
 
     def gradients(self, loss: Loss, params: Params, step: int) -> Params:
         """Each task's own gradient, [T, *shape] each; part of the graph only for second order."""
+        return self.losses_and_gradients(loss, params, step)[1]
+
+    def losses_and_gradients(self, loss: Loss, params: Params, step: int) -> tuple[Tensor, Params]:
+        """Each task's own loss, [T], and gradient."""
         through = self.order == 2 and torch.is_grad_enabled()
         if not through:
             params = {name: p.detach() for name, p in params.items()}
         with torch.enable_grad():
             params = {name: p if p.requires_grad else p.requires_grad_() for name, p in params.items()}
             # No weights are shared between tasks: the sum's gradient is each task's own.
-            total = loss(params, step).sum()
+            losses = loss(params, step)
             grads = torch.autograd.grad(
-                total, list(params.values()), create_graph=through, materialize_grads=True
+                losses.sum(), list(params.values()), create_graph=through, materialize_grads=True
             )
-        return dict(zip(params, grads, strict=True))
+        return losses if through else losses.detach(), dict(zip(params, grads, strict=True))
+
+
+class PerWeight(nn.ParameterDict):
+    """One meta-parameter for each adapted weight, called with that weight's name."""
+
+    def __init__(self, values: Params) -> None:
+        super().__init__({self.key(name): nn.Parameter(value) for name, value in values.items()})
+
+    @staticmethod
+    def key(name: str) -> str:
+        return name.replace(".", "/")  # a module's parameter may not have a dot in its name
+
+    def __call__(self, name: str) -> Tensor:
+        return self[self.key(name)]
+
+
+def refuse_learned(inner_loop: InnerLoop, reason: str) -> None:
+    """Raise ConfigError for an inner loop whose meta-parameters could not be trained."""
+    if inner_loop.learned:
+        raise ConfigError(
+            f"inner_loop={type(inner_loop).__name__} has meta-parameters, and {reason}; "
+            "choose inner_loop=sgd or adam, or algorithm=maml"
+        )
+
+
+def rows(meta: Tensor, p: Tensor) -> Tensor:
+    """Meta-parameters [*shape] for weights [T, *shape]; of a head, as many rows as the task has ways."""
+    return meta[: p.shape[1]]

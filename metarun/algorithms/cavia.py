@@ -1,0 +1,61 @@
+"""CAVIA (Zintgraf et al. 2019, "Fast Context Adaptation via Meta-Learning")."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from metarun.algorithms.maml import MAML
+from metarun.backbones.layers import FiLM, replace_layers
+from metarun.errors import ConfigError
+from metarun.inner_loops.base import InnerLoop
+
+
+class CAVIA(MAML):
+    """Only a context vector, zero before every task, follows the inner loop; the network is shared.
+
+    The context of `context` numbers modulates one weight layer: a convolution's channels by
+    FiLM (section 3.2), a linear layer as further inputs (section 3.1). `layer` counts them from
+    1; null is the papers' choice: the third convolution, or the first of a network without.
+    FiLM comes after normalisation and before ReLU and pooling; the paper's code pools first.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        inner_loop: InnerLoop,
+        outputs: int,
+        head: Literal["fixed", "shared"] = "fixed",
+        transductive: bool = True,
+        context: int = 100,
+        layer: int | None = None,
+    ) -> None:
+        add_context(backbone, context, layer)
+        super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
+
+    def is_fast(self, name: str) -> bool:
+        return name.endswith(".context")
+
+
+def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
+    """Insert FiLM after a weight layer of the backbone and its normalisation."""
+    if size < 1:
+        raise ConfigError(f"algorithm.context={size}: must be at least 1")
+    found: list[tuple[nn.Conv2d | nn.Linear, nn.Module]] = []  # with the normalisation that follows, if any
+    for module in backbone.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            found.append((module, module))
+        elif found and isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            found[-1] = found[-1][0], module
+    convolutions = sum(isinstance(weights, nn.Conv2d) for weights, _ in found)
+    if position is None:
+        position = min(3, convolutions) if convolutions else 1
+    if not 1 <= position <= len(found):
+        raise ConfigError(f"algorithm.layer={position}: this backbone has {len(found)} weight layers")
+    weights, last = found[position - 1]
+    if isinstance(weights, nn.Conv2d):
+        film = FiLM(weights.out_channels, size)
+    else:
+        film = FiLM(weights.out_features, size, inputs=weights.in_features)
+    replace_layers(backbone, lambda layer: nn.Sequential(layer, film) if layer is last else None)

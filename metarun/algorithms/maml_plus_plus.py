@@ -1,0 +1,119 @@
+"""MAML++ (Antoniou, Edwards and Storkey 2019, "How to train your MAML")."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.maml import MAML
+from metarun.backbones.layers import StepNorm, replace_layers
+from metarun.episodes import Episodes
+from metarun.inner_loops.base import InnerLoop, Loss
+from metarun.lowering import Params
+from metarun.objectives import task_loss
+
+
+class MAMLPlusPlus(MAML):
+    """MAML with the paper's remedies (section 4), each by itself:
+
+    - `multi_step_loss` (MSL): for so many iterations the queries are predicted after every inner
+      step, and the losses' weights move from equal to the last alone (never under 3 % of 1/steps
+      for the others until then, as in the paper's code). 0: the last alone from the start.
+    - `first_order` (DA): so many iterations in first order, before second order.
+    - `step_statistics` (BNRS): batch norm keeps running averages for each inner step and uses
+      them in evaluation, so that queries are predicted alone. The paper's code keeps them and
+      normalises by the batch all the same; that is `false`.
+    - `step_affine` (BNWB): batch norm has weights and biases for each step, which are
+      meta-learned and not adapted, as in the paper's code.
+
+    Learned rates of each layer and step (LSLR) are inner_loop=layer_rates, the cosine rate of
+    the outer loop (CA) a scheduler. Annealing moves with every iteration, the paper's with
+    every epoch of 500.
+    """
+
+    loss_weights: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        inner_loop: InnerLoop,
+        outputs: int,
+        head: Literal["fixed", "shared"] = "fixed",
+        transductive: bool = True,
+        multi_step_loss: int = 0,
+        first_order: int = 0,
+        step_statistics: bool = False,
+        step_affine: bool = True,
+    ) -> None:
+        rows = max(inner_loop.steps, 1)
+
+        def per_step(layer: nn.Module) -> nn.Module | None:
+            if not isinstance(layer, nn.BatchNorm2d) or layer.running_mean is not None:
+                return None
+            affine, statistics = (rows if step_affine else 1), (rows if step_statistics else 0)
+            return StepNorm(layer.num_features, affine, statistics, layer.eps)
+
+        if step_statistics or step_affine:
+            replace_layers(backbone, per_step)
+        self.step_affine = step_affine
+        super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
+        self.multi_step_loss, self.first_order = multi_step_loss, first_order
+        self.final_order = inner_loop.order
+        self.phase = (self.final_order, False)  # the order, and whether losses of all steps are taken
+        self.norms = [layer for layer in backbone.modules() if isinstance(layer, StepNorm)]
+        self.register_buffer("loss_weights", torch.zeros(rows), persistent=False)
+
+    def is_fast(self, name: str) -> bool:
+        layer, _, _ = name.rpartition(".")
+        is_norm = isinstance(self.learner.get_submodule(layer), StepNorm)
+        return not (self.step_affine and is_norm)
+
+    def advance(self, iteration: int) -> bool:
+        before = self.phase
+        self.inner_loop.order = 1 if iteration < self.first_order else self.final_order
+        self.phase = self.inner_loop.order, iteration < self.multi_step_loss
+        if self.phase[1]:
+            steps = len(self.loss_weights)
+            other = max(1 - iteration / self.multi_step_loss, 0.03) / steps
+            self.loss_weights.fill_(other)[-1] = 1 - (steps - 1) * other
+        return self.phase != before
+
+    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """The weighted query losses of all steps while they are annealed, then the last one's."""
+        if not self.phase[1] or self.inner_loop.steps < 2:
+            return super().meta_loss(episodes)
+        states = self.trajectory(episodes.support_x, episodes.support_y, episodes.ways)
+        next(states)  # before the first step
+        losses = []
+        for adapted in states:
+            outputs = self.predict(adapted, episodes.query_x)
+            losses.append(task_loss(outputs, episodes.query_y).mean())
+        return (self.loss_weights * torch.stack(losses)).sum(), outputs
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
+        *_, adapted = self.trajectory(support_x, support_y, ways)
+        return adapted
+
+    def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int):
+        for steps, adapted in enumerate(super().trajectory(support_x, support_y, ways)):
+            yield adapted | {"steps": steps}
+
+    def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
+        """With the normalisation of the last step taken, as in the paper's code."""
+        self.at_step(max(adapted["steps"] - 1, 0))
+        return super().predict(adapted, query_x)
+
+    def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
+        task, slow, fast = super().inner_problem(support_x, support_y, ways)
+
+        def loss(p: Params, step: int) -> Tensor:
+            self.at_step(step)
+            return task(p, step)
+
+        return loss, slow, fast
+
+    def at_step(self, step: int) -> None:
+        for norm in self.norms:
+            norm.step = step

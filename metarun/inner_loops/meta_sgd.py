@@ -1,0 +1,45 @@
+"""Meta-SGD's inner loop (Li, Zhou, Chen and Li 2017, "Meta-SGD: Learning to Learn Quickly")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from metarun.errors import ConfigError
+from metarun.inner_loops.base import InnerLoop, Loss, PerWeight, rows
+from metarun.lowering import Params
+
+
+class MetaSGD(InnerLoop):
+    """theta <- theta - alpha * gradient, elementwise, with alpha learned for every weight (equation 2).
+
+    The rates start at random, uniform between `low` and `high`, and may become negative, as in
+    the paper. The paper takes one step; with more, every step has the same rates.
+    """
+
+    learned = True
+
+    def __init__(
+        self,
+        low: float = 0.005,
+        high: float = 0.1,
+        steps: int = 1,
+        test_steps: int | None = None,
+        order: int = 2,
+    ) -> None:
+        super().__init__(steps, test_steps, order)
+        if low > high:
+            raise ConfigError(f"inner_loop.low={low}: must not be above inner_loop.high={high}")
+        self.low, self.high = low, high
+
+    def attach(self, weights: Params) -> None:
+        self.rates = PerWeight(
+            {name: torch.empty_like(w).uniform_(self.low, self.high) for name, w in weights.items()}
+        )
+
+    def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
+        for step in range(self.step_count()):
+            grads = self.gradients(loss, params, step)
+            params = {name: p - rows(self.rates(name), p) * grads[name] for name, p in params.items()}
+            yield params

@@ -1,0 +1,107 @@
+"""Learned optimizers: recurrent networks that turn a weight's gradients into its updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from metarun.errors import ConfigError
+from metarun.inner_loops.base import InnerLoop, Loss
+from metarun.lowering import Params, flatten, unflatten
+
+
+class MetaLSTM(InnerLoop):
+    """The LSTM meta-learner (Ravi and Larochelle 2017, "Optimization as a Model for Few-Shot Learning").
+
+    The weights are the cell state of an LSTM (equation 2), theta_t = f_t theta_(t-1) - i_t g_t,
+    whose gates see the gradient and the loss through an ordinary LSTM of `hidden` units, the
+    weight, and their own value before (section 3.2). All weights share the two networks, and
+    the first cell state is the learner's own start, learned with the rest. Gradients and losses
+    are constants to the meta-gradient (section 3.4: the first-order assumption).
+    """
+
+    learned = True
+
+    def __init__(self, hidden: int = 20, steps: int = 5, test_steps: int | None = None) -> None:
+        super().__init__(steps, test_steps, order=1)
+        require_steps(steps)
+        self.cell = nn.LSTMCell(4, hidden)
+        self.forget = nn.Linear(hidden + 2, 1)
+        self.input = nn.Linear(hidden + 2, 1)
+        # Section 3.3: little is forgotten and little taken in, so that training starts near gradient descent.
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.01, 0.01)
+        nn.init.uniform_(self.forget.bias, 4, 6)
+        nn.init.uniform_(self.input.bias, -5, -4)
+
+    def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
+        theta = flatten(params)  # [T, P]
+        state = None
+        keep = take = torch.zeros_like(theta)  # the gates' values before
+        for step in range(self.step_count()):
+            losses, grads = self.losses_and_gradients(loss, unflatten(theta, params), step)
+            grad = flatten(grads)
+            seen = torch.cat(
+                [preprocessed(grad), preprocessed(losses).unsqueeze(1).expand(*grad.shape, 2)], 2
+            )
+            state = self.cell(seen.flatten(0, 1), state)
+            hidden = state[0].unflatten(0, grad.shape)  # [T, P, hidden]
+            keep = self.gate(self.forget, hidden, theta, keep)
+            take = self.gate(self.input, hidden, theta, take)
+            theta = keep * theta - take * grad
+            yield unflatten(theta, params)
+
+    @staticmethod
+    def gate(layer: nn.Linear, hidden: Tensor, theta: Tensor, before: Tensor) -> Tensor:
+        """sigmoid(W [hidden, theta, the gate before] + b), [T, P]."""
+        return layer(torch.cat([hidden, theta.unsqueeze(2), before.unsqueeze(2)], 2)).squeeze(2).sigmoid()
+
+
+class LearnedOptimizer(InnerLoop):
+    """Learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016).
+
+    theta_(t+1) = theta_t + g_t, where g_t comes from a two-layer LSTM of `hidden` units that
+    sees each weight's gradient (equation 3 and section 2.1) and is shared by all weights.
+    Gradients are constants to the meta-gradient (section 2). The paper trains it alone and on
+    the summed losses of the steps; here it is trained on the queries, with the learner's start.
+    """
+
+    learned = True
+
+    def __init__(
+        self, hidden: int = 20, scale: float = 0.1, steps: int = 5, test_steps: int | None = None
+    ) -> None:
+        super().__init__(steps, test_steps, order=1)
+        require_steps(steps)
+        self.scale = scale
+        self.cells = nn.ModuleList([nn.LSTMCell(2, hidden), nn.LSTMCell(hidden, hidden)])
+        self.output = nn.Linear(hidden, 1)
+
+    def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
+        theta = flatten(params)  # [T, P]
+        states: list[tuple[Tensor, Tensor] | None] = [None, None]
+        for step in range(self.step_count()):
+            grad = flatten(self.gradients(loss, unflatten(theta, params), step))
+            x = preprocessed(grad).flatten(0, 1)  # [T*P, 2]
+            for i, cell in enumerate(self.cells):
+                states[i] = cell(x, states[i])
+                x = states[i][0]  # type: ignore[index]
+            theta = theta + self.scale * self.output(x).view_as(theta)
+            yield unflatten(theta, params)
+
+
+def preprocessed(x: Tensor, p: float = 10.0) -> Tensor:
+    """Size and sign of numbers of any scale, [*shape, 2] (Andrychowicz et al., appendix A)."""
+    small = math.exp(-p)
+    is_large = x.abs() >= small
+    size = torch.where(is_large, x.abs().clamp(min=small).log() / p, -1.0)
+    sign = torch.where(is_large, x.sign(), x / small)
+    return torch.stack([size, sign], -1)
+
+
+def require_steps(steps: int) -> None:
+    if steps < 1:
+        raise ConfigError(f"inner_loop.steps={steps}: a learned optimizer is trained on at least one step")
