@@ -91,7 +91,7 @@ class EvalConfig:
     queries: int = MISSING
     episodes: int = MISSING
     split: str = MISSING
-    steps: int | None = None
+    steps: Any = None
     transductive: bool | None = None
     seed: int = MISSING
 
@@ -146,6 +146,7 @@ LEAST = dict.fromkeys(ONE_OR_MORE.split(), 1) | {
     "validation.queries": 1,
     "validation.episodes": 2,
     "episodes": 2,
+    "steps": 0,
     "test.episodes": 0,
     "seed": 0,
     "validation.seed": 0,

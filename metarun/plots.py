@@ -90,6 +90,44 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Score over inner steps, one line for each checkpoint, one panel for each task, with 95 % intervals."""
+    rows = [row for row in rows if row.get("mean") is not None]
+    tasks = list(dict.fromkeys((row["ways"], row["shots"]) for row in rows))
+    percent = rows[0]["metric"] == "accuracy"
+    scale = 100 if percent else 1
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(5.2 * len(tasks) + 1.5, 4), layout="constrained", squeeze=False
+    )
+    for axis, (ways, shots) in zip(axes[0], tasks, strict=True):
+        own = [row for row in rows if (row["ways"], row["shots"]) == (ways, shots)]
+        for i, model in enumerate(dict.fromkeys(row["model"] for row in own)):
+            line = sorted(
+                (row["steps"], scale * row["mean"], scale * row["interval"])
+                for row in own
+                if row["model"] == model and row["steps"] is not None
+            )
+            if not line:  # a method without inner steps
+                score = next(scale * row["mean"] for row in own if row["model"] == model)
+                axis.axhline(score, color=f"C{i}", linestyle="--", label=f"{model} (no steps)")
+                continue
+            x, y, half = map(np.array, zip(*line, strict=True))
+            axis.plot(x, y, ".-", color=f"C{i}", label=model)
+            axis.fill_between(x, y - half, y + half, color=f"C{i}", alpha=0.2, linewidth=0)
+        if not percent and all(row["mean"] > 0 for row in own):
+            axis.set_yscale("log")
+        axis.set_xlabel("inner steps")
+        axis.set_title(f"{ways}-way {shots}-shot")
+        axis.grid(alpha=0.3, which="both")
+    axes[0, 0].set_ylabel("accuracy, %" if percent else "mean squared error")
+    axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(
+        f"{rows[0]['dataset']}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals",
+        fontsize=10,
+    )
+    save(figure, path)
+
+
 def predictions(
     images: Tensor, titles: Sequence[str], right: Sequence[bool | None], path: Path, most: int = 60
 ) -> None:

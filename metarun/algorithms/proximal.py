@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -123,21 +124,24 @@ def pulled(loss: Loss, start: Params, strength: float) -> Loss:
     return regularised
 
 
-def conjugate_gradient(system: Any, b: Tensor, steps: int) -> Tensor:
-    """x [T, P] with system(x) = b for every task by itself (Hestenes and Stiefel 1952)."""
+def conjugate_gradient(system: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
+    """x [T, P] with system(x) = b for every task by itself (Hestenes and Stiefel 1952).
 
-    def quotient(a: Tensor, divisor: Tensor) -> Tensor:
-        """a / divisor, and 0 where there is nothing left to divide by."""
-        positive = divisor > 0
-        return torch.where(positive, a / torch.where(positive, divisor, 1.0), 0.0)
-
+    A task ends where the system is not positive along its direction, or nothing is left to do;
+    where that is so from the start, x is b.
+    """
     x, residual, direction = torch.zeros_like(b), b, b
     squared = residual.square().sum(1, keepdim=True)  # [T, 1]
-    for _ in range(steps):
+    going = torch.ones_like(squared, dtype=torch.bool)
+    for step in range(steps):
         image = system(direction)
-        length = quotient(squared, (direction * image).sum(1, keepdim=True))
+        curvature = (direction * image).sum(1, keepdim=True)
+        going = going & (curvature > 0)
+        if step == 0:
+            x = torch.where(going, x, b)
+        length = torch.where(going, squared / torch.where(going, curvature, 1.0), 0.0)
         x = x + length * direction
         residual = residual - length * image
         before, squared = squared, residual.square().sum(1, keepdim=True)
-        direction = residual + quotient(squared, before) * direction
+        direction = residual + torch.where(going, squared / torch.where(going, before, 1.0), 0.0) * direction
     return x

@@ -1,4 +1,4 @@
-"""`metarun eval`: checkpoints on a grid of ways and shots."""
+"""`metarun eval`: checkpoints on a grid of ways, shots and inner steps."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from metarun.errors import ConfigError, MetarunError
 from metarun.evaluation import Result, evaluate, paired_difference
 from metarun.files import write_csv, write_json
 from metarun.hardware import Hardware
+from metarun.inner_loops.base import InnerLoop
 from metarun.tracking import Bar, console, notes, relative, say, with_interval
 
 
@@ -36,10 +37,11 @@ class Model:
 
 @dataclass
 class Cell:
-    """One checkpoint on one geometry: a result, or why there is none."""
+    """One checkpoint on one geometry after so many inner steps: a result, or why there is none."""
 
     model: Model
     geometry: Geometry
+    steps: int | None  # None: as trained
     source: EpisodeSource
     result: Result | None = None
     reason: str = ""
@@ -61,12 +63,18 @@ def run(cfg: DictConfig) -> float:
         if key not in sources:
             sources[key] = build_source(dataset, cfg.split, hardware)
         check_shapes(model, sources[key])
-        cells += [plan_cell(model, geometry, sources[key]) for geometry in geometries]
+        asked = choices(cfg.steps) if OmegaConf.is_list(cfg.steps) and takes_steps(model) else [None]
+        cells += [
+            plan_cell(model, geometry, steps, sources[key])
+            for geometry, steps in itertools.product(geometries, asked)
+        ]
     if all(cell.reason for cell in cells):
         raise ConfigError(cells[0].reason)
     possible = [cell for cell in cells if not cell.reason]
     with Bar("eval", len(possible) * cfg.episodes, "episodes") as bar:
         for cell in possible:
+            if cell.steps is not None:
+                cell.model.algorithm.inner_loop.test_steps = cell.steps  # type: ignore[union-attr]
             cell.result = evaluate(
                 cell.model.algorithm,
                 cell.source,
@@ -111,14 +119,12 @@ def adjust(config: DictConfig, cfg: DictConfig, alone: bool = True) -> None:
     A method without such a setting is an error where it stands alone; beside others it is said.
     """
     name = config.choices.algorithm
-    if cfg.steps is not None and cfg.steps < 0:
-        raise ConfigError(f"steps={cfg.steps}: must not be negative")
     asked = {"steps": (config.inner_loop, "test_steps"), "transductive": (config.algorithm, "transductive")}
     for key, (node, setting) in asked.items():
         if (value := cfg.get(key)) is None:
             continue
         if node and setting in node:
-            node[setting] = value
+            node[setting] = choices(value)[0]  # a list is for the grid
         elif alone:
             raise ConfigError(f"{key}={value}: {name} has no such choice")
         else:
@@ -128,11 +134,20 @@ def adjust(config: DictConfig, cfg: DictConfig, alone: bool = True) -> None:
 def grid(cfg: DictConfig, trained: DictConfig) -> list[Geometry]:
     """Every combination of the ways and shots asked for; by default those of training."""
 
-    def choices(key: str) -> list[int]:
-        value = cfg[key] if cfg[key] is not None else trained.validation[key] or trained[key]
-        return list(dict.fromkeys(value)) if OmegaConf.is_list(value) else [value]
+    ways, shots = (
+        choices(cfg[key] if cfg[key] is not None else trained.validation[key] or trained[key])
+        for key in ("ways", "shots")
+    )
+    return [Geometry(w, s, cfg.queries) for w, s in itertools.product(ways, shots)]
 
-    return [Geometry(w, s, cfg.queries) for w, s in itertools.product(choices("ways"), choices("shots"))]
+
+def choices(value: Any) -> list[Any]:
+    """A setting that may be one value or a list of them."""
+    return list(dict.fromkeys(value)) if OmegaConf.is_list(value) else [value]
+
+
+def takes_steps(model: Model) -> bool:
+    return isinstance(getattr(model.algorithm, "inner_loop", None), InnerLoop)
 
 
 def dataset_config(cfg: DictConfig, trained: DictConfig) -> DictConfig:
@@ -154,14 +169,14 @@ def check_shapes(model: Model, source: EpisodeSource) -> None:
         )
 
 
-def plan_cell(model: Model, geometry: Geometry, source: EpisodeSource) -> Cell:
+def plan_cell(model: Model, geometry: Geometry, steps: int | None, source: EpisodeSource) -> Cell:
     """A cell to evaluate, or why it cannot be."""
     try:
         source.check(geometry)
         model.algorithm.check(geometry.ways)
     except MetarunError as error:
-        return Cell(model, geometry, source, reason=str(error))
-    return Cell(model, geometry, source)
+        return Cell(model, geometry, steps, source, reason=str(error))
+    return Cell(model, geometry, steps, source)
 
 
 def dataset_name(cfg: DictConfig, trained: DictConfig) -> str:
@@ -182,8 +197,12 @@ def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
     content = {"results": rows, "comparisons": pairs}
     write_json(folder / "results.json", content)
     write_csv(folder / "results.csv", rows)
-    plots.evaluation_grid(rows, folder / "results.png")
-    say(notes, f"saved results.json, results.csv and results.png in {relative(folder)}")
+    names = ["results.json", "results.csv", "results.png"]
+    plots.evaluation_grid(rows, folder / names[-1])
+    if len({row["steps"] for row in rows if row["steps"] is not None}) > 1:
+        names.append("steps.png")
+        plots.step_curves(rows, folder / names[-1])
+    say(notes, f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")
 
 
 def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:
@@ -194,10 +213,11 @@ def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:
         "checkpoint": str(cell.model.path),
         "dataset": dataset_name(cfg, cell.model.config),
         "split": cfg.split,
-        "cell": str(cell.geometry),
+        "cell": name_of(cell),
         "ways": cell.geometry.ways,
         "shots": cell.geometry.shots,
         "queries": cell.geometry.queries,
+        "steps": cell.steps,
         "metric": result.metric if result else None,
         "mean": result.mean if result else None,
         "interval": result.interval if result else None,
@@ -207,6 +227,11 @@ def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:
         "episodes_hash": result.episodes_hash if result else None,
         "reason": cell.reason or None,
     }
+
+
+def name_of(cell: Cell) -> str:
+    """The task, and the inner steps where they were asked for."""
+    return str(cell.geometry) + ("" if cell.steps is None else f", {cell.steps} steps")
 
 
 def table_of(cells: list[Cell], title: str) -> Table:
@@ -221,11 +246,11 @@ def table_of(cells: list[Cell], title: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         if (result := cell.result) is None:
-            table.add_row(cell.model.name, str(cell.geometry), Text(cell.reason, style="yellow"))
+            table.add_row(cell.model.name, name_of(cell), Text(cell.reason, style="yellow"))
             continue
         table.add_row(
             cell.model.name,
-            str(cell.geometry),
+            name_of(cell),
             with_interval(metric, result.mean, result.interval),
             "yes" if result.uses_query_statistics else "no",
             f"{result.seconds:.1f}",
@@ -238,12 +263,12 @@ def comparisons(cells: list[Cell]) -> list[dict[str, Any]]:
     pairs = []
     for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
         assert a.result and b.result
-        if a.geometry != b.geometry or a.result.episodes_hash != b.result.episodes_hash:
+        if name_of(a) != name_of(b) or a.result.episodes_hash != b.result.episodes_hash:
             continue
         difference, half = paired_difference(a.result, b.result)
         pairs.append(
             {
-                "task": str(a.geometry),
+                "task": name_of(a),
                 "a": a.model.name,
                 "b": b.model.name,
                 "metric": a.result.metric,

@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import TINY
 
+from metarun import cli
+
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "learning_curve.png", "result.json"}
-ALGORITHMS = ["protonet", "maml", "fomaml", "anil", "reptile"]
+ALGORITHMS = sorted(path.stem for path in (cli.CONF / "algorithm").glob("*.yaml"))
 
 
 def run_folder(parent: Path) -> Path:
@@ -55,7 +57,7 @@ def test_every_algorithm_trains_evaluates_and_adapts(metarun, tmp_path: Path, al
     assert "10 queries" in adapted.stdout
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "reptile"])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "protonet"])
 def test_regression_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorithm: str):
     words = ["train", "dataset=sinusoid", f"algorithm={algorithm}", "iterations=20", "test.episodes=20"]
     done = metarun(*words, "validation.every=10", "log.tensorboard=false")
@@ -94,7 +96,7 @@ def test_the_same_seed_gives_the_same_run(metarun, tmp_path: Path):
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b") != rows_of(tmp_path / "c")
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "reptile"])
+@pytest.mark.parametrize("algorithm", ["maml", "reptile", "maml_plus_plus"])
 def test_killed_three_times_it_ends_bit_identical(metarun, tmp_path: Path, algorithm: str):
     """kill -9 at any moment; weights, optimizer, random state and metrics as if never stopped."""
     words = [f"algorithm={algorithm}", *TINY, "iterations=60", "validation.every=10", "log.every=4"]

@@ -1,0 +1,333 @@
+"""What the methods of the gradient-based family promise beyond their gradients (test_algorithms.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from engines import engine_of
+from torch import Tensor, nn
+
+from metarun.algorithms.cavia import CAVIA
+from metarun.algorithms.maml import MAML
+from metarun.algorithms.maml_plus_plus import MAMLPlusPlus
+from metarun.algorithms.pretrain import Pretrain
+from metarun.algorithms.proximal import IMAML, MinibatchProx, conjugate_gradient
+from metarun.algorithms.reptile import Reptile
+from metarun.backbones.conv4 import Conv4
+from metarun.backbones.mlp import MLP
+from metarun.engine import Clip
+from metarun.episodes import Episodes
+from metarun.errors import ConfigError
+from metarun.inner_loops.adam import Adam
+from metarun.inner_loops.base import InnerLoop
+from metarun.inner_loops.layer_rates import LayerRates
+from metarun.inner_loops.meta_curvature import MetaCurvature
+from metarun.inner_loops.meta_sgd import MetaSGD
+from metarun.inner_loops.recurrent import LearnedOptimizer, MetaLSTM, preprocessed
+from metarun.inner_loops.sgd import SGD
+from metarun.lowering import run_on_tasks
+from metarun.measure import peak_bytes
+
+INNER_LOOPS: dict[str, Callable[[], InnerLoop]] = {
+    "sgd": lambda: SGD(0.1, 2),
+    "adam": lambda: Adam(0.01, 2, order=2),
+    "meta_sgd": lambda: MetaSGD(steps=2),
+    "layer_rates": lambda: LayerRates(0.1, 2),
+    "meta_curvature": lambda: MetaCurvature(0.1, 2),
+    "lstm": lambda: MetaLSTM(3, 2),
+    "learned_optimizer": lambda: LearnedOptimizer(3, steps=2),
+}
+ALGORITHMS: dict[str, Callable[..., MAML]] = {
+    "maml": MAML,
+    "anil": lambda *args: MAML(*args, adapts="head"),
+    "boil": lambda *args: MAML(*args, adapts="body"),
+    "maml_plus_plus": lambda *args: MAMLPlusPlus(*args, multi_step_loss=10),
+    "cavia": lambda *args: CAVIA(*args, context=4),
+    "reptile": Reptile,
+    "minibatch_prox": MinibatchProx,
+    "imaml": IMAML,
+    "pretrain": Pretrain,
+}
+MOVE_WEIGHTS_ALONE = ("reptile", "minibatch_prox", "imaml", "pretrain")
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def vectors(tasks: int = 3, ways: int = 3, shots: int = 2) -> Episodes:
+    y = torch.arange(ways).repeat_interleave(shots).expand(tasks, -1)
+    x = torch.randn(2, tasks, ways * shots, 6)
+    return Episodes(x[0], y, x[1], y, torch.arange(ways).expand(tasks, -1))
+
+
+def images(tasks: int = 3, ways: int = 3, size: int = 16) -> Episodes:
+    y = torch.arange(ways).expand(tasks, -1)
+    x = torch.rand(2, tasks, ways, 1, size, size)
+    return Episodes(x[0], y, x[1], y, torch.arange(ways).expand(tasks, -1))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("inner_loop", INNER_LOOPS)
+def test_any_inner_loop_with_any_algorithm_or_one_line_why_not(algorithm: str, inner_loop: str):
+    loop = INNER_LOOPS[inner_loop]()
+
+    def build() -> MAML:
+        return ALGORITHMS[algorithm](MLP((6,), hidden=(8,)), loop, 3)
+
+    if loop.learned and algorithm in MOVE_WEIGHTS_ALONE:
+        with pytest.raises(ConfigError, match=r"has meta-parameters, and .*; choose inner_loop=sgd") as error:
+            build()
+        assert "\n" not in str(error.value)
+        return
+    built = build()
+    engine = engine_of(built, vectors())
+    before = {name: p.detach().clone() for name, p in built.named_parameters()}
+    for _ in range(2):  # a gate that saw nothing before the first step has weights without a gradient
+        engine.step()
+    for name, p in built.named_parameters():
+        assert p.isfinite().all()
+        # The same update of every entry of a head changes no probability.
+        has_effect = p.requires_grad and (algorithm, name) != ("anil", "inner_loop.output.bias")
+        assert torch.equal(p, before[name]) != has_effect, name
+
+
+# implicit MAML
+
+
+def test_conjugate_gradient_solves_each_tasks_system():
+    matrices = torch.randn(4, 5, 5)
+    matrices = matrices @ matrices.mT + torch.eye(5)
+    b = torch.randn(4, 5)
+    found = conjugate_gradient(lambda v: torch.einsum("tij,tj->ti", matrices, v), b, 5)
+    torch.testing.assert_close(found, torch.linalg.solve(matrices, b))
+    # More steps than there are dimensions change nothing; a system that is not positive gives b.
+    more = conjugate_gradient(lambda v: torch.einsum("tij,tj->ti", matrices, v), b, 50)
+    torch.testing.assert_close(more, found)
+    torch.testing.assert_close(conjugate_gradient(lambda v: -v, b, 3), b)
+
+
+def test_implicit_gradient_of_a_quadratic_problem_is_the_closed_form():
+    """Linear regression: phi* = (A + lambda)^-1 (b + lambda theta), and its derivative by theta."""
+    strength, points, features = 0.7, 6, 4
+
+    class Rows(nn.Flatten):
+        features = 4
+
+    algorithm = IMAML(Rows(), SGD(0.1, 3000), outputs=1, proximal=strength, cg_steps=10)
+    x, y = torch.randn(2, 3, points, features), torch.randn(2, 3, points, 1)
+    episodes = Episodes(x[0], y[0], x[1], y[1], torch.zeros(3, 1, dtype=torch.long))
+    engine = engine_of(algorithm, episodes)
+    engine.backward(next(engine.draws))
+    theta = torch.cat([algorithm.learner.head.weight[0], algorithm.learner.head.bias]).detach()
+    expected = torch.zeros(features + 1)
+    for t in range(3):
+        support, query = (torch.cat([part[t], torch.ones(points, 1)], 1) for part in x)
+        hessian = 2 * support.T @ support / points
+        pulled = hessian + strength * torch.eye(features + 1)
+        phi = torch.linalg.solve(pulled, 2 * support.T @ y[0, t, :, 0] / points + strength * theta)
+        slope = 2 * query.T @ (query @ phi - y[1, t, :, 0]) / points
+        expected += strength * torch.linalg.solve(pulled, slope) / 3
+    found = torch.cat([algorithm.learner.head.weight.grad[0], algorithm.learner.head.bias.grad])
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_memory_of_implicit_maml_is_flat_in_the_inner_steps_and_mamls_grows():
+    torch.set_default_dtype(torch.float32)
+    episodes = Episodes(*(t.float() if t.is_floating_point() else t for t in images().tensors()))
+
+    def memory(build: Callable[..., MAML], steps: int) -> int:
+        algorithm = build(Conv4((1, 16, 16), width=8), SGD(0.1, steps), 3)
+        params = [p for p in algorithm.parameters() if p.requires_grad]
+        return peak_bytes(
+            lambda: torch.autograd.grad(algorithm.meta_loss(episodes)[0], params), torch.device("cpu")
+        )
+
+    assert memory(IMAML, 50) < 1.05 * memory(IMAML, 5)
+    assert memory(MAML, 50) > 5 * memory(MAML, 5)
+
+
+# MAML++
+
+
+def test_the_losses_of_all_steps_are_annealed_as_in_the_papers_code():
+    """From equal weights to the last alone; the others keep 3 % of 1/steps until the annealing ends."""
+    algorithm = MAMLPlusPlus(MLP((6,)), SGD(0.1, 5), 3, multi_step_loss=10)
+    for epoch in range(10):
+        algorithm.advance(epoch)
+        others = max(1 / 5 - epoch * (1 / 5 / 10), 0.03 / 5)
+        last = min(1 / 5 + epoch * (4 / 5 / 10), 1 - 4 * 0.03 / 5)
+        torch.testing.assert_close(algorithm.loss_weights, torch.tensor([others] * 4 + [last]))
+    assert algorithm.advance(10)
+    episodes = vectors()
+    torch.testing.assert_close(algorithm.meta_loss(episodes), MAML.meta_loss(algorithm, episodes))
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_annealed_runs_are_the_same_however_a_step_is_run(compile):
+    """Order and losses change on the way, so that what was traced or compiled must be made anew."""
+    losses = []
+    for how in (False, compile):
+        torch.manual_seed(1)
+        backbone = MLP((6,), hidden=(8,))
+        algorithm = MAMLPlusPlus(backbone, LayerRates(0.1, 3), 3, multi_step_loss=4, first_order=2)
+        optimizer = torch.optim.SGD(algorithm.parameters(), lr=0.5)
+        engine = engine_of(algorithm, vectors(), optimizer, compile=how)
+        run = []
+        for iteration in range(7):
+            engine.step()
+            run.append(engine.window[0].item())
+            assert bool(engine.lowered) == (how is not False)
+            assert algorithm.inner_loop.order == (1 if iteration < 2 else 2)
+        losses.append(run)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-9, atol=1e-12)
+
+
+def test_a_run_that_begins_later_is_in_its_phase():
+    algorithm = MAMLPlusPlus(MLP((6,), hidden=(8,)), LayerRates(0.1, 3), 3, multi_step_loss=4, first_order=2)
+    engine = engine_of(algorithm, vectors())
+    engine.prepare(3)
+    assert algorithm.phase == (2, True)
+    assert algorithm.loss_weights[-1] == pytest.approx(1 - 2 * 0.25 / 3)
+
+
+def test_statistics_of_each_step_are_kept_and_used_in_evaluation():
+    """Against batch norm modules of each step's own, on a network of one convolution."""
+
+    class Net(nn.Sequential):
+        features = 4
+
+        def __init__(self) -> None:
+            super().__init__(
+                nn.Conv2d(1, 4, 3),
+                nn.BatchNorm2d(4, track_running_stats=False),
+                nn.AvgPool2d(14),
+                nn.Flatten(),
+            )
+
+    algorithm = MAMLPlusPlus(Net(), SGD(0.1, 2), 3, step_statistics=True, step_affine=False)
+    assert not algorithm.uses_query_statistics
+    episodes = images(tasks=1)
+    norm = algorithm.norms[0]
+    algorithm.meta_loss(episodes)
+    # By hand: what the convolution sees at each step, in support, and at the end, in query.
+    states = list(algorithm.trajectory(episodes.support_x, episodes.support_y, 3))
+    expected = torch.zeros(2, 4)
+    for row, x, state in ((0, episodes.support_x, 0), (1, episodes.support_x, 1), (1, episodes.query_x, 2)):
+        weights = {name: p[0] for name, p in states[state]["params"].items()}
+        maps = nn.functional.conv2d(x[0], weights["backbone.0.weight"], weights["backbone.0.bias"])
+        expected[row] = 0.9 * expected[row] + 0.1 * maps.mean((0, 2, 3))
+    with torch.no_grad():
+        norm.mean.zero_()
+        norm.variance.fill_(1)
+    algorithm.meta_loss(episodes)
+    torch.testing.assert_close(norm.mean, expected)
+    assert not torch.allclose(norm.variance[0], norm.variance[1])
+    # In evaluation a query's prediction is its own affair, and nothing is averaged any more.
+    algorithm.eval()
+    before = norm.mean.clone()
+    adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
+    together = algorithm.predict(adapted, episodes.query_x)
+    torch.testing.assert_close(algorithm.predict(adapted, episodes.query_x[:, :1]), together[:, :1])
+    assert torch.equal(norm.mean, before)
+
+
+# context, learned optimizers, pretraining
+
+
+def test_a_context_is_all_that_adapts():
+    algorithm = CAVIA(Conv4((1, 16, 16), width=8), SGD(1.0, 2), 3, context=7)
+    episodes = images()
+    start, end = (
+        list(algorithm.trajectory(episodes.support_x, episodes.support_y, 3))[i]["params"] for i in (0, -1)
+    )
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    (name,) = changed
+    assert name == "backbone.2.1.1.context"
+    assert end[name].shape == (3, 7)
+    assert not start[name].any()
+
+
+@pytest.mark.parametrize(("layer", "says"), [(9, "has 4 weight layers"), (0, "has 4 weight layers")])
+def test_a_context_needs_a_layer_there_is(layer: int, says: str):
+    with pytest.raises(ConfigError, match=f"algorithm.layer={layer}: this backbone {says}"):
+        CAVIA(Conv4((1, 16, 16), width=8), SGD(1.0, 2), 3, layer=layer)
+
+
+def test_a_context_shifts_as_if_it_were_appended_to_the_input():
+    """CAVIA's sinusoid network: a linear layer over the input and the context."""
+    algorithm = CAVIA(MLP((2,), hidden=(5,)), SGD(1.0, 1), 1, context=3)
+    linear, film = algorithm.learner.backbone[1]
+    x, context = torch.randn(1, 4, 2), torch.randn(1, 3)
+    joined = torch.cat([linear.weight, film.weight], 1)  # [5, 2 + 3]
+    expected = torch.cat([x[0], context.expand(4, -1)], 1) @ joined.T + linear.bias
+    params = {name.removeprefix("backbone."): p for name, p in algorithm.learner.task_params(1, 1).items()}
+    params["1.1.context"] = context
+    first = nn.Sequential(algorithm.learner.backbone[0], algorithm.learner.backbone[1])
+    own = {name: p for name, p in params.items() if name.startswith("1.")}
+    torch.testing.assert_close(run_on_tasks(first, own, x)[0], expected)
+
+
+def test_size_and_sign_of_numbers_of_any_scale():
+    found = preprocessed(torch.tensor([0.0, 1.0, -math.exp(-5), math.exp(-11)]))
+    expected = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [-0.5, -1.0], [-1.0, math.exp(-1)]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_pretraining_gives_a_new_task_a_head_of_zeros():
+    algorithm = Pretrain(MLP((6,), hidden=(8,)), SGD(0.5, 0, test_steps=3), 3, classes=20).eval()
+    episodes = vectors(ways=4)  # more than it was built for
+    states = list(algorithm.trajectory(episodes.support_x, episodes.support_y, 4))
+    assert len(states) == 4
+    assert not algorithm.predict(states[0], episodes.query_x).any()
+    assert algorithm.predict(states[-1], episodes.query_x).any()
+
+
+def test_pretraining_of_values_is_joint_training():
+    """One network for all tasks, on support and query: the mean squared error over everything."""
+    algorithm = Pretrain(MLP((1,), hidden=(8,)), SGD(0.1, 0), 1, classification=False)
+    x, y = torch.randn(2, 4, 5, 1), torch.randn(2, 4, 5, 1)
+    episodes = Episodes(x[0], y[0], x[1], y[1], torch.zeros(4, 1, dtype=torch.long))
+    loss, outputs = algorithm.meta_loss(episodes)
+    net = nn.Sequential(algorithm.learner.backbone, algorithm.learner.head)
+    together = torch.cat([x[0], x[1]], 1)
+    expected = (net(together.view(-1, 1)) - torch.cat([y[0], y[1]], 1).view(-1, 1)).square().mean()
+    torch.testing.assert_close(loss, expected)
+    assert outputs.shape == (4, 5, 1)
+
+
+def test_a_meta_gradient_is_clipped_by_value_and_by_norm():
+    for clip in (Clip(value=1e-3), Clip(norm=1e-3)):
+        algorithm = MAML(MLP((6,), hidden=(8,)), SGD(0.1, 1), 3)
+        engine = engine_of(algorithm, vectors())
+        engine.backward(next(engine.draws))
+        free = torch.cat([p.grad.flatten() for p in algorithm.parameters()])
+        engine.clip = clip
+        engine.backward(next(engine.draws))
+        bound = torch.cat([p.grad.flatten() for p in algorithm.parameters()])
+        expected: Tensor = free.clamp(-1e-3, 1e-3) if clip.value else 1e-3 * free / free.norm()
+        assert free.norm() > 1e-2
+        torch.testing.assert_close(bound, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_shared_heads_work_with_every_inner_loop():
+    episodes = vectors(ways=5)
+    for name, make in INNER_LOOPS.items():
+        algorithm = MAML(MLP((6,), hidden=(8,)), make(), 3, head="shared")
+        loss, outputs = algorithm.meta_loss(episodes)
+        loss.backward()
+        assert outputs.shape == (3, 10, 5), name
+
+
+def test_a_fixed_head_with_fewer_ways_works_with_every_inner_loop():
+    episodes = vectors(ways=2)
+    for name, make in INNER_LOOPS.items():
+        algorithm = MAML(MLP((6,), hidden=(8,)), make(), 3)
+        assert algorithm.meta_loss(episodes)[1].shape == (3, 4, 2), name
