@@ -121,6 +121,19 @@ BAD_VALUES = {
     "seed=99999999999999999999999": "seed=99999999999999999999999",
     "norm=foo": "norm=foo: must be one of batch",
     "queries=(3": "queries=(3: not understood",
+    "algorithm=reptile inner_loop=meta_sgd": "inner_loop=MetaSGD has meta-parameters, and Reptile's update",
+    "algorithm=imaml inner_loop=lstm": "the implicit gradient does not pass through its steps; choose",
+    "algorithm=pretrain inner_loop=layer_rates": "pretraining takes no inner steps; choose inner_loop=sgd",
+    "algorithm=minibatch_prox inner_loop=meta_curvature": "has meta-parameters",
+    "algorithm=fomaml inner_loop=lstm": "inner_loop.order: MetaLSTM has no setting 'order'",
+    "algorithm=imaml algorithm.proximal=0": "algorithm.proximal=0: must be above 0",
+    "algorithm=imaml algorithm.cg_steps=0": "algorithm.cg_steps=0: must be at least 1",
+    "algorithm=cavia algorithm.layer=9": "algorithm.layer=9: this backbone has 4 weight layers",
+    "algorithm=cavia algorithm.context=0": "algorithm.context=0: must be at least 1",
+    "algorithm=meta_lstm inner_loop.steps=0": "a learned optimizer is trained on at least one step",
+    "algorithm=maml_plus_plus inner_loop.steps=0": "rates are learned for at least one step",
+    "algorithm=meta_sgd inner_loop.low=1": "inner_loop.low=1: must not be above inner_loop.high=0.1",
+    "clip.norm=0": "clip.norm=0.0: must be above 0, or null",
 }
 
 

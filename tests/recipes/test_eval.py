@@ -111,3 +111,24 @@ def test_every_row_names_its_own_dataset(metarun, runs: Path, tmp_path: Path):
     )
     rows = results_of(tmp_path / "out")["results"]
     assert [row["dataset"] for row in rows] == ["glyphs", "glyphs", "sinusoid", "sinusoid"]
+
+
+def test_a_curve_over_inner_steps(metarun, runs: Path, tmp_path: Path):
+    """A method without steps is evaluated once; the same steps as asked for alone give the same."""
+    words = ["eval", f"checkpoint=[{runs}/maml,{runs}/protonet]", "episodes=20", "queries=4"]
+    done = metarun(*words, "steps=[0,1,3]", "hydra.run.dir=curve")
+    rows = results_of(tmp_path / "curve")["results"]
+    assert [(row["model"], row["steps"]) for row in rows] == [
+        ("maml", 0),
+        ("maml", 1),
+        ("maml", 3),
+        ("protonet", None),
+    ]
+    assert "5-way 1-shot, 3 steps" in done.stdout
+    assert "protonet has no such choice as steps=[0, 1, 3]" in done.stderr
+    assert (tmp_path / "curve/steps.png").stat().st_size > 5000
+    metarun(*words, "steps=3", "hydra.run.dir=alone")
+    alone = results_of(tmp_path / "alone")["results"]
+    assert alone[0]["mean"] == rows[2]["mean"] != rows[0]["mean"]
+    assert len(results_of(tmp_path / "alone")["comparisons"]) == 1
+    assert not (tmp_path / "alone/steps.png").exists()

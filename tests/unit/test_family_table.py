@@ -1,0 +1,25 @@
+"""The table of the gradient-based family is what the methods are."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from metarun import cli
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("family_table", DOCS / "family_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_document_has_the_table_and_the_table_every_method():
+    family = load()
+    assert family.table() in (DOCS / "gradient_based.md").read_text()
+    options = {path.stem for path in (cli.CONF / "algorithm").glob("*.yaml")}
+    assert options - set(family.METHODS) == {"protonet"}
