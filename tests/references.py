@@ -176,12 +176,12 @@ def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[T
 
 
 def proximal_update(net: nn.Module, episodes: Episodes, rate: float, steps: int, strength: float) -> Weights:
-    """strength * (theta - mean of phi), phi from gradient descent on the loss and the pull."""
+    """theta - mean of phi, phi from gradient descent on the loss and the pull."""
     totals = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for t in range(len(episodes)):
         own = proximal_end(net, episodes, t, rate, steps, strength, with_queries=True)
         for (name, theta), phi in zip(net.named_parameters(), own.parameters(), strict=True):
-            totals[name] += strength * (theta - phi).detach() / len(episodes)
+            totals[name] += (theta - phi).detach() / len(episodes)
     return totals
 
 

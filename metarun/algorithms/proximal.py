@@ -22,8 +22,9 @@ class MinibatchProx(Reptile):
     Proximal Update").
 
     Each task minimises its loss plus proximal/2 ||phi - theta||^2, by the inner loop's steps; the
-    start then moves along proximal (theta - phi), the gradient of the tasks' minima with
-    respect to it (algorithm 1). As in Reptile, a task's support and query are its data.
+    start then moves along theta - phi, which is the gradient of the tasks' minima with respect
+    to it but for the factor `proximal`, part of the outer rate as in the paper's code
+    (algorithm 1). As in Reptile, a task's support and query are its data.
     """
 
     def __init__(
@@ -34,15 +35,10 @@ class MinibatchProx(Reptile):
         head: Literal["fixed", "shared"] = "fixed",
         transductive: bool = True,
         batch: int = 10,
-        proximal: float = 1.0,
+        proximal: float = 0.1,
     ) -> None:
         super().__init__(backbone, inner_loop, outputs, head, transductive, batch)
         self.proximal = positive(proximal)
-
-    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """proximal/2 ||theta - phi||^2 with phi held constant, averaged over tasks."""
-        loss, outputs = super().meta_loss(episodes)
-        return self.proximal * loss, outputs
 
     def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
         loss, slow, fast = super().inner_problem(support_x, support_y, ways)
