@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import (
@@ -118,6 +119,60 @@ def cached(name: str, build: Callable[[], Any]) -> Any:
             with _blaming(path.parent, "METARUN_CACHE"):
                 _save(value, path)
     return value
+
+
+def mapped(
+    name: str, build: Callable[[Callable[[bytes], object]], dict[str, Any]]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Bytes in the cache folder as `name`, memory-mapped [bytes] uint8, and notes about them.
+
+    `build(write)` writes the bytes piece by piece and returns the notes, to which their `sha256`
+    is added; it is called where they are not there or damaged. Processes that need the same
+    entry at once wait for the first. Raises DataError where the folder cannot be written.
+    """
+    path = cache_dir() / name
+    if (found := _map(path)) is not None:
+        return found
+    with _blaming(path.parent, "METARUN_CACHE"):
+        lock = _lock(path)
+    with lock:
+        found = _map(path)  # another process may have built it while this one waited
+        if found is None:
+            _build_mapped(path, build)
+            found = _map(path)
+    assert found is not None
+    return found
+
+
+def _build_mapped(path: Path, build: Callable[[Callable[[bytes], object]], dict[str, Any]]) -> None:
+    digest = hashlib.sha256()
+    made: dict[str, Any] = {}
+
+    def fill(file: BinaryIO) -> None:
+        def write(piece: bytes) -> None:
+            digest.update(piece)
+            with _blaming(path.parent, "METARUN_CACHE"):
+                file.write(piece)
+
+        made.update(build(write))
+
+    notes = path.with_name(path.name + ".json")
+    with _blaming(path.parent, "METARUN_CACHE"):
+        notes.unlink(missing_ok=True)  # it vouches for the bytes, and comes last
+        atomic_write(path, fill)
+        write_json(notes, made | {"sha256": digest.hexdigest()})
+
+
+def _map(path: Path) -> tuple[torch.Tensor, dict[str, Any]] | None:
+    """The bytes and notes, or None where they are absent or damaged."""
+    try:
+        made = json.loads(path.with_name(path.name + ".json").read_text("utf-8"))
+        content = np.memmap(path, np.uint8, mode="c")  # changes would stay in memory
+    except (OSError, ValueError):  # also an empty file, which cannot be mapped
+        return None
+    if not isinstance(made, dict) or hashlib.sha256(content.data).hexdigest() != made.get("sha256"):
+        return None
+    return torch.from_numpy(content), made
 
 
 def _save(value: Any, path: Path) -> None:

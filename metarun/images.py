@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -64,24 +64,30 @@ def require_folder(folder: Path) -> None:
         raise DataError(f"{folder}: is a file; name the folder that holds the images")
 
 
+UNASKED = ("Thumbs.db", "desktop.ini", "__MACOSX")  # what systems leave in folders
+
+
 def visible(folder: Path) -> list[Path]:
     """What is in a folder, in order of name, without what systems leave there unasked."""
-    unasked = ("Thumbs.db", "desktop.ini", "__MACOSX")
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in unasked)
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in UNASKED)
 
 
-def read(path: Path) -> Image.Image:
-    """An image upright and without transparency, in mode L or RGB. DataError where it is none."""
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; images belong directly into a class folder")
+def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
+    """An image upright and without transparency, in mode L or RGB. DataError where it is none.
+
+    `name` is what messages call it where it is not a path.
+    """
+    name = name or str(file)
+    if isinstance(file, Path) and file.is_dir():
+        raise DataError(f"{file}: is a folder; images belong directly into a class folder")
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise DataError(f"{path}: is not an image; remove it from the folder") from None
+        raise DataError(f"{name}: is not an image; remove it from the folder") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+        raise DataError(f"{name}: cannot be read as an image ({error}); replace or remove it") from None
     return flatten(upright)
 
 
@@ -117,8 +123,18 @@ def to_batch(images: Sequence[Image.Image], item_shape: tuple[int, ...]) -> Tens
     return pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Resize to the height and width with antialiasing, the ground's colour around it."""
+def fit(
+    image: Image.Image, height: int, width: int, how: Literal["pad", "crop", "stretch"] = "pad"
+) -> np.ndarray:
+    """Resize to the height and width with antialiasing.
+
+    `pad` keeps everything, with the ground's colour around it; `crop` keeps the middle; `stretch`
+    changes the proportions.
+    """
+    if how == "stretch" or (image.width, image.height) == (width, height):
+        return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    if how == "crop":
+        return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
     ground = tuple(int(value) for value in np.atleast_1d(border_level(image)))
     colour = ground if len(ground) > 1 else ground[0]
     side = max(image.width / width, image.height / height)

@@ -1,0 +1,124 @@
+"""CIFAR-FS and FC100: CIFAR-100's 60,000 images (Krizhevsky 2009), its classes split in two ways."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from metarun.datasets.class_folders import Entry, class_store, entries
+from metarun.episodes import ClassStore
+from metarun.errors import DataError, first_line
+from metarun.files import data_dir, mapped
+
+SHAPE = (3, 32, 32)
+
+
+class Label(NamedTuple):
+    name: str
+    superclass: str
+    cifar_fs: str  # the split it is in
+    fc100: str
+
+
+@cache
+def labels() -> list[Label]:
+    """The 100 classes in the order of their numbers."""
+    lines = Path(__file__).with_name("cifar100_classes.txt").read_text("utf-8").splitlines()
+    return [Label(*line.split()) for line in lines if not line.startswith("#")]
+
+
+class Cifar100:
+    """A class split of CIFAR-100, 600 images of 3x32x32 a class.
+
+    `root`: a folder (or zip) below which there are folders with the classes' names, in zips or not,
+    whatever the folders above them are called; None: torchvision's download.
+    """
+
+    drawings = False
+    item_shape = SHAPE
+    name: Literal["cifar_fs", "fc100"]
+
+    def __init__(self, *, root: str | None = None, download: bool = True) -> None:
+        self.root, self.download = root, download
+        self._files: dict[str, list[Entry]] | None = None
+
+    def split(
+        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
+    ) -> ClassStore:
+        """The classes of one split, sorted by name. Raises DataError where images are missing or damaged."""
+        wanted = sorted(label.name for label in labels() if getattr(label, self.name) == name)
+        title = f"{self.name} {name}"
+        if self.root is None:
+            return self._downloaded(title, wanted, device)
+        if self._files is None:
+            self._files = class_files(Path(self.root).expanduser())
+        if missing := [each for each in wanted if each not in self._files]:
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise DataError(
+                f"dataset.root={self.root}: no images of {missing[0]}{others}, of the {len(wanted)} classes "
+                f"of {title}: every class needs a folder of its name there, or leave dataset.root out"
+            )
+        return class_store(title, {each: self._files[each] for each in wanted}, SHAPE, device)
+
+    def _downloaded(self, title: str, wanted: list[str], device: torch.device | str) -> ClassStore:
+        numbers = {label.name: number for number, label in enumerate(labels())}
+
+        def build(write: Callable[[bytes], object]) -> dict[str, Any]:
+            images, targets = cifar100(self.download)
+            counts = []
+            for each in wanted:
+                own = images[targets == numbers[each]]
+                write(own.numpy().tobytes())
+                counts.append(len(own))
+            return {"counts": counts}
+
+        content, made = mapped(f"{title.replace(' ', '-')}-torchvision-1", build)
+        return ClassStore(
+            content.view(-1, *SHAPE), made["counts"], wanted, title, device, fingerprint=made["sha256"]
+        )
+
+
+class CifarFS(Cifar100):
+    """CIFAR-FS: 64, 16 and 20 classes at random (Bertinetto et al. 2019)."""
+
+    name = "cifar_fs"
+
+
+class FC100(Cifar100):
+    """FC100: 60, 20 and 20 classes of 12, 4 and 4 superclasses (Oreshkin et al. 2018)."""
+
+    name = "fc100"
+
+
+def class_files(root: Path) -> dict[str, list[Entry]]:
+    """Images by the name of the folder they are in, where that is one of the classes."""
+    names = {label.name for label in labels()}
+    found: dict[str, list[Entry]] = {}
+    for entry in entries(root):
+        if len(entry.parts) > 1 and entry.parts[-2] in names:
+            found.setdefault(entry.parts[-2], []).append(entry)
+    return found
+
+
+def cifar100(download: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """All 60,000 images [60000, 3, 32, 32] uint8 and their class numbers, as torchvision verifies them."""
+    from torchvision.datasets import CIFAR100
+
+    folder = data_dir() / "cifar100"
+    try:
+        with contextlib.redirect_stdout(sys.stderr if download else io.StringIO()):
+            parts = [CIFAR100(str(folder), train=train, download=download) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"CIFAR-100 is not in {folder} and could not be downloaded ({first_line(error)}): check the "
+            f"network, put {CIFAR100.url} there, or set dataset.root to a folder of class folders"
+        ) from error
+    images = torch.cat([torch.from_numpy(part.data) for part in parts]).permute(0, 3, 1, 2).contiguous()
+    return images, torch.cat([torch.tensor(part.targets) for part in parts])

@@ -1,0 +1,120 @@
+"""miniImageNet, from files a user has: nobody may hand it out.
+
+100 classes of ImageNet with 600 images each (Vinyals et al. 2016), split 64, 16 and 20 by Ravi and
+Larochelle (2017).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from metarun.datasets.class_folders import Entry, Fit, class_store, entries
+from metarun.episodes import ClassStore
+from metarun.errors import DataError
+
+WNID = re.compile(r"n\d{8}")
+LAYOUTS = (
+    "it may hold train, val and test folders of class folders named by WordNet id (n01532829), or one "
+    "folder of all images and train.csv, val.csv and test.csv, or zips of either"
+)
+
+
+@cache
+def class_split() -> dict[str, list[str]]:
+    """The WordNet ids of each split, sorted."""
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for line in Path(__file__).with_name("mini_imagenet_classes.txt").read_text("utf-8").splitlines():
+        if not line.startswith("#"):
+            wnid, split = line.split()
+            parts[split].append(wnid)
+    return parts
+
+
+class MiniImageNet:
+    """miniImageNet below `root`, in any of the layouts people have it in.
+
+    A class is a WordNet id: the name of the folder an image is in, or what the CSV files say of
+    its file name, or what that begins with. Images of another size are stretched to `size`,
+    as in the authors' preparation.
+    """
+
+    drawings = False
+
+    def __init__(self, *, root: str, size: int = 84, fit: Fit = "stretch") -> None:
+        self.root, self.size, self.fit = root, size, fit
+        self._files: dict[str, list[Entry]] | None = None
+
+    @property
+    def item_shape(self) -> tuple[int, int, int]:
+        return (3, self.size, self.size)
+
+    def split(
+        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
+    ) -> ClassStore:
+        """The classes of one split, by WordNet id. Raises DataError, saying what is missing."""
+        if self._files is None:
+            self._files = self._find()
+        wanted = class_split()[name]
+        if missing := [wnid for wnid in wanted if wnid not in self._files]:
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise DataError(
+                f"dataset.root={self.root}: no images of class {missing[0]}{others}, "
+                f"of the {len(wanted)} {name} classes; {LAYOUTS}"
+            )
+        return class_store(
+            f"mini_imagenet {name}",
+            {wnid: self._files[wnid] for wnid in wanted},
+            self.item_shape,
+            device,
+            self.fit,
+        )
+
+    def _find(self) -> dict[str, list[Entry]]:
+        files = entries(Path(self.root).expanduser())
+        listed = self._listed(files)
+        found: dict[str, list[Entry]] = {}
+        seen = set()
+        for entry in files:
+            name = entry.parts[-1]
+            if (wnid := self._class_of(entry, listed)) is not None:
+                found.setdefault(wnid, []).append(entry)
+                seen.add(name)
+        if listed and (lacking := sorted(listed.keys() - seen)):
+            raise DataError(
+                f"dataset.root={self.root}: {lacking[0]} is in a CSV file and not among the images "
+                f"({len(lacking):,} of {len(listed):,} such); {LAYOUTS}"
+            )
+        return found
+
+    @staticmethod
+    def _class_of(entry: Entry, listed: dict[str, str]) -> str | None:
+        name = entry.parts[-1]
+        if not name.lower().endswith((".jpg", ".jpeg", ".png")):
+            return None
+        if len(entry.parts) > 1 and WNID.fullmatch(entry.parts[-2]):
+            return entry.parts[-2]
+        if listed:
+            return listed.get(name)
+        start = WNID.match(name)
+        return start.group() if start else None
+
+    def _listed(self, files: list[Entry]) -> dict[str, str]:
+        """What the CSV files say: file name to WordNet id."""
+        listed: dict[str, str] = {}
+        for entry in files:
+            if entry.parts[-1] not in ("train.csv", "val.csv", "test.csv"):
+                continue
+            rows = csv.DictReader(io.StringIO(entry.read().decode("utf-8", "replace")))
+            if not {"filename", "label"} <= set(rows.fieldnames or []):
+                raise DataError(
+                    f"{entry}: needs the columns filename and label, as Ravi and Larochelle's lists have"
+                )
+            listed |= {row["filename"]: row["label"] for row in rows}
+        return listed

@@ -1,0 +1,399 @@
+"""Datasets of image files: a user's own, CIFAR-FS, FC100 and miniImageNet, in every accepted layout."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metarun import files
+from metarun.datasets import mini_imagenet
+from metarun.datasets.cifar import FC100, CifarFS, labels
+from metarun.datasets.image_folder import ImageFolder
+from metarun.datasets.mini_imagenet import MiniImageNet
+from metarun.episodes import Geometry, sample
+from metarun.errors import ConfigError, DataError
+
+NAMES = [f"class {i}" for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def picture(path: Path, level: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour: int | tuple[int, ...] = (
+        level if mode in ("L", "1", "P") else (level,) * len(Image.new(mode, (1, 1)).getbands())
+    )
+    Image.new(mode, size, colour).save(path)
+
+
+def tree(root: Path, names: list[str], each: int = 3, suffix: str = "png") -> Path:
+    """Class folders of flat grey images; a class's number is its images' grey level."""
+    for i, name in enumerate(names):
+        for k in range(each):
+            picture(root / name / f"{k}.{suffix}", 10 * i + k)
+    return root
+
+
+def zipped(folder: Path, target: Path) -> None:
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder.parent))
+
+
+def levels(store) -> dict[str, list[int]]:
+    """The grey level of every image, by class name."""
+    means = store.images.float().mean((1, 2, 3)).round().int().tolist()
+    found = {}
+    for name, start, count in zip(store.names, store.starts.tolist(), store.counts.tolist(), strict=True):
+        found[name] = means[start : start + count]
+    return found
+
+
+# a user's own folder
+
+
+def test_a_folder_of_classes_is_split_by_a_printed_rule(tmp_path: Path, capsys):
+    root = tree(tmp_path / "mine", NAMES)
+    dataset = ImageFolder(root=str(root), size=8)
+    parts = {name: dataset.split(name) for name in ("train", "validation", "test")}
+    assert {name: len(part.names) for name, part in parts.items()} == {"train": 4, "validation": 2, "test": 2}
+    assert sorted(name for part in parts.values() for name in part.names) == NAMES
+    assert (
+        "8 classes split 4/2/2 into train, validation and test by dataset.seed=0" in capsys.readouterr().err
+    )
+    for part in parts.values():
+        for name, found in levels(part).items():
+            assert found == [10 * NAMES.index(name) + k for k in range(3)]
+    again = ImageFolder(root=str(root), size=8).split("train")
+    assert again.names == parts["train"].names
+    assert again.fingerprint == parts["train"].fingerprint
+    other = [ImageFolder(root=str(root), size=8, seed=seed).split("train").names for seed in range(1, 5)]
+    assert any(names != again.names for names in other)
+
+
+def test_train_val_and_test_folders_in_folders_and_zips(tmp_path: Path):
+    root = tmp_path / "mine"
+    for i, split in enumerate(("train", "val", "test")):
+        tree(root / split, NAMES[2 * i : 2 * i + 2])
+    folders = {split: levels(ImageFolder(root=str(root), size=8).split(split)) for split in ("train", "test")}
+    assert list(folders["train"]) == NAMES[:2]
+    zipped(root / "test", root / "test.zip")
+    shutil.rmtree(root / "test")
+    # A zip counts as a folder of its name; what was packed with its own folder has that folder too.
+    (root / "test.zip").rename(tmp_path / "t.zip")
+    with zipfile.ZipFile(tmp_path / "t.zip") as packed, zipfile.ZipFile(root / "test.zip", "w") as flat:
+        for name in packed.namelist():
+            flat.writestr(name.removeprefix("test/"), packed.read(name)) if name != "test/" else None
+    assert levels(ImageFolder(root=str(root), size=8).split("test")) == folders["test"]
+    zipped(root, tmp_path / "all.zip")
+
+
+def test_images_of_every_kind(tmp_path: Path):
+    """Sizes, modes, EXIF rotation, names with spaces and of any alphabet, links; each becomes 3 x 16 x 16."""
+    root = tree(tmp_path / "mine", ["a", "b", "c", "d", "e", "Ф ы 猫"], each=1)
+    for i, mode in enumerate(("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK")):
+        if mode == "I;16":
+            Image.fromarray(np.full((30, 20), 40000, np.uint16)).save(root / "a" / f"{i}.png")
+        else:
+            picture(root / "a" / (f"{i}.jpg" if mode == "CMYK" else f"{i}.png"), 1, (20 + i, 30), mode)
+    turned = Image.new("RGB", (40, 20), "black")
+    turned.paste("white", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees clockwise
+    turned.save(root / "b" / "turned.jpg", exif=exif, quality=95)
+    (root / "c" / "link.png").symlink_to(root / "a" / "0.png")
+    (root / "linked").symlink_to(root / "e", target_is_directory=True)
+    (root / "e" / "round").symlink_to(root, target_is_directory=True)  # leads back up
+    (root / "d" / ".hidden").write_text("x")
+    (root / "d" / "Thumbs.db").write_text("x")
+    dataset = ImageFolder(root=str(root), size=16)
+    with pytest.raises(DataError, match=r"note\.txt: is not an image"):
+        (root / "e" / "note.txt").write_text("no image")
+        for split in ("train", "validation", "test"):
+            dataset.split(split)
+    (root / "e" / "note.txt").unlink()
+    (root / "e" / "round").unlink()
+    dataset = ImageFolder(root=str(root), size=16)
+    parts = [dataset.split(name) for name in ("train", "validation", "test")]
+    assert {name for part in parts for name in part.names} == {"a", "b", "c", "d", "e", "Ф ы 猫", "linked"}
+    assert all(part.item_shape == (3, 16, 16) for part in parts)
+    (store,) = [part for part in parts if "b" in part.names]
+    image = store.images[store.starts[store.names.index("b")] + 1].float()
+    # Lying, its left half is white; upright, the top half is.
+    assert image[:, :8, 4:12].mean() > 200 > 60 > image[:, 8:, 4:12].mean()
+
+
+def test_an_unreadable_file_stops_or_is_skipped_by_name(tmp_path: Path, capsys):
+    root = tree(tmp_path / "mine", NAMES)
+    for name in NAMES:
+        (root / name / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(DataError, match=r"class \d/broken\.png: .*; .*or set dataset\.unreadable=skip"):
+        ImageFolder(root=str(root), size=8).split("train")
+    assert not list((tmp_path / "cache").glob("[!.]*"))  # nothing half-written
+    store = ImageFolder(root=str(root), size=8, unreadable="skip").split("train")
+    assert set(store.counts.tolist()) == {3}
+    assert "4 unreadable files left out, such as class" in capsys.readouterr().err
+    for path in (root / store.names[0]).glob("[0-9].png"):
+        path.unlink()
+    with pytest.raises(DataError, match=f"class {store.names[0]!r} has no images"):
+        ImageFolder(root=str(root), size=8, unreadable="skip").split("train")
+
+
+BROKEN_TREES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "no such folder"),
+    "an empty folder": (lambda root: (shutil.rmtree(root), root.mkdir()), "has no files"),
+    "an empty class": (lambda root: (root / "empty").mkdir(), "empty: this class has no images"),
+    "a stray file": (lambda root: picture(root / "stray.png", 1), "stray.png: lies beside the class folders"),
+    "few classes": (
+        lambda root: [shutil.rmtree(root / name) for name in NAMES[:3]],
+        "has 5 classes; at least 6",
+    ),
+    "no val": (lambda root: (root / "train").mkdir() or tree(root / "train", NAMES[:2]), "none named val"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TREES)
+def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path: Path, name: str):
+    root = tree(tmp_path / "mine", NAMES)
+    spoil, says = BROKEN_TREES[name]
+    spoil(root)
+    with pytest.raises(DataError, match=says) as error:
+        ImageFolder(root=str(root), size=8).split("train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_in_two_splits_is_refused(tmp_path: Path):
+    for split in ("train", "val", "test"):
+        tree(tmp_path / "mine" / split, NAMES[:2])
+    with pytest.raises(DataError, match="class 'class 0' is in train and in validation"):
+        ImageFolder(root=str(tmp_path / "mine")).split("train")
+
+
+def test_settings_of_a_folder_that_cannot_be():
+    for settings in ({"size": 0}, {"validation": 0.5, "test": 0.5}, {"test": 0.0}):
+        with pytest.raises(ConfigError):
+            ImageFolder(root="x", **settings)
+
+
+@pytest.mark.parametrize(
+    ("fit", "corner", "left"), [("pad", 9, 200), ("crop", 200, 90), ("stretch", 200, 200)]
+)
+def test_how_an_image_of_other_proportions_is_made_square(tmp_path: Path, fit: str, corner: int, left: int):
+    """A wide image: a bright left third, the rest of level 90 inside a border of level 9."""
+    root = tree(tmp_path / "mine", NAMES)
+    pixels = np.full((20, 60), 90, np.uint8)
+    pixels[:, :20] = 200
+    if fit == "pad":
+        pixels[0], pixels[-1] = 9, 9
+    for name in NAMES:
+        for path in (root / name).iterdir():
+            path.unlink()
+        Image.fromarray(pixels).save(root / name / "wide.png")
+    store = ImageFolder(root=str(root), size=18, channels=1, fit=fit).split("train")
+    image = store.images[0, 0].int()
+    assert abs(image[0, 0] - (corner if fit != "crop" else left)) < 12
+    assert abs(image[9, 2] - left) < 12
+
+
+# the cache
+
+
+def test_the_cache_serves_and_a_flipped_byte_or_a_changed_file_is_noticed(tmp_path: Path, empty_cache: Path):
+    root = tree(tmp_path / "mine", NAMES)
+    first = ImageFolder(root=str(root), size=8).split("train")
+    (entry,) = [path for path in empty_cache.glob("mine-train-*") if path.suffix != ".json"]
+    stamp, pixels = entry.stat().st_mtime_ns, first.images.clone()  # they are mapped from the file
+    assert ImageFolder(root=str(root), size=8).split("train").fingerprint == first.fingerprint
+    assert entry.stat().st_mtime_ns == stamp
+    content = bytearray(entry.read_bytes())
+    content[100] ^= 1
+    entry.write_bytes(content)
+    mended = ImageFolder(root=str(root), size=8).split("train")
+    assert torch.equal(mended.images, pixels)
+    assert entry.stat().st_mtime_ns != stamp
+    picture(root / first.names[0] / "0.png", 250)
+    changed = ImageFolder(root=str(root), size=8).split("train")
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache: Path):
+    built = []
+
+    def build(write):
+        built.append(1)
+        write(b"abc")
+        write(b"de")
+        return {"what": "letters"}
+
+    content, made = files.mapped("entry", build)
+    assert bytes(content.tolist()) == b"abcde"
+    assert made["what"] == "letters"
+    files.mapped("entry", build)
+    assert len(built) == 1
+
+    def fails(write):
+        write(b"half")
+        raise RuntimeError("stopped half-way")
+
+    with pytest.raises(RuntimeError):
+        files.mapped("other", fails)
+    assert {path.name for path in empty_cache.glob("[!.]*")} == {"entry", "entry.json"}
+    (empty_cache / "entry.json").unlink()  # as if killed before the notes were written
+    files.mapped("entry", build)
+    assert len(built) == 2
+
+
+def test_two_processes_preparing_one_cache_do_the_work_once(tmp_path: Path, empty_cache: Path):
+    """Also after one that was killed half-way."""
+    code = (
+        "import sys, time; from metarun import files\n"
+        "def build(write):\n"
+        "    write(b'a'); print('building', flush=True); time.sleep(float(sys.argv[1])); write(b'b')\n"
+        "    return {}\n"
+        "content, _ = files.mapped('entry', build); print(bytes(content.tolist()).decode())"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code, "60"], stdout=subprocess.PIPE, text=True)
+    assert first.stdout and first.stdout.readline() == "building\n"
+    first.kill()
+    first.communicate()
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, "0.5"], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert sorted(outputs) == ["ab\n", "building\nab\n"]
+
+
+# CIFAR-FS and FC100
+
+
+@pytest.mark.parametrize("layout", ["folders", "zips", "one zip"])
+def test_cifar_from_class_folders_in_any_arrangement(tmp_path: Path, layout: str):
+    root = tmp_path / "cifar"
+    names = [label.name for label in labels()]
+    tree(root / "somewhere", names[:50], each=2)
+    tree(root / "elsewhere" / "deeper", names[50:], each=2)
+    target = root
+    if layout != "folders":
+        target = tmp_path / "packed"
+        target.mkdir()
+        for part in ("somewhere", "elsewhere"):
+            zipped(root / part, target / f"{part}.zip")
+    if layout == "one zip":
+        zipped(root, tmp_path / "all.zip")
+        target = tmp_path / "all.zip"
+    for dataset, counts in (
+        (CifarFS(root=str(target)), (64, 16, 20)),
+        (FC100(root=str(target)), (60, 20, 20)),
+    ):
+        parts = [dataset.split(name) for name in ("train", "validation", "test")]
+        assert tuple(len(part.names) for part in parts) == counts
+        assert sorted(name for part in parts for name in part.names) == sorted(names)
+        assert len(parts[0].images) == 2 * counts[0]
+    superclasses = {label.superclass for label in labels() if label.fc100 == "train"}
+    assert len(superclasses) == 12
+    assert not superclasses & {label.superclass for label in labels() if label.fc100 != "train"}
+
+
+def test_a_missing_class_of_cifar_is_named(tmp_path: Path):
+    root = tree(tmp_path / "cifar", [label.name for label in labels() if label.name != "apple"], each=1)
+    with pytest.raises(DataError, match=r"no images of apple, of the 64 classes of cifar_fs train"):
+        CifarFS(root=str(root)).split("train")
+
+
+def test_cifar_that_is_not_there_and_may_not_be_downloaded(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("METARUN_DATA", str(tmp_path / "data"))
+    with pytest.raises(DataError, match=r"CIFAR-100 is not in .*or set dataset\.root") as error:
+        CifarFS(download=False).split("train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dataset", [CifarFS, FC100])
+def test_the_real_cifar(test_data: Path, dataset):
+    if not (test_data / "cifar_fs").is_dir():
+        pytest.skip("no cifar_fs in METARUN_TEST_DATA")
+    parts = [
+        dataset(root=str(test_data / "cifar_fs")).split(name) for name in ("train", "validation", "test")
+    ]
+    assert all(set(part.counts.tolist()) == {600} for part in parts)
+    sizes = torch.tensor([len(part.images) for part in parts])
+    assert sizes.sum() == 60000
+    pixels = torch.stack([part.images.float().mean((0, 2, 3)) / 255 for part in parts])
+    mean = (pixels * sizes[:, None]).sum(0) / 60000
+    torch.testing.assert_close(mean, torch.tensor([0.5071, 0.4865, 0.4409]), atol=2e-3, rtol=0)
+    episodes = sample(parts[0], 2, Geometry(5, 1, 3), torch.Generator().manual_seed(0))
+    assert episodes.support_x.shape == (2, 5, 3, 32, 32)
+
+
+# miniImageNet
+
+
+def mini_tree(root: Path, layout: str) -> Path:
+    """Two tiny images of each of the 100 classes."""
+    flat = root / "images"
+    for split, wnids in mini_imagenet.class_split().items():
+        folder = {"validation": "val"}.get(split, split)
+        lines = ["filename,label"]
+        for i, wnid in enumerate(wnids):
+            for k in range(2):
+                name = f"{wnid}{k:08}.jpg"
+                picture((root / folder / wnid / name) if layout == "folders" else (flat / name), 2 * i + k)
+                lines.append(f"{name},{wnid}")
+        if layout != "folders":
+            (root / f"{folder}.csv").write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("layout", ["folders", "csv", "zips of folders", "zips of csv", "flat without csv"])
+def test_mini_imagenet_in_every_layout(tmp_path: Path, layout: str):
+    root = mini_tree(tmp_path / "mini", "folders" if "folders" in layout else "csv")
+    if "zips" in layout:
+        for folder in [path for path in root.iterdir() if path.is_dir()]:
+            zipped(folder, root / f"{folder.name}.zip")
+            shutil.rmtree(folder)
+    if "without" in layout:
+        for path in root.glob("*.csv"):
+            path.unlink()
+    dataset = MiniImageNet(root=str(root), size=8)
+    assert dataset.item_shape == (3, 8, 8)
+    for split, count in (("train", 64), ("validation", 16), ("test", 20)):
+        store = dataset.split(split)
+        assert len(store.names) == count
+        for i, wnid in enumerate(store.names):
+            assert [abs(level - 2 * i - k) <= 2 for k, level in enumerate(levels(store)[wnid])] == [
+                True,
+                True,
+            ]
+
+
+def test_what_is_missing_of_mini_imagenet_is_said(tmp_path: Path):
+    root = mini_tree(tmp_path / "mini", "csv")
+    lost = next((root / "images").iterdir())
+    lost.unlink()
+    with pytest.raises(
+        DataError, match=rf"{lost.name} is in a CSV file and not among the images \(1 of 200 such\)"
+    ):
+        MiniImageNet(root=str(root)).split("train")
+    (root / "train.csv").write_text("a,b\n1,2")
+    with pytest.raises(DataError, match="needs the columns filename and label"):
+        MiniImageNet(root=str(root)).split("train")
+    shutil.rmtree(root)
+    root = mini_tree(tmp_path / "mini", "folders")
+    shutil.rmtree(root / "test" / "n01930112")
+    with pytest.raises(
+        DataError, match="no images of class n01930112, of the 20 test classes; it may hold train"
+    ):
+        MiniImageNet(root=str(root)).split("test")
