@@ -60,13 +60,13 @@ class Engine:
         hardware: Hardware,
         clip: Clip | None = None,
     ) -> None:
-        self.clip = clip or Clip()
+        self.clip = clip
         self.algorithm, self.optimizer, self.source = algorithm, optimizer, source
         self.geometry, self.meta_batch, self.seed = geometry, meta_batch, seed
         self.hardware = hardware
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
         self.window = torch.zeros(2, dtype=torch.float64, device=hardware.device)
-        self.at_once = meta_batch
+        self.at_once = self.most_at_once = meta_batch  # the latter lower once memory ran out
         self.lowered: dict[int, GradientOfDraw] = {}  # by number of tasks; what is missing is run eagerly
 
     def prepare(self, start: int, say: Callable[[str], object] = lambda text: None) -> None:
@@ -74,10 +74,13 @@ class Engine:
         self.say, self.iteration = say, start
         self.algorithm.advance(start)
         self.lowered.clear()
+        # Before memory is measured: a graph of before holds its own.
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.static_draw: Draw = ()
+        self.optimizer.zero_grad()
         self.draws = self.draws_from(start)
         bytes_of_one = functools.cache(self.bytes_of_one_task)
-        self.at_once = self.hardware.tasks_at_once(self.meta_batch, bytes_of_one)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.at_once = self.hardware.tasks_at_once(self.most_at_once, bytes_of_one)
         self.captures = False  # at this moment
         wants_graph = self.hardware.graph and self.hardware.device.type == "cuda"
         self.eager_steps_left = WARM_UP if wants_graph else None
@@ -130,9 +133,12 @@ class Engine:
                     raise  # what was captured so far would stay in the graph
                 failed = first_line(error)
             self.halve(failed)
-        for p, grad in zip(self.params, grads, strict=True):  # optimizers expect the weight's own layout
-            p.grad = grad if grad is None or grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
-        self.clip.apply(self.params)
+        for p, grad in zip(self.params, grads, strict=True):
+            # Optimizers expect the weight's own layout; bounds are put in place, on no tensor that two share.
+            fits = grad is None or (grad.stride() == p.stride() and not self.clip)
+            p.grad = grad if fits else torch.empty_like(p).copy_(grad)  # type: ignore[arg-type]
+        if self.clip:
+            self.clip.apply(self.params)
         self.window += figures
 
     def halve(self, reason: str) -> None:
@@ -141,7 +147,7 @@ class Engine:
                 f"out of memory with one task at a time ({reason}); "
                 "lower shots, queries, ways or inner_loop.steps"
             )
-        self.at_once = (self.at_once + 1) // 2
+        self.at_once = self.most_at_once = (self.at_once + 1) // 2
         if self.hardware.device.type == "cuda":
             torch.cuda.empty_cache()
         self.say(f"out of memory: going on with {self.at_once} tasks at once")

@@ -41,12 +41,10 @@ class Learner(nn.Module):
                 params[name] = params[name][:ways]
         return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
 
-    def check(self, ways: int) -> None:
-        """Raise ConfigError where the head cannot have so many outputs."""
+    def check(self, ways: int, remedy: str = "algorithm.head=shared") -> None:
+        """Raise ConfigError where the head cannot have so many outputs, naming a setting that mends it."""
         if not self.shares_head and ways > self.outputs:
-            raise ConfigError(
-                f"its fixed head has {self.outputs} ways, not {ways}; train with algorithm.head=shared"
-            )
+            raise ConfigError(f"its fixed head has {self.outputs} ways, not {ways}; train with {remedy}")
 
     def forward(self, params: Params, x: Tensor) -> Tensor:
         """Outputs [T, B, N] of examples [T, B, *item], each task by its own weights."""

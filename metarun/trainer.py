@@ -41,7 +41,7 @@ class Plan:
     checkpoint_every: int
     log_every: int
     seed: int
-    clip: Clip
+    clip: Clip | None
 
 
 @dataclass

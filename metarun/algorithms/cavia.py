@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 
 from metarun.algorithms.maml import MAML
@@ -26,13 +24,12 @@ class CAVIA(MAML):
         backbone: nn.Module,
         inner_loop: InnerLoop,
         outputs: int,
-        head: Literal["fixed", "shared"] = "fixed",
         transductive: bool = True,
         context: int = 100,
         layer: int | None = None,
     ) -> None:
         add_context(backbone, context, layer)
-        super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
+        super().__init__(backbone, inner_loop, outputs, "fixed", "all", transductive)
 
     def is_fast(self, name: str) -> bool:
         return name.endswith(".context")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
+from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.learner import Learner, uses_batch_statistics
 from metarun.lowering import Params
@@ -49,13 +50,19 @@ class MAML(Algorithm):
         self.uses_query_statistics = transductive and self.batch_statistics
         learned = dict(self.learner.named_parameters())
         inner_loop.attach({name: p.detach() for name, p in learned.items() if self.is_fast(name)})
+        self.adapts_head = self.is_fast("head.weight")
+        if head == "shared" and not self.adapts_head:
+            raise ConfigError(
+                "algorithm.head=shared gives every way the same output until the head adapts, which it does "
+                "not here; choose algorithm.head=fixed"
+            )
 
     def is_fast(self, name: str) -> bool:
         """Whether the inner loop adapts the weight of this name."""
         return self.adapts == "all" or name.startswith("head.") == (self.adapts == "head")
 
     def check(self, ways: int) -> None:
-        self.learner.check(ways)
+        self.learner.check(ways, "algorithm.head=shared" if self.adapts_head else f"ways={ways}")
 
     def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
         """The adapted weights, {"params": Params, "support_x": [T, S, *item]}."""

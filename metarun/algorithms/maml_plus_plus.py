@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from metarun.algorithms.maml import MAML
 from metarun.backbones.layers import StepNorm, replace_layers
 from metarun.episodes import Episodes
+from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.lowering import Params
 from metarun.objectives import task_loss
@@ -63,6 +66,10 @@ class MAMLPlusPlus(MAML):
         self.final_order = inner_loop.order
         self.phase = (self.final_order, False)  # the order, and whether losses of all steps are taken
         self.norms = [layer for layer in backbone.modules() if isinstance(layer, StepNorm)]
+        if step_statistics and not self.norms:
+            raise ConfigError(
+                "algorithm.step_statistics=true: this backbone has no batch norm; choose norm=batch"
+            )
         self.register_buffer("loss_weights", torch.zeros(rows), persistent=False)
 
     def is_fast(self, name: str) -> bool:
@@ -93,10 +100,9 @@ class MAMLPlusPlus(MAML):
         return (self.loss_weights * torch.stack(losses)).sum(), outputs
 
     def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
-        *_, adapted = self.trajectory(support_x, support_y, ways)
-        return adapted
+        return deque(self.trajectory(support_x, support_y, ways), maxlen=1).pop()
 
-    def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int):
+    def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int) -> Iterator[dict[str, Any]]:
         for steps, adapted in enumerate(super().trajectory(support_x, support_y, ways)):
             yield adapted | {"steps": steps}
 

@@ -18,9 +18,10 @@ class Pretrain(MAML):
 
     Training is ordinary supervised learning on the tasks' support and query examples: of values
     by one network for all tasks (the joint training of Finn et al. 2017, section 5.1), of
-    images by one classifier over all training classes (the Baseline of Chen et al. 2019). A new
-    task fine-tunes the network by the inner loop, in evaluation only; images with a new head
-    that starts at zero. Examples of a task are normalised together, as they will be then.
+    images by one classifier over all training classes (as the Baseline of Chen et al. 2019, which
+    fine-tunes the head alone: `adapts="head"`). A new task fine-tunes the network by the inner
+    loop, in evaluation only; images with a new head that starts at zero. Examples of a task are
+    normalised together, as they will be then.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Pretrain(MAML):
         outputs: int,
         classification: bool = True,
         classes: int | None = None,
-        adapts: Literal["all", "head", "body"] = "all",
+        adapts: Literal["all", "head"] = "all",
         transductive: bool = True,
     ) -> None:
         refuse_learned(inner_loop, "pretraining takes no inner steps")

@@ -52,8 +52,9 @@ class IMAML(MAML):
     (equation 3). The meta-gradient at its end phi is (I + H / proximal)^-1 v, with H the Hessian of
     the support loss and v the gradient of the query loss (lemma 1), found by `cg_steps` of
     conjugate gradient (algorithm 2). It does not depend on the path: memory does not grow
-    with the number of inner steps. `damping` adds to proximal in that system alone, as in the
-    paper's code. Where H is not positive along a search direction, the search ends for that task.
+    with the number of inner steps. `damping` adds to proximal in that system alone (the paper's code
+    solves 2 v + H v / (proximal + 10)). Where I + H / proximal is not positive along a search
+    direction, as it may be where the inner loop is far from the minimum, the search ends for that task.
     """
 
     def __init__(

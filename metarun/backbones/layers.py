@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun import fused
@@ -116,8 +117,19 @@ class StepNorm(nn.Module):
         self.eps, self.momentum, self.step = eps, momentum, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W], by the module's own weights."""
-        return self.on_tasks({"weight": self.weight.unsqueeze(0), "bias": self.bias.unsqueeze(0)}, x, 1)
+        """x [B, C, H, W], by the module's own weights; vmap and a loop over tasks come here.
+
+        Raises ConfigError where averages are to be kept, which is done for all tasks in one place.
+        """
+        if self.training and not self.uses_batch_statistics:
+            raise ConfigError(
+                "algorithm.step_statistics=true needs a backbone that is a chain of plain layers, and "
+                "hardware.lowering=auto, grouped or unfold"
+            )
+        weight, bias = (p[min(self.step, len(p) - 1)] for p in (self.weight, self.bias))
+        if self.uses_batch_statistics:
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        return self.by_averages(x, weight, bias)
 
     def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
         """x [B, T*C, H, W], by weights [T, rows, C] of each task."""
@@ -125,20 +137,31 @@ class StepNorm(nn.Module):
         weight, bias = own["weight"][:, row].flatten(), own["bias"][:, row].flatten()
         if self.uses_batch_statistics:
             return fused.batch_norm(x, weight, bias, self.eps)
-        row = min(self.step, len(self.mean) - 1)
-        if self.training:
-            self.keep(row, x.detach(), tasks)
-            return fused.batch_norm(x, weight, bias, self.eps)
-        mean, variance = self.mean[row].repeat(tasks), self.variance[row].repeat(tasks)
-        scale = weight * (variance + self.eps).rsqrt()
-        return x * scale.view(-1, 1, 1) + (bias - mean * scale).view(-1, 1, 1)
+        if not self.training:
+            return self.by_averages(x, weight, bias)
+        self.keep(x.detach().to(self.mean.dtype), tasks)
+        return fused.batch_norm(x, weight, bias, self.eps)
+
+    def by_averages(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [B, T*C, H, W] normalised by the averages of the step, with weight and bias [T*C]."""
+        row, tasks = min(self.step, len(self.mean) - 1), len(weight) // self.mean.shape[1]
+        scale = weight * (self.variance[row].repeat(tasks) + self.eps).rsqrt()
+        shift = bias - self.mean[row].repeat(tasks) * scale
+        return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
 
     @torch.no_grad()
-    def keep(self, row: int, x: Tensor, tasks: int) -> None:
-        """Move the running averages of a row towards the mean over tasks."""
+    def keep(self, x: Tensor, tasks: int) -> None:
+        """Move the averages of the step towards each task's statistics, one task after the other.
+
+        So that they do not depend on how many tasks run at once.
+        """
+        row = min(self.step, len(self.mean) - 1)
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=1)
-        self.mean[row].lerp_(mean.view(tasks, -1).mean(0), self.momentum)
-        self.variance[row].lerp_(variance.view(tasks, -1).mean(0), self.momentum)
+        later = torch.arange(tasks - 1, -1, -1, device=x.device)  # how many tasks come after each
+        share = self.momentum * (1 - self.momentum) ** later.to(x.dtype)  # [T]
+        rest = (1 - self.momentum) ** tasks
+        for average, found in ((self.mean, mean), (self.variance, variance)):
+            average[row].mul_(rest).add_(share @ found.view(tasks, -1))
 
 
 def replace_layers(network: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> None:

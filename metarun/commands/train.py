@@ -24,7 +24,7 @@ from metarun.build import (
 )
 from metarun.config import check
 from metarun.engine import Clip
-from metarun.episodes import ClassStore, EpisodeSource
+from metarun.episodes import EpisodeSource
 from metarun.errors import ConfigError
 from metarun.evaluation import Result, evaluate
 from metarun.files import write_json
@@ -91,8 +91,7 @@ def finish(
 
 def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
     train, validation = (build_source(cfg.dataset, split, hardware) for split in ("train", "validation"))
-    if "classes" in cfg.algorithm and cfg.algorithm.classes is None and isinstance(train, ClassStore):
-        cfg.algorithm.classes = len(train.names)  # kept in the checkpoint, for the weights' shapes
+    count_classes(cfg, train)
     algorithm = build_algorithm(cfg, hardware)
     optimizer = build_optimizer(cfg, list(algorithm.parameters()), hardware)
     scheduler = instantiate(cfg.scheduler, optimizer=optimizer) if cfg.scheduler else None
@@ -107,7 +106,7 @@ def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
         checkpoint_every=cfg.checkpoint.every,
         log_every=cfg.log.every,
         seed=cfg.seed,
-        clip=Clip(cfg.clip.value, cfg.clip.norm),
+        clip=None if cfg.clip.value is None and cfg.clip.norm is None else Clip(**cfg.clip),
     )
     # Loaded and checked before anything runs, so that an impossible task is told at once.
     train.check(plan.geometry)
@@ -116,6 +115,23 @@ def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
     config["choices"] = choices(cfg)
     config["overrides"] = overrides(cfg)
     return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, config)
+
+
+def count_classes(cfg: DictConfig, train: EpisodeSource) -> None:
+    """Put the number of training classes into the config of a method that needs it.
+
+    It goes into the checkpoint too, for the weights' shapes.
+    """
+    there = getattr(train, "names", None)  # a regression has none
+    if "classes" not in cfg.algorithm or there is None:
+        return
+    if cfg.algorithm.classes is None:
+        cfg.algorithm.classes = len(there)
+    elif cfg.algorithm.classes < len(there):
+        raise ConfigError(
+            f"algorithm.classes={cfg.algorithm.classes}: there are {len(there)} training classes; "
+            "leave it out to have them counted"
+        )
 
 
 def build_test_source(cfg: DictConfig, hardware: Hardware) -> EpisodeSource | None:
@@ -130,6 +146,9 @@ def build_test_source(cfg: DictConfig, hardware: Hardware) -> EpisodeSource | No
 def resumed_config(state: dict[str, Any], typed: DictConfig, overrides: list[str]) -> DictConfig:
     """The config the run was started with, with what was typed now where that may change."""
     cfg = checkpoint.config_of(state)
+    for key in typed:  # settings that came after the run was started, at their defaults
+        if key not in cfg:
+            OmegaConf.update(cfg, str(key), typed[key], force_add=True)
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         if not any(key == name or key.startswith(name + ".") for name in RESUMABLE):

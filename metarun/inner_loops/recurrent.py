@@ -20,7 +20,7 @@ class MetaLSTM(InnerLoop):
     whose gates see the gradient and the loss through an ordinary LSTM of `hidden` units, the
     weight, and their own value before (section 3.2). All weights share the two networks, and
     the first cell state is the learner's own start, learned with the rest. Gradients and losses
-    are constants to the meta-gradient (section 3.4: the first-order assumption).
+    are constants to the meta-gradient (the paper's gradient independence assumption).
     """
 
     learned = True
@@ -31,7 +31,7 @@ class MetaLSTM(InnerLoop):
         self.cell = nn.LSTMCell(4, hidden)
         self.forget = nn.Linear(hidden + 2, 1)
         self.input = nn.Linear(hidden + 2, 1)
-        # Section 3.3: little is forgotten and little taken in, so that training starts near gradient descent.
+        # As in the paper: little is forgotten and taken in, so that training starts near gradient descent.
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.01, 0.01)
         nn.init.uniform_(self.forget.bias, 4, 6)

@@ -133,6 +133,9 @@ BAD_VALUES = {
     "algorithm=meta_lstm inner_loop.steps=0": "a learned optimizer is trained on at least one step",
     "algorithm=maml_plus_plus inner_loop.steps=0": "rates are learned for at least one step",
     "algorithm=meta_sgd inner_loop.low=1": "inner_loop.low=1: must not be above inner_loop.high=0.1",
+    "algorithm=boil algorithm.head=shared": "gives every way the same output until the head adapts",
+    "algorithm=pretrain algorithm.classes=10": "algorithm.classes=10: there are 40 training classes",
+    "algorithm=pretrain algorithm.adapts=body": "must be one of all, head",
     "clip.norm=0": "clip.norm=0.0: must be above 0, or null",
 }
 

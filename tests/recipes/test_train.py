@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from metarun import cli
+from metarun import checkpoint, cli
 
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "learning_curve.png", "result.json"}
 ALGORITHMS = sorted(path.stem for path in (cli.CONF / "algorithm").glob("*.yaml"))
@@ -276,3 +276,14 @@ def test_a_users_own_class_from_a_folder_beside(metarun, tmp_path: Path):
     metarun("train", "-cd", "conf", "backbone=own", "algorithm=maml", *tiny, "hydra.run.dir=run")
     done = metarun("train", "-cd", "conf", "backbone=own", "+backbone.widht=3", *tiny, status=1)
     assert "Net has no setting 'widht'; did you mean 'width'?" in done.stderr
+
+
+def test_a_run_from_before_a_setting_came_is_resumed_at_its_default(metarun, tmp_path: Path):
+    metarun("train", "algorithm=maml", *TINY, "hydra.run.dir=old")
+    path = tmp_path / "old/last.pt"
+    content = checkpoint.load(path)
+    for key in ("clip", "inner_rate"):
+        del content["config"][key]
+    checkpoint.save(path, content)
+    metarun("train", "resume=old", "iterations=15")
+    assert json.loads((tmp_path / "old/result.json").read_text())["iterations"] == 15

@@ -331,3 +331,87 @@ def test_a_fixed_head_with_fewer_ways_works_with_every_inner_loop():
     for name, make in INNER_LOOPS.items():
         algorithm = MAML(MLP((6,), hidden=(8,)), make(), 3)
         assert algorithm.meta_loss(episodes)[1].shape == (3, 4, 2), name
+
+
+def test_averages_of_steps_do_not_depend_on_how_many_tasks_run_at_once():
+    """But for the last step's, where support and query meet in another order."""
+    found = []
+    for at_once in (1, 2, 4):
+        torch.manual_seed(0)
+        algorithm = MAMLPlusPlus(Conv4((1, 16, 16), width=4), SGD(0.1, 2), 3, step_statistics=True)
+        engine = engine_of(algorithm, images(tasks=4), tasks_at_once=at_once)
+        engine.backward(next(engine.draws))
+        found.append(torch.stack([torch.stack([norm.mean[0], norm.variance[0]]) for norm in algorithm.norms]))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+def test_averages_of_steps_in_bf16_and_where_they_cannot_be_kept():
+    algorithm = MAMLPlusPlus(Conv4((1, 16, 16), width=4), SGD(0.1, 2), 3, step_statistics=True)
+    engine = engine_of(algorithm, images(), precision="bf16")
+    with engine.hardware.compute():
+        engine.step()
+    assert algorithm.norms[0].mean.dtype == torch.float32
+    assert algorithm.norms[0].mean.isfinite().all()
+    for lowering in ("vmap", "loop"):
+        engine = engine_of(algorithm, images(), lowering=lowering)
+        with pytest.raises(ConfigError, match=r"needs a backbone that is a chain .*hardware\.lowering=auto"):
+            engine.step()
+    with pytest.raises(ConfigError, match="has no batch norm"):
+        MAMLPlusPlus(MLP((6,)), SGD(0.1, 2), 3, step_statistics=True)
+
+
+@pytest.mark.parametrize("adapts", ["body", "context"])
+def test_a_head_that_all_ways_share_must_adapt(adapts: str):
+    with pytest.raises(ConfigError, match=r"gives every way the same output .*choose algorithm\.head=fixed"):
+        MAML(MLP((6,)), SGD(0.1, 1), 3, head="shared", adapts="body")
+    algorithm = (
+        MAML(MLP((6,)), SGD(0.1, 1), 3, adapts="body")
+        if adapts == "body"
+        else CAVIA(MLP((6,)), SGD(0.1, 1), 3)
+    )
+    with pytest.raises(ConfigError, match="fixed head has 3 ways, not 7; train with ways=7"):
+        algorithm.check(7)
+
+
+def test_evaluation_keeps_one_state_of_maml_plus_plus():
+    torch.set_default_dtype(torch.float32)
+    episodes = Episodes(*(t.float() if t.is_floating_point() else t for t in images().tensors()))
+
+    def memory(steps: int) -> int:
+        inner_loop = LayerRates(0.1, 5, test_steps=steps)
+        algorithm = MAMLPlusPlus(Conv4((1, 16, 16), width=8), inner_loop, 3).eval()
+        with torch.no_grad():
+            return peak_bytes(
+                lambda: algorithm.adapt(episodes.support_x, episodes.support_y, 3), torch.device("cpu")
+            )
+
+    assert memory(50) < 1.05 * memory(5)
+
+
+def test_a_bound_is_put_once_where_two_weights_share_a_gradient():
+    class Sum(MAML):
+        def __init__(self) -> None:
+            super().__init__(MLP((6,), hidden=(8,)), SGD(0.1, 1), 3)
+            self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+            loss, outputs = super().meta_loss(episodes)
+            return loss + 100 * (self.a + self.b).square().sum(), outputs
+
+    algorithm = Sum()
+    engine = engine_of(algorithm, vectors())
+    engine.clip = Clip(norm=1.0)
+    engine.backward(next(engine.draws))
+    total = torch.cat([p.grad.flatten() for p in algorithm.parameters()])
+    assert total.norm().item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_memory_that_ran_out_is_remembered_when_the_computation_changes():
+    algorithm = MAMLPlusPlus(MLP((6,), hidden=(8,)), LayerRates(0.1, 2), 3, first_order=1)
+    engine = engine_of(algorithm, vectors())
+    engine.halve("as if")
+    engine.step()
+    engine.step()
+    assert algorithm.phase[0] == 2
+    assert engine.at_once == 2
