@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,11 +112,15 @@ def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 score = next(scale * row["mean"] for row in own if row["model"] == model)
                 axis.axhline(score, color=f"C{i}", linestyle="--", label=f"{model} (no steps)")
                 continue
-            x, y, half = map(np.array, zip(*line, strict=True))
+            x, y, half = (np.array(values, dtype=float) for values in zip(*line, strict=True))
             axis.plot(x, y, ".-", color=f"C{i}", label=model)
-            axis.fill_between(x, y - half, y + half, color=f"C{i}", alpha=0.2, linewidth=0)
-        if not percent and all(row["mean"] > 0 for row in own):
+            low = np.maximum(y - half, y / 10)  # a logarithmic axis has no place for less than nothing
+            axis.fill_between(x, low, y + half, color=f"C{i}", alpha=0.2, linewidth=0)
+        if not percent and all(row["mean"] > 0 for row in own if math.isfinite(row["mean"])):
             axis.set_yscale("log")
+            # A rule taken for more steps than it was made for may diverge, and would flatten the rest.
+            fewest = min(row["steps"] for row in own if row["steps"] is not None)
+            axis.set_ylim(top=2 * max(row["mean"] for row in own if row["steps"] in (None, fewest)))
         axis.set_xlabel("inner steps")
         axis.set_title(f"{ways}-way {shots}-shot")
         axis.grid(alpha=0.3, which="both")

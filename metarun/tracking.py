@@ -136,7 +136,8 @@ def with_interval(metric: str, mean: float, half: float, signed: bool = False) -
     sign = "+" if signed else ""
     if metric == "accuracy":
         return f"{100 * mean:{sign}.2f} ± {100 * half:.2f} %"
-    return f"{mean:{sign}.4f} ± {half:.4f}"
+    digits = ".4f" if abs(mean) < 1e4 else ".1e"  # what diverged need not fill the line
+    return f"{mean:{sign}{digits}} ± {half:{digits}}"
 
 
 def relative(path: Path) -> str:
