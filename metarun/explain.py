@@ -99,6 +99,8 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
 
     parent, _, last = key.rpartition(".")
     known = known_keys(parent, command, arguments)
+    if parent and not known and parent in known_keys("", command, arguments):  # such as scheduler: null
+        return f"{key}: {parent} is null, so its settings are new and need a plus: +{key}=..."
     return (
         f"{key}: there is no such setting{did_you_mean(last, known)} (metarun {command} --cfg job shows all)"
     )

@@ -136,6 +136,7 @@ BAD_VALUES = {
     "algorithm=boil algorithm.head=shared": "gives every way the same output until the head adapts",
     "algorithm=pretrain algorithm.classes=10": "algorithm.classes=10: there are 40 training classes",
     "algorithm=pretrain algorithm.adapts=body": "must be one of all, head",
+    "scheduler._target_=torch.optim.lr_scheduler.StepLR": "scheduler is null, so its settings are new",
     "clip.norm=0": "clip.norm=0.0: must be above 0, or null",
 }
 
