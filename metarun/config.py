@@ -62,6 +62,7 @@ class TrainConfig:
     algorithm: Any = MISSING
     backbone: Any = MISSING
     inner_loop: Any = None
+    augment: Any = None
     hardware: Any = MISSING
     ways: int = MISSING
     shots: int = MISSING
@@ -133,6 +134,7 @@ SUPPLIED = {
 KINDS = {
     "algorithm": "metarun.algorithms.base.Algorithm",
     "backbone": "torch.nn.Module",
+    "augment": "metarun.augment.Augment",
     "inner_loop": "metarun.inner_loops.base.InnerLoop",
     "hardware": "metarun.hardware.Hardware",
     "optimizer": "torch.optim.Optimizer",

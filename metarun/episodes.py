@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from metarun.augment import Augment
 from metarun.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -120,6 +121,7 @@ class ClassStore:
         self.images = images.to(device)
         self.counts = torch.tensor(counts, device=device)
         self.starts = self.counts.cumsum(0) - self.counts
+        self.augment: Augment | None = None  # of training images
 
     def check(self, geometry: Geometry) -> None:
         """Raise DataError where there are too few classes, or too few images in some class."""
@@ -148,13 +150,21 @@ class ClassStore:
             absent = torch.arange(self.largest_class, device=device) >= self.counts.to(device)[classes, None]
             keys = keys.masked_fill(absent, -1.0)
         images = keys.topk(geometry.shots + geometry.queries).indices  # [T, N, K+Q]
-        return classes, images
+        if self.augment is None:
+            return classes, images
+        return (
+            classes,
+            images,
+            torch.rand(*images.shape, self.augment.numbers, generator=generator, device=device),
+        )
 
     def gather(self, draw: Draw, geometry: Geometry) -> Episodes:
         """Look the chosen images up; pixels become float32 in [0, 1]."""
-        classes, images = (tensor.to(self.images.device) for tensor in draw)
+        classes, images, *changes = (tensor.to(self.images.device) for tensor in draw)
         rows = self.starts[classes].unsqueeze(-1) + images  # [T, N, K+Q]
         x = self.images[rows].float().div_(255)  # [T, N, K+Q, C, H, W]
+        if self.augment is not None:
+            x = self.augment(x.flatten(0, 2), changes[0].flatten(0, 2)).view(x.shape)
         y = torch.arange(geometry.ways, device=x.device).expand(len(x), -1)  # [T, N]
         support_x, query_x = x.split([geometry.shots, geometry.queries], dim=2)
         return Episodes(

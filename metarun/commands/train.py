@@ -24,7 +24,7 @@ from metarun.build import (
 )
 from metarun.config import check
 from metarun.engine import Clip
-from metarun.episodes import EpisodeSource
+from metarun.episodes import ClassStore, EpisodeSource
 from metarun.errors import ConfigError
 from metarun.evaluation import Result, evaluate
 from metarun.files import write_json
@@ -92,6 +92,10 @@ def finish(
 def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
     train, validation = (build_source(cfg.dataset, split, hardware) for split in ("train", "validation"))
     count_classes(cfg, train)
+    if "_target_" in (cfg.augment or {}):
+        if not isinstance(train, ClassStore):
+            raise ConfigError(f"augment: {choices(cfg)['dataset']} has no images to change; leave it out")
+        train.augment = instantiate(cfg.augment)
     algorithm = build_algorithm(cfg, hardware)
     optimizer = build_optimizer(cfg, list(algorithm.parameters()), hardware)
     scheduler = instantiate(cfg.scheduler, optimizer=optimizer) if cfg.scheduler else None

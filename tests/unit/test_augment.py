@@ -1,0 +1,71 @@
+"""Augmentation, each change against what it is by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metarun.augment import Augment
+from metarun.episodes import ClassStore, Geometry, sample
+from metarun.errors import ConfigError
+
+IMAGES = torch.rand(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+STILL = [0.5] * 7  # no rotation, no mirror, no shift, no change of colour
+
+
+def changed(augment: Augment, **numbers: float) -> torch.Tensor:
+    places = {"angle": 0, "mirror": 1, "right": 2, "down": 3, "brightness": 4, "contrast": 5, "saturation": 6}
+    row = list(STILL)
+    for name, value in numbers.items():
+        row[places[name]] = value
+    return augment(IMAGES, torch.tensor([row] * 3))
+
+
+def test_half_of_every_number_changes_nothing():
+    torch.testing.assert_close(changed(Augment(crop=2, rotation=30)), IMAGES)
+
+
+def test_a_shift_is_a_crop_of_the_padded_image():
+    found = changed(Augment(crop=2, flip=False, colour=0), right=0.999, down=0.0)
+    padded = torch.nn.functional.pad(IMAGES, (2, 2, 2, 2))
+    torch.testing.assert_close(found, padded[:, :, 0:8, 4:14], atol=1e-5, rtol=0)
+
+
+def test_a_mirror_image():
+    torch.testing.assert_close(changed(Augment(crop=0, colour=0), mirror=0.1), IMAGES.flip(-1))
+
+
+def test_a_quarter_turn_of_a_square():
+    augment = Augment(crop=0, flip=False, colour=0, rotation=90)
+    square = IMAGES[..., :8]
+    found = augment(square, torch.tensor([[1.0, *STILL[1:]]] * 3))
+    either = [square.rot90(k, (-2, -1)) for k in (1, 3)]
+    assert any(torch.allclose(found, turned, atol=1e-5) for turned in either)
+
+
+def test_colours():
+    augment = Augment(crop=0, flip=False, colour=0.5)
+    brighter = changed(augment, brightness=1.0)
+    torch.testing.assert_close(brighter, (1.5 * IMAGES).clamp(0, 1))
+    mean = IMAGES.mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(changed(augment, contrast=0.0), mean + 0.5 * (IMAGES - mean))
+    grey = IMAGES.mean(1, keepdim=True)
+    torch.testing.assert_close(changed(augment, saturation=0.0), grey + 0.5 * (IMAGES - grey))
+
+
+def test_settings_that_cannot_be():
+    for settings in ({"crop": -1}, {"rotation": -1.0}, {"colour": 1.5}):
+        with pytest.raises(ConfigError, match=f"augment.{next(iter(settings))}"):
+            Augment(**settings)
+
+
+def test_a_store_changes_each_image_by_numbers_of_its_draw():
+    pixels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    store = ClassStore(pixels, [10] * 4, list("abcd"), "test")
+    geometry = Geometry(2, 1, 3)
+    plain = sample(store, 2, geometry, torch.Generator().manual_seed(1))
+    store.augment = Augment()
+    first, again = (sample(store, 2, geometry, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first.support_x, again.support_x)
+    assert torch.equal(first.classes, plain.classes)  # the same tasks
+    assert not torch.equal(first.support_x, plain.support_x)
