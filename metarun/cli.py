@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "metarun.commands.train",
     "eval": "metarun.commands.evaluate",
     "adapt": "metarun.commands.adapt",
+    "data": "metarun.commands.data",
 }
 
 HELP = """\
@@ -32,6 +33,7 @@ metarun {version}: meta-learning experiments from the command line
   metarun train  [group=option ...] [key=value ...] [-m]   meta-train an algorithm
   metarun eval   checkpoint=RUN [ways=[5,20] shots=[1,5]]  evaluate checkpoints on a grid of tasks
   metarun adapt  checkpoint=RUN [support=FOLDER query=FOLDER]  adapt to a new task, also of your own images
+  metarun data   [dataset=NAME]                            what data there is; prepare and look at one
 
 A first result in two minutes, without any download:
   metarun train

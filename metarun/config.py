@@ -113,7 +113,18 @@ class AdaptConfig:
     seed: int = MISSING
 
 
-FRAMES: dict[str, Any] = {"train": TrainConfig, "eval": EvalConfig, "adapt": AdaptConfig}
+@dataclass
+class DataConfig:
+    dataset: Any = None
+    hardware: Any = MISSING
+    split: str = MISSING
+    ways: int = MISSING
+    shots: int = MISSING
+    queries: int = MISSING
+    seed: int = MISSING
+
+
+FRAMES: dict[str, Any] = {"train": TrainConfig, "eval": EvalConfig, "adapt": AdaptConfig, "data": DataConfig}
 
 
 def register_frames() -> None:

@@ -133,6 +133,30 @@ def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def contact_sheet(rows: dict[str, Tensor], title: str, path: Path, mark: int = 0) -> None:
+    """A line of images [n, C, H, W], uint8 or in [0, 1], for each name; the first `mark` are the support."""
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.1 * columns + 1.5, 1.15 * len(rows) + 0.5), squeeze=False
+    )
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for column, axis in enumerate(line):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+            if column >= len(images):
+                continue
+            pixels = images[column].permute(1, 2, 0).numpy(force=True)
+            top = 255 if pixels.dtype == np.uint8 else 1
+            axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=top, interpolation="nearest")
+            if column < mark:
+                axis.set_xlabel("support", fontsize=7)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    save(figure, path)
+
+
 def predictions(
     images: Tensor, titles: Sequence[str], right: Sequence[bool | None], path: Path, most: int = 60
 ) -> None:

@@ -30,7 +30,7 @@ def test_every_yaml_opens_with_its_command(path: Path):
     assert lines[0].startswith("# metarun "), lines[0]
     words = lines[0].removeprefix("# metarun ").split()
     command, words = words[0], [word for word in words[1:] if not word.startswith("checkpoint=")]
-    words += ["checkpoint=x"] if command != "train" else []
+    words += ["checkpoint=x"] if command in ("eval", "adapt") else []
     words = [word for word in words if not word.startswith(("support=", "query="))]
     assert path.stem in " ".join([command, *words]) or path.stem == "none"
     check(composed(command, *words), command)
