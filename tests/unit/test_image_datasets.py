@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from metarun import files
+from metarun import cli, files
 from metarun.datasets import mini_imagenet
 from metarun.datasets.cifar import FC100, CifarFS, labels
+from metarun.datasets.from_torchvision import SETS, FromTorchvision
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
 from metarun.episodes import Geometry, sample
@@ -397,3 +399,57 @@ def test_what_is_missing_of_mini_imagenet_is_said(tmp_path: Path):
         DataError, match="no images of class n01930112, of the 20 test classes; it may hold train"
     ):
         MiniImageNet(root=str(root)).split("test")
+
+
+# through torchvision
+
+
+def mnist_files(root: Path, each: int = 4) -> Path:
+    """Files in MNIST's own format (IDX), read by torchvision itself: digit d is of level 20 d."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        labels = np.arange(10, dtype=np.uint8).repeat(each)
+        pixels = (20 * labels)[:, None, None].repeat(28, 1).repeat(28, 2)
+        header = np.array([2051, len(labels), 28, 28], ">i4").tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = np.array([2049, len(labels)], ">i4").tobytes()
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return root
+
+
+def test_a_set_of_torchvision_is_split_by_class(tmp_path: Path):
+    root = mnist_files(tmp_path / "data")
+
+    def dataset(**settings) -> FromTorchvision:
+        return FromTorchvision(name="mnist", classes=(5, 2, 3), channels=1, root=str(root), **settings)
+
+    parts = {name: dataset(size=28, download=False).split(name) for name in ("train", "validation", "test")}
+    assert [len(part.names) for part in parts.values()] == [5, 2, 3]
+    assert len({name for part in parts.values() for name in part.names}) == 10
+    for part in parts.values():
+        assert set(part.counts.tolist()) == {8}
+        for name, found in levels(part).items():
+            assert set(found) == {20 * int(name[0])}  # "3 - three"
+    shutil.rmtree(root)  # the cache has everything
+    again = dataset(size=28, download=False).split("train")
+    assert torch.equal(again.images, parts["train"].images)
+    with pytest.raises(DataError, match=r"mnist is not in .*or set dataset\.root") as error:
+        dataset(size=14, download=False).split("train")
+    assert "\n" not in str(error.value)
+
+
+def test_every_yaml_of_torchvision_names_a_set_there_is():
+    import torchvision.datasets
+
+    options = {
+        path.stem for path in (cli.CONF / "dataset").glob("*.yaml") if "from_torchvision" in path.read_text()
+    }
+    assert options == set(SETS)
+    for kind, parts in SETS.values():
+        accepted = inspect.signature(getattr(torchvision.datasets, kind)).parameters
+        assert {name for part in parts for name in part} <= {*accepted, "split", "train"}
+    with pytest.raises(ConfigError, match="mnist has 10 classes in all"):
+        FromTorchvision(name="mnist", classes=(5, 5, 3), size=28)._chosen(
+            [str(i) for i in range(10)], "train"
+        )
