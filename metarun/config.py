@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -184,9 +185,10 @@ def check(cfg: DictConfig, command: str) -> None:
         raise ConfigError(f"norm={cfg.norm}: must be one of {', '.join(NORMS)}")
     if "optimizer" in cfg and not OmegaConf.is_dict(cfg.optimizer):
         raise ConfigError(f"optimizer={cfg.optimizer}: set optimizer._target_ and its settings instead")
-    for key in ("clip.value", "clip.norm"):
-        if (bound := value_of(cfg, key)) is not None and bound <= 0:
-            raise ConfigError(f"{key}={bound}: must be above 0, or null")
+    for key in ("clip.value", "clip.norm", "inner_rate", "inner_loop.rate"):
+        number = value_of(cfg, key)
+        if isinstance(number, (int, float)) and not 0 < number < math.inf:  # nor nan
+            raise ConfigError(f"{key}={number}: must be above 0")
     for path in map(str, cfg):
         if OmegaConf.is_dict(cfg[path]) and "_target_" in cfg[path]:
             check_node(path, cfg[path])

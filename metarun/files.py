@@ -158,6 +158,8 @@ def _build_mapped(path: Path, build: Callable[[Callable[[bytes], object]], dict[
 
     notes = path.with_name(path.name + ".json")
     with _blaming(path.parent, "METARUN_CACHE"):
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         notes.unlink(missing_ok=True)  # it vouches for the bytes, and comes last
         atomic_write(path, fill)
         write_json(notes, made | {"sha256": digest.hexdigest()})

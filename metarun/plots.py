@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from metarun.files import atomic_write
@@ -100,9 +101,13 @@ def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(5.2 * len(tasks) + 1.5, 4), layout="constrained", squeeze=False
     )
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    labels = {}  # a method may be missing from some panels
     for axis, (ways, shots) in zip(axes[0], tasks, strict=True):
         own = [row for row in rows if (row["ways"], row["shots"]) == (ways, shots)]
-        for i, model in enumerate(dict.fromkeys(row["model"] for row in own)):
+        for i, model in enumerate(models):
+            if all(row["model"] != model for row in own):
+                continue
             line = sorted(
                 (row["steps"], scale * row["mean"], scale * row["interval"])
                 for row in own
@@ -110,10 +115,10 @@ def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
             )
             if not line:  # a method without inner steps
                 score = next(scale * row["mean"] for row in own if row["model"] == model)
-                axis.axhline(score, color=f"C{i}", linestyle="--", label=f"{model} (no steps)")
+                labels[f"{model} (no steps)"] = axis.axhline(score, color=f"C{i}", linestyle="--")
                 continue
             x, y, half = (np.array(values, dtype=float) for values in zip(*line, strict=True))
-            axis.plot(x, y, ".-", color=f"C{i}", label=model)
+            (labels[model],) = axis.plot(x, y, ".-", color=f"C{i}")
             low = np.maximum(y - half, y / 10)  # a logarithmic axis has no place for less than nothing
             axis.fill_between(x, low, y + half, color=f"C{i}", alpha=0.2, linewidth=0)
         if not percent and all(row["mean"] > 0 for row in own if math.isfinite(row["mean"])):
@@ -121,11 +126,12 @@ def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
             # A rule taken for more steps than it was made for may diverge, and would flatten the rest.
             fewest = min(row["steps"] for row in own if row["steps"] is not None)
             axis.set_ylim(top=2 * max(row["mean"] for row in own if row["steps"] in (None, fewest)))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("inner steps")
         axis.set_title(f"{ways}-way {shots}-shot")
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("accuracy, %" if percent else "mean squared error")
-    axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, -1].legend(labels.values(), labels, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(
         f"{rows[0]['dataset']}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals",
         fontsize=10,

@@ -49,7 +49,7 @@ def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
     if position is None:
         position = min(3, convolutions) if convolutions else 1
     if not 1 <= position <= len(found):
-        raise ConfigError(f"algorithm.layer={position}: this backbone has {len(found)} weight layers")
+        raise ConfigError(f"algorithm.layer={position}: choose one of its weight layers, 1 to {len(found)}")
     weights, last = found[position - 1]
     if isinstance(weights, nn.Conv2d):
         film = FiLM(weights.out_channels, size)

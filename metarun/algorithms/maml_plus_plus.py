@@ -50,6 +50,11 @@ class MAMLPlusPlus(MAML):
         step_statistics: bool = False,
         step_affine: bool = True,
     ) -> None:
+        if min(multi_step_loss, first_order) < 0:
+            raise ConfigError(
+                f"algorithm.multi_step_loss={multi_step_loss}, algorithm.first_order={first_order}: "
+                "numbers of iterations, 0 or more"
+            )
         rows = max(inner_loop.steps, 1)
 
         def per_step(layer: nn.Module) -> nn.Module | None:

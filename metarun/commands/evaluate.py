@@ -192,6 +192,9 @@ def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
     console.print(
         table_of(cells, f"{datasets}, {cfg.split} classes, {cfg.episodes} episodes, seed {cfg.seed}")
     )
+    hashes = {str(cell.geometry): cell.result.episodes_hash for cell in cells if cell.result}
+    # Not a caption, which a narrow table would cut.
+    say(console, "episodes' hash: " + ", ".join(f"{task} {value}" for task, value in hashes.items()))
     if pairs:
         console.print(pair_table(pairs))
     content = {"results": rows, "comparisons": pairs}
@@ -231,16 +234,16 @@ def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:
 
 def name_of(cell: Cell) -> str:
     """The task, and the inner steps where they were asked for."""
-    return str(cell.geometry) + ("" if cell.steps is None else f", {cell.steps} steps")
+    if cell.steps is None:
+        return str(cell.geometry)
+    return f"{cell.geometry}, {cell.steps} step{'' if cell.steps == 1 else 's'}"
 
 
 def table_of(cells: list[Cell], title: str) -> Table:
     metric = next(cell.result.metric for cell in cells if cell.result)
-    hashes = {str(cell.geometry): cell.result.episodes_hash for cell in cells if cell.result}
-    caption = "episodes' hash: " + ", ".join(f"{task} {value}" for task, value in hashes.items())
-    table = Table(title=title, caption=caption)
+    table = Table(title=title)
     table.add_column("model", overflow="fold")
-    table.add_column("task", no_wrap=True)
+    table.add_column("task", no_wrap=all(cell.steps is None for cell in cells))
     table.add_column(f"{metric}, 95 % interval", min_width=21)
     for heading in ("transductive", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)

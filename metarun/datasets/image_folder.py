@@ -50,6 +50,7 @@ class ImageFolder:
         self.fit, self.unreadable = fit, unreadable
         self.shares, self.seed = (validation, test), seed
         self._classes: dict[str, dict[str, list[Entry]]] | None = None
+        self._by_rule = False
 
     @property
     def item_shape(self) -> tuple[int, int, int]:
@@ -61,15 +62,23 @@ class ImageFolder:
         """One split, its classes sorted by name. Raises DataError, naming the file or folder."""
         if self._classes is None:
             self._classes = self._find()
+        if name == "train" and self._by_rule:
+            counts = "/".join(str(len(self._classes[split])) for split in SPLIT_FOLDERS)
+            say(
+                notes,
+                f"{self.root}: classes split {counts} into train, validation and test by "
+                f"dataset.seed={self.seed}",
+            )
         title = f"{Path(self.root).name} {name}"
         return class_store(title, self._classes[name], self.item_shape, device, self.fit, self.unreadable)
 
     def _find(self) -> dict[str, dict[str, list[Entry]]]:
         root = Path(self.root).expanduser()
-        files = entries(root)
+        files, root = unwrapped(entries(root), root)
         tops = {entry.parts[0] for entry in files}
         if not set(SPLIT_FOLDERS["train"]) & tops:
-            return self._by_rule(classes_of(files, 0, root))
+            self._by_rule = True
+            return self._split_by_rule(classes_of(files, 0, root))
         found = {}
         for split, names in SPLIT_FOLDERS.items():
             own = [entry for entry in files if entry.parts[0] in names]
@@ -87,7 +96,7 @@ class ImageFolder:
                 )
         return found
 
-    def _by_rule(self, classes: dict[str, list[Entry]]) -> dict[str, dict[str, list[Entry]]]:
+    def _split_by_rule(self, classes: dict[str, list[Entry]]) -> dict[str, dict[str, list[Entry]]]:
         order = sorted(classes, key=lambda name: hashlib.sha256(f"{self.seed} {name}".encode()).digest())
         if len(order) < 6:
             raise DataError(
@@ -100,13 +109,15 @@ class ImageFolder:
             "validation": order[test : test + validation],
             "train": order[test + validation :],
         }
-        counts = "/".join(str(len(parts[split])) for split in SPLIT_FOLDERS)
-        say(
-            notes,
-            f"{self.root}: {len(order)} classes split {counts} into train, validation and test by "
-            f"dataset.seed={self.seed}",
-        )
         return {split: {name: classes[name] for name in sorted(parts[split])} for split in parts}
+
+
+def unwrapped(files: list[Entry], root: Path) -> tuple[list[Entry], Path]:
+    """The files without folders that hold nothing but one more folder, such as a zip is often made with."""
+    while len({entry.parts[0] for entry in files}) == 1 and min(len(entry.parts) for entry in files) > 2:
+        root = root / files[0].parts[0]
+        files = [entry._replace(parts=entry.parts[1:]) for entry in files]
+    return files, root
 
 
 def classes_of(files: list[Entry], depth: int, root: Path) -> dict[str, list[Entry]]:

@@ -128,7 +128,7 @@ BAD_VALUES = {
     "algorithm=fomaml inner_loop=lstm": "inner_loop.order: MetaLSTM has no setting 'order'",
     "algorithm=imaml algorithm.proximal=0": "algorithm.proximal=0: must be above 0",
     "algorithm=imaml algorithm.cg_steps=0": "algorithm.cg_steps=0: must be at least 1",
-    "algorithm=cavia algorithm.layer=9": "algorithm.layer=9: this backbone has 4 weight layers",
+    "algorithm=cavia algorithm.layer=9": "algorithm.layer=9: choose one of its weight layers, 1 to 4",
     "algorithm=cavia algorithm.context=0": "algorithm.context=0: must be at least 1",
     "algorithm=meta_lstm inner_loop.steps=0": "a learned optimizer is trained on at least one step",
     "algorithm=maml_plus_plus inner_loop.steps=0": "rates are learned for at least one step",
@@ -137,7 +137,11 @@ BAD_VALUES = {
     "algorithm=pretrain algorithm.classes=10": "algorithm.classes=10: there are 40 training classes",
     "algorithm=pretrain algorithm.adapts=body": "must be one of all, head",
     "scheduler._target_=torch.optim.lr_scheduler.StepLR": "scheduler is null, so its settings are new",
-    "clip.norm=0": "clip.norm=0.0: must be above 0, or null",
+    "clip.norm=0": "clip.norm=0.0: must be above 0",
+    "clip.norm=nan": "clip.norm=nan: must be above 0",
+    "algorithm=maml inner_rate=-1": "inner_rate=-1.0: must be above 0",
+    "algorithm=reptile inner_loop.rate=-1": "inner_loop.rate=-1: must be above 0",
+    "algorithm=maml_plus_plus algorithm.multi_step_loss=-1": "numbers of iterations, 0 or more",
 }
 
 

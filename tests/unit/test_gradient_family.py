@@ -255,9 +255,11 @@ def test_a_context_is_all_that_adapts():
     assert not start[name].any()
 
 
-@pytest.mark.parametrize(("layer", "says"), [(9, "has 4 weight layers"), (0, "has 4 weight layers")])
+@pytest.mark.parametrize(("layer", "says"), [(9, "1 to 4"), (0, "1 to 4")])
 def test_a_context_needs_a_layer_there_is(layer: int, says: str):
-    with pytest.raises(ConfigError, match=f"algorithm.layer={layer}: this backbone {says}"):
+    with pytest.raises(
+        ConfigError, match=f"algorithm.layer={layer}: choose one of its weight layers, {says}"
+    ):
         CAVIA(Conv4((1, 16, 16), width=8), SGD(1.0, 2), 3, layer=layer)
 
 

@@ -73,9 +73,7 @@ def test_a_folder_of_classes_is_split_by_a_printed_rule(tmp_path: Path, capsys):
     parts = {name: dataset.split(name) for name in ("train", "validation", "test")}
     assert {name: len(part.names) for name, part in parts.items()} == {"train": 4, "validation": 2, "test": 2}
     assert sorted(name for part in parts.values() for name in part.names) == NAMES
-    assert (
-        "8 classes split 4/2/2 into train, validation and test by dataset.seed=0" in capsys.readouterr().err
-    )
+    assert "classes split 4/2/2 into train, validation and test by dataset.seed=0" in capsys.readouterr().err
     for part in parts.values():
         for name, found in levels(part).items():
             assert found == [10 * NAMES.index(name) + k for k in range(3)]
@@ -453,3 +451,23 @@ def test_every_yaml_of_torchvision_names_a_set_there_is():
         FromTorchvision(name="mnist", classes=(5, 5, 3), size=28)._chosen(
             [str(i) for i in range(10)], "train"
         )
+
+
+def test_a_folder_around_the_classes_does_no_harm(tmp_path: Path):
+    """As in most zips; also around train, val and test."""
+    plain = tree(tmp_path / "mine", NAMES)
+    expected = levels(ImageFolder(root=str(plain), size=8).split("train"))
+    tree(tmp_path / "outer" / "inner" / "mine", NAMES)
+    zipped(tmp_path / "outer", tmp_path / "outer.zip")
+    for root in (tmp_path / "outer", tmp_path / "outer.zip"):
+        assert levels(ImageFolder(root=str(root), size=8).split("train")) == expected
+    for i, split in enumerate(("train", "val", "test")):
+        tree(tmp_path / "around" / "parts" / split, NAMES[2 * i : 2 * i + 2])
+    assert list(levels(ImageFolder(root=str(tmp_path / "around"), size=8).split("test"))) == NAMES[4:6]
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path, empty_cache: Path):
+    empty_cache.mkdir()
+    (empty_cache / ".entry.0123.tmp").write_bytes(b"half")
+    files.mapped("entry", lambda write: {"n": write(b"abc")})
+    assert not list(empty_cache.glob("*.tmp")) + list(empty_cache.glob(".*.tmp"))
