@@ -241,23 +241,26 @@ def name_of(cell: Cell) -> str:
 
 def table_of(cells: list[Cell], title: str) -> Table:
     metric = next(cell.result.metric for cell in cells if cell.result)
+    with_steps = any(cell.steps is not None for cell in cells)
     table = Table(title=title)
     table.add_column("model", overflow="fold")
-    table.add_column("task", no_wrap=all(cell.steps is None for cell in cells))
+    table.add_column("task", no_wrap=True)
+    if with_steps:
+        table.add_column("steps", justify="right", no_wrap=True)
     table.add_column(f"{metric}, 95 % interval", min_width=21)
-    for heading in ("transductive", "seconds"):
+    # No time of each where there are many: a terminal of 80 columns has no room for both.
+    for heading in ["transductive"] if with_steps else ["transductive", "seconds"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
+        row: list[str | Text] = [cell.model.name, str(cell.geometry)]
+        if with_steps:
+            row.append("" if cell.steps is None else str(cell.steps))
         if (result := cell.result) is None:
-            table.add_row(cell.model.name, name_of(cell), Text(cell.reason, style="yellow"))
+            table.add_row(*row, Text(cell.reason, style="yellow"))
             continue
-        table.add_row(
-            cell.model.name,
-            name_of(cell),
-            with_interval(metric, result.mean, result.interval),
-            "yes" if result.uses_query_statistics else "no",
-            f"{result.seconds:.1f}",
-        )
+        row.append(with_interval(metric, result.mean, result.interval))
+        row.append("yes" if result.uses_query_statistics else "no")
+        table.add_row(*row, *([] if with_steps else [f"{result.seconds:.1f}"]))
     return table
 
 
