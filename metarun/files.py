@@ -7,6 +7,7 @@ downloaded, the cache folder (METARUN_CACHE) keeps what can be computed again.
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import http.client
 import io
@@ -154,11 +155,14 @@ def _build_mapped(path: Path, build: Callable[[Callable[[bytes], object]], dict[
             with _blaming(path.parent, "METARUN_CACHE"):
                 file.write(piece)
 
-        made.update(build(write))
+        try:
+            made.update(build(write))
+        except OSError as error:  # of what is read, not of what is written
+            raise DataError(f"{error.filename or path.name}: {error.strerror or error}") from error
 
     notes = path.with_name(path.name + ".json")
     with _blaming(path.parent, "METARUN_CACHE"):
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
             left.unlink(missing_ok=True)
         notes.unlink(missing_ok=True)  # it vouches for the bytes, and comes last
         atomic_write(path, fill)

@@ -113,6 +113,8 @@ def class_store(
                     else:
                         write(pixels)
                 bar.advance(len(block))
+        if len(skipped) == len(files):
+            raise DataError(f"{title}: none of its {len(files)} files is an image that can be read")
         return {"skipped": skipped}
 
     name = f"{title.replace(' ', '-')}-{digest.hexdigest()[:24]}"

@@ -150,6 +150,10 @@ def test_an_unreadable_file_stops_or_is_skipped_by_name(tmp_path: Path, capsys):
         path.unlink()
     with pytest.raises(DataError, match=f"class {store.names[0]!r} has no images"):
         ImageFolder(root=str(root), size=8, unreadable="skip").split("train")
+    for path in root.glob("*/[0-9].png"):
+        path.unlink()
+    with pytest.raises(DataError, match="none of its 4 files is an image that can be read"):
+        ImageFolder(root=str(root), size=8, unreadable="skip").split("train")
 
 
 BROKEN_TREES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -250,6 +254,8 @@ def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache:
 
     with pytest.raises(RuntimeError):
         files.mapped("other", fails)
+    with pytest.raises(DataError, match="nowhere: No such file"):  # not the cache's fault
+        files.mapped("other", lambda write: {"n": len(Path("nowhere").read_bytes())})
     assert {path.name for path in empty_cache.glob("[!.]*")} == {"entry", "entry.json"}
     (empty_cache / "entry.json").unlink()  # as if killed before the notes were written
     files.mapped("entry", build)
@@ -468,6 +474,6 @@ def test_a_folder_around_the_classes_does_no_harm(tmp_path: Path):
 
 def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path, empty_cache: Path):
     empty_cache.mkdir()
-    (empty_cache / ".entry.0123.tmp").write_bytes(b"half")
-    files.mapped("entry", lambda write: {"n": write(b"abc")})
+    (empty_cache / ".[en]try.0123.tmp").write_bytes(b"half")
+    files.mapped("[en]try", lambda write: {"n": write(b"abc")})
     assert not list(empty_cache.glob("*.tmp")) + list(empty_cache.glob(".*.tmp"))
