@@ -109,17 +109,25 @@ def cached(name: str, build: Callable[[], Any]) -> Any:
     entry at once wait for the first. Raises DataError where the folder cannot be written.
     """
     path = cache_dir() / name
-    if (value := _load(path)) is not None:
+
+    def make() -> Any:
+        value = build()
+        with _blaming(path.parent, "METARUN_CACHE"):
+            _save(value, path)
+        return value
+
+    return _once(path, lambda: _load(path), make)
+
+
+def _once(path: Path, load: Callable[[], Any], make: Callable[[], Any]) -> Any:
+    """What `load` gives; where that is None, what `make` does, in one process at a time."""
+    if (value := load()) is not None:
         return value
     with _blaming(path.parent, "METARUN_CACHE"):
         lock = _lock(path)
     with lock:
-        value = _load(path)  # another process may have built it while this one waited
-        if value is None:
-            value = build()
-            with _blaming(path.parent, "METARUN_CACHE"):
-                _save(value, path)
-    return value
+        value = load()  # another process may have made it while this one waited
+        return make() if value is None else value
 
 
 def mapped(
@@ -132,17 +140,12 @@ def mapped(
     entry at once wait for the first. Raises DataError where the folder cannot be written.
     """
     path = cache_dir() / name
-    if (found := _map(path)) is not None:
-        return found
-    with _blaming(path.parent, "METARUN_CACHE"):
-        lock = _lock(path)
-    with lock:
-        found = _map(path)  # another process may have built it while this one waited
-        if found is None:
-            _build_mapped(path, build)
-            found = _map(path)
-    assert found is not None
-    return found
+
+    def make() -> tuple[torch.Tensor, dict[str, Any]] | None:
+        _build_mapped(path, build)
+        return _map(path)
+
+    return _once(path, lambda: _map(path), make)
 
 
 def _build_mapped(path: Path, build: Callable[[Callable[[bytes], object]], dict[str, Any]]) -> None:
