@@ -50,7 +50,6 @@ class ImageFolder:
         self.fit, self.unreadable = fit, unreadable
         self.shares, self.seed = (validation, test), seed
         self._classes: dict[str, dict[str, list[Entry]]] | None = None
-        self._by_rule = False
 
     @property
     def item_shape(self) -> tuple[int, int, int]:
@@ -61,24 +60,16 @@ class ImageFolder:
     ) -> ClassStore:
         """One split, its classes sorted by name. Raises DataError, naming the file or folder."""
         if self._classes is None:
-            self._classes = self._find()
-        if name == "train" and self._by_rule:
-            counts = "/".join(str(len(self._classes[split])) for split in SPLIT_FOLDERS)
-            say(
-                notes,
-                f"{self.root}: classes split {counts} into train, validation and test by "
-                f"dataset.seed={self.seed}",
-            )
+            self._classes = self._find(tells=name == "train")
         title = f"{Path(self.root).name} {name}"
         return class_store(title, self._classes[name], self.item_shape, device, self.fit, self.unreadable)
 
-    def _find(self) -> dict[str, dict[str, list[Entry]]]:
+    def _find(self, tells: bool) -> dict[str, dict[str, list[Entry]]]:
         root = Path(self.root).expanduser()
         files, root = unwrapped(entries(root), root)
         tops = {entry.parts[0] for entry in files}
         if not set(SPLIT_FOLDERS["train"]) & tops:
-            self._by_rule = True
-            return self._split_by_rule(classes_of(files, 0, root))
+            return self._by_rule(classes_of(files, 0, root), tells)
         found = {}
         for split, names in SPLIT_FOLDERS.items():
             own = [entry for entry in files if entry.parts[0] in names]
@@ -96,7 +87,7 @@ class ImageFolder:
                 )
         return found
 
-    def _split_by_rule(self, classes: dict[str, list[Entry]]) -> dict[str, dict[str, list[Entry]]]:
+    def _by_rule(self, classes: dict[str, list[Entry]], tells: bool) -> dict[str, dict[str, list[Entry]]]:
         order = sorted(classes, key=lambda name: hashlib.sha256(f"{self.seed} {name}".encode()).digest())
         if len(order) < 6:
             raise DataError(
@@ -109,6 +100,13 @@ class ImageFolder:
             "validation": order[test : test + validation],
             "train": order[test + validation :],
         }
+        if tells:  # once, though every split comes here
+            counts = "/".join(str(len(parts[split])) for split in SPLIT_FOLDERS)
+            say(
+                notes,
+                f"{self.root}: {len(order)} classes split {counts} into train, validation and test by "
+                f"dataset.seed={self.seed}",
+            )
         return {split: {name: classes[name] for name in sorted(parts[split])} for split in parts}
 
 
