@@ -50,8 +50,7 @@ class MAML(Algorithm):
         self.uses_query_statistics = transductive and self.batch_statistics
         learned = dict(self.learner.named_parameters())
         inner_loop.attach({name: p.detach() for name, p in learned.items() if self.is_fast(name)})
-        self.adapts_head = self.is_fast("head.weight")
-        if head == "shared" and not self.adapts_head:
+        if head == "shared" and not self.is_fast("head.weight"):
             raise ConfigError(
                 "algorithm.head=shared gives every way the same output until the head adapts, which it does "
                 "not here; choose algorithm.head=fixed"
@@ -62,7 +61,8 @@ class MAML(Algorithm):
         return self.adapts == "all" or name.startswith("head.") == (self.adapts == "head")
 
     def check(self, ways: int) -> None:
-        self.learner.check(ways, "algorithm.head=shared" if self.adapts_head else f"ways={ways}")
+        can_share = self.is_fast("head.weight")
+        self.learner.check(ways, "algorithm.head=shared" if can_share else f"ways={ways}")
 
     def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
         """The adapted weights, {"params": Params, "support_x": [T, S, *item]}."""

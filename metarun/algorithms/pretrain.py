@@ -45,7 +45,7 @@ class Pretrain(MAML):
                 nn.init.zeros_(p).requires_grad_(False)
 
     def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """The loss of the task's examples, and the query outputs among the task's own ways."""
+        """The loss of all examples, a mean over tasks; the query outputs among a task's ways [T, N*Q, N]."""
         x = torch.cat([episodes.support_x, episodes.query_x], 1)
         y = torch.cat([episodes.support_y, episodes.query_y], 1)
         queries = episodes.query_x.shape[1]

@@ -113,10 +113,10 @@ def positive(proximal: float) -> float:
 
 def pulled(loss: Loss, start: Params, strength: float) -> Loss:
     """The loss plus strength/2 ||phi - start||^2, for each task."""
+    origin = flatten(start)  # [T, P]
 
     def regularised(p: Params, step: int) -> Tensor:
-        away = flatten(p) - flatten(start)
-        return loss(p, step) + 0.5 * strength * away.square().sum(1)
+        return loss(p, step) + 0.5 * strength * (flatten(p) - origin).square().sum(1)
 
     return regularised
 

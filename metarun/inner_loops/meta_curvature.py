@@ -30,9 +30,7 @@ class MetaCurvature(InnerLoop):
         vectors = {name: torch.ones_like(w) for name, w in weights.items() if w.dim() == 1}
         # [out, in] for a linear layer, [out, in, kernel] for a convolution
         shapes = {
-            name: list(w.flatten(2).shape) if w.dim() > 2 else list(w.shape)
-            for name, w in weights.items()
-            if w.dim() > 1
+            name: w.flatten(2).shape if w.dim() > 2 else w.shape for name, w in weights.items() if w.dim() > 1
         }
         self.scales = PerWeight(vectors)
         self.matrices = nn.ModuleList(
@@ -53,7 +51,7 @@ class MetaCurvature(InnerLoop):
             yield params
 
     def curved(self, name: str, grad: Tensor) -> Tensor:
-        """MC of a gradient [T, *shape]."""
+        """MC of a gradient [T, *shape], of that shape: one matrix after the other, in each dimension."""
         if grad.dim() == 2:
             return rows(self.scales(name), grad) * grad
         out = self.matrices[0](name)

@@ -56,8 +56,9 @@ class MetaLSTM(InnerLoop):
 
     @staticmethod
     def gate(layer: nn.Linear, hidden: Tensor, theta: Tensor, before: Tensor) -> Tensor:
-        """sigmoid(W [hidden, theta, the gate before] + b), [T, P]."""
-        return layer(torch.cat([hidden, theta.unsqueeze(2), before.unsqueeze(2)], 2)).squeeze(2).sigmoid()
+        """sigmoid(W [hidden, theta, the gate before] + b), [T, P], without putting them side by side."""
+        weight = layer.weight[0]
+        return (hidden @ weight[:-2] + weight[-2] * theta + weight[-1] * before + layer.bias).sigmoid()
 
 
 class LearnedOptimizer(InnerLoop):
