@@ -41,6 +41,7 @@ def build_algorithm(cfg: DictConfig, hardware: Hardware) -> Algorithm:
     regression = getattr(dataset, "outputs", None)
     offered: dict[str, Any] = {
         "backbone": instantiate(cfg.backbone, item_shape=tuple(dataset.item_shape)),
+        "item_shape": tuple(dataset.item_shape),
         "outputs": regression or cfg.ways,
         "classification": regression is None,
     }

@@ -17,7 +17,7 @@ import metarun
 from metarun.algorithms.base import Algorithm
 from metarun.build import build_algorithm
 from metarun.config import check_node
-from metarun.errors import CheckpointError
+from metarun.errors import CheckpointError, ConfigError
 from metarun.files import atomic_write
 from metarun.hardware import Hardware
 
@@ -108,6 +108,44 @@ def rebuild(content: dict[str, Any], cfg: DictConfig, hardware: Hardware, path: 
         reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(f"{path}: its weights do not fit its config ({reason})") from None
     return algorithm
+
+
+def start_from(algorithm: Algorithm, path: Path) -> str:
+    """Give an algorithm's backbone the weights of a checkpoint's; where they come from, in words.
+
+    Weights are matched by their order, since a method may insert layers of its own. Running averages
+    are taken over where both have them.
+    """
+    content = load(path)
+    backbone = getattr(algorithm, "learner", algorithm).backbone
+    offered = backbone_of(content["algorithm"])
+    wanted = {name: tensor for name, tensor in backbone.state_dict().items()}
+    if not {is_average(name) for name in offered} == {is_average(name) for name in wanted}:
+        offered, wanted = ({n: x for n, x in d.items() if not is_average(n)} for d in (offered, wanted))
+    choices = content["config"].get("choices", {})
+    run = f"{choices.get('algorithm')} on {choices.get('dataset')}"
+    if [x.shape for x in offered.values()] != [x.shape for x in wanted.values()]:
+        raise ConfigError(
+            f"init={path}: its backbone ({choices.get('backbone')}, {run}) does not fit this one; "
+            "choose the backbone, its settings and the image size of that run"
+        )
+    backbone.load_state_dict(dict(zip(wanted, offered.values(), strict=True)), strict=False)
+    return f"backbone of {run}, iteration {content.get('iteration', '?')}"
+
+
+def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's own part of an algorithm's state."""
+    names = {name: name.removeprefix("learner.") for name in state}
+    return {
+        own.removeprefix("backbone."): state[name]
+        for name, own in names.items()
+        if own.startswith("backbone.")
+    }
+
+
+def is_average(name: str) -> bool:
+    """Whether a tensor of a backbone's state is a running average, or counts what went into one."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
 
 
 def config_of(content: dict[str, Any]) -> DictConfig:

@@ -80,6 +80,7 @@ class TrainConfig:
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     log: Log = field(default_factory=Log)
     seed: int = MISSING
+    init: str | None = None
     resume: str | None = None
 
 
@@ -137,7 +138,7 @@ def register_frames() -> None:
 
 # What the builder passes to a node's class, so the config must not.
 SUPPLIED = {
-    "algorithm": {"backbone", "inner_loop", "outputs", "classification"},
+    "algorithm": {"backbone", "inner_loop", "outputs", "classification", "item_shape"},
     "backbone": {"item_shape"},
     "optimizer": {"params"},
     "scheduler": {"optimizer"},

@@ -71,6 +71,14 @@ def refuse_running_averages(backbone: nn.Module) -> None:
             )
 
 
+def normalises_batches(module: nn.Module) -> bool:
+    """Whether training normalises by the batch's statistics."""
+    return any(
+        getattr(part, "uses_batch_statistics", False) or isinstance(part, nn.modules.batchnorm._BatchNorm)
+        for part in module.modules()
+    )
+
+
 def uses_batch_statistics(backbone: nn.Module) -> bool:
     """Whether a prediction depends on the other examples beside it (transductive)."""
     return any(

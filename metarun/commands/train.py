@@ -57,6 +57,8 @@ def run(cfg: DictConfig) -> float:
     test_source = build_test_source(cfg, hardware)
     if state is not None:
         trainer.load_state(state)
+    elif cfg.init is not None:
+        say(notes, f"starts with the {checkpoint.start_from(trainer.algorithm, checkpoint.find(cfg.init))}")
     name = describe(cfg)
     say(notes, f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if trainer.iteration:

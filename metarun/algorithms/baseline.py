@@ -1,0 +1,164 @@
+"""Pretraining on all training classes, then a classifier on features that stay: Baseline and its kin."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Adapted
+from metarun.algorithms.embedded import Embedded, cosines, precise, prototypes, squared_distances
+from metarun.episodes import Episodes
+from metarun.inner_loops.base import InnerLoop, refuse_learned
+from metarun.lowering import Params
+from metarun.objectives import task_loss
+
+
+class Classifier(Embedded):
+    """One classifier over all training classes is trained on the examples of the tasks, as on any batch.
+
+    Its loss is over all classes, the logits it reports are those of an episode's own ways. What a method
+    makes of a new task's features is up to it, and costs nothing in training.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classification: bool = True,
+        classes: int | None = None,
+        cosine: bool = False,
+        scale: float = 10.0,
+    ) -> None:
+        super().__init__(backbone, classification)
+        self.cosine, self.scale = cosine, scale
+        self.classifier = nn.Linear(self.features, classes or 1, bias=not cosine)
+
+    @abstractmethod
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> Adapted: ...
+
+    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        x = torch.cat([episodes.support_x, episodes.query_x], 1)
+        y = torch.cat([episodes.support_y, episodes.query_y], 1)
+        features = self.embed(x)
+        self.saw(features.detach())
+        bias = self.classifier.bias
+        logits = self.logits(features, self.classifier.weight, 0.0 if bias is None else bias)
+        loss = task_loss(logits, episodes.classes.gather(1, y)).mean()
+        queries = episodes.query_x.shape[1]
+        own = episodes.classes.unsqueeze(1).expand(-1, queries, -1)
+        return loss, logits[:, -queries:].gather(2, own)
+
+    def logits(self, features: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
+        """[T, B, N] of features [T, B, F] by weight [N, F] or [T, N, F]: linear, or scaled cosines."""
+        if self.cosine:
+            return self.scale * cosines(features, weight)
+        return features @ weight.mT + bias
+
+    def saw(self, features: Tensor) -> None:
+        """Told of the training features [T, B, F]."""
+
+
+class Baseline(Classifier):
+    """Baseline and, with `cosine`, Baseline++ (Chen, Liu, Kira, Wang and Huang 2019, section 3.2).
+
+    A new task trains a new classifier on its support features by the inner loop, in evaluation
+    alone: linear and from zero, or of cosines times `scale` and from random vectors, always the same
+    ones. Any number of ways can be met.
+
+    Departures: the paper's code takes batches of four examples, here a step sees the whole support;
+    the cosine classifier has no learned norm of each class (the paper's text has none, its code has).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        inner_loop: InnerLoop,
+        classification: bool = True,
+        classes: int | None = None,
+        cosine: bool = False,
+        scale: float = 10.0,
+    ) -> None:
+        refuse_learned(inner_loop, "pretraining takes no inner steps")
+        super().__init__(backbone, classification, classes, cosine, scale)
+        self.inner_loop = inner_loop
+        inner_loop.attach({name: p[0] for name, p in self.new_head(1, 1, torch.zeros(())).items()})
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> Params:
+        loss, start = self.inner_problem(features, targets, ways)
+        return self.inner_loop(loss, start)
+
+    def score(self, adapted: Params, features: Tensor) -> Tensor:
+        return self.logits(features, adapted["weight"], self.bias_of(adapted))
+
+    def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int) -> Iterator[Params]:
+        loss, start = self.inner_problem(self.embed(support_x), support_y, ways)
+        yield start
+        yield from self.inner_loop.trajectory(loss, start)
+
+    def inner_problem(self, features: Tensor, targets: Tensor, ways: int):
+        """The loss of a head on features that are constants, and the head to begin with."""
+        features = precise(features.detach())
+
+        def loss(head: Params, step: int) -> Tensor:
+            return task_loss(self.score(head, features), targets)
+
+        return loss, self.new_head(len(features), ways, features)
+
+    def new_head(self, tasks: int, ways: int, like: Tensor) -> Params:
+        """The same for every task: weights [T, N, F] and, where linear, biases [T, N]."""
+        if not self.cosine:
+            size = tasks, ways, self.features
+            return {"weight": like.new_zeros(size), "bias": like.new_zeros(size[:2])}
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(ways, self.features, generator=generator, dtype=torch.float64)
+        return {"weight": weight.to(like).expand(tasks, -1, -1)}
+
+    def bias_of(self, head: Params) -> Tensor | float:
+        return 0.0 if self.cosine else head["bias"].unsqueeze(1)
+
+
+class SimpleShot(Classifier):
+    """The nearest class mean of normalised features (Wang, Chao, Weinberger and van der Maaten 2019).
+
+    `features="UN"`: as they are, `"L2N"`: of length 1, `"CL2N"`: first without the mean feature of the training
+    classes (section 3). That mean is one over everything seen in training, later images weighing more
+    (`momentum` of a batch), where the paper goes once more through the training images at the end.
+    """
+
+    average: Tensor
+    batches: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classification: bool = True,
+        classes: int | None = None,
+        transform: Literal["UN", "L2N", "CL2N"] = "CL2N",
+        momentum: float = 0.01,
+    ) -> None:
+        super().__init__(backbone, classification, classes)
+        self.transform, self.momentum = transform, momentum
+        self.register_buffer("average", torch.zeros(self.features))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def saw(self, features: Tensor) -> None:
+        self.batches += 1
+        share = (1 / self.batches).clamp_min(self.momentum)
+        self.average += share * (features.mean((0, 1)).to(self.average) - self.average)
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
+        """The class means of transformed features, [T, N, F]."""
+        return prototypes(self.transformed(features), targets, ways)
+
+    def score(self, adapted: Tensor, features: Tensor) -> Tensor:
+        return -squared_distances(self.transformed(features), adapted)
+
+    def transformed(self, features: Tensor) -> Tensor:
+        features = precise(features)
+        if self.transform == "CL2N":
+            features = features - self.average
+        return features if self.transform == "UN" else F.normalize(features, dim=-1)

@@ -1,0 +1,166 @@
+"""CNAPs: a task's embedding adapts the network's features (Requeima, Gordon, Bronskill, Nowozin and Turner 2019)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, prototypes
+from metarun.backbones.layers import Norm, norm_layer, replace_layers, require_images
+from metarun.episodes import Episodes
+from metarun.errors import ConfigError
+from metarun.objectives import task_loss
+
+
+class CNAPs(Embedded):
+    """A task is embedded, and networks turn that into channel scales of its features and into its classifier.
+
+    A set encoder averages the support's own encodings to a vector of the task (section 3.1). From
+    it every normalisation of the backbone gets a scale and a shift of its channels (FiLM), close
+    to none at the start, with a `penalty` on their size. Classifier weights and biases come from
+    the class means of the features so modulated (section 3.2, equations 3 to 5).
+
+    In the paper the backbone is pretrained and stays: `init=RUN` (or backbone weights) and
+    `frozen=true`; frozen, it keeps its running averages. Without, all of it is trained together.
+    The autoregressive variant, where a layer's scales also depend on the layers before, is not here.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        item_shape: tuple[int, ...],
+        classification: bool = True,
+        width: int = 64,
+        frozen: bool = False,
+        penalty: float = 0.001,
+        norm: Norm = "running",
+    ) -> None:
+        super().__init__(backbone, classification)
+        self.frozen, self.penalty = frozen, penalty
+        for p in backbone.parameters():
+            p.requires_grad_(not frozen)
+        self.modulations = add_modulations(backbone)
+        self.encoder = set_encoder(item_shape, width, norm)
+        self.film = nn.ModuleList(FilmGenerator(width, layer.channels) for layer in self.modulations)
+        self.weight, self.bias = residual(self.features, self.features), residual(self.features, 1)
+
+    def train(self, mode: bool = True) -> CNAPs:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
+        """Scales and shifts of each normalisation [T, C], weights [T, N, F] and biases [T, N]."""
+        film = self.modulate(self.by_task(self.encoder, support_x).mean(1))
+        return {"film": film} | self.fit(self.embed_with(film, support_x), support_y, ways)
+
+    def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
+        return self.score(adapted, self.embed_with(adapted["film"], query_x))
+
+    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Cross entropy of the queries and the penalty on the scales; the query logits."""
+        adapted = self.adapt(episodes.support_x, episodes.support_y, episodes.ways)
+        logits = self.predict(adapted, episodes.query_x)
+        sizes = [generator.size.square().sum() for generator in self.film]
+        loss = task_loss(logits, episodes.query_y).mean()
+        return (loss + self.penalty * torch.stack(sizes).sum() if sizes else loss), logits
+
+    def modulate(self, task: Tensor) -> list[Tensor]:
+        """From task vectors [T, width] a scale and a shift for each normalisation, [T, 2, C]."""
+        return [generator(task) for generator in self.film]
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
+        means = prototypes(features, targets, ways)
+        return {"weight": means + self.weight(means), "bias": self.bias(means).squeeze(-1)}
+
+    def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
+        return features @ adapted["weight"].mT + adapted["bias"].unsqueeze(1)
+
+    def embed_with(self, film: list[Tensor], x: Tensor) -> Tensor:
+        """Features [T, B, F] of x [T, B, *item], each task's channels by its own scales and shifts."""
+        features = []
+        for t, task in enumerate(x):
+            for layer, one in zip(self.modulations, film, strict=True):
+                layer.by = one[t]
+            features.append(self.backbone(task))
+        for layer in self.modulations:
+            layer.by = None
+        return torch.stack(features)
+
+
+class Modulation(nn.Module):
+    """Scales and shifts channels by what it is given beforehand, `by` [2, C]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.by: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by is None:
+            return x
+        scale, shift = self.by.unflatten(1, (-1, *[1] * (x.dim() - 2)))
+        return x * scale + shift
+
+
+def add_modulations(backbone: nn.Module) -> list[Modulation]:
+    """Insert one after every normalisation, or after every convolution of a network without any."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    kinds = norms if any(isinstance(m, norms) for m in backbone.modules()) else (nn.Conv2d, nn.Linear)
+    added: list[Modulation] = []
+
+    def modulated(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, kinds):
+            return None
+        channels = next(getattr(layer, n) for n in CHANNELS if hasattr(layer, n))
+        added.append(Modulation(channels))
+        return nn.Sequential(layer, added[-1])
+
+    replace_layers(backbone, modulated)
+    if not added:
+        raise ConfigError("algorithm=cnaps modulates channels, and this backbone has no layer with any")
+    return added
+
+
+CHANNELS = ("num_features", "num_channels", "out_channels", "out_features")
+
+
+class FilmGenerator(nn.Module):
+    """A task's vector [T, width] to scales and shifts [T, 2, C] (section 3.1 and appendix)."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, channels)
+        self.rest = nn.ModuleList(residual(channels, channels) for _ in range(2))
+        self.size = nn.Parameter(0.001 * torch.randn(2, channels))
+
+    def forward(self, task: Tensor) -> Tensor:
+        first = self.first(task).relu()
+        scale, shift = (size * (first + rest(first)) for size, rest in zip(self.size, self.rest, strict=True))
+        return torch.stack([1 + scale, shift], 1)
+
+
+def residual(inputs: int, outputs: int) -> nn.Sequential:
+    """Three linear layers; the input is added where it fits."""
+    return nn.Sequential(
+        nn.Linear(inputs, inputs), nn.ELU(), nn.Linear(inputs, inputs), nn.ELU(), nn.Linear(inputs, outputs)
+    )
+
+
+def set_encoder(item_shape: tuple[int, ...], width: int, norm: Norm) -> nn.Sequential:
+    """Five blocks of convolution, normalisation, ReLU and pooling, while there is something to pool; [B, width]."""
+    channels, *sides = require_images("the set encoder of algorithm=cnaps", item_shape)
+    layers: list[nn.Module] = []
+    for i in range(5):
+        layers += [
+            nn.Conv2d(width if i else channels, width, 3, padding=1),
+            norm_layer(norm, width),
+            nn.ReLU(),
+        ]
+        if min(sides) >= 2:
+            layers.append(nn.MaxPool2d(2))
+            sides = [side // 2 for side in sides]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -1,0 +1,119 @@
+"""What methods share whose network is the same for every task: they learn from features alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Adapted, Algorithm
+from metarun.episodes import Episodes
+from metarun.errors import ConfigError
+from metarun.learner import normalises_batches, uses_batch_statistics
+from metarun.lowering import AUTO, is_groupable
+from metarun.objectives import task_loss
+
+
+class Embedded(Algorithm):
+    """A backbone embeds examples; a method says what it makes of a task's features.
+
+    With running averages (norm=running) a task's support and query pass the backbone together
+    in training, and evaluation does not use query statistics. With norm=batch they pass apart,
+    as they do in evaluation. In training each task has its own batch statistics.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, classification: bool = True, most_ways: int | None = None
+    ) -> None:
+        super().__init__()
+        if not classification:
+            raise ConfigError(
+                f"{type(self).__name__} classifies and cannot regress; choose algorithm=maml or reptile"
+            )
+        self.backbone = backbone
+        self.features: int = backbone.features  # type: ignore[assignment]
+        self.most_ways = most_ways  # where the network's size says how many; fewer use the first ones
+        self.lowering = AUTO
+
+    def check(self, ways: int) -> None:
+        if self.most_ways is not None and ways > self.most_ways:
+            raise ConfigError(f"its network has {self.most_ways} ways, not {ways}; train with ways={ways}")
+
+    @abstractmethod
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> Adapted:
+        """Learn T tasks from support features [T, S, F] and targets [T, S]."""
+
+    @abstractmethod
+    def score(self, adapted: Adapted, features: Tensor) -> Tensor:
+        """Logits [T, B, N] of query features [T, B, F]."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The training loss of each task, [T]."""
+        return task_loss(logits, targets)
+
+    @cached_property
+    def uses_query_statistics(self) -> bool:  # type: ignore[override]
+        return uses_batch_statistics(self)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> Adapted:
+        return self.fit(self.embed(support_x), support_y, ways)
+
+    def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
+        return self.score(adapted, self.embed(query_x))
+
+    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """The loss of the query logits, a mean over tasks, and these [T, N*Q, N]."""
+        support, query = self.embed_episodes(episodes)
+        logits = self.score(self.fit(support, episodes.support_y, episodes.ways), query)
+        return self.loss(logits, episodes.query_y).mean(), logits
+
+    def embed_episodes(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Features of the support [T, S, F] and the query [T, B, F], for training."""
+        if uses_batch_statistics(self.backbone):
+            return self.embed(episodes.support_x), self.embed(episodes.query_x)
+        features = self.embed(torch.cat([episodes.support_x, episodes.query_x], 1))
+        shots = episodes.support_x.shape[1]
+        return features[:, :shots], features[:, shots:]
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features [T, B, F] of x [T, B, *item]."""
+        if x.dim() == 5 and is_groupable(self.backbone):  # its layers take any memory layout
+            x = self.lowering.laid_out(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.by_task(self.backbone, x)
+
+    def by_task(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A module on x [T, B, ...]: each task by itself where its batch statistics count."""
+        if uses_batch_statistics(module) or (self.training and normalises_batches(module)):
+            return torch.stack([module(task) for task in x])
+        return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def one_hot(targets: Tensor, ways: int, like: Tensor) -> Tensor:
+    """Targets [T, S] as vectors [T, S, N] of the type of `like`."""
+    return (targets.unsqueeze(-1) == torch.arange(ways, device=targets.device)).to(like.dtype)
+
+
+def prototypes(features: Tensor, targets: Tensor, ways: int) -> Tensor:
+    """Class means [T, N, F] of features [T, S, F] by targets [T, S]; classes may be of unequal size."""
+    members = one_hot(targets, ways, features).mT  # [T, N, S]
+    return members @ features / members.sum(-1, keepdim=True)
+
+
+def squared_distances(query: Tensor, prototypes: Tensor) -> Tensor:
+    """[T, B, N] from query [T, B, F] and prototypes [T, N, F]."""
+    query, prototypes = precise(query), precise(prototypes)  # the squares nearly cancel
+    squares = query.square().sum(-1, keepdim=True) + prototypes.square().sum(-1).unsqueeze(1)
+    return squares - 2 * query @ prototypes.mT
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """[..., B, N] from a [..., B, F] and b [..., N, F]."""
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT
+
+
+def precise(x: Tensor) -> Tensor:
+    """In float32 where it was bfloat16."""
+    return x.float() if x.dtype == torch.bfloat16 else x

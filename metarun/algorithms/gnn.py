@@ -1,0 +1,100 @@
+"""Few-shot learning with graph neural networks (Garcia and Bruna 2018)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, one_hot
+from metarun.backbones.layers import Norm, norm_layer
+
+
+class GNN(Embedded):
+    """A graph of a task's support and one query, whose messages carry the labels to the query.
+
+    A node starts as an example's features beside its label, uniform over the ways for the query
+    (section 4.1). Each of `layers` blocks and the last one learn the graph anew from the nodes'
+    differences (equations 2 and 3) and pass messages over it (equations 1 and 4). `width` is that of the
+    first layers of the graph's network, half of it is what a block adds to the nodes, as in
+    the paper's code. One query a graph: predictions do not depend on other queries.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        outputs: int,
+        classification: bool = True,
+        layers: int = 2,
+        width: int = 96,
+        norm: Norm = "running",
+    ) -> None:
+        super().__init__(backbone, classification, most_ways=outputs)
+        self.graph = GraphNetwork(self.features + outputs, outputs, layers, width, norm)
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
+        """The support's nodes [T, S, F + N], and the label of a query [N]."""
+        most = self.most_ways or ways
+        labels = one_hot(targets, most, features)
+        known = torch.arange(most, device=features.device) < ways
+        return {
+            "nodes": torch.cat([features, labels], -1),
+            "unknown": known.to(features.dtype) / ways,
+            "ways": ways,
+        }
+
+    def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
+        shape = *features.shape[:2], -1, -1  # [T, B, V, F + N]
+        unknown = adapted["unknown"].to(features.dtype).expand(*features.shape[:2], -1)
+        queries = torch.cat([features, unknown], -1).unsqueeze(2)
+        support = adapted["nodes"].unsqueeze(1).expand(shape)
+        nodes = torch.cat([queries, support], 2)
+        return self.by_task(self.graph, nodes)[..., : adapted["ways"]]
+
+
+class GraphNetwork(nn.Module):
+    """Graphs of nodes [B, V, D] to the logits of their first node [B, N]."""
+
+    def __init__(self, size: int, outputs: int, layers: int, width: int, norm: Norm) -> None:
+        super().__init__()
+        added = width // 2
+        sizes = [size + i * added for i in range(layers + 1)]
+        self.adjacencies = nn.ModuleList(Adjacency(size, width, norm) for size in sizes)
+        self.messages = nn.ModuleList(nn.Linear(2 * size, added) for size in sizes[:-1])
+        self.norms = nn.ModuleList(norm_layer(norm, added) for _ in sizes[:-1])
+        self.last = nn.Linear(2 * sizes[-1], outputs)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        for adjacency, message, norm in zip(self.adjacencies, self.messages, self.norms, strict=False):
+            passed = message(gathered(adjacency(nodes), nodes))  # [B, V, added]
+            passed = norm(passed.mT.unsqueeze(-1)).squeeze(-1).mT
+            nodes = torch.cat([nodes, F.leaky_relu(passed)], -1)
+        return self.last(gathered(self.adjacencies[-1](nodes), nodes)[:, 0])
+
+
+class Adjacency(nn.Module):
+    """How much each node hears of each other, [B, V, V], from nodes [B, V, D] (equations 2 and 3).
+
+    A softmax over the others of a network of the absolute differences, the same for i, j and j, i.
+    """
+
+    def __init__(self, size: int, width: int, norm: Norm) -> None:
+        super().__init__()
+        sizes = [size, 2 * width, 2 * width, width, width]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Conv2d(inputs, outputs, 1), norm_layer(norm, outputs), nn.LeakyReLU()]
+        self.network = nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        differences = (nodes.unsqueeze(2) - nodes.unsqueeze(1)).abs()  # [B, V, V, D]
+        weights = self.network(differences.permute(0, 3, 1, 2)).squeeze(1)
+        itself = torch.eye(nodes.shape[1], dtype=torch.bool, device=nodes.device)
+        return weights.masked_fill(itself, -torch.inf).softmax(-1)
+
+
+def gathered(adjacency: Tensor, nodes: Tensor) -> Tensor:
+    """Each node beside what it hears, [B, V, 2D]: the operators identity and adjacency."""
+    return torch.cat([nodes, adjacency @ nodes], -1)

@@ -1,0 +1,152 @@
+"""MANN: memory-augmented networks (Santoro, Bartunov, Botvinick, Wierstra and Lillicrap 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, one_hot
+from metarun.algorithms.sequences import order_of, reordered
+from metarun.episodes import Episodes
+from metarun.objectives import task_loss
+
+
+@dataclass(frozen=True)
+class State:
+    """What T tasks have in mind. R heads, `slots` places of `size` numbers."""
+
+    memory: Tensor  # [T, slots, size]
+    usage: Tensor  # [T, slots]
+    read_weights: Tensor  # [T, R, slots]
+    read: Tensor  # [T, R * size]
+    hidden: Tensor  # [T, controller]
+    cell: Tensor  # [T, controller]
+    label: Tensor  # [T, N]: of the example before, zeros at the start
+
+
+class MANN(Embedded):
+    """An LSTM with an external memory sees examples one by one, each beside the label of the one before.
+
+    Reading is by content (equations 2 to 4), writing goes to where was read last or to the least
+    used place (equations 5 to 8, "least recently used access"). The answer comes from the
+    controller's state and what was read.
+
+    Training is the paper's: a task's support and query examples in one random order, a loss at every
+    step, also at a class's first appearance. A new task's support is seen in the same order always, then
+    each query as if it were the next example; queries do not see each other.
+
+    Equation 6 marks as many least used places as there are heads; the j-th head writes to the j-th of
+    them. Keys pass a tanh, as in common implementations. Labels are one-hot vectors.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        outputs: int,
+        classification: bool = True,
+        slots: int = 128,
+        size: int = 40,
+        heads: int = 4,
+        controller: int = 200,
+        decay: float = 0.99,
+        shuffles: bool = True,
+    ) -> None:
+        super().__init__(backbone, classification, most_ways=outputs)
+        self.slots, self.size, self.heads, self.decay, self.shuffles = slots, size, heads, decay, shuffles
+        self.outputs = outputs
+        self.controller = nn.LSTMCell(self.features + outputs + heads * size, controller)
+        self.keys = nn.Linear(controller, heads * size)
+        self.gate = nn.Parameter(torch.zeros(()))  # alpha of equation 7
+        self.last = nn.Linear(controller + heads * size, outputs)
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
+        """The state after the support."""
+        order = order_of(features, at_random=self.shuffles and self.training)
+        features, targets = reordered(features, order), reordered(targets, order)
+        return {"state": vars(self.see(features, targets)[1]), "ways": ways}
+
+    def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
+        """Each query as the next example, from the same state: T*B tasks for one step."""
+        queries = features.shape[1]
+        state = State(**{name: x.repeat_interleave(queries, 0) for name, x in adapted["state"].items()})
+        logits, _ = self.step(state, features.flatten(0, 1))
+        return logits.unflatten(0, features.shape[:2])[..., : adapted["ways"]]
+
+    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """The mean loss of all steps, and the logits of the query examples, each where it stood."""
+        support, query = self.embed_episodes(episodes)
+        logits, targets = self.in_sequence(support, query, episodes)
+        return task_loss(logits, targets).mean(), logits[:, support.shape[1] :]
+
+    def in_sequence(self, support: Tensor, query: Tensor, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Logits [T, S + B, N] of all examples seen in one order, but listed as they were given."""
+        features = torch.cat([support, query], 1)
+        targets = torch.cat([episodes.support_y, episodes.query_y], 1)
+        order = order_of(features, at_random=self.shuffles)
+        logits, _ = self.see(reordered(features, order), reordered(targets, order))
+        return reordered(logits, order.argsort(1))[..., : episodes.ways], targets
+
+    def see(self, features: Tensor, targets: Tensor) -> tuple[Tensor, State]:
+        """Logits [T, L, N] of a sequence of features [T, L, F], and the state after it."""
+        state = self.start(features)
+        labels = one_hot(targets, self.outputs, features)
+        logits = []
+        for x, label in zip(features.unbind(1), labels.unbind(1), strict=True):
+            answer, state = self.step(state, x)
+            state = replace(state, label=label)
+            logits.append(answer)
+        return torch.stack(logits, 1), state
+
+    def start(self, like: Tensor) -> State:
+        """An empty memory; reads start at none of the places."""
+        tasks = len(like)
+
+        def zeros(*shape: int) -> Tensor:
+            return like.new_zeros(tasks, *shape)
+
+        controller = self.controller.hidden_size
+        return State(
+            memory=zeros(self.slots, self.size),
+            usage=zeros(self.slots),
+            read_weights=zeros(self.heads, self.slots),
+            read=zeros(self.heads * self.size),
+            hidden=zeros(controller),
+            cell=zeros(controller),
+            label=zeros(self.outputs),
+        )
+
+    def step(self, state: State, x: Tensor) -> tuple[Tensor, State]:
+        """One example x [T, F]: logits [T, N] and the next state."""
+        seen = torch.cat([x, state.label, state.read], 1)
+        hidden, cell = self.controller(seen, (state.hidden, state.cell))
+        keys = self.keys(hidden).unflatten(1, (self.heads, self.size)).tanh()
+        memory, write_weights = write(state, keys, self.gate)
+        read_weights, read = read_by_content(memory, keys)
+        usage = self.decay * state.usage + read_weights.sum(1) + write_weights.sum(1)  # equation 5
+        logits = self.last(torch.cat([hidden, read.flatten(1)], 1))
+        return logits, State(memory, usage, read_weights, read.flatten(1), hidden, cell, state.label)
+
+
+def write(state: State, keys: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory with keys [T, R, size] written (equation 8), and the weights [T, R, slots] (equation 7).
+
+    The least used places are emptied first.
+    """
+    heads, slots = keys.shape[1], state.usage.shape[1]
+    places = state.usage.detach().argsort(dim=1, stable=True)[:, :heads]  # [T, R], equation 6
+    least_used = one_hot(places, slots, keys)  # [T, R, slots]
+    share = gate.sigmoid()
+    weights = share * state.read_weights + (1 - share) * least_used
+    kept = 1 - least_used.sum(1)
+    return state.memory * kept.unsqueeze(-1) + weights.mT @ keys, weights
+
+
+def read_by_content(memory: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [T, R, slots] by cosine (equations 2 and 3), and what is read [T, R, size] (equation 4)."""
+    similarity = F.normalize(keys, dim=-1) @ F.normalize(memory, dim=-1).mT
+    weights = similarity.softmax(-1)
+    return weights, weights @ memory

@@ -1,0 +1,73 @@
+"""Matching networks (Vinyals, Blundell, Lillicrap, Kavukcuoglu and Wierstra 2016)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, cosines, one_hot
+from metarun.errors import ConfigError
+
+
+class MatchingNet(Embedded):
+    """A query's class is a weighted vote of the support examples.
+
+    The weights are a softmax over cosines (equation 1 and the attention of section 2.1.1), here
+    times `scale`, 1 in the paper. With `full_context` (section 2.1.2) every support example is
+    seen by a bidirectional LSTM over the support, and a query reads the support `reads` times by
+    attention (appendix A); `full_context=false` is the network without.
+
+    The order in which the LSTM sees the support is that of the classes, as in the task.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classification: bool = True,
+        full_context: bool = False,
+        reads: int = 5,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(backbone, classification)
+        if reads < 1:
+            raise ConfigError(f"algorithm.reads={reads}: must be at least 1")
+        self.reads, self.scale = reads, scale
+        size = self.features
+        self.support_context = (
+            nn.LSTM(size, size, batch_first=True, bidirectional=True) if full_context else None
+        )
+        self.query_context = nn.LSTMCell(2 * size, size) if full_context else None
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
+        """The support in context [T, S, F], and its classes as vectors [T, S, N]."""
+        if self.support_context is not None:
+            forward, backward = self.support_context(features)[0].chunk(2, -1)
+            features = forward + backward + features
+        return {"support": features, "classes": one_hot(targets, ways, features)}
+
+    def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
+        """The logarithm of each class's summed attention, up to a constant of each query."""
+        support, classes = adapted["support"], adapted["classes"]
+        if self.query_context is not None:
+            features = self.read(support, features)
+        logits = self.scale * cosines(features, support)  # [T, B, S]
+        outside = (classes == 0).mT.unsqueeze(1)  # [T, 1, N, S]
+        return logits.unsqueeze(2).masked_fill(outside, -torch.inf).logsumexp(-1)
+
+    def read(self, support: Tensor, features: Tensor) -> Tensor:
+        """Queries [T, B, F] in the context of the support [T, S, F] (equations 3 to 6 of the appendix).
+
+        The LSTM's recurrent input is the hidden state beside what was read; that is the same as
+        the read vector beside its input.
+        """
+        assert self.query_context is not None
+        query = features.flatten(0, 1)  # [T*B, F]
+        hidden = cell = read = torch.zeros_like(query)
+        for _ in range(self.reads):
+            hidden, cell = self.query_context(torch.cat([query, read], 1), (hidden, cell))
+            hidden = hidden + query
+            attention = (hidden.view_as(features) @ support.mT).softmax(-1)  # [T, B, S]
+            read = (attention @ support).flatten(0, 1)
+        return hidden.view_as(features)

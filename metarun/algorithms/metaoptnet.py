@@ -1,0 +1,62 @@
+"""MetaOptNet: convex classifiers as base learners (Lee, Maji, Ravichandran and Soatto 2019)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, one_hot, precise
+from metarun.algorithms.r2d2 import ridge_regression
+from metarun.errors import ConfigError
+from metarun.quadratic import crammer_singer_dual
+
+
+class MetaOptNet(Embedded):
+    """A task's classifier is a linear support vector machine on its support features.
+
+    `head="svm"` is the multi-class machine of Crammer and Singer in its dual form (equations 6 to
+    10), with the weight `penalty` C of a violated margin; `head="ridge"` is ridge regression
+    with the penalty `ridge` (their -RR). The derivative is that of the solution, by the implicit
+    function theorem (section 3.2). Predictions are multiplied by a learned `scale` (equation 12).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classification: bool = True,
+        head: Literal["svm", "ridge"] = "svm",
+        penalty: float = 0.1,
+        ridge: float = 50.0,
+        scale: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(backbone, classification)
+        for name, value in (("penalty", penalty), ("ridge", ridge)):
+            if value <= 0:
+                raise ConfigError(f"algorithm.{name}={value}: must be above 0")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"algorithm.label_smoothing={label_smoothing}: must be at least 0 and below 1")
+        self.head, self.penalty, self.ridge, self.label_smoothing = head, penalty, ridge, label_smoothing
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
+        """The classifiers' weights [T, F, N]."""
+        features = precise(features)
+        wanted = one_hot(targets, ways, features)
+        if self.head == "ridge":
+            ridge = torch.full((), self.ridge, dtype=features.dtype, device=features.device)
+            return {"weights": ridge_regression(features, wanted, ridge)}
+        return {"weights": features.mT @ crammer_singer_dual(features @ features.mT, wanted, self.penalty)}
+
+    def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
+        return self.scale * (precise(features) @ adapted["weights"])
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy with smoothed labels, [T]."""
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=self.label_smoothing
+        )
+        return losses.view(targets.shape).mean(1)

@@ -1,0 +1,91 @@
+"""R2D2 and LR-D2: closed-form and converging solvers as the inner step (Bertinetto et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, one_hot, precise
+from metarun.errors import ConfigError
+
+
+class R2D2(Embedded):
+    """A task's classifier is the solution of a regression on its support features.
+
+    `solver="ridge"` (R2D2): ridge regression onto one-hot classes, by the Woodbury identity a
+    system of S equations, however many the features are (equation 5). `solver="logistic"`
+    (LR-D2): one-against-the-rest logistic regressions with the same penalty, by `steps` of
+    iteratively reweighted least squares from zero, by the same identity (equation 7); the paper
+    has two ways, for which one such regression is enough.
+
+    The penalty `ridge` and the `scale` of the predictions (equation 6) are meta-learned, the
+    penalty by its logarithm, so that it stays positive. Their common bias is left out, since a
+    softmax does not see it; a constant feature gives every class one of its own, as in the paper's code.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classification: bool = True,
+        solver: Literal["ridge", "logistic"] = "ridge",
+        ridge: float = 1.0,
+        scale: float = 1.0,
+        steps: int = 5,
+    ) -> None:
+        super().__init__(backbone, classification)
+        if ridge <= 0:
+            raise ConfigError(f"algorithm.ridge={ridge}: must be above 0")
+        if steps < 1:
+            raise ConfigError(f"algorithm.steps={steps}: must be at least 1")
+        self.solver, self.steps = solver, steps
+        self.log_ridge = nn.Parameter(torch.tensor(float(ridge)).log())
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
+        """The classifiers' weights [T, F+1, N]."""
+        features = with_constant(features)
+        wanted = one_hot(targets, ways, features)
+        ridge = self.log_ridge.exp()
+        if self.solver == "ridge":
+            return {"weights": ridge_regression(features, wanted, ridge)}
+        return {"weights": logistic_regression(features, wanted, ridge, self.steps)}
+
+    def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
+        return self.scale * (with_constant(features) @ adapted["weights"])
+
+
+def with_constant(features: Tensor) -> Tensor:
+    """Features [T, S, F+1] whose last one is 1."""
+    return F.pad(precise(features), (0, 1), value=1.0)
+
+
+def ridge_regression(x: Tensor, y: Tensor, ridge: Tensor) -> Tensor:
+    """W [T, F, N] that minimises |X W - Y|^2 + ridge |W|^2, for x [T, S, F] and y [T, S, N].
+
+    X' (X X' + ridge I)^-1 Y: the Woodbury identity.
+    """
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return x.mT @ torch.linalg.solve_ex(x @ x.mT + ridge * eye, y).result
+
+
+def logistic_regression(x: Tensor, y: Tensor, ridge: Tensor, steps: int) -> Tensor:
+    """N logistic regressions, W [T, F, N], for x [T, S, F] and y [T, S, N] in {0, 1}.
+
+    Newton's steps on sum of log(1 + exp(-+ x w)) + ridge/2 |w|^2: w = X' (X X' + ridge D^-1)^-1 z with
+    D = mu (1 - mu) and z = X w + D^-1 (y - mu).
+    """
+    gram = (x @ x.mT).unsqueeze(1)  # [T, 1, S, S]
+    y = y.mT  # [T, N, S]
+    margins = torch.zeros_like(y)
+    dual = torch.zeros_like(y)
+    for _ in range(steps):
+        mu = margins.sigmoid()
+        spread = (mu * (1 - mu)).clamp_min(1e-6)  # a margin in the hundreds has none left
+        z = margins + (y - mu) / spread
+        system = gram + torch.diag_embed(ridge / spread)
+        dual = torch.linalg.solve_ex(system, z.unsqueeze(-1)).result.squeeze(-1)
+        margins = (gram @ dual.unsqueeze(-1)).squeeze(-1)
+    return x.mT @ dual.mT

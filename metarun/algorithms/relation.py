@@ -1,0 +1,59 @@
+"""Relation networks (Sung, Yang, Zhang, Xiang, Torr and Hospedales 2018)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, one_hot
+from metarun.backbones.layers import Norm, norm_layer
+
+
+class RelationNet(Embedded):
+    """A second network compares a query's feature maps with a class's, and is trained by squared error.
+
+    A class is the sum of its shots' feature maps (section 3.2); beside the query's maps it passes
+    two convolutional blocks and two linear layers, whose sigmoid is the relation score (equation 1), 1
+    for the query's own class and 0 for the others (equation 2). Logits are what the sigmoid takes.
+
+    Feature maps smaller than 2x2 are not pooled, and a backbone whose features are no maps gives
+    maps of one pixel.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classification: bool = True,
+        width: int = 64,
+        hidden: int = 8,
+        norm: Norm = "running",
+    ) -> None:
+        super().__init__(backbone, classification)
+        self.map_shape: tuple[int, int, int] = getattr(backbone, "map_shape", (self.features, 1, 1))
+        channels, *sides = self.map_shape
+        layers: list[nn.Module] = []
+        for inputs in (2 * channels, width):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), norm_layer(norm, width), nn.ReLU()]
+            if min(sides) >= 2:
+                layers.append(nn.MaxPool2d(2))
+                sides = [side // 2 for side in sides]
+        flat = width * sides[0] * sides[1]
+        self.relation = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
+        """The summed features of each class [T, N, F]."""
+        return one_hot(targets, ways, features).mT @ features
+
+    def score(self, adapted: Tensor, features: Tensor) -> Tensor:
+        shape = *features.shape[:2], adapted.shape[1]  # T, B, N
+        classes = adapted.unsqueeze(1).expand(*shape, -1).unflatten(-1, self.map_shape)
+        queries = features.unsqueeze(2).expand(*shape, -1).unflatten(-1, self.map_shape)
+        pairs = torch.cat([classes, queries], 3).flatten(1, 2)  # [T, B*N, 2C, H, W]
+        return self.by_task(self.relation, pairs).view(shape)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean squared error of the relation scores, [T]."""
+        wanted = one_hot(targets, logits.shape[-1], logits)
+        return (logits.sigmoid() - wanted).square().mean((1, 2))

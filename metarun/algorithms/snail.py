@@ -1,0 +1,117 @@
+"""SNAIL: temporal convolutions and causal attention (Mishra, Rohaninejad, Chen and Abbeel 2018)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, one_hot
+from metarun.algorithms.sequences import order_of, reordered
+
+
+class SNAIL(Embedded):
+    """The support in a row, labels beside features, then one query without a label: a sequence model.
+
+    Attention(64, 32), TC(128), Attention(256, 128), TC(128), Attention(512, 256) and a linear
+    layer (appendix A), where TC is a stack of dense blocks of dilated causal convolutions that
+    covers sequences of up to `longest` support examples (section 3). The loss is that of the last position
+    (section 4.1). `width` scales all these sizes, 1 in the paper.
+
+    In training every task's support is in a random order, unless `shuffles` is false; in evaluation the
+    order is always the same, so that results are. Every query stands at the end of a sequence of its own. What is computed of the support
+    does not depend on what follows it, so it is computed once for all queries of a task, with the same result.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        outputs: int,
+        classification: bool = True,
+        longest: int = 25,
+        width: float = 1.0,
+        shuffles: bool = True,
+    ) -> None:
+        super().__init__(backbone, classification, most_ways=outputs)
+        self.shuffles = shuffles
+
+        def sized(size: int) -> int:
+            return max(1, round(width * size))
+
+        layers: list[Attention | Dense] = []
+        size = self.features + outputs
+        for keys, values, filters in ((64, 32, 128), (256, 128, 128), (512, 256, 0)):
+            layers.append(Attention(size, sized(keys), sized(values)))
+            size += sized(values)
+            for i in range(math.ceil(math.log2(longest + 1)) if filters else 0):
+                layers.append(Dense(size, sized(filters), dilation=2 ** (i + 1)))
+                size += sized(filters)
+        self.layers = nn.ModuleList(layers)
+        self.last = nn.Linear(size, outputs)
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
+        """The support's sequence before each layer, [T, S, D] each."""
+        most = self.most_ways or ways
+        sequence = torch.cat([features, one_hot(targets, most, features)], -1)
+        sequence = reordered(sequence, order_of(sequence, self.shuffles and self.training))
+        seen = []
+        for layer in self.layers:
+            seen.append(sequence)
+            sequence = torch.cat([sequence, layer.along(sequence)], -1)
+        return {"seen": seen, "ways": ways}
+
+    def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
+        unlabelled = features.new_zeros(*features.shape[:2], self.most_ways or 0)
+        x = torch.cat([features, unlabelled], -1)
+        for layer, before in zip(self.layers, adapted["seen"], strict=True):
+            x = torch.cat([x, layer.after(before, x)], -1)
+        return self.last(x)[..., : adapted["ways"]]
+
+
+class Dense(nn.Module):
+    """What a dense block adds: tanh times sigmoid of causal convolutions of two positions (section 3)."""
+
+    def __init__(self, inputs: int, filters: int, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        # The kernel's two places side by side: the position `dilation` before, and the position itself.
+        self.content, self.gate = (nn.Linear(2 * inputs, filters) for _ in range(2))
+
+    def along(self, x: Tensor) -> Tensor:
+        """[T, S, filters] for every position of x [T, S, D]."""
+        padded = nn.functional.pad(x, (0, 0, self.dilation, 0))
+        return self.gated(padded[:, : x.shape[1]], x)
+
+    def after(self, x: Tensor, last: Tensor) -> Tensor:
+        """[T, B, filters] for B continuations [T, B, D] of x [T, S, D] by one position."""
+        position = x.shape[1] - self.dilation
+        earlier = x[:, position : position + 1] if position >= 0 else torch.zeros_like(x[:, :1])
+        return self.gated(earlier.expand(-1, last.shape[1], -1), last)
+
+    def gated(self, earlier: Tensor, x: Tensor) -> Tensor:
+        both = torch.cat([earlier, x], -1)
+        return self.content(both).tanh() * self.gate(both).sigmoid()
+
+
+class Attention(nn.Module):
+    """What an attention block adds: values of this position and those before, by softmax of keys (section 3)."""
+
+    def __init__(self, inputs: int, keys: int, values: int) -> None:
+        super().__init__()
+        self.keys, self.queries, self.values = (nn.Linear(inputs, size) for size in (keys, keys, values))
+        self.root = math.sqrt(keys)
+
+    def along(self, x: Tensor) -> Tensor:
+        """[T, S, values] for every position of x [T, S, D]."""
+        logits = self.queries(x) @ self.keys(x).mT / self.root  # [T, S, S]
+        later = torch.ones_like(logits[0], dtype=torch.bool).triu(1)
+        return logits.masked_fill(later, -torch.inf).softmax(-1) @ self.values(x)
+
+    def after(self, x: Tensor, last: Tensor) -> Tensor:
+        """[T, B, values] for B continuations [T, B, D] of x [T, S, D] by one position."""
+        queries = self.queries(last)
+        itself = (queries * self.keys(last)).sum(-1, keepdim=True)  # [T, B, 1]
+        shares = (torch.cat([queries @ self.keys(x).mT, itself], -1) / self.root).softmax(-1)
+        return shares[..., :-1] @ self.values(x) + shares[..., -1:] * self.values(last)

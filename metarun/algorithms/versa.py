@@ -1,0 +1,63 @@
+"""VERSA: amortised inference of a task's classifier (Gordon, Bronskill, Bauer, Nowozin and Turner 2019)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.embedded import Embedded, prototypes
+from metarun.errors import ConfigError
+
+
+class Versa(Embedded):
+    """Networks turn the mean of a class's features into a distribution over its weights and bias.
+
+    Means and variances come from a class's own examples alone (section 3, "context independence"), so any
+    number of ways can be met. The loss is the log of the probability averaged over `samples`
+    of the weights (equation 5); logits are sampled instead of weights, which is the same in
+    distribution. Predictions average over as many samples, always the same ones in evaluation.
+    """
+
+    def __init__(self, backbone: nn.Module, classification: bool = True, samples: int = 10) -> None:
+        super().__init__(backbone, classification)
+        if samples < 1:
+            raise ConfigError(f"algorithm.samples={samples}: must be at least 1")
+        self.samples = samples
+        size = self.features
+        self.weight_mean, self.weight_variance = (dense(size, size) for _ in range(2))
+        self.bias_mean, self.bias_variance = (dense(size, 1) for _ in range(2))
+
+    def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
+        """Means and variances of the weights [T, N, F] and biases [T, N]."""
+        means = prototypes(features, targets, ways)
+        return {
+            "weight": self.weight_mean(means),
+            "weight variance": self.weight_variance(means).exp(),
+            "bias": self.bias_mean(means).squeeze(-1),
+            "bias variance": self.bias_variance(means).squeeze(-1).exp(),
+        }
+
+    def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
+        """The logarithm of the averaged probabilities, [T, B, N]."""
+        mean = features @ adapted["weight"].mT + adapted["bias"].unsqueeze(1)
+        variance = features.square() @ adapted["weight variance"].mT + adapted["bias variance"].unsqueeze(1)
+        logits = mean + variance.sqrt() * self.noise(mean)  # [L, T, B, N]
+        return logits.log_softmax(-1).logsumexp(0) - math.log(self.samples)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Standard normal numbers [L, T, B, N]; the same for all queries in evaluation."""
+        if self.training:
+            return torch.randn(self.samples, *like.shape, dtype=like.dtype, device=like.device)
+        generator = torch.Generator().manual_seed(0)
+        same = torch.randn(self.samples, 1, 1, like.shape[-1], generator=generator, dtype=like.dtype)
+        return same.to(like.device)
+
+
+def dense(inputs: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers of the inputs' size (appendix D.2)."""
+    return nn.Sequential(
+        nn.Linear(inputs, inputs), nn.ELU(), nn.Linear(inputs, inputs), nn.ELU(), nn.Linear(inputs, outputs)
+    )
