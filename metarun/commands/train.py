@@ -19,6 +19,7 @@ from metarun.build import (
     build_optimizer,
     build_source,
     instantiate,
+    load_weights,
     training_geometry,
     validation_geometry,
 )
@@ -57,6 +58,8 @@ def run(cfg: DictConfig) -> float:
     test_source = build_test_source(cfg, hardware)
     if state is not None:
         trainer.load_state(state)
+    else:
+        load_weights(trainer.algorithm)
     name = describe(cfg)
     say(notes, f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if trainer.iteration:
