@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from metarun.backbones.layers import (
     norm_layer,
     require_images,
 )
+from metarun.errors import ConfigError
 
 
 class ResNet12(nn.Sequential):
@@ -31,13 +34,15 @@ class ResNet12(nn.Sequential):
     def __init__(
         self,
         item_shape: tuple[int, ...],
-        widths: tuple[int, int, int, int] = (64, 160, 320, 640),
+        widths: Sequence[int] = (64, 160, 320, 640),
         drop_rate: float = 0.1,
         block_size: int = 5,
         pool: bool = True,
         norm: Norm = "batch",
     ) -> None:
         channels, height, side = require_images("resnet12", item_shape, least=16)
+        if len(widths) != 4:
+            raise ConfigError(f"backbone.widths={list(widths)}: must be four numbers, one for each block")
         blocks = []
         for i, (inputs, width) in enumerate(zip((channels, *widths), widths, strict=False)):
             drop = nn.Dropout(drop_rate) if i < 2 else DropBlock(drop_rate, block_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class ResNet18(nn.Sequential):
         if stem == "auto":
             stem = "small" if weights is None and min(height, side) < 64 else "imagenet"
         if weights is not None:
-            check_weights(weights, stem, norm, channels)
+            check_weights(weights, width, stem, norm, channels)
         begin: list[nn.Module] = [ImageNetInput()] if weights is not None else []
         begin += stem_layers(stem, channels if weights is None else 3, width, norm)
         widths = [width << i // 2 for i in range(8)]
@@ -58,8 +59,8 @@ class ResNet18(nn.Sequential):
             self.load_state_dict(own_names(read_weights(self.weights), self))
         except (RuntimeError, AttributeError, TypeError):  # other weights, or none at all
             raise ConfigError(
-                f"backbone.weights={self.weights}: not the weights of torchvision's ResNet-18 of "
-                f"width {self.features // 8}; choose others, or backbone.weights=null"
+                f"backbone.weights={self.weights}: not the weights of torchvision's ResNet-18; "
+                "choose others, or backbone.weights=null"
             ) from None
 
 
@@ -103,7 +104,7 @@ class ImageNetInput(nn.Module):
         return (x - self.mean) / self.deviation
 
 
-def check_weights(weights: str, stem: str, norm: Norm, channels: int) -> None:
+def check_weights(weights: str, width: int, stem: str, norm: Norm, channels: int) -> None:
     """Raise ConfigError where the network is not one that ImageNet's weights fit."""
     if norm != "running":
         raise ConfigError(
@@ -113,6 +114,8 @@ def check_weights(weights: str, stem: str, norm: Norm, channels: int) -> None:
         raise ConfigError(
             f"backbone.weights={weights}: they have another stem; choose backbone.stem=imagenet"
         )
+    if width != 64:
+        raise ConfigError(f"backbone.weights={weights}: they have another width; choose backbone.width=64")
     if channels not in (1, 3):
         raise ConfigError(
             f"backbone.weights={weights}: they are for images of 1 or 3 channels, not {channels}; "
@@ -135,7 +138,8 @@ def read_weights(weights: str) -> Mapping[str, Tensor]:
             if weights == "imagenet"
             else "name a .pth file that holds a state_dict, or backbone.weights=imagenet"
         )
-        raise ConfigError(f"backbone.weights={weights}: {first_line(error)}; {remedy}") from error
+        reason = error.reason if isinstance(error, URLError) else first_line(error)
+        raise ConfigError(f"backbone.weights={weights}: {reason}; {remedy}") from error
 
 
 def own_names(state: Mapping[str, Tensor], network: ResNet18) -> dict[str, Tensor]:

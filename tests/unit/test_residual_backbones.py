@@ -91,6 +91,11 @@ def test_an_impossible_depth_is_told(depth: int):
         WideResNet((3, 32, 32), depth=depth)
 
 
+def test_a_resnet12_has_four_widths():
+    with pytest.raises(ConfigError, match=r"backbone.widths=\[8, 8\]: must be four numbers"):
+        ResNet12(SHAPE, widths=(8, 8))
+
+
 # Many tasks at once
 
 
@@ -285,7 +290,8 @@ def test_imagenets_weights_without_a_network_are_told_in_one_line(
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     network = ResNet18((3, 32, 32), weights="imagenet", norm="running")
     with pytest.raises(
-        ConfigError, match=r"^backbone\.weights=imagenet: .*not known.*resnet18-\w+\.pth.*=FILE$"
+        ConfigError,
+        match=r"^backbone\.weights=imagenet: Name or service not known; .*resnet18-\w+\.pth.*=FILE$",
     ):
         network.load_weights()
 
@@ -295,6 +301,7 @@ def test_imagenets_weights_without_a_network_are_told_in_one_line(
     [
         ({"norm": "batch"}, "norm=running"),
         ({"stem": "small"}, "backbone.stem=imagenet"),
+        ({"width": 32}, "backbone.width=64"),
         ({"item_shape": (4, 64, 64)}, "backbone.weights=null"),
     ],
 )
