@@ -45,7 +45,7 @@ class ResNet18(nn.Sequential):
             check_weights(weights, width, stem, norm, channels)
         begin: list[nn.Module] = [ImageNetInput()] if weights is not None else []
         begin += stem_layers(stem, channels if weights is None else 3, width, norm)
-        widths = [width << i // 2 for i in range(8)]
+        widths = [width * 2 ** (i // 2) for i in range(8)]  # two blocks a stage
         blocks = [block(widths[max(i - 1, 0)], widths[i], norm) for i in range(8)]
         super().__init__(*begin, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         initialise_convolutions(self)
