@@ -58,6 +58,14 @@ def build_algorithm(cfg: DictConfig, hardware: Hardware) -> Algorithm:
     return hardware.place(algorithm)
 
 
+def load_weights(algorithm: Algorithm) -> None:
+    """Give a new run the weights that its backbone says it starts from; a checkpoint brings its own."""
+    for part in algorithm.modules():
+        load = getattr(part, "load_weights", None)
+        if callable(load):
+            load()
+
+
 def build_optimizer(cfg: DictConfig, parameters: list[Tensor], hardware: Hardware) -> Optimizer:
     """The outer loop's optimizer: one kernel for all weights, and fit for a CUDA graph, where it can be."""
     known = inspect.signature(get_class(cfg.optimizer._target_)).parameters

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 import metarun
 from metarun.algorithms.base import Algorithm
@@ -117,10 +117,10 @@ def start_from(algorithm: Algorithm, path: Path) -> str:
     are taken over where both have them.
     """
     content = load(path)
-    backbone = getattr(algorithm, "learner", algorithm).backbone
+    backbone: nn.Module = getattr(algorithm, "learner", algorithm).backbone  # type: ignore[assignment,union-attr]
     offered = backbone_of(content["algorithm"])
-    wanted = {name: tensor for name, tensor in backbone.state_dict().items()}
-    if not {is_average(name) for name in offered} == {is_average(name) for name in wanted}:
+    wanted = dict(backbone.state_dict())
+    if {is_average(name) for name in offered} != {is_average(name) for name in wanted}:
         offered, wanted = ({n: x for n, x in d.items() if not is_average(n)} for d in (offered, wanted))
     choices = content["config"].get("choices", {})
     run = f"{choices.get('algorithm')} on {choices.get('dataset')}"

@@ -5,7 +5,7 @@ lowerings (the same result to rounding):
 
 - `grouped`: the tasks lie side by side in the channel dimension, so that a convolution with
   T groups and a batch norm over T*C channels serve all tasks at once. For chains of the
-  layers in `GROUPED`.
+  layers in `GROUPED`, and of residual blocks of these.
 - `unfold`: the same, with a convolution as one batched matrix product of unfolded patches.
 - `vmap`: the forward pass alone is vectorised over tasks. For any network.
 - `loop`: one task after another. The plain reference.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metarun import fused
+from metarun.backbones.layers import Residual
 
 Params = dict[str, Tensor]  # each [T, *shape]: every task's own copy of the weights
 
@@ -88,10 +89,20 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowerin
 
 def is_groupable(module: nn.Module) -> bool:
     """Whether this is a chain of layers that all have a grouped form, none of them used twice."""
-    chain = list(layers(module))
-    known = all(isinstance(layer, OnTasks) or (type(layer) in GROUPED and plain(layer)) for _, layer in chain)
-    once = len({id(layer) for _, layer in chain}) == len(chain)
+    every = list(leaves(module))
+    known = all(isinstance(layer, OnTasks) or (type(layer) in GROUPED and plain(layer)) for layer in every)
+    once = len({id(layer) for layer in every}) == len(every)
     return isinstance(module, nn.Sequential) and known and once
+
+
+def leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a chain, of its residual blocks their branches'."""
+    for _, layer in layers(module):
+        if type(layer) is Residual:
+            yield from leaves(layer.body)
+            yield from leaves(layer.shortcut)
+        else:
+            yield layer
 
 
 def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -127,7 +138,26 @@ def run_grouped(module: nn.Module, params: Params, x: Tensor, lowering: Lowering
     if is_image := x.dim() == 5:
         x = x.transpose(0, 1).flatten(1, 2)  # [B, T*C, H, W]
         x = lowering.laid_out(x)
-    for name, layer in pooled_first(list(layers(module))):
+    x, is_image = run_chain(layers(module), params, x, is_image, tasks, lowering)
+    return x.unflatten(1, (tasks, -1)).transpose(0, 1) if is_image else x
+
+
+def run_chain(
+    chain: Iterator[tuple[str, nn.Module]],
+    params: Params,
+    x: Tensor,
+    is_image: bool,
+    tasks: int,
+    lowering: Lowering,
+) -> tuple[Tensor, bool]:
+    """What layers, by name, make of x, and whether that still is an image."""
+    for name, layer in pooled_first(list(chain)):
+        if type(layer) is Residual:
+            body, shortcut = layers(layer.body, f"{name}.body."), layers(layer.shortcut, f"{name}.shortcut.")
+            y, _ = run_chain(body, params, x, is_image, tasks, lowering)
+            x, is_image = run_chain(shortcut, params, x, is_image, tasks, lowering)
+            x = x + y
+            continue
         if is_image and isinstance(layer, nn.Flatten):
             x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]
         own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
@@ -136,7 +166,7 @@ def run_grouped(module: nn.Module, params: Params, x: Tensor, lowering: Lowering
             continue
         unfolds = lowering.how == "unfold" and isinstance(layer, nn.Conv2d) and layer.groups == 1
         x = (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
-    return x.unflatten(1, (tasks, -1)).transpose(0, 1) if is_image else x
+    return x, is_image
 
 
 def pooled_first(chain: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
@@ -210,7 +240,7 @@ def _flatten(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
 
 
 def _unchanged(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    """A layer without weights that treats channels alike."""
+    """A layer without weights that treats channels alike; a random one draws for each by itself."""
     return layer(x)
 
 
@@ -222,5 +252,8 @@ GROUPED: dict[type[nn.Module], Callable[[nn.Module, Params, Tensor, int], Tensor
     nn.MaxPool2d: _max_pool2d,
     nn.Flatten: _flatten,
 }
-for _layer in (nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh, nn.Identity, nn.AvgPool2d):
-    GROUPED[_layer] = _unchanged
+UNCHANGED: tuple[type[nn.Module], ...] = (
+    *(nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh, nn.Identity),
+    *(nn.Dropout, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+)
+GROUPED |= dict.fromkeys(UNCHANGED, _unchanged)

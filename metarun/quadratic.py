@@ -7,6 +7,9 @@ which MetaOptNet's authors used). This one takes a fixed number of steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -33,8 +36,10 @@ def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor
     return (solution - step).view(shape).to(gram.dtype)
 
 
-def interior_point(gram: Tensor, own: Tensor, penalty: float, ways: int):
-    """Mehrotra's predictor and corrector for gram [T, S, S]: the solution [T, P] and its linear system's inverse.
+def interior_point(
+    gram: Tensor, own: Tensor, penalty: float, ways: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Mehrotra's predictor and corrector for gram [T, S, S]: the solution [T, P], its linear system's inverse.
 
     With slacks s = h - a, multipliers z of a <= h and v of the sums, the conditions are
     K a - own + z + A' v = 0,  A a = 0,  a + s = h,  s z = 0.
@@ -68,27 +73,37 @@ def interior_point(gram: Tensor, own: Tensor, penalty: float, ways: int):
         return solve
 
     for _ in range(STEPS):
-        r_dual = (hessian @ a.unsqueeze(-1)).squeeze(-1) - own + z + spread(v)
-        r_bound, r_sum = a + s - bound, sums(a)
-        solve = solver(z / s)
-
-        def direction(complementarity: Tensor, solve=solve, r_dual=r_dual, r_bound=r_bound, r_sum=r_sum):
-            """Where all residuals vanish to first order and s z becomes what it is minus this."""
-            da, dv = solve(-r_dual + (complementarity - z * r_bound) / s, -r_sum)
-            ds = -r_bound - da
-            return da, dv, ds, -(complementarity + z * ds) / s
-
+        dual = (hessian @ a.unsqueeze(-1)).squeeze(-1) - own + z + spread(v)
+        newton = Newton(solver(z / s), s, z, dual, a + s - bound, sums(a))
         gap = (s * z).mean(1, keepdim=True)
-        *_, ds, dz = direction(s * z)
+        *_, ds, dz = newton.direction(s * z)
         reach = torch.minimum(longest(s, ds), longest(z, dz))
         after = ((s + reach * ds) * (z + reach * dz)).mean(1, keepdim=True)
         centre = (after / gap) ** 3 * gap
-        da, dv, ds, dz = direction(s * z + ds * dz - centre)
+        da, dv, ds, dz = newton.direction(s * z + ds * dz - centre)
         reach = (STEP_SHARE * torch.minimum(longest(s, ds), longest(z, dz))).clamp(max=1)
         a, v = a + reach * da, v + reach * dv
         s, z = (s + reach * ds).clamp_min(TINY), (z + reach * dz).clamp_min(TINY)
     solve = solver(z / s)
     return a, lambda r: solve(r, torch.zeros_like(v))[0]
+
+
+@dataclass(frozen=True)
+class Newton:
+    """A point's linear system and its residuals."""
+
+    solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    s: Tensor
+    z: Tensor
+    dual: Tensor
+    bound: Tensor
+    sums: Tensor
+
+    def direction(self, complementarity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(da, dv, ds, dz) to where the residuals vanish to first order and s z is less by this much."""
+        da, dv = self.solve(-self.dual + (complementarity - self.z * self.bound) / self.s, -self.sums)
+        ds = -self.bound - da
+        return da, dv, ds, -(complementarity + self.z * ds) / self.s
 
 
 TINY = 1e-14  # slacks and multipliers stay positive, and their ratio finite

@@ -1,4 +1,4 @@
-"""CNAPs: a task's embedding adapts the network's features (Requeima, Gordon, Bronskill, Nowozin and Turner 2019)."""
+"""CNAPs: a task's embedding adapts the network (Requeima, Gordon, Bronskill, Nowozin and Turner 2019)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from metarun.algorithms.embedded import Embedded, prototypes
 from metarun.backbones.layers import Norm, norm_layer, replace_layers, require_images
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
+from metarun.learner import uses_batch_statistics
 from metarun.objectives import task_loss
 
 
@@ -62,9 +63,14 @@ class CNAPs(Embedded):
 
     def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Cross entropy of the queries and the penalty on the scales; the query logits."""
-        adapted = self.adapt(episodes.support_x, episodes.support_y, episodes.ways)
-        logits = self.predict(adapted, episodes.query_x)
-        sizes = [generator.size.square().sum() for generator in self.film]
+        film = self.modulate(self.by_task(self.encoder, episodes.support_x).mean(1))
+        if uses_batch_statistics(self.backbone):
+            support, query = (self.embed_with(film, x) for x in (episodes.support_x, episodes.query_x))
+        else:
+            features = self.embed_with(film, torch.cat([episodes.support_x, episodes.query_x], 1))
+            support, query = features.tensor_split([episodes.support_x.shape[1]], 1)
+        logits = self.score(self.fit(support, episodes.support_y, episodes.ways), query)
+        sizes = [generator.size.square().sum() for generator in self.film]  # type: ignore[operator,union-attr]
         loss = task_loss(logits, episodes.query_y).mean()
         return (loss + self.penalty * torch.stack(sizes).sum() if sizes else loss), logits
 
@@ -151,7 +157,7 @@ def residual(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def set_encoder(item_shape: tuple[int, ...], width: int, norm: Norm) -> nn.Sequential:
-    """Five blocks of convolution, normalisation, ReLU and pooling, while there is something to pool; [B, width]."""
+    """Five blocks of convolution, normalisation, ReLU and, while it can be, pooling; [B, width]."""
     channels, *sides = require_images("the set encoder of algorithm=cnaps", item_shape)
     layers: list[nn.Module] = []
     for i in range(5):

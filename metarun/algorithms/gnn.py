@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Adjacency(nn.Module):
         super().__init__()
         sizes = [size, 2 * width, 2 * width, width, width]
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in pairwise(sizes):
             layers += [nn.Conv2d(inputs, outputs, 1), norm_layer(norm, outputs), nn.LeakyReLU()]
         self.network = nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
 

@@ -20,9 +20,10 @@ class SNAIL(Embedded):
     covers sequences of up to `longest` support examples (section 3). The loss is that of the last position
     (section 4.1). `width` scales all these sizes, 1 in the paper.
 
-    In training every task's support is in a random order, unless `shuffles` is false; in evaluation the
-    order is always the same, so that results are. Every query stands at the end of a sequence of its own. What is computed of the support
-    does not depend on what follows it, so it is computed once for all queries of a task, with the same result.
+    In training every task's support is in a random order, unless `shuffles` is false; in evaluation
+    the order is always the same, so that results are. Every query stands at the end of a sequence
+    of its own; what is computed of the support does not depend on what follows it, and so is
+    computed once for all queries of a task.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class SNAIL(Embedded):
         seen = []
         for layer in self.layers:
             seen.append(sequence)
-            sequence = torch.cat([sequence, layer.along(sequence)], -1)
+            sequence = torch.cat([sequence, layer.along(sequence)], -1)  # type: ignore[operator]
         return {"seen": seen, "ways": ways}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
         unlabelled = features.new_zeros(*features.shape[:2], self.most_ways or 0)
         x = torch.cat([features, unlabelled], -1)
         for layer, before in zip(self.layers, adapted["seen"], strict=True):
-            x = torch.cat([x, layer.after(before, x)], -1)
+            x = torch.cat([x, layer.after(before, x)], -1)  # type: ignore[operator]
         return self.last(x)[..., : adapted["ways"]]
 
 
@@ -96,7 +97,7 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-    """What an attention block adds: values of this position and those before, by softmax of keys (section 3)."""
+    """What an attention block adds: values of this position and those before it (section 3)."""
 
     def __init__(self, inputs: int, keys: int, values: int) -> None:
         super().__init__()

@@ -39,15 +39,48 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
             return nn.Identity()
 
 
-def require_images(name: str, item_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The item's channels, height and width; ConfigError where items are no images."""
+def require_images(name: str, item_shape: tuple[int, ...], least: int = 1) -> tuple[int, int, int]:
+    """The item's channels, height and width; ConfigError where items are no images, or too small ones."""
     if len(item_shape) != 3:
         raise ConfigError(
             f"backbone={name} takes images, and this dataset's items have shape {tuple(item_shape)}; "
             "choose backbone=mlp"
         )
     channels, height, width = item_shape
+    if min(height, width) < least:
+        raise ConfigError(
+            f"backbone={name} needs images of at least {least}x{least}, and these are {height}x{width}; "
+            "choose backbone=omniglot_cnn or mlp"
+        )
     return channels, height, width
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    """One of a residual network: it keeps the image's size but for the stride, and has no bias."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def initialise_convolutions(network: nn.Module) -> None:
+    """Normal weights of variance 2 / fan-out (He et al. 2015, section 2.2), as in residual networks."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+
+
+class Residual(nn.Module):
+    """body(x) + shortcut(x), the shortcut being x itself by default (He et al. 2016, equations 1 and 2).
+
+    Branches that are plain layers, or nn.Sequentials of them, run on many tasks at once by the
+    fastest lowering (metarun.lowering).
+    """
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
 
 
 def feature_count(network: nn.Module, item_shape: tuple[int, ...]) -> int:

@@ -19,6 +19,7 @@ from metarun.build import (
     build_optimizer,
     build_source,
     instantiate,
+    load_weights,
     training_geometry,
     validation_geometry,
 )
@@ -57,8 +58,11 @@ def run(cfg: DictConfig) -> float:
     test_source = build_test_source(cfg, hardware)
     if state is not None:
         trainer.load_state(state)
-    elif cfg.init is not None:
-        say(notes, f"starts with the {checkpoint.start_from(trainer.algorithm, checkpoint.find(cfg.init))}")
+    else:
+        load_weights(trainer.algorithm)
+        if cfg.init is not None:
+            origin = checkpoint.start_from(trainer.algorithm, checkpoint.find(cfg.init))
+            say(notes, f"starts with the {origin}")
     name = describe(cfg)
     say(notes, f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if trainer.iteration:
