@@ -432,3 +432,94 @@ def run_with(module: nn.Module, filled: dict[nn.Module, nn.Module], x: Tensor) -
         return x
     inner = getattr(module, "net", None)
     return run_with(inner, filled, x) if inner is not None else module(x)
+
+
+def meta_networks(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[str, Tensor]:
+    """Algorithm 1, one example at a time; slow and fast layers are called one after the other."""
+    net = copy.deepcopy(algorithm)
+    params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    net.requires_grad_(True)
+    base, embedder = (
+        nn.Sequential(net.backbone, net.head),
+        nn.Sequential(net.representation, net.representation_head),
+    )
+    total = 0.0
+    for x, y, query_x, query_y in zip(*episodes.tensors()[:4], strict=True):
+        of_task = fast_from_sequence(net, [own_gradient(embedder, *pair) for pair in zip(x, y, strict=True)])
+        of_examples = [fast_from_one(net, own_gradient(base, *pair)) for pair in zip(x, y, strict=True)]
+        keys = with_fast(embedder, of_task, x, head=False)
+        queries = with_fast(embedder, of_task, query_x, head=False)
+        rows = []
+        for q, one in zip(queries, query_x, strict=True):
+            shares = torch.softmax(torch.stack([cosine(q, key) for key in keys]), 0)
+            fast = {
+                name: sum(s * weights[name] for s, weights in zip(shares, of_examples, strict=True))
+                for name in of_examples[0]
+            }
+            rows.append(with_fast(base, fast, one.unsqueeze(0))[0])
+        total = total + mean_cross_entropy(rows, query_y) / len(episodes)
+    grads = torch.autograd.grad(total, list(params.values()), materialize_grads=True)
+    return dict(zip(params, grads, strict=True))
+
+
+def weighted(network: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+
+def own_gradient(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    loss = F.cross_entropy(network(x.unsqueeze(0)), y.unsqueeze(0))
+    found = weighted(network)
+    grads = torch.autograd.grad(loss, [layer.weight for layer in found.values()])
+    return dict(zip(found, grads, strict=True))
+
+
+def log_and_sign(g: Tensor) -> Tensor:
+    rows = []
+    for v in g.flatten().tolist():
+        large = abs(v) >= math.exp(-7)
+        rows.append([math.log(abs(v)) / 7, math.copysign(1.0, v)] if large else [-1.0, math.exp(7) * v])
+    return torch.tensor(rows, dtype=g.dtype)
+
+
+def fast_from_one(net, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    kinds = {name: "convolution" if g.dim() == 4 else "linear" for name, g in grads.items()}
+    return {name: net.of_example[kinds[name]](log_and_sign(g)).view(g.shape) for name, g in grads.items()}
+
+
+def fast_from_sequence(net, sequence: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    weights = {}
+    for name, first in sequence[0].items():
+        if name == "1":  # the head, which keys do not pass
+            continue
+        kind = "convolution" if first.dim() == 4 else "linear"
+        cell = net.over_examples[kind]
+        h = c = torch.zeros(first.numel(), cell.hidden_size)
+        for grads in sequence:
+            four = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+            h, c = lstm_cell(log_and_sign(grads[name]), h, c, four)
+        weights[name] = net.of_task[kind](h).view(first.shape)
+    return weights
+
+
+def with_fast(network: nn.Sequential, fast: dict[str, Tensor], x: Tensor, head: bool = True) -> Tensor:
+    """Slow and fast streams part at a layer with weights and meet after the activation that follows."""
+    names = {id(m): n for n, m in network.named_modules()}
+    flat = [m for m in network.modules() if not list(m.children())]
+    if not head:
+        flat = flat[:-1]
+    slow, quick = x, None
+    for layer in flat:
+        name = names[id(layer)]
+        if name in fast:
+            x = slow if quick is None else slow + quick
+            slow = layer(x)
+            twin = copy.copy(layer)
+            twin._parameters = {"weight": fast[name], "bias": None}
+            quick = twin(x)
+        elif isinstance(layer, (nn.ReLU, nn.Softplus)):
+            slow, quick = (layer(slow) if quick is None else layer(slow) + layer(quick)), None
+        elif isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm, nn.Identity)):
+            slow, quick = layer(slow), None if quick is None else layer(quick)
+        else:
+            slow, quick = layer(slow if quick is None else slow + quick), None
+    return slow if quick is None else slow + quick

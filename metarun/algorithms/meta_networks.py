@@ -1,0 +1,193 @@
+"""Meta Networks: fast weights from a memory of loss gradients (Munkhdalai and Yu 2017)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.embedded import cosines
+from metarun.errors import ConfigError
+from metarun.inner_loops.recurrent import preprocessed
+from metarun.learner import refuse_running_averages, uses_batch_statistics
+from metarun.lowering import AUTO, Params, is_groupable, layers, run_on_tasks
+from metarun.objectives import task_loss
+
+RANGE = 7.0  # p of the gradients' preprocessing, 10 in the paper it is from
+
+
+class MetaNet(Algorithm):
+    """Loss gradients of the support become fast weights, which are looked up for each query.
+
+    Two networks of the backbone's kind, each with a linear head. The representation network's
+    gradients, one for each support example, pass an LSTM over the examples and become fast
+    weights of the task (equations 1 to 3 and algorithm 1, lines 1 to 5); with these it makes a key of every
+    example. The base network's gradients each become fast weights of that example by a small
+    network of a coordinate (lines 6 to 11). A query's fast weights are the examples' own, weighted by a softmax
+    over the cosines of the keys (lines 12 to 15). Slow and fast weights act side by side and
+    are added after the activation, without it in the last layer ("layer augmentation", section 3.3).
+
+    Convolutions and linear layers have generators of their own, as in the author's code. Gradients are
+    constants of the meta-gradient there, and here, so that the representation's head stays as it starts.
+    Fast weights have no biases. The representation's loss
+    is cross entropy for any number of shots, again as in the code (the paper: contrastive above one).
+    """
+
+    def __init__(
+        self, backbone: nn.Module, outputs: int, classification: bool = True, hidden: int = 20
+    ) -> None:
+        super().__init__()
+        if not classification:
+            raise ConfigError("MetaNet classifies and cannot regress; choose algorithm=maml or reptile")
+        if not is_groupable(backbone):
+            raise ConfigError(
+                "algorithm=meta_networks needs a backbone that is a chain of layers; choose backbone=conv4"
+            )
+        refuse_running_averages(backbone)
+        self.outputs, self.lowering = outputs, AUTO
+        self.uses_query_statistics = uses_batch_statistics(backbone)
+        features: int = backbone.features  # type: ignore[assignment]
+        self.backbone, self.head = backbone, nn.Linear(features, outputs)
+        self.representation, self.representation_head = (
+            copy.deepcopy(backbone),
+            nn.Linear(features, outputs),
+        )
+        for p in self.representation_head.parameters():
+            p.requires_grad_(False)  # only gradients pass through it, which are constants
+        self.of_example = nn.ModuleDict({kind: per_coordinate(hidden) for kind in kinds_in(self.base)})
+        self.over_examples = nn.ModuleDict({kind: nn.LSTMCell(2, hidden) for kind in kinds_in(backbone)})
+        self.of_task = nn.ModuleDict({kind: nn.Linear(hidden, 1) for kind in kinds_in(backbone)})
+
+    @property
+    def base(self) -> nn.Sequential:
+        return nn.Sequential(self.backbone, self.head)
+
+    @property
+    def embedder(self) -> nn.Sequential:
+        return nn.Sequential(self.representation, self.representation_head)
+
+    def check(self, ways: int) -> None:
+        if ways > self.outputs:
+            raise ConfigError(f"its network has {self.outputs} ways, not {ways}; train with ways={ways}")
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
+        """The task's fast weights [T, *shape], the examples' [T, S, P] and their keys [T, S, F]."""
+        task = self.task_weights(self.gradients(self.embedder, support_x, support_y))
+        examples = self.example_weights(self.gradients(self.base, support_x, support_y))
+        return {
+            "task": task,
+            "examples": examples,
+            "keys": self.keys(task, support_x),
+            "ways": ways,
+        }
+
+    def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
+        shares = cosines(self.keys(adapted["task"], query_x), adapted["keys"]).softmax(-1)  # [T, B, S]
+        rows = (shares @ adapted["examples"]).flatten(0, 1)  # [T*B, P]
+        like = fast_weights(self.base)
+        parts = rows.split([p.numel() for p in like.values()], 1)
+        fast = {n: part.view(-1, *p.shape) for (n, p), part in zip(like.items(), parts, strict=True)}
+        logits = augmented(self.base, fast, query_x.flatten(0, 1).unsqueeze(1))
+        return logits.view(*query_x.shape[:2], -1)[..., : adapted["ways"]]
+
+    def keys(self, task: Params, x: Tensor) -> Tensor:
+        """What the representation network makes of x [T, B, *item] before its head, [T, B, F]."""
+        return augmented(self.representation, task, x)
+
+    def gradients(self, network: nn.Module, x: Tensor, y: Tensor) -> Params:
+        """The gradient of each support example's own loss, [T, S, *shape] for each fast weight."""
+        tasks, shots = y.shape
+        constants = {name: p.detach() for name, p in network.named_parameters()}
+        names = list(fast_weights(network))
+        with torch.enable_grad():
+            own = {
+                name: p.expand(tasks * shots, *p.shape).requires_grad_(name in names)
+                for name, p in constants.items()
+            }
+            outputs = run_on_tasks(network, own, x.flatten(0, 1).unsqueeze(1), self.lowering)
+            losses = task_loss(outputs, y.flatten().unsqueeze(1))
+            grads = torch.autograd.grad(losses.sum(), [own[name] for name in names])
+        return {name: g.unflatten(0, (tasks, shots)) for name, g in zip(names, grads, strict=True)}
+
+    def example_weights(self, grads: Params) -> Tensor:
+        """Fast weights of every example, [T, S, P]."""
+        parts = [self.of_example[kind_of(g[0, 0])](preprocessed(g.flatten(2), RANGE)) for g in grads.values()]
+        return torch.cat([part.squeeze(-1) for part in parts], -1)
+
+    def task_weights(self, grads: Params) -> Params:
+        """Fast weights of the representation's body from its examples' gradients in turn, [T, *shape]."""
+        weights = {}
+        body = {name.removeprefix("0."): g for name, g in grads.items() if name.startswith("0.")}
+        for name, g in body.items():
+            kind = kind_of(g[0, 0])
+            seen = preprocessed(g.flatten(2), RANGE)  # [T, S, coordinates, 2]
+            state = None
+            for x in seen.unbind(1):
+                state = self.over_examples[kind](x.flatten(0, 1), state)
+            assert state is not None
+            weights[name] = self.of_task[kind](state[0]).view(len(g), *g.shape[2:])
+        return weights
+
+
+def augmented(network: nn.Module, fast: Params, x: Tensor) -> Tensor:
+    """The network on x [G, B, *item], each group with fast weights [G, *shape] beside the slow ones."""
+    chain = list(layers(network))
+    return torch.vmap(lambda weights, group: run_augmented(chain, weights, group), randomness="different")(
+        fast, x
+    )
+
+
+def run_augmented(chain: list[tuple[str, nn.Module]], fast: Params, x: Tensor) -> Tensor:
+    streams = [x]  # slow, fast; one where they have been added
+    for name, layer in chain:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            x = joined(streams)
+            streams = [layer(x), without_bias(layer, fast[f"{name}.weight"], x)]
+        elif isinstance(layer, (*ACTIVATIONS, *NORMS)):
+            streams = [layer(stream) for stream in streams]
+            if isinstance(layer, ACTIVATIONS):
+                streams = [joined(streams)]
+        elif not isinstance(layer, nn.Identity):
+            streams = [layer(joined(streams))]
+    return joined(streams)
+
+
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh)
+NORMS = (nn.BatchNorm2d, nn.GroupNorm)
+
+
+def joined(streams: list[Tensor]) -> Tensor:
+    return streams[0] if len(streams) == 1 else streams[0] + streams[1]
+
+
+def without_bias(layer: nn.Conv2d | nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def fast_weights(network: nn.Module) -> Params:
+    """The weights beside which fast ones are put, by name: of convolutions and linear layers."""
+    return {
+        f"{name}.weight": layer.weight
+        for name, layer in layers(network)
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    }
+
+
+def kinds_in(network: nn.Module) -> list[str]:
+    return sorted({kind_of(p) for p in fast_weights(network).values()})
+
+
+def kind_of(weight: Tensor) -> str:
+    return "convolution" if weight.dim() == 4 else "linear"
+
+
+def per_coordinate(hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+    )
