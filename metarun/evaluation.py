@@ -72,6 +72,32 @@ def fixed_draws(source: EpisodeSource, geometry: Geometry, episodes: int, seed: 
         yield tuple(tensor[: episodes - start] for tensor in draw)
 
 
+def instance_scores(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    geometry: Geometry,
+    episodes: int,
+    seed: int,
+    hardware: Hardware,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Tensor:
+    """Accuracy at the first, second, ... appearance of a class, [episodes, K + Q], of a method that has it."""
+    source.check(geometry)
+    training = algorithm.training
+    algorithm.eval()
+    scores = []
+    try:
+        with hardware.forked_random(), torch.no_grad(), hardware.compute():
+            torch.manual_seed(seed)
+            for draw in fixed_draws(source, geometry, episodes, seed):
+                tasks = source.gather(draw, geometry).to(hardware.dtype)
+                scores.append(algorithm.by_instance(tasks))  # type: ignore[operator]
+                advance(len(tasks))
+    finally:
+        algorithm.train(training)
+    return torch.cat(scores).cpu()
+
+
 def evaluate(
     algorithm: Algorithm,
     source: EpisodeSource,

@@ -39,7 +39,7 @@ def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor
 def interior_point(
     gram: Tensor, own: Tensor, penalty: float, ways: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Mehrotra's predictor and corrector for gram [T, S, S]: the solution [T, P], its linear system's inverse.
+    """Mehrotra's predictor and corrector for gram [T, S, S]: solution [T, P] and linear system's inverse.
 
     With slacks s = h - a, multipliers z of a <= h and v of the sums, the conditions are
     K a - own + z + A' v = 0,  A a = 0,  a + s = h,  s z = 0.

@@ -125,8 +125,9 @@ class SimpleShot(Classifier):
     """The nearest class mean of normalised features (Wang, Chao, Weinberger and van der Maaten 2019).
 
     `transform="UN"`: features as they are, `"L2N"`: of length 1, `"CL2N"`: of length 1 after the mean
-    feature of the training classes is taken off (section 3). That mean is one over everything seen in training, later images weighing more
-    (`momentum` of a batch), where the paper goes once more through the training images at the end.
+    feature of the training classes is taken off (section 3). That mean is one over everything seen
+    in training, later images weighing more (`momentum` of a batch), where the paper goes once more
+    through the training images at the end.
     """
 
     average: Tensor

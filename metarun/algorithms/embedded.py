@@ -34,7 +34,6 @@ class Embedded(Algorithm):
                 f"{type(self).__name__} classifies and cannot regress; choose algorithm=maml or reptile"
             )
         self.backbone = backbone
-        self.features: int = backbone.features  # type: ignore[assignment]
         self.most_ways = most_ways  # where the network's size says how many; fewer use the first ones
         self.lowering = AUTO
 
@@ -53,6 +52,11 @@ class Embedded(Algorithm):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The training loss of each task, [T]."""
         return task_loss(logits, targets)
+
+    @property
+    def features(self) -> int:
+        """F, numbers the backbone makes of an example."""
+        return self.backbone.features  # type: ignore[return-value]
 
     @cached_property
     def uses_query_statistics(self) -> bool:  # type: ignore[override]

@@ -90,6 +90,21 @@ class MANN(Embedded):
         logits, _ = self.see(reordered(features, order), reordered(targets, order))
         return reordered(logits, order.argsort(1))[..., : episodes.ways], targets
 
+    def by_instance(self, episodes: Episodes) -> Tensor:
+        """Accuracy at the first, second, ... appearance of a class, [T, K + Q] (table 1 of the paper).
+
+        Support and query examples are seen in one random order, each answered before its label is.
+        """
+        features = torch.cat([self.embed(episodes.support_x), self.embed(episodes.query_x)], 1)
+        targets = torch.cat([episodes.support_y, episodes.query_y], 1)
+        order = order_of(features, at_random=True)
+        features, targets = reordered(features, order), reordered(targets, order)
+        right = (self.see(features, targets)[0][..., : episodes.ways].argmax(-1) == targets).float()
+        classes = one_hot(targets, episodes.ways, right)
+        before = (classes.cumsum(1) - classes).gather(2, targets.unsqueeze(-1)).squeeze(-1).long()  # [T, L]
+        length = targets.shape[1] // episodes.ways
+        return torch.zeros_like(right[:, :length]).scatter_add(1, before, right) / episodes.ways
+
     def see(self, features: Tensor, targets: Tensor) -> tuple[Tensor, State]:
         """Logits [T, L, N] of a sequence of features [T, L, F], and the state after it."""
         state = self.start(features)

@@ -27,14 +27,14 @@ class MetaNet(Algorithm):
     gradients, one for each support example, pass an LSTM over the examples and become fast
     weights of the task (equations 1 to 3 and algorithm 1, lines 1 to 5); with these it makes a key of every
     example. The base network's gradients each become fast weights of that example by a small
-    network of a coordinate (lines 6 to 11). A query's fast weights are the examples' own, weighted by a softmax
-    over the cosines of the keys (lines 12 to 15). Slow and fast weights act side by side and
-    are added after the activation, without it in the last layer ("layer augmentation", section 3.3).
+    network of a coordinate (lines 6 to 11). A query's fast weights are the examples' own, weighted
+    by a softmax over the cosines of the keys (lines 12 to 15). Slow and fast weights act side by side
+    and are added after the activation, without it in the last layer ("layer augmentation", section 3.3).
 
-    Convolutions and linear layers have generators of their own, as in the author's code. Gradients are
-    constants of the meta-gradient there, and here, so that the representation's head stays as it starts.
-    Fast weights have no biases. The representation's loss
-    is cross entropy for any number of shots, again as in the code (the paper: contrastive above one).
+    Convolutions and linear layers have generators of their own, as in the author's code. Gradients
+    are constants of the meta-gradient there, and here, so that the representation's head stays as it
+    starts. Fast weights have no biases. The representation's loss is cross entropy for any number
+    of shots, again as in the code (the paper: contrastive above one).
     """
 
     def __init__(

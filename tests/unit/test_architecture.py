@@ -52,9 +52,10 @@ def test_no_algorithm_imports_a_sibling_but_a_variant_its_original():
     allowed = {
         (variant, "maml") for variant in ("reptile", "maml_plus_plus", "cavia", "proximal", "pretrain")
     }
-    allowed.add(("proximal", "reptile"))
+    allowed |= {("proximal", "reptile"), ("metaoptnet", "r2d2")}
+    shared = ("base", "embedded", "sequences")
     for path in (PACKAGE / "algorithms").glob("*.py"):
         for name in imports(path):
             if name.startswith("metarun.algorithms."):
                 other = name.split(".")[2]
-                assert other in ("base", path.stem) or (path.stem, other) in allowed, (path.name, name)
+                assert other in (*shared, path.stem) or (path.stem, other) in allowed, (path.name, name)
