@@ -35,9 +35,18 @@ def build_hardware(cfg: DictConfig) -> Hardware:
     return instantiate(cfg.hardware)
 
 
+def build_dataset(node: DictConfig) -> Any:
+    """A dataset; one that draws on others is passed those, each built from its own checked node."""
+    if "datasets" not in inspect.signature(get_class(node._target_)).parameters:
+        return instantiate(node)
+    return instantiate(
+        node, datasets={str(name): build_dataset(part) for name, part in node.settings.items()}
+    )
+
+
 def build_algorithm(cfg: DictConfig, hardware: Hardware) -> Algorithm:
     """The algorithm on its device, from the train config alone: the data is not needed."""
-    dataset = instantiate(cfg.dataset)
+    dataset = build_dataset(cfg.dataset)
     regression = getattr(dataset, "outputs", None)
     offered: dict[str, Any] = {
         "backbone": instantiate(cfg.backbone, item_shape=tuple(dataset.item_shape)),
@@ -74,7 +83,7 @@ def build_optimizer(cfg: DictConfig, parameters: list[Tensor], hardware: Hardwar
 
 def build_source(dataset_cfg: DictConfig, split: str, hardware: Hardware) -> EpisodeSource:
     """One split of a dataset, on the device."""
-    return instantiate(dataset_cfg).split(split, hardware.device)
+    return build_dataset(dataset_cfg).split(split, hardware.device)
 
 
 def training_geometry(cfg: DictConfig) -> Geometry:

@@ -6,6 +6,7 @@ H and W image size. `*item` is the shape of one example, `C, H, W` for an image.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from metarun.augment import Augment
 from metarun.errors import DataError
+from metarun.images import converted
 
 SPLITS = ("train", "validation", "test")
 DRAW_BLOCK = 16  # meta-batches drawn in one go
@@ -122,6 +124,7 @@ class ClassStore:
         self.counts = torch.tensor(counts, device=device)
         self.starts = self.counts.cumsum(0) - self.counts
         self.augment: Augment | None = None  # of training images
+        self.parts: dict[str, ClassStore] = {}  # by dataset, where there are several
 
     def check(self, geometry: Geometry) -> None:
         """Raise DataError where there are too few classes, or too few images in some class."""
@@ -137,14 +140,31 @@ class ClassStore:
                 f"class {smallest!r} of {self.name} has {self.smallest_class}; lower shots or queries"
             )
 
-    def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
-        """Classes [T, N] and images [T, N, K+Q], both without replacement.
+    def with_images(self, images: Tensor) -> ClassStore:
+        """The same classes on other images [images, C, H, W], and on their device.
+
+        The fingerprint stays: the same choices still mean the same examples.
+        """
+        twin = copy.copy(self)
+        twin.images, twin.item_shape = images, tuple(images.shape[1:])
+        twin.counts, twin.starts = self.counts.to(images.device), self.starts.to(images.device)
+        return twin
+
+    def converted(self, item_shape: tuple[int, ...]) -> ClassStore:
+        """The same images in another size and number of channels."""
+        return self.with_images(converted(self.images, item_shape))
+
+    def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:
+        """Random numbers [T, classes]: a task's ways are the classes that have its largest.
 
         The largest of independent uniform numbers are a uniform choice without replacement.
         """
+        return torch.rand(tasks, len(self.names), generator=generator, device=generator.device)
+
+    def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
+        """Classes [T, N] and images [T, N, K+Q], both without replacement."""
         device = generator.device
-        keys = torch.rand(tasks, len(self.names), generator=generator, device=device)
-        classes = keys.topk(geometry.ways).indices  # [T, N]
+        classes = self.class_keys(tasks, generator).topk(geometry.ways).indices  # [T, N]
         keys = torch.rand(tasks, geometry.ways, self.largest_class, generator=generator, device=device)
         if self.smallest_class < self.largest_class:
             absent = torch.arange(self.largest_class, device=device) >= self.counts.to(device)[classes, None]

@@ -40,6 +40,8 @@ def run(cfg: DictConfig) -> None:
         began = time.perf_counter()
         sources[split] = build_source(cfg.dataset, split, hardware)
         table.add_row(split, *counts(sources[split]), f"{time.perf_counter() - began:.1f}")
+        for part, own in getattr(sources[split], "parts", {}).items():
+            table.add_row(f"  {part}", *counts(own), "")
     console.print(table)
     source = sources[cfg.split]
     if isinstance(source, ClassStore):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from metarun.trainer import Best, Plan, Trainer
 
 # What may change when a run is resumed; anything else would make it another run.
 RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "dataset.root")
+ROOT_OF_PART = re.compile(r"dataset\.settings\.\w+\.root")
 
 
 def run(cfg: DictConfig) -> float:
@@ -155,7 +157,8 @@ def resumed_config(state: dict[str, Any], typed: DictConfig, overrides: list[str
             OmegaConf.update(cfg, str(key), typed[key], force_add=True)
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
-        if not any(key == name or key.startswith(name + ".") for name in RESUMABLE):
+        kept = not any(key == name or key.startswith(name + ".") for name in RESUMABLE)
+        if kept and not ROOT_OF_PART.fullmatch(key):
             raise ConfigError(
                 f"{override}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} may change"
             )
@@ -202,7 +205,8 @@ def test_best(trainer: Trainer, source: EpisodeSource, cfg: DictConfig, hardware
     best = checkpoint.load(trainer.folder / "best.pt")
     trainer.algorithm.load_state_dict(best["algorithm"])
     trainer.best = Best(**best["best"])  # of the very weights that are tested
-    with Bar("test", cfg.test.episodes, "episodes") as bar:
+    datasets = len(getattr(source, "parts", ())) or 1
+    with Bar("test", datasets * cfg.test.episodes, "episodes") as bar:
         return evaluate(
             trainer.algorithm,
             source,
@@ -238,11 +242,18 @@ def report(trainer: Trainer, test: Result | None, name: str, folder: Path) -> No
             "episodes_hash": test.episodes_hash,
             "uses_query_statistics": test.uses_query_statistics,
         }
+        if test.parts:
+            result["test"]["datasets"] = {
+                part: {"mean": own.mean, "interval": own.interval, "episodes_hash": own.episodes_hash}
+                for part, own in test.parts.items()
+            }
         kind = "transductive" if test.uses_query_statistics else "each query by itself"
         text = with_interval(test.metric, test.mean, test.interval)
         lines.append(
             f"test        {test.metric} {text}  ({test.geometry}, {len(test.scores)} episodes, {kind})"
         )
+        for part, own in test.parts.items():
+            lines.append(f"            {with_interval(own.metric, own.mean, own.interval)}  {part}")
     write_json(folder / "result.json", result)
     place = relative(folder)
     lines += [
