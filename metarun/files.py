@@ -14,6 +14,9 @@ import io
 import json
 import os
 import re
+import shutil
+import stat
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -38,7 +41,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from metarun.errors import DataError
+from metarun.errors import DataError, first_line
 
 try:
     import fcntl
@@ -182,6 +185,52 @@ def _map(path: Path) -> tuple[torch.Tensor, dict[str, Any]] | None:
     if not isinstance(made, dict) or hashlib.sha256(content.data).hexdigest() != made.get("sha256"):
         return None
     return torch.from_numpy(content), made
+
+
+def unpacked(archive: Path, tell: Callable[[], object]) -> Path:
+    """The folder in the cache with what a tar archive holds; unpacked at first use, whole or not at all.
+
+    `tell` is called before that work. Raises DataError for a damaged archive, and for one with a member that
+    leads out of the folder, by its name or as a link.
+    """
+    status = archive.stat()
+    mark = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    folder = (
+        cache_dir()
+        / f"{archive.name.partition('.')[0]}-unpacked-{hashlib.sha256(mark.encode()).hexdigest()[:24]}"
+    )
+
+    def make() -> Path:
+        tell()
+        staging = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(staging, ignore_errors=True)  # by a process that was killed
+        try:
+            _unpack(archive, staging)
+            os.replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return folder
+
+    return _once(folder, lambda: folder if folder.is_dir() else None, make)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    if not hasattr(tarfile, "data_filter"):  # a Python from before mid 2023
+        raise DataError(
+            f"{archive}: this Python cannot unpack it safely; unpack it yourself, and name the folder"
+        )
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except tarfile.FilterError as error:
+        raise DataError(
+            f"{archive} cannot be used ({first_line(error)}): delete it and get it again"
+        ) from error
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename != str(archive):
+            with _blaming(folder.parent, "METARUN_CACHE"):
+                raise
+        raise DataError(f"{archive} is damaged ({first_line(error)}): delete it and get it again") from error
 
 
 def _save(value: Any, path: Path) -> None:
@@ -346,9 +395,12 @@ class Archive:
 
         Such a name could not do harm here; the zip that has one was not made in good faith.
         """
-        for name in self._zip.namelist():
+        for member in self._zip.infolist():
+            name = member.filename
             if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
                 raise self._damaged(f"it holds a member named {name!r}, which leads out of it")
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise self._damaged(f"its member {name!r} is a link, and not a file")
         return sorted({name for name in self._zip.namelist() if not name.endswith("/")})
 
     def read(self, name: str) -> bytes:
