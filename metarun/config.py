@@ -117,6 +117,8 @@ class AdaptConfig:
 @dataclass
 class DataConfig:
     dataset: Any = None
+    verify: bool = False
+    clean: bool = False
     hardware: Any = MISSING
     split: str = MISSING
     ways: int = MISSING

@@ -105,23 +105,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     write_text(path, text.getvalue())
 
 
-def cached(name: str, build: Callable[[], Any]) -> Any:
-    """What `build` returns, kept in the cache folder as `name`; damaged entries are built again.
-
-    Values are tensors, numbers, strings, and lists and dicts of them. Processes that need the same
-    entry at once wait for the first. Raises DataError where the folder cannot be written.
-    """
-    path = cache_dir() / name
-
-    def make() -> Any:
-        value = build()
-        with _blaming(path.parent, "METARUN_CACHE"):
-            _save(value, path)
-        return value
-
-    return _once(path, lambda: _load(path), make)
-
-
 def _once(path: Path, load: Callable[[], Any], make: Callable[[], Any]) -> Any:
     """What `load` gives; where that is None, what `make` does, in one process at a time."""
     if (value := load()) is not None:
@@ -134,24 +117,28 @@ def _once(path: Path, load: Callable[[], Any], make: Callable[[], Any]) -> Any:
 
 
 def mapped(
-    name: str, build: Callable[[Callable[[bytes], object]], dict[str, Any]]
+    name: str, build: Callable[[Callable[[bytes], object]], dict[str, Any]], what: str = "", source: str = ""
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Bytes in the cache folder as `name`, memory-mapped [bytes] uint8, and notes about them.
 
     `build(write)` writes the bytes piece by piece and returns the notes, to which their `sha256`
-    is added; it is called where they are not there or damaged. Processes that need the same
-    entry at once wait for the first. Raises DataError where the folder cannot be written.
+    is added; it is called where they are not there or damaged. The notes also keep `what` they are, the
+    same for the same split and settings whatever the files, and the `source` they are of no use without.
+    Processes that need the same entry at once wait for the first. Raises DataError where the folder cannot
+    be written.
     """
     path = cache_dir() / name
 
     def make() -> tuple[torch.Tensor, dict[str, Any]] | None:
-        _build_mapped(path, build)
+        _build_mapped(path, build, {"what": what, "source": source})
         return _map(path)
 
     return _once(path, lambda: _map(path), make)
 
 
-def _build_mapped(path: Path, build: Callable[[Callable[[bytes], object]], dict[str, Any]]) -> None:
+def _build_mapped(
+    path: Path, build: Callable[[Callable[[bytes], object]], dict[str, Any]], record: dict[str, str]
+) -> None:
     digest = hashlib.sha256()
     made: dict[str, Any] = {}
 
@@ -172,7 +159,7 @@ def _build_mapped(path: Path, build: Callable[[Callable[[bytes], object]], dict[
             left.unlink(missing_ok=True)
         notes.unlink(missing_ok=True)  # it vouches for the bytes, and comes last
         atomic_write(path, fill)
-        write_json(notes, made | {"sha256": digest.hexdigest()})
+        write_json(notes, made | record | {"sha256": digest.hexdigest()})
 
 
 def _map(path: Path) -> tuple[torch.Tensor, dict[str, Any]] | None:
@@ -187,18 +174,15 @@ def _map(path: Path) -> tuple[torch.Tensor, dict[str, Any]] | None:
     return torch.from_numpy(content), made
 
 
-def unpacked(archive: Path, tell: Callable[[], object]) -> Path:
-    """The folder in the cache with what a tar archive holds; unpacked at first use, whole or not at all.
+def unpacked(archive: Path, dataset: str, tell: Callable[[], object]) -> Path:
+    """The folder in the cache with what a dataset's tar archive holds; unpacked at first use, whole or not.
 
     `tell` is called before that work. Raises DataError for a damaged archive, and for one with a member that
     leads out of the folder, by its name or as a link.
     """
     status = archive.stat()
     mark = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    folder = (
-        cache_dir()
-        / f"{archive.name.partition('.')[0]}-unpacked-{hashlib.sha256(mark.encode()).hexdigest()[:24]}"
-    )
+    folder = cache_dir() / f"{dataset}-unpacked-{hashlib.sha256(mark.encode()).hexdigest()[:24]}"
 
     def make() -> Path:
         tell()
@@ -207,6 +191,8 @@ def unpacked(archive: Path, tell: Callable[[], object]) -> Path:
         try:
             _unpack(archive, staging)
             os.replace(staging, folder)
+            record = {"what": f"{dataset} unpacked {archive}", "source": os.path.abspath(archive)}
+            write_json(folder.with_name(folder.name + ".json"), record)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return folder
@@ -231,33 +217,6 @@ def _unpack(archive: Path, folder: Path) -> None:
             with _blaming(folder.parent, "METARUN_CACHE"):
                 raise
         raise DataError(f"{archive} is damaged ({first_line(error)}): delete it and get it again") from error
-
-
-def _save(value: Any, path: Path) -> None:
-    """A SHA-256 digest, then what torch.save gives; the digest tells damage of any kind."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    payload = buffer.getbuffer()
-
-    def write(file: BinaryIO) -> None:
-        file.write(hashlib.sha256(payload).digest())
-        file.write(payload)
-
-    atomic_write(path, write)
-
-
-def _load(path: Path) -> Any:
-    """What `_save` wrote, or None where the file is absent or damaged."""
-    try:
-        content = memoryview(path.read_bytes())
-    except OSError:
-        return None
-    digest, payload = content[:32], content[32:]
-    if hashlib.sha256(payload).digest() != digest:
-        return None
-    with suppress(Exception):  # such as a file of a later torch; building again mends it
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return None
 
 
 def download(url: str, path: Path, md5: str) -> None:
@@ -434,6 +393,19 @@ def _blaming(folder: Path, variable: str) -> Iterator[None]:
             f"cannot write to {folder} ({error.strerror or error}): "
             f"set the variable {variable} to a folder that can be written"
         ) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether no other process works on `path`; none begins to while this lasts."""
+    with open(path.with_name(f".{path.name}.lock"), "ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def _lock(path: Path) -> BinaryIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import sys
 from collections.abc import Callable
@@ -65,7 +66,8 @@ class Cifar100:
                 f"dataset.root={self.root}: no images of {missing[0]}{others}, of the {len(wanted)} classes "
                 f"of {title}: every class needs a folder of its name there, or leave dataset.root out"
             )
-        return class_store(title, {each: self._files[each] for each in wanted}, SHAPE, device)
+        files = {each: self._files[each] for each in wanted}
+        return class_store(title, files, Path(self.root), SHAPE, device)
 
     def _downloaded(self, title: str, wanted: list[str], device: torch.device | str) -> ClassStore:
         numbers = {label.name: number for number, label in enumerate(labels())}
@@ -79,7 +81,9 @@ class Cifar100:
                 counts.append(len(own))
             return {"counts": counts}
 
-        content, made = mapped(f"{title.replace(' ', '-')}-torchvision-1", build)
+        kept_as = title.replace(" ", "-")
+        digest = hashlib.sha256(b"torchvision 1").hexdigest()[:24]  # the 1 counts changes of what is kept
+        content, made = mapped(f"{kept_as}-{digest}", build, f"{kept_as} torchvision")
         return ClassStore(
             content.view(-1, *SHAPE), made["counts"], wanted, title, device, fingerprint=made["sha256"]
         )

@@ -62,10 +62,10 @@ class Cub:
                 f"of the {len(wanted)} {name} species; put {URL} there, or leave dataset.root out"
             )
         classes = {self._files[number][0].parts[-2]: self._files[number] for number in wanted}
-        return class_store(f"cub {name}", classes, self.item_shape, device, self.fit)
+        return class_store(f"cub {name}", classes, self._root(), self.item_shape, device, self.fit)
 
     def _find(self) -> dict[int, list[Entry]]:
-        root = Path(self.root).expanduser() if self.root else self._downloaded()
+        root = self._root()
         archive = root if root.name.endswith((".tgz", ".tar.gz", ".tar")) else root / ARCHIVE
         if found := {} if archive == root else species(entries(root)):
             return found
@@ -74,7 +74,12 @@ class Cub:
                 f"dataset.root={self.root}: has neither species folders nor {ARCHIVE}; "
                 f"put {URL} there, or leave dataset.root out"
             )
-        return species(entries(unpacked(archive, lambda: say(notes, f"unpack {archive} into the cache"))))
+        return species(
+            entries(unpacked(archive, "cub", lambda: say(notes, f"unpack {archive} into the cache")))
+        )
+
+    def _root(self) -> Path:
+        return Path(self.root).expanduser() if self.root else self._downloaded()
 
     def _downloaded(self) -> Path:
         archive = data_dir() / "cub" / ARCHIVE

@@ -90,7 +90,9 @@ class FromTorchvision:
         """The classes of one split, sorted by name. Raises DataError where the set cannot be had."""
         key = f"1 {self.item_shape} {self.fit} {self.root}"  # the 1 counts changes of what is decoded
         entry = f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-        content, made = mapped(entry, self._build)  # all classes; a split is some of them
+        content, made = mapped(
+            entry, self._build, f"{self.name} {key}"
+        )  # all classes; a split is some of them
         names, counts = made["names"], made["counts"]
         wanted = self._chosen(names, name)
         parts = dict(zip(names, content.view(-1, *self.item_shape).split(counts), strict=True))

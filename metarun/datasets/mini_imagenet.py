@@ -75,6 +75,7 @@ class MiniImageNet:
         return class_store(
             f"{self.name} {name}",
             {wnid: self._files[wnid] for wnid in wanted},
+            Path(self.root),
             self.item_shape,
             device,
             self.fit,

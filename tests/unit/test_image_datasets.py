@@ -218,7 +218,7 @@ def test_how_an_image_of_other_proportions_is_made_square(tmp_path: Path, fit: s
 def test_the_cache_serves_and_a_flipped_byte_or_a_changed_file_is_noticed(tmp_path: Path, empty_cache: Path):
     root = tree(tmp_path / "mine", NAMES)
     first = ImageFolder(root=str(root), size=8).split("train")
-    (entry,) = [path for path in empty_cache.glob("mine-train-*") if path.suffix != ".json"]
+    (entry,) = [path for path in empty_cache.glob("image_folder-train-*") if path.suffix != ".json"]
     stamp, pixels = entry.stat().st_mtime_ns, first.images.clone()  # they are mapped from the file
     assert ImageFolder(root=str(root), size=8).split("train").fingerprint == first.fingerprint
     assert entry.stat().st_mtime_ns == stamp
@@ -240,11 +240,11 @@ def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache:
         built.append(1)
         write(b"abc")
         write(b"de")
-        return {"what": "letters"}
+        return {"of": "letters"}
 
     content, made = files.mapped("entry", build)
     assert bytes(content.tolist()) == b"abcde"
-    assert made["what"] == "letters"
+    assert made["of"] == "letters"
     files.mapped("entry", build)
     assert len(built) == 1
 

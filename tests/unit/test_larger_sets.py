@@ -189,7 +189,7 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name
 def test_an_absolute_name_stays_inside(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
         tar.addfile(member(f"{tmp_path}/evil.jpg", size=4), io.BytesIO(b"evil"))
-    folder = files.unpacked(tmp_path / "a.tgz", lambda: None)
+    folder = files.unpacked(tmp_path / "a.tgz", "a", lambda: None)
     assert not (tmp_path / "evil.jpg").exists()
     assert [path.name for path in folder.rglob("*.jpg")] == ["evil.jpg"]
 
