@@ -105,11 +105,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     write_text(path, text.getvalue())
 
 
-def _once(path: Path, load: Callable[[], Any], make: Callable[[], Any]) -> Any:
+def once(
+    path: Path, load: Callable[[], Any], make: Callable[[], Any], variable: str = "METARUN_CACHE"
+) -> Any:
     """What `load` gives; where that is None, what `make` does, in one process at a time."""
     if (value := load()) is not None:
         return value
-    with _blaming(path.parent, "METARUN_CACHE"):
+    with _blaming(path.parent, variable):
         lock = _lock(path)
     with lock:
         value = load()  # another process may have made it while this one waited
@@ -133,7 +135,7 @@ def mapped(
         _build_mapped(path, build, {"what": what, "source": source})
         return _map(path)
 
-    return _once(path, lambda: _map(path), make)
+    return once(path, lambda: _map(path), make)
 
 
 def _build_mapped(
@@ -197,7 +199,7 @@ def unpacked(archive: Path, dataset: str, tell: Callable[[], object]) -> Path:
             shutil.rmtree(staging, ignore_errors=True)
         return folder
 
-    return _once(folder, lambda: folder if folder.is_dir() else None, make)
+    return once(folder, lambda: folder if folder.is_dir() else None, make)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -236,23 +238,12 @@ def download(url: str, path: Path, md5: str) -> None:
 
 def _download(url: str, path: Path, md5: str) -> None:
     part = path.with_name(path.name + ".part")
-    for tried in range(1, TRIES + 1):
-        try:
-            _receive(url, part)
-            break
-        except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's own
-            status = 500
-            if isinstance(error, urllib.error.HTTPError):
-                status = error.code
-                error.close()  # it is the response as well
-            if tried == TRIES or (status < 500 and status not in (408, 416, 429)):
-                raise DataError(
-                    f"cannot download {url}: {_reason(error)}; "
-                    f"check the network, or put that file at {path} yourself"
-                ) from error
-            if status == 416:  # what is there is no beginning of the file: start over
-                part.unlink(missing_ok=True)
-            time.sleep(PAUSE * tried)
+    try:
+        fetch(url, part)
+    except OSError as error:
+        raise DataError(
+            f"cannot download {url}: {_reason(error)}; check the network, or put that file at {path} yourself"
+        ) from error
     found = _md5(part)
     if found != md5:
         part.unlink()
@@ -261,6 +252,26 @@ def _download(url: str, path: Path, md5: str) -> None:
             f"try again later, or put the right file at {path} yourself"
         )
     os.replace(part, path)
+
+
+def fetch(url: str, part: Path) -> None:
+    """All of `url` in `part`, going on from what is there; tried again where that may help.
+
+    Raises OSError.
+    """
+    for tried in range(1, TRIES + 1):
+        try:
+            return _receive(url, part)
+        except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's own
+            status = 500
+            if isinstance(error, urllib.error.HTTPError):
+                status = error.code
+                error.close()  # it is the response as well
+            if tried == TRIES or (status < 500 and status not in (408, 416, 429)):
+                raise error if isinstance(error, OSError) else ConnectionError(_reason(error)) from error
+            if status == 416:  # what is there is no beginning of the file: start over
+                part.unlink(missing_ok=True)
+            time.sleep(PAUSE * tried)
 
 
 def _reason(error: Exception) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from metarun.datasets.class_folders import Entry, class_store, entries
+from metarun.datasets.torchvision_files import obtained
 from metarun.episodes import ClassStore
-from metarun.errors import DataError, first_line
+from metarun.errors import DataError
 from metarun.files import data_dir, mapped
 
 SHAPE = (3, 32, 32)
@@ -116,13 +114,8 @@ def cifar100(download: bool) -> tuple[torch.Tensor, torch.Tensor]:
     from torchvision.datasets import CIFAR100
 
     folder = data_dir() / "cifar100"
-    try:
-        with contextlib.redirect_stdout(sys.stderr if download else io.StringIO()):
-            parts = [CIFAR100(str(folder), train=train, download=download) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"CIFAR-100 is not in {folder} and could not be downloaded ({first_line(error)}): check the "
-            f"network, put {CIFAR100.url} there, or set dataset.root to a folder of class folders"
-        ) from error
+    instead = f"put {CIFAR100.url} there, or set dataset.root to a folder of class folders"
+    settings = [{"train": True}, {"train": False}]
+    parts: list[Any] = obtained("CIFAR-100", "CIFAR100", settings, folder, download, True, instead)
     images = torch.cat([torch.from_numpy(part.data) for part in parts]).permute(0, 3, 1, 2).contiguous()
     return images, torch.cat([torch.tensor(part.targets) for part in parts])

@@ -296,6 +296,16 @@ def test_archive_with_a_name_that_leads_out(tmp_path, name):
     assert str(path) in one_line(failure) and repr(name) in one_line(failure)
 
 
+def test_archive_with_a_link(tmp_path):
+    link = zipfile.ZipInfo("a/link.png")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(DataError, match=r"its member 'a/link\.png' is a link") as failure:
+        Archive(tmp_path / "a.zip").names()
+    assert str(tmp_path / "a.zip") in one_line(failure)
+
+
 def test_archive_member_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MEMBER_LIMIT", 10)
     path = make_zip(tmp_path / "a.zip", {"bomb.png": bytes(11)})
