@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
-from metarun.episodes import EpisodeSource, Geometry
+from metarun.episodes import ClassStore, EpisodeSource, Geometry
 from metarun.errors import ConfigError
 from metarun.hardware import Hardware
 
@@ -81,9 +81,14 @@ def build_optimizer(cfg: DictConfig, parameters: list[Tensor], hardware: Hardwar
     return instantiate(cfg.optimizer, params=parameters, **chosen)
 
 
-def build_source(dataset_cfg: DictConfig, split: str, hardware: Hardware) -> EpisodeSource:
-    """One split of a dataset, on the device."""
-    return build_dataset(dataset_cfg).split(split, hardware.device)
+def build_source(dataset: Any, split: str, hardware: Hardware) -> EpisodeSource:
+    """One split of a dataset, on the device; its images in host memory where they do not fit there."""
+    source = dataset.split(split, torch.device("cpu"))
+    if not isinstance(source, ClassStore):
+        return source if hardware.device.type == "cpu" else dataset.split(split, hardware.device)
+    if hardware.keeps_on_host(source.images.nbytes):
+        return source.with_images(source.images, hardware.device)
+    return source.with_images(source.images.to(hardware.device))
 
 
 def training_geometry(cfg: DictConfig) -> Geometry:

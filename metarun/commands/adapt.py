@@ -125,7 +125,7 @@ def dataset_task(cfg: DictConfig, config: DictConfig, hardware: Hardware) -> Tas
     regression = hasattr(get_class(dataset._target_), "outputs")
     # A curve is drawn through its queries.
     geometry = Geometry(ways, shots, max(cfg.queries, 200) if regression else cfg.queries)
-    source = fitted(build_source(dataset, cfg.split, hardware), config)
+    source = fitted(build_source(build_dataset(dataset), cfg.split, hardware), config)
     source.check(geometry)
     episodes: Episodes = source.gather(next(fixed_draws(source, geometry, 1, cfg.seed)), geometry)
     names = getattr(source, "names", None)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from metarun import cache, plots
-from metarun.build import build_hardware, build_source
+from metarun.build import build_dataset, build_hardware, build_source
 from metarun.config import check
 from metarun.episodes import SPLITS, ClassStore, EpisodeSource, Geometry, sample
 from metarun.errors import ConfigError, DataError
@@ -41,9 +41,10 @@ def run(cfg: DictConfig) -> None:
     for heading in ("split", "classes", "images", "a class", "shape", "seconds"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     sources: dict[str, EpisodeSource] = {}
+    dataset = build_dataset(cfg.dataset)  # once, for its files are listed once
     for split in SPLITS:
         began = time.perf_counter()
-        sources[split] = build_source(cfg.dataset, split, hardware)
+        sources[split] = build_source(dataset, split, hardware)
         table.add_row(split, *counts(sources[split]), f"{time.perf_counter() - began:.1f}")
         for part, own in getattr(sources[split], "parts", {}).items():
             table.add_row(f"  {part}", *counts(own), "")

@@ -62,7 +62,7 @@ def run(cfg: DictConfig) -> float:
     for model, dataset in zip(models, datasets, strict=True):
         key = OmegaConf.to_yaml(dataset, resolve=True)
         if key not in sources:
-            sources[key] = build_source(dataset, cfg.split, hardware)
+            sources[key] = build_source(build_dataset(dataset), cfg.split, hardware)
         source = fitted(sources[key], model.config)
         parts = getattr(source, "parts", None) or {dataset_name(model.config): source}
         asked = choices(cfg.steps) if OmegaConf.is_list(cfg.steps) and takes_steps(model) else [None]

@@ -16,6 +16,7 @@ from rich.text import Text
 from metarun import checkpoint, plots
 from metarun.build import (
     build_algorithm,
+    build_dataset,
     build_hardware,
     build_optimizer,
     build_source,
@@ -55,8 +56,9 @@ def run(cfg: DictConfig) -> float:
     check(cfg, "train")
     hardware = build_hardware(cfg)
     torch.manual_seed(cfg.seed)
-    trainer = build_trainer(cfg, hardware, folder)
-    test_source = build_test_source(cfg, hardware)
+    dataset = build_dataset(cfg.dataset)  # once, for its files are listed once
+    trainer = build_trainer(cfg, dataset, hardware, folder)
+    test_source = build_test_source(cfg, dataset, hardware)
     if state is not None:
         trainer.load_state(state)
     name = describe(cfg)
@@ -91,8 +93,8 @@ def finish(
     report(trainer, test, name, trainer.folder)
 
 
-def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
-    train, validation = (build_source(cfg.dataset, split, hardware) for split in ("train", "validation"))
+def build_trainer(cfg: DictConfig, dataset: Any, hardware: Hardware, folder: Path) -> Trainer:
+    train, validation = (build_source(dataset, split, hardware) for split in ("train", "validation"))
     count_classes(cfg, train)
     if "_target_" in (cfg.augment or {}):
         if not isinstance(train, ClassStore):
@@ -140,11 +142,11 @@ def count_classes(cfg: DictConfig, train: EpisodeSource) -> None:
         )
 
 
-def build_test_source(cfg: DictConfig, hardware: Hardware) -> EpisodeSource | None:
+def build_test_source(cfg: DictConfig, dataset: Any, hardware: Hardware) -> EpisodeSource | None:
     """The test split where a test is asked for."""
     if not cfg.test.episodes:
         return None
-    source = build_source(cfg.dataset, "test", hardware)
+    source = build_source(dataset, "test", hardware)
     source.check(validation_geometry(cfg))
     return source
 

@@ -90,10 +90,8 @@ class MixtureStore(ClassStore):
             device,
             fingerprint=hashlib.sha256(" ".join(marks).encode()).hexdigest(),
         )
-        pieces = self.images.split([len(store.images) for store in stores.values()])
-        self.parts = {
-            part: store.with_images(own) for (part, store), own in zip(stores.items(), pieces, strict=True)
-        }
+        self.parts = dict(stores)
+        self.parts = self.with_images(self.images).parts
         self.weights = torch.tensor(weights, dtype=torch.float64)
         sizes = torch.tensor([len(store.names) for store in stores.values()])
         self.owners = torch.arange(len(sizes)).repeat_interleave(sizes)  # of each class, its part
@@ -102,9 +100,14 @@ class MixtureStore(ClassStore):
         for part in self.parts.values():
             part.check(geometry)
 
-    def converted(self, item_shape: tuple[int, ...]) -> MixtureStore:
-        stores = {part: store.converted(item_shape) for part, store in self.parts.items()}
-        return MixtureStore(stores, self.weights.tolist(), self.name, self.images.device)
+    def with_images(self, images: Tensor, host_for: torch.device | None = None) -> ClassStore:
+        twin = super().with_images(images, host_for)
+        pieces = images.split([sum(store.counts.tolist()) for store in self.parts.values()])
+        twin.parts = {
+            part: store.with_images(piece, host_for)
+            for (part, store), piece in zip(self.parts.items(), pieces, strict=True)
+        }
+        return twin
 
     def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:
         """Random numbers [T, classes], negative for the classes of other datasets than the task's own."""

@@ -350,9 +350,9 @@ def test_the_real_cifar(test_data: Path, tmp_path: Path, dataset, layout: str):
     share = found / found.sum(1, keepdim=True)
     mean = (share * levels).sum(1)
     spread = ((share * levels**2).sum(1) - mean**2).sqrt()
-    # Of the 50,000 training images, as everyone normalises by them; those of all are within 0.0011 of these.
-    torch.testing.assert_close(mean, torch.tensor([0.5071, 0.4865, 0.4409]).double(), atol=2e-3, rtol=0)
-    torch.testing.assert_close(spread, torch.tensor([0.2673, 0.2564, 0.2762]).double(), atol=1e-3, rtol=0)
+    # Of the 50,000 training images, as everyone normalises by them; those of all are within 0.0003 of these.
+    torch.testing.assert_close(mean, torch.tensor([0.5071, 0.4865, 0.4409]).double(), atol=5e-4, rtol=0)
+    torch.testing.assert_close(spread, torch.tensor([0.2673, 0.2564, 0.2762]).double(), atol=5e-4, rtol=0)
     episodes = sample(parts[0], 2, Geometry(5, 1, 3), torch.Generator().manual_seed(0))
     assert episodes.support_x.shape == (2, 5, 3, 32, 32)
 
