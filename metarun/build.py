@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
-from metarun.episodes import EpisodeSource, Geometry
+from metarun.episodes import ClassStore, EpisodeSource, Geometry
 from metarun.errors import ConfigError
 from metarun.hardware import Hardware
 
@@ -35,9 +35,18 @@ def build_hardware(cfg: DictConfig) -> Hardware:
     return instantiate(cfg.hardware)
 
 
+def build_dataset(node: DictConfig) -> Any:
+    """A dataset; one that draws on others is passed those, each built from its own checked node."""
+    if "datasets" not in inspect.signature(get_class(node._target_)).parameters:
+        return instantiate(node)
+    return instantiate(
+        node, datasets={str(name): build_dataset(part) for name, part in node.settings.items()}
+    )
+
+
 def build_algorithm(cfg: DictConfig, hardware: Hardware) -> Algorithm:
     """The algorithm on its device, from the train config alone: the data is not needed."""
-    dataset = instantiate(cfg.dataset)
+    dataset = build_dataset(cfg.dataset)
     regression = getattr(dataset, "outputs", None)
     offered: dict[str, Any] = {
         "backbone": instantiate(cfg.backbone, item_shape=tuple(dataset.item_shape)),
@@ -81,9 +90,14 @@ def build_optimizer(cfg: DictConfig, parameters: list[Tensor], hardware: Hardwar
     return instantiate(cfg.optimizer, params=parameters, **chosen)
 
 
-def build_source(dataset_cfg: DictConfig, split: str, hardware: Hardware) -> EpisodeSource:
-    """One split of a dataset, on the device."""
-    return instantiate(dataset_cfg).split(split, hardware.device)
+def build_source(dataset: Any, split: str, hardware: Hardware) -> EpisodeSource:
+    """One split of a dataset, on the device; its images in host memory where they do not fit there."""
+    source = dataset.split(split, torch.device("cpu"))
+    if not isinstance(source, ClassStore):
+        return source if hardware.device.type == "cpu" else dataset.split(split, hardware.device)
+    if hardware.keeps_on_host(source.images.nbytes):
+        return source.with_images(source.images, hardware.device)
+    return source.with_images(source.images.to(hardware.device))
 
 
 def training_geometry(cfg: DictConfig) -> Geometry:

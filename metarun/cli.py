@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ More to type:
 """
 
 # Settings that hold a path: what Hydra's grammar would trip over is quoted for the user.
-PATH_KEYS = ("checkpoint", "support", "query", "resume", "dataset.root")
+PATH_KEYS = re.compile(r"checkpoint|support|query|resume|dataset\.(settings\.\w+\.)?root")
 
 # Hydra's flags, those followed by a word first.
 VALUED_FLAGS = [
@@ -186,6 +187,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
             fail(f"{word!r} is neither a setting (key=value) nor a flag; see metarun {name} --help", status=2)
     if name == "train":
         overrides = pairing(overrides) + overrides
+    overrides += parts_of(overrides)
     resume = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
     if name != "train" or resume:
         # `dataset.root=...` adjusts the checkpoint's own dataset, which Hydra knows nothing of.
@@ -208,6 +210,20 @@ def pairing(overrides: list[str]) -> list[str]:
     return [f"pairing={name}"] if paired else []
 
 
+def parts_of(overrides: list[str]) -> list[str]:
+    """The options of group `dataset` that a mixture is of, each put below `dataset.settings`.
+
+    So each brings its own settings, which can be typed and are checked like any other.
+    """
+    chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
+    if chosen.get("dataset") != "mixture":
+        return []
+    names = re.findall(r"([\w-]+)\s*:", chosen.get("dataset.parts", ""))
+    typed = {key.lstrip("+") for key in chosen}
+    packages = {f"dataset@dataset.settings.{name}": name for name in dict.fromkeys(names)}
+    return [f"+{package}={name}" for package, name in packages.items() if package not in typed]
+
+
 def is_override(argument: str) -> bool:
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
@@ -225,7 +241,7 @@ def quote_path(override: str) -> str:
     What is quoted already, null, and interpolations stay as they are.
     """
     key, _, value = override.partition("=")
-    if key not in PATH_KEYS or value == "null" or value[:1] in ("'", '"', "$"):
+    if not PATH_KEYS.fullmatch(key) or value == "null" or value[:1] in ("'", '"', "$"):
         return override
     if value.startswith("[") and value.endswith("]"):
         return f"{key}=[{','.join(quoted(item.strip()) for item in value[1:-1].split(','))}]"

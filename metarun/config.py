@@ -118,6 +118,8 @@ class AdaptConfig:
 @dataclass
 class DataConfig:
     dataset: Any = None
+    verify: bool = False
+    clean: bool = False
     hardware: Any = MISSING
     split: str = MISSING
     ways: int = MISSING
@@ -138,6 +140,7 @@ def register_frames() -> None:
 
 # What the builder passes to a node's class, so the config must not.
 SUPPLIED = {
+    "dataset": {"datasets"},
     "algorithm": {"backbone", "inner_loop", "outputs", "classification", "item_shape"},
     "backbone": {"item_shape"},
     "optimizer": {"params"},
@@ -211,17 +214,26 @@ def check_number(key: str, value: Any, least: int) -> None:
 
 
 def check_node(path: str, node: DictConfig) -> None:
-    """Check a `_target_` node's settings against the signature of its class."""
+    """Check a `_target_` node's settings against the signature of its class.
+
+    The datasets that a dataset is made of (its `settings`) are checked in the same way.
+    """
+    group = path.partition(".")[0]
     try:
         cls = get_class(node._target_)
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         raise ConfigError(f"{path}._target_={node._target_}: cannot be imported ({reason})") from None
-    check_kind(path, cls)
+    check_kind(path, group, cls)
     parameters = inspect.signature(cls).parameters
+    supplied = SUPPLIED.get(group, set())
+    if "datasets" in supplied & parameters.keys():
+        for name, part in node.get("settings", {}).items():
+            if not (OmegaConf.is_dict(part) and "_target_" in part):
+                raise ConfigError(f"{path}.settings.{name}: is no dataset")
+            check_node(f"{path}.settings.{name}", part)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    supplied = SUPPLIED.get(path, set())
     allowed = [name for name in parameters if name not in supplied]
     hints = type_hints(cls)
     settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
@@ -248,19 +260,19 @@ def type_hints(cls: type) -> dict[str, Any]:
         return {}
 
 
-def check_kind(path: str, cls: type) -> None:
+def check_kind(path: str, group: str, cls: type) -> None:
     """Refuse a class that is not what its group holds: a checkpoint's config must not call at will."""
-    if path not in KINDS:
-        if path != "dataset":
+    if group not in KINDS:
+        if group != "dataset":
             raise ConfigError(f"{path}._target_: no group of this name is built from a class")
         if not (hasattr(cls, "split") and hasattr(cls, "item_shape")):
             raise ConfigError(
-                f"dataset._target_: {cls.__name__} is no dataset (it has no split and item_shape)"
+                f"{path}._target_: {cls.__name__} is no dataset (it has no split and item_shape)"
             )
         return
-    module, _, name = KINDS[path].rpartition(".")
+    module, _, name = KINDS[group].rpartition(".")
     if not issubclass(cls, getattr(importlib.import_module(module), name)):
-        raise ConfigError(f"{path}._target_: {cls.__name__} is no {KINDS[path]}")
+        raise ConfigError(f"{path}._target_: {cls.__name__} is no {KINDS[group]}")
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -286,6 +298,8 @@ def matches(value: Any, hint: Any) -> bool:
         if arguments[-1:] == (Ellipsis,):
             return all(matches(item, arguments[0]) for item in value)
         return len(value) == len(arguments) and all(map(matches, value, arguments))
+    if origin is dict:
+        return isinstance(value, dict) and all(matches(item, arguments[1]) for item in value.values())
     if origin in (list, typing.get_origin(typing.Sequence[int])):
         return isinstance(value, (list, tuple)) and all(matches(item, arguments[0]) for item in value)
     if isinstance(hint, type):  # an object: only a node with its own `_target_` can become one
@@ -306,6 +320,8 @@ def describe(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if hint in words:
         return words[hint]
+    if origin is dict:
+        return f"names, each with {describe(arguments[1])}: 'KEY={{a:1,b:2}}', in quotes"
     kinds = " and ".join(sorted({describe(a) for a in arguments if a is not Ellipsis}))
     return f"a list of {kinds}" if arguments else str(hint)
 

@@ -20,7 +20,16 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
-from metarun.episodes import Draw, Episodes, EpisodeSource, Geometry, split_draw, training_draws
+from metarun.episodes import (
+    ClassStore,
+    Draw,
+    Episodes,
+    EpisodeSource,
+    Geometry,
+    fetched_ahead,
+    split_draw,
+    training_draws,
+)
 from metarun.errors import TrainingError, first_line
 from metarun.hardware import Hardware
 from metarun.measure import peak_bytes
@@ -82,7 +91,10 @@ class Engine:
         bytes_of_one = functools.cache(self.bytes_of_one_task)
         self.at_once = self.hardware.tasks_at_once(self.most_at_once, bytes_of_one)
         self.captures = False  # at this moment
-        wants_graph = self.hardware.graph and self.hardware.device.type == "cuda"
+        on_gpu, on_host = self.hardware.device.type == "cuda", self.host_store() is not None
+        wants_graph = self.hardware.graph and on_gpu and not on_host
+        if on_gpu and on_host:  # a graph cannot be captured beside the thread that fetches
+            say("images stay in host memory, each meta-batch copied ahead of its step; no CUDA graph")
         self.eager_steps_left = WARM_UP if wants_graph else None
         if self.at_once < self.meta_batch:
             say(f"{self.at_once} of {self.meta_batch} tasks at once")
@@ -90,8 +102,15 @@ class Engine:
             self.lower(compiles=self.hardware.compile is True)
 
     def draws_from(self, start: int) -> Iterator[Draw]:
-        source, device = self.source, self.hardware.device
-        return training_draws(source, self.meta_batch, self.geometry, self.seed, start, device)
+        store = self.host_store()
+        device = "cpu" if store else self.hardware.device
+        draws = training_draws(self.source, self.meta_batch, self.geometry, self.seed, start, device)
+        return fetched_ahead(draws, store) if store else draws
+
+    def host_store(self) -> ClassStore | None:
+        """The source, where its images stay in host memory."""
+        source = self.source
+        return source if isinstance(source, ClassStore) and source.host_for is not None else None
 
     def bytes_of_one_task(self) -> int:
         """Measured on a copy, so that weights, averages and random numbers stay as they are."""

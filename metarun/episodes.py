@@ -6,9 +6,11 @@ H and W image size. `*item` is the shape of one example, `C, H, W` for an image.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from metarun.augment import Augment
 from metarun.errors import DataError
+from metarun.images import converted
 
 SPLITS = ("train", "validation", "test")
 DRAW_BLOCK = 16  # meta-batches drawn in one go
@@ -122,6 +125,8 @@ class ClassStore:
         self.counts = torch.tensor(counts, device=device)
         self.starts = self.counts.cumsum(0) - self.counts
         self.augment: Augment | None = None  # of training images
+        self.parts: dict[str, ClassStore] = {}  # by dataset, where there are several
+        self.host_for: torch.device | None = None  # the device that images kept in host memory are copied to
 
     def check(self, geometry: Geometry) -> None:
         """Raise DataError where there are too few classes, or too few images in some class."""
@@ -137,14 +142,32 @@ class ClassStore:
                 f"class {smallest!r} of {self.name} has {self.smallest_class}; lower shots or queries"
             )
 
-    def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
-        """Classes [T, N] and images [T, N, K+Q], both without replacement.
+    def with_images(self, images: Tensor, host_for: torch.device | None = None) -> ClassStore:
+        """The same classes on other images [images, C, H, W], and on their device.
+
+        The fingerprint stays: the same choices still mean the same examples. `host_for`: images stay where
+        they are, in host memory, and what is drawn of them is copied to that device.
+        """
+        twin = copy.copy(self)
+        twin.images, twin.item_shape, twin.host_for = images, tuple(images.shape[1:]), host_for
+        twin.counts, twin.starts = self.counts.to(images.device), self.starts.to(images.device)
+        return twin
+
+    def converted(self, item_shape: tuple[int, ...]) -> ClassStore:
+        """The same images in another size and number of channels."""
+        return self.with_images(converted(self.images, item_shape), self.host_for)
+
+    def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:
+        """Random numbers [T, classes]: a task's ways are the classes that have its largest.
 
         The largest of independent uniform numbers are a uniform choice without replacement.
         """
+        return torch.rand(tasks, len(self.names), generator=generator, device=generator.device)
+
+    def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
+        """Classes [T, N] and images [T, N, K+Q], both without replacement."""
         device = generator.device
-        keys = torch.rand(tasks, len(self.names), generator=generator, device=device)
-        classes = keys.topk(geometry.ways).indices  # [T, N]
+        classes = self.class_keys(tasks, generator).topk(geometry.ways).indices  # [T, N]
         keys = torch.rand(tasks, geometry.ways, self.largest_class, generator=generator, device=device)
         if self.smallest_class < self.largest_class:
             absent = torch.arange(self.largest_class, device=device) >= self.counts.to(device)[classes, None]
@@ -160,9 +183,8 @@ class ClassStore:
 
     def gather(self, draw: Draw, geometry: Geometry) -> Episodes:
         """Look the chosen images up; pixels become float32 in [0, 1]."""
-        classes, images, *changes = (tensor.to(self.images.device) for tensor in draw)
-        rows = self.starts[classes].unsqueeze(-1) + images  # [T, N, K+Q]
-        x = self.images[rows].float().div_(255)  # [T, N, K+Q, C, H, W]
+        classes, pixels, *changes = draw if draw[1].dtype == torch.uint8 else self.fetch(draw)
+        x = pixels.float().div_(255)  # [T, N, K+Q, C, H, W]
         if self.augment is not None:
             x = self.augment(x.flatten(0, 2), changes[0].flatten(0, 2)).view(x.shape)
         y = torch.arange(geometry.ways, device=x.device).expand(len(x), -1)  # [T, N]
@@ -174,6 +196,18 @@ class ClassStore:
             query_y=y.repeat_interleave(geometry.queries, dim=1),
             classes=classes,
         )
+
+    def fetch(self, draw: Draw) -> Draw:
+        """The draw with its images [T, N, K+Q, C, H, W] uint8 in place of their numbers, on the device."""
+        classes, images, *changes = (tensor.to(self.images.device) for tensor in draw)
+        rows = self.starts[classes].unsqueeze(-1) + images  # [T, N, K+Q]
+        if self.host_for is None:
+            return classes, self.images[rows], *changes
+        # Into pinned memory, from which a GPU copies without the host waiting for it.
+        pinned = self.host_for.type == "cuda"
+        pixels = torch.empty(*rows.shape, *self.item_shape, dtype=torch.uint8, pin_memory=pinned)
+        torch.index_select(self.images, 0, rows.flatten(), out=pixels.view(-1, *self.item_shape))
+        return tuple(each.to(self.host_for, non_blocking=pinned) for each in (classes, pixels, *changes))
 
 
 def split_draw(draw: Draw, tasks_at_once: int) -> Iterator[Draw]:
@@ -211,6 +245,33 @@ def training_draws(
         meta_batches = list(zip(*(tensor.split(tasks) for tensor in draws), strict=True))
         yield from meta_batches[skip:]
         block, skip = block + 1, 0
+
+
+def fetched_ahead(draws: Iterator[Draw], store: ClassStore) -> Iterator[Draw]:
+    """The draws with their images, copied from host memory while the draw before is at work.
+
+    A thread gathers them and, on a GPU, a stream of its own copies them.
+    """
+    assert store.host_for is not None
+    stream = torch.cuda.Stream(store.host_for) if store.host_for.type == "cuda" else None
+
+    def fetch(draw: Draw) -> Draw:
+        if stream is None:
+            return store.fetch(draw)
+        with torch.cuda.stream(stream):
+            return store.fetch(draw)
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(fetch, next(draws))
+        while True:
+            ready = coming.result()
+            if stream is not None:
+                current = torch.cuda.current_stream(store.host_for)
+                current.wait_stream(stream)  # before the next copy is put into it
+                for tensor in ready:
+                    tensor.record_stream(current)
+            coming = pool.submit(fetch, next(draws))
+            yield ready
 
 
 def sample(source: EpisodeSource, tasks: int, geometry: Geometry, generator: torch.Generator) -> Episodes:

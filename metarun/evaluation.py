@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Result:
     episodes_hash: str
     uses_query_statistics: bool
     seconds: float
+    parts: Mapping[str, Result] = field(default_factory=dict)  # by dataset, where there were several
 
     @property
     def mean(self) -> float:
@@ -44,6 +45,9 @@ class Result:
 
     @property
     def interval(self) -> float:
+        """Of the mean; of a mean over datasets, from the intervals of theirs."""
+        if self.parts:
+            return math.hypot(*(part.interval for part in self.parts.values())) / len(self.parts)
         return interval(self.scores)
 
 
@@ -109,8 +113,15 @@ def evaluate(
 ) -> Result:
     """Adapt to and score `episodes` fixed episodes; `advance(n)` is told of every n done.
 
-    The algorithm is left in the mode it was in, and the global random state untouched.
+    Where the source has several datasets, the result is the mean over so many episodes of each. The
+    algorithm is left in the mode it was in, and the global random state untouched.
     """
+    if parts := getattr(source, "parts", None):
+        results = {
+            name: evaluate(algorithm, part, geometry, episodes, seed, hardware, advance)
+            for name, part in parts.items()
+        }
+        return mean_of(results)
     source.check(geometry)
     began = time.perf_counter()
     digest = hashlib.sha256(f"{source.fingerprint} {geometry}".encode())
@@ -157,4 +168,20 @@ def evaluate(
         episodes_hash=digest.hexdigest()[:16],
         uses_query_statistics=algorithm.uses_query_statistics,
         seconds=time.perf_counter() - began,
+    )
+
+
+def mean_of(results: Mapping[str, Result]) -> Result:
+    """One result of several datasets', each on as many episodes."""
+    one, *_ = results.values()
+    hashes = " ".join(result.episodes_hash for result in results.values())
+    return Result(
+        geometry=one.geometry,
+        metric=one.metric,
+        scores=torch.cat([result.scores for result in results.values()]),
+        losses=torch.cat([result.losses for result in results.values()]),
+        episodes_hash=hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        uses_query_statistics=one.uses_query_statistics,
+        seconds=sum(result.seconds for result in results.values()),
+        parts=results,
     )

@@ -114,7 +114,7 @@ def known_keys(parent: str, command: str, arguments: list[str]) -> list[str]:
 
     from metarun.cli import CONF
 
-    groups = [a for a in arguments if (CONF / a.partition("=")[0]).is_dir()]
+    groups = [a for a in arguments if (CONF / re.split("[=@]", a.lstrip("+"))[0]).is_dir()]
     GlobalHydra.instance().clear()
     with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(command, groups)

@@ -14,6 +14,9 @@ import io
 import json
 import os
 import re
+import shutil
+import stat
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -38,7 +41,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from metarun.errors import DataError
+from metarun.errors import DataError, first_line
 
 try:
     import fcntl
@@ -102,28 +105,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     write_text(path, text.getvalue())
 
 
-def cached(name: str, build: Callable[[], Any]) -> Any:
-    """What `build` returns, kept in the cache folder as `name`; damaged entries are built again.
-
-    Values are tensors, numbers, strings, and lists and dicts of them. Processes that need the same
-    entry at once wait for the first. Raises DataError where the folder cannot be written.
-    """
-    path = cache_dir() / name
-
-    def make() -> Any:
-        value = build()
-        with _blaming(path.parent, "METARUN_CACHE"):
-            _save(value, path)
-        return value
-
-    return _once(path, lambda: _load(path), make)
-
-
-def _once(path: Path, load: Callable[[], Any], make: Callable[[], Any]) -> Any:
+def once(
+    path: Path, load: Callable[[], Any], make: Callable[[], Any], variable: str = "METARUN_CACHE"
+) -> Any:
     """What `load` gives; where that is None, what `make` does, in one process at a time."""
     if (value := load()) is not None:
         return value
-    with _blaming(path.parent, "METARUN_CACHE"):
+    with _blaming(path.parent, variable):
         lock = _lock(path)
     with lock:
         value = load()  # another process may have made it while this one waited
@@ -131,24 +119,28 @@ def _once(path: Path, load: Callable[[], Any], make: Callable[[], Any]) -> Any:
 
 
 def mapped(
-    name: str, build: Callable[[Callable[[bytes], object]], dict[str, Any]]
+    name: str, build: Callable[[Callable[[bytes], object]], dict[str, Any]], what: str = "", source: str = ""
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Bytes in the cache folder as `name`, memory-mapped [bytes] uint8, and notes about them.
 
     `build(write)` writes the bytes piece by piece and returns the notes, to which their `sha256`
-    is added; it is called where they are not there or damaged. Processes that need the same
-    entry at once wait for the first. Raises DataError where the folder cannot be written.
+    is added; it is called where they are not there or damaged. The notes also keep `what` they are, the
+    same for the same split and settings whatever the files, and the `source` they are of no use without.
+    Processes that need the same entry at once wait for the first. Raises DataError where the folder cannot
+    be written.
     """
     path = cache_dir() / name
 
     def make() -> tuple[torch.Tensor, dict[str, Any]] | None:
-        _build_mapped(path, build)
+        _build_mapped(path, build, {"what": what, "source": source})
         return _map(path)
 
-    return _once(path, lambda: _map(path), make)
+    return once(path, lambda: _map(path), make)
 
 
-def _build_mapped(path: Path, build: Callable[[Callable[[bytes], object]], dict[str, Any]]) -> None:
+def _build_mapped(
+    path: Path, build: Callable[[Callable[[bytes], object]], dict[str, Any]], record: dict[str, str]
+) -> None:
     digest = hashlib.sha256()
     made: dict[str, Any] = {}
 
@@ -169,7 +161,7 @@ def _build_mapped(path: Path, build: Callable[[Callable[[bytes], object]], dict[
             left.unlink(missing_ok=True)
         notes.unlink(missing_ok=True)  # it vouches for the bytes, and comes last
         atomic_write(path, fill)
-        write_json(notes, made | {"sha256": digest.hexdigest()})
+        write_json(notes, made | record | {"sha256": digest.hexdigest()})
 
 
 def _map(path: Path) -> tuple[torch.Tensor, dict[str, Any]] | None:
@@ -184,31 +176,49 @@ def _map(path: Path) -> tuple[torch.Tensor, dict[str, Any]] | None:
     return torch.from_numpy(content), made
 
 
-def _save(value: Any, path: Path) -> None:
-    """A SHA-256 digest, then what torch.save gives; the digest tells damage of any kind."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    payload = buffer.getbuffer()
+def unpacked(archive: Path, dataset: str, tell: Callable[[], object]) -> Path:
+    """The folder in the cache with what a dataset's tar archive holds; unpacked at first use, whole or not.
 
-    def write(file: BinaryIO) -> None:
-        file.write(hashlib.sha256(payload).digest())
-        file.write(payload)
+    `tell` is called before that work. Raises DataError for a damaged archive, and for one with a member that
+    leads out of the folder, by its name or as a link.
+    """
+    status = archive.stat()
+    mark = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    folder = cache_dir() / f"{dataset}-unpacked-{hashlib.sha256(mark.encode()).hexdigest()[:24]}"
 
-    atomic_write(path, write)
+    def make() -> Path:
+        tell()
+        staging = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(staging, ignore_errors=True)  # by a process that was killed
+        try:
+            _unpack(archive, staging)
+            os.replace(staging, folder)
+            record = {"what": f"{dataset} unpacked {archive}", "source": os.path.abspath(archive)}
+            write_json(folder.with_name(folder.name + ".json"), record)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return folder
+
+    return once(folder, lambda: folder if folder.is_dir() else None, make)
 
 
-def _load(path: Path) -> Any:
-    """What `_save` wrote, or None where the file is absent or damaged."""
+def _unpack(archive: Path, folder: Path) -> None:
+    if not hasattr(tarfile, "data_filter"):  # a Python from before mid 2023
+        raise DataError(
+            f"{archive}: this Python cannot unpack it safely; unpack it yourself, and name the folder"
+        )
     try:
-        content = memoryview(path.read_bytes())
-    except OSError:
-        return None
-    digest, payload = content[:32], content[32:]
-    if hashlib.sha256(payload).digest() != digest:
-        return None
-    with suppress(Exception):  # such as a file of a later torch; building again mends it
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return None
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except tarfile.FilterError as error:
+        raise DataError(
+            f"{archive} cannot be used ({first_line(error)}): delete it and get it again"
+        ) from error
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename != str(archive):
+            with _blaming(folder.parent, "METARUN_CACHE"):
+                raise
+        raise DataError(f"{archive} is damaged ({first_line(error)}): delete it and get it again") from error
 
 
 def download(url: str, path: Path, md5: str) -> None:
@@ -228,23 +238,12 @@ def download(url: str, path: Path, md5: str) -> None:
 
 def _download(url: str, path: Path, md5: str) -> None:
     part = path.with_name(path.name + ".part")
-    for tried in range(1, TRIES + 1):
-        try:
-            _receive(url, part)
-            break
-        except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's own
-            status = 500
-            if isinstance(error, urllib.error.HTTPError):
-                status = error.code
-                error.close()  # it is the response as well
-            if tried == TRIES or (status < 500 and status not in (408, 416, 429)):
-                raise DataError(
-                    f"cannot download {url}: {_reason(error)}; "
-                    f"check the network, or put that file at {path} yourself"
-                ) from error
-            if status == 416:  # what is there is no beginning of the file: start over
-                part.unlink(missing_ok=True)
-            time.sleep(PAUSE * tried)
+    try:
+        fetch(url, part)
+    except OSError as error:
+        raise DataError(
+            f"cannot download {url}: {_reason(error)}; check the network, or put that file at {path} yourself"
+        ) from error
     found = _md5(part)
     if found != md5:
         part.unlink()
@@ -253,6 +252,26 @@ def _download(url: str, path: Path, md5: str) -> None:
             f"try again later, or put the right file at {path} yourself"
         )
     os.replace(part, path)
+
+
+def fetch(url: str, part: Path) -> None:
+    """All of `url` in `part`, going on from what is there; tried again where that may help.
+
+    Raises OSError.
+    """
+    for tried in range(1, TRIES + 1):
+        try:
+            return _receive(url, part)
+        except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's own
+            status = 500
+            if isinstance(error, urllib.error.HTTPError):
+                status = error.code
+                error.close()  # it is the response as well
+            if tried == TRIES or (status < 500 and status not in (408, 416, 429)):
+                raise error if isinstance(error, OSError) else ConnectionError(_reason(error)) from error
+            if status == 416:  # what is there is no beginning of the file: start over
+                part.unlink(missing_ok=True)
+            time.sleep(PAUSE * tried)
 
 
 def _reason(error: Exception) -> str:
@@ -346,9 +365,12 @@ class Archive:
 
         Such a name could not do harm here; the zip that has one was not made in good faith.
         """
-        for name in self._zip.namelist():
+        for member in self._zip.infolist():
+            name = member.filename
             if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
                 raise self._damaged(f"it holds a member named {name!r}, which leads out of it")
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise self._damaged(f"its member {name!r} is a link, and not a file")
         return sorted({name for name in self._zip.namelist() if not name.endswith("/")})
 
     def read(self, name: str) -> bytes:
@@ -382,6 +404,19 @@ def _blaming(folder: Path, variable: str) -> Iterator[None]:
             f"cannot write to {folder} ({error.strerror or error}): "
             f"set the variable {variable} to a folder that can be written"
         ) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether no other process works on `path`; none begins to while this lasts."""
+    with open(path.with_name(f".{path.name}.lock"), "ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def _lock(path: Path) -> BinaryIO:

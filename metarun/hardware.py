@@ -19,6 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 # by the dozen, large ones three at a time, fewer where these would not fit.
 CPU_SMALL_TASK, CPU_BYTES_OF_SMALL, CPU_BYTES_OF_LARGE = 16 << 20, 256 << 20, 384 << 20
 TINY_TASK = 1 << 20
+GPU_SHARE_OF_IMAGES = 0.5  # of the free memory; what training needs must fit beside them
 GPU_SHARE = 0.8  # of the free memory; the rest is for what measuring one task does not show
 
 
@@ -31,7 +32,8 @@ class Hardware:
     gradient, in less memory; `auto` measures one task. `compile` compiles the meta-gradient; `auto`
     only traces it, in half a second, and only for tiny tasks on a CPU, where Python takes the time;
     `graph` captures an outer step as one CUDA graph (GPU). `lowering` and `channels_last` say
-    how per-task weights are run (metarun.lowering).
+    how per-task weights are run (metarun.lowering). `images` says where a split's images are kept:
+    on the device, or in host memory, from which each meta-batch is copied.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Hardware:
         graph: bool = True,
         lowering: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto",
         channels_last: bool | Literal["auto"] = "auto",
+        images: Literal["auto", "device", "host"] = "auto",
     ) -> None:
         self.device = resolve_device(device)
         if self.device.type == "cpu":
@@ -57,12 +60,19 @@ class Hardware:
         if isinstance(tasks_at_once, int) and tasks_at_once < 1:
             raise ConfigError(f"hardware.tasks_at_once={tasks_at_once}: must be at least 1, or auto")
         self._tasks_at_once = tasks_at_once
+        self.images = images
         self.compile, self.graph = compile, graph
         self.lowering = Lowering(lowering, channels_last)
         if threads is not None:
             if threads < 1:
                 raise ConfigError(f"hardware.threads={threads}: must be at least 1")
             torch.set_num_threads(threads)
+
+    def keeps_on_host(self, size: int) -> bool:
+        """Whether so many bytes of images stay in host memory, from which each meta-batch is copied."""
+        if self.images != "auto" or self.device.type != "cuda":
+            return self.images == "host"
+        return size > GPU_SHARE_OF_IMAGES * torch.cuda.mem_get_info(self.device)[0]
 
     def tasks_at_once(self, tasks: int, bytes_of_one: Callable[[], int]) -> int:
         """How many of `tasks` tasks to run in one pass, when one needs `bytes_of_one()` at its peak."""

@@ -8,6 +8,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -121,6 +122,26 @@ def to_batch(images: Sequence[Image.Image], item_shape: tuple[int, ...]) -> Tens
     batch = [fit(image.convert("L" if channels == 1 else "RGB"), height, width) for image in images]
     pixels = torch.from_numpy(np.stack(batch)).float() / 255  # [B, H, W] or [B, H, W, C]
     return pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
+
+
+LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to grey, as in Pillow's mode L
+BLOCK = 1024  # images converted at a time
+
+
+def converted(pixels: Tensor, item_shape: tuple[int, ...]) -> Tensor:
+    """Images [B, C, H, W] uint8 in another size, antialiased and stretched to it, and in grey or colour."""
+    if tuple(pixels.shape[1:]) == tuple(item_shape):
+        return pixels
+    channels, *size = item_shape
+    result = torch.empty(len(pixels), *item_shape, dtype=torch.uint8, device=pixels.device)
+    for source, target in zip(pixels.split(BLOCK), result.split(BLOCK), strict=True):
+        block = source.float()
+        if channels < block.shape[1]:
+            block = (block * block.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        if list(block.shape[2:]) != size:
+            block = F.interpolate(block, size, mode="bilinear", antialias=True)
+        target.copy_(block.round_().clamp_(0, 255))  # grey goes into every channel
+    return result
 
 
 def fit(

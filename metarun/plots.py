@@ -61,6 +61,8 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], path: Path) -> None:
     rows = [row for row in rows if row.get("mean") is not None]
     if not rows:
         return
+    if len({row["dataset"] for row in rows}) > 1:
+        rows = [row | {"cell": f"{row['dataset']}\n{row['cell']}"} for row in rows]
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
     width = 0.8 / len(models)
@@ -85,17 +87,20 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(0, 109)
     axis.set_xticks(range(len(cells)), cells)
     axis.set_ylabel("accuracy, %" if percent else "mean squared error")
-    axis.set_title(
-        f"{rows[0]['dataset']}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals"
-    )
+    axis.set_title(f"{datasets_of(rows)}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
+
+
+def datasets_of(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(row["dataset"] for row in rows))
 
 
 def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Score over inner steps, one line for each checkpoint, one panel for each task, with 95 % intervals."""
     rows = [row for row in rows if row.get("mean") is not None]
-    tasks = list(dict.fromkeys((row["ways"], row["shots"]) for row in rows))
+    tasks = list(dict.fromkeys((row["dataset"], row["ways"], row["shots"]) for row in rows))
+    several = len({dataset for dataset, *_ in tasks}) > 1
     percent = rows[0]["metric"] == "accuracy"
     scale = 100 if percent else 1
     figure, axes = plt.subplots(
@@ -103,8 +108,8 @@ def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     )
     models = list(dict.fromkeys(row["model"] for row in rows))
     labels = {}  # a method may be missing from some panels
-    for axis, (ways, shots) in zip(axes[0], tasks, strict=True):
-        own = [row for row in rows if (row["ways"], row["shots"]) == (ways, shots)]
+    for axis, task in zip(axes[0], tasks, strict=True):
+        own = [row for row in rows if (row["dataset"], row["ways"], row["shots"]) == task]
         for i, model in enumerate(models):
             if all(row["model"] != model for row in own):
                 continue
@@ -128,12 +133,13 @@ def step_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.set_ylim(top=2 * max(row["mean"] for row in own if row["steps"] in (None, fewest)))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("inner steps")
-        axis.set_title(f"{ways}-way {shots}-shot")
+        dataset, ways, shots = task
+        axis.set_title((f"{dataset}, " if several else "") + f"{ways}-way {shots}-shot")
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("accuracy, %" if percent else "mean squared error")
     axes[0, -1].legend(labels.values(), labels, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(
-        f"{rows[0]['dataset']}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals",
+        f"{datasets_of(rows)}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals",
         fontsize=10,
     )
     save(figure, path)

@@ -187,6 +187,7 @@ class Trainer:
             "loss": result.loss,
             result.metric: result.mean,
             "interval": result.interval,
+            **{f"{result.metric} {name}": part.mean for name, part in result.parts.items()},
             "seconds": round(self.seconds, 2),
         }
         tracker.log(row)

@@ -30,7 +30,7 @@ def test_every_command_of_the_readme_composes(words: list[str]):
     overrides = [word for word in cli.arrange(command, rest) if not word.startswith("-")]
     register_frames()
     # A sweep's lists are Hydra's to split; the first choice of each stands for it here.
-    first = [word if "[" in word else word.split(",")[0] for word in overrides]
+    first = [word if "[" in word or "{" in word else word.split(",")[0] for word in overrides]
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         check(compose(command, first), command)
 

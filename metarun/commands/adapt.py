@@ -17,8 +17,8 @@ from torch import Tensor
 
 from metarun import checkpoint, images, plots
 from metarun.algorithms.base import Adapted, Algorithm
-from metarun.build import build_hardware, build_source, instantiate
-from metarun.commands.evaluate import Model, adjust, dataset_config
+from metarun.build import build_dataset, build_hardware, build_source
+from metarun.commands.evaluate import Model, adjust, dataset_config, fitted
 from metarun.config import check
 from metarun.episodes import SPLITS, Episodes, Geometry
 from metarun.errors import ConfigError
@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> float:
 
 def user_task(cfg: DictConfig, config: DictConfig) -> Task:
     """A task of the user's folders, converted to what the checkpoint was trained on."""
-    item_shape = tuple(instantiate(config.dataset).item_shape)
+    item_shape = tuple(build_dataset(config.dataset).item_shape)
     classes = images.class_folders(Path(cfg.support).expanduser())
     support = [images.read(file) for files in classes.values() for file in files]
     labels = [i for i, files in enumerate(classes.values()) for _ in files]
@@ -105,7 +105,7 @@ def prepare(
     For a model of drawings their polarity is changed where it must be; said, never silent.
     """
     batch = images.to_batch(pictures, item_shape)
-    if getattr(get_class(config.dataset._target_), "drawings", False):
+    if getattr(build_dataset(config.dataset), "drawings", False):
         ink = images.ink_of(pictures) if cfg.ink == "auto" else cfg.ink
         how = "assumed from their borders; ink=dark or ink=light decides" if cfg.ink == "auto" else "as typed"
         ground = "light" if ink == "dark" else "dark"
@@ -125,7 +125,7 @@ def dataset_task(cfg: DictConfig, config: DictConfig, hardware: Hardware) -> Tas
     regression = hasattr(get_class(dataset._target_), "outputs")
     # A curve is drawn through its queries.
     geometry = Geometry(ways, shots, max(cfg.queries, 200) if regression else cfg.queries)
-    source = build_source(dataset, cfg.split, hardware)
+    source = fitted(build_source(build_dataset(dataset), cfg.split, hardware), config)
     source.check(geometry)
     episodes: Episodes = source.gather(next(fixed_draws(source, geometry, 1, cfg.seed)), geometry)
     names = getattr(source, "names", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -10,55 +11,110 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.table import Table
 
-from metarun import plots
-from metarun.build import build_hardware, build_source
+from metarun import cache, plots
+from metarun.build import build_dataset, build_hardware, build_source
 from metarun.config import check
 from metarun.episodes import SPLITS, ClassStore, EpisodeSource, Geometry, sample
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, DataError
 from metarun.files import cache_dir
-from metarun.tracking import console, notes, relative, say
+from metarun.tracking import Bar, console, notes, relative, say
+
+FACT = re.compile(r"# (classes|images|from|licence): (.*)")  # a line of a dataset's YAML
 
 
 def run(cfg: DictConfig) -> None:
-    """The table of datasets, or one dataset's splits and pictures."""
+    """The table of datasets, or one dataset's splits and pictures; or the care of prepared data."""
+    name = HydraConfig.get().runtime.choices["dataset"]
+    if cfg.verify or cfg.clean:
+        return clean(name) if cfg.clean else verify(name)
     check(cfg, "data")
     if cfg.split not in SPLITS:
         raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
     if not cfg.dataset:
         console.print(catalogue())
-        say(notes, "metarun data dataset=NAME prepares one; prepared data is kept in " + str(cache_dir()))
-        return
+        say(notes, "metarun data dataset=NAME prepares one; " + place())
+        return None
     if "_target_" not in cfg.dataset:
         raise ConfigError("dataset: name one, as in metarun data dataset=image_folder dataset.root=FOLDER")
     hardware = build_hardware(cfg)
-    name = HydraConfig.get().runtime.choices["dataset"]
     table = Table(title=name)
     for heading in ("split", "classes", "images", "a class", "shape", "seconds"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     sources: dict[str, EpisodeSource] = {}
+    dataset = build_dataset(cfg.dataset)  # once, for its files are listed once
     for split in SPLITS:
         began = time.perf_counter()
-        sources[split] = build_source(cfg.dataset, split, hardware)
+        sources[split] = build_source(dataset, split, hardware)
         table.add_row(split, *counts(sources[split]), f"{time.perf_counter() - began:.1f}")
+        for part, own in getattr(sources[split], "parts", {}).items():
+            table.add_row(f"  {part}", *counts(own), "")
     console.print(table)
+    say(notes, place(name))
     source = sources[cfg.split]
     if isinstance(source, ClassStore):
         draw(source, Geometry(cfg.ways, cfg.shots, cfg.queries), cfg.seed, f"{name} {cfg.split}")
+    return None
+
+
+def verify(dataset: str | None) -> None:
+    """Compare every prepared entry with the checksum noted when it was made. DataError where one differs."""
+    entries = cache.kept(dataset)
+    table = Table(title=f"prepared data of {dataset or 'all datasets'}")
+    for heading in ("dataset", "split", "size", "state"):
+        table.add_column(heading, overflow="fold")
+    bad = 0
+    with Bar("verify", sum(entry.size for entry in entries), "bytes") as bar:
+        for entry in entries:
+            wrong = cache.damage(entry, bar.advance)
+            bad += wrong.startswith("damaged")
+            table.add_row(entry.dataset, entry.split, cache.human(entry.size), wrong or "whole")
+    console.print(table)
+    say(notes, place(dataset))
+    if bad:
+        raise DataError(
+            f"{bad} of {len(entries)} entries of the cache are damaged; they are made again when next used, "
+            "or removed by metarun data dataset=NAME clean=true"
+        )
+
+
+def clean(dataset: str | None) -> None:
+    """Remove a dataset's prepared data, or of every dataset's what is of no more use; each is named."""
+    for entry in cache.kept(dataset):
+        if dataset or entry.stale:
+            why = entry.stale or "asked for"
+            done = "removed" if cache.remove(entry) else "kept, a run is at work on it:"
+            say(console, f"{done} {entry.path.name}, {cache.human(entry.size)} ({why})")
+    say(notes, place(dataset))
+
+
+def place(dataset: str | None = None) -> str:
+    """How much prepared data there is, and where."""
+    entries = cache.kept(dataset)
+    whose = f" of {dataset}" if dataset else ""
+    size = cache.human(sum(entry.size for entry in entries))
+    return f"prepared data{whose}: {len(entries)} entries, {size}, in {cache_dir()}"
 
 
 def catalogue() -> Table:
     """Every option of the group, with what its YAML says of it."""
     table = Table(title="datasets", show_lines=True)
-    for heading in ("dataset=", "what it is", "prepared here"):
+    for heading in ("dataset=", "what it is", "on this disk"):
         table.add_column(heading)
+    there = cache.kept()
     sources = HydraConfig.get().runtime.config_sources  # also a user's own, of --config-dir
     folders = [Path(source.path) / "dataset" for source in sources if source.schema == "file"]
     for path in sorted(path for folder in folders for path in folder.glob("*.yaml")):
-        lines = path.read_text("utf-8").splitlines()
-        words = " ".join(line.removeprefix("# ") for line in lines[1:] if line.startswith("# "))
-        there = any(cache_dir().glob(f"{path.stem}-*"))
-        table.add_row(path.stem, words, "yes" if there else "")
+        size = sum(entry.size for entry in there if entry.dataset == path.stem)
+        table.add_row(path.stem, described(path), cache.human(size) if size else "")
     return table
+
+
+def described(path: Path) -> str:
+    """What the comments at the top of a dataset's YAML say."""
+    comments = [line for line in path.read_text("utf-8").splitlines()[1:] if line.startswith("# ")]
+    words = " ".join(line.removeprefix("# ") for line in comments if not FACT.match(line))
+    facts = [line.removeprefix("# ") for line in comments if FACT.match(line)]
+    return "\n".join([words, *facts])
 
 
 def counts(source: EpisodeSource) -> list[str]:

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from metarun import checkpoint, plots
 from metarun.algorithms.base import Algorithm
-from metarun.build import build_hardware, build_source, instantiate
+from metarun.build import build_dataset, build_hardware, build_source
 from metarun.config import check, check_node
-from metarun.episodes import SPLITS, EpisodeSource, Geometry
+from metarun.episodes import SPLITS, ClassStore, EpisodeSource, Geometry
 from metarun.errors import ConfigError, MetarunError
 from metarun.evaluation import Result, evaluate, paired_difference
 from metarun.files import write_csv, write_json
@@ -43,6 +43,7 @@ class Cell:
     geometry: Geometry
     steps: int | None  # None: as trained
     source: EpisodeSource
+    dataset: str
     result: Result | None = None
     reason: str = ""
 
@@ -61,12 +62,13 @@ def run(cfg: DictConfig) -> float:
     for model, dataset in zip(models, datasets, strict=True):
         key = OmegaConf.to_yaml(dataset, resolve=True)
         if key not in sources:
-            sources[key] = build_source(dataset, cfg.split, hardware)
-        check_shapes(model, sources[key])
+            sources[key] = build_source(build_dataset(dataset), cfg.split, hardware)
+        source = fitted(sources[key], model.config)
+        parts = getattr(source, "parts", None) or {dataset_name(model.config): source}
         asked = choices(cfg.steps) if OmegaConf.is_list(cfg.steps) and takes_steps(model) else [None]
         cells += [
-            plan_cell(model, geometry, steps, sources[key])
-            for geometry, steps in itertools.product(geometries, asked)
+            plan_cell(Cell(model, geometry, steps, part, name))
+            for (name, part), geometry, steps in itertools.product(parts.items(), geometries, asked)
         ]
     if all(cell.reason for cell in cells):
         raise ConfigError(cells[0].reason)
@@ -160,28 +162,39 @@ def dataset_config(cfg: DictConfig, trained: DictConfig) -> DictConfig:
     return own
 
 
-def check_shapes(model: Model, source: EpisodeSource) -> None:
-    trained = tuple(instantiate(model.config.dataset).item_shape)
-    if trained != tuple(source.item_shape):
+def fitted(source: EpisodeSource, trained: DictConfig) -> EpisodeSource:
+    """The source with its images as the model takes them; said where they had to be converted."""
+    wanted, there = tuple(build_dataset(trained.dataset).item_shape), tuple(source.item_shape)
+    if wanted == there:
+        return source
+    if not (isinstance(source, ClassStore) and len(wanted) == 3):
         raise ConfigError(
-            f"{model.path} was trained on items of shape {trained}; "
-            f"this dataset's have {tuple(source.item_shape)}"
+            f"the checkpoint was trained on items of shape {wanted}; this dataset's have {there}: "
+            "only images can be converted"
         )
+    told = ("x".join(map(str, shape)) for shape in (there, wanted))
+    say(notes, "{}: images converted from {} to the model's {}".format(source.name, *told))
+    return source.converted(wanted)
 
 
-def plan_cell(model: Model, geometry: Geometry, steps: int | None, source: EpisodeSource) -> Cell:
-    """A cell to evaluate, or why it cannot be."""
+def plan_cell(cell: Cell) -> Cell:
+    """The cell, with the reason where it cannot be evaluated."""
     try:
-        source.check(geometry)
-        model.algorithm.check(geometry.ways)
+        cell.source.check(cell.geometry)
+        cell.model.algorithm.check(cell.geometry.ways)
     except MetarunError as error:
-        return Cell(model, geometry, steps, source, reason=str(error))
-    return Cell(model, geometry, steps, source)
+        cell.reason = str(error)
+    return cell
 
 
-def dataset_name(cfg: DictConfig, trained: DictConfig) -> str:
+def dataset_name(trained: DictConfig) -> str:
     chosen = HydraConfig.get().runtime.choices.get("dataset")
     return str(chosen or trained.choices.dataset)
+
+
+def is_several(cells: list[Cell]) -> bool:
+    """Whether the cells are of more than one dataset, so that each must name its own."""
+    return len({cell.dataset for cell in cells}) > 1
 
 
 def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
@@ -192,7 +205,12 @@ def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
     console.print(
         table_of(cells, f"{datasets}, {cfg.split} classes, {cfg.episodes} episodes, seed {cfg.seed}")
     )
-    hashes = {str(cell.geometry): cell.result.episodes_hash for cell in cells if cell.result}
+    several = is_several(cells)
+    hashes = {
+        f"{cell.dataset} {cell.geometry}" if several else str(cell.geometry): cell.result.episodes_hash
+        for cell in cells
+        if cell.result
+    }
     # Not a caption, which a narrow table would cut.
     say(console, "episodes' hash: " + ", ".join(f"{task} {value}" for task, value in hashes.items()))
     if pairs:
@@ -214,7 +232,7 @@ def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:
     return {
         "model": cell.model.name,
         "checkpoint": str(cell.model.path),
-        "dataset": dataset_name(cfg, cell.model.config),
+        "dataset": cell.dataset,
         "split": cfg.split,
         "cell": name_of(cell),
         "ways": cell.geometry.ways,
@@ -242,17 +260,20 @@ def name_of(cell: Cell) -> str:
 def table_of(cells: list[Cell], title: str) -> Table:
     metric = next(cell.result.metric for cell in cells if cell.result)
     with_steps = any(cell.steps is not None for cell in cells)
+    several = is_several(cells)
     table = Table(title=title)
     table.add_column("model", overflow="fold")
+    if several:
+        table.add_column("dataset", overflow="fold")
     table.add_column("task", no_wrap=True)
     if with_steps:
         table.add_column("steps", justify="right", no_wrap=True)
     table.add_column(f"{metric}, 95 % interval", min_width=21)
     # No time of each where there are many: a terminal of 80 columns has no room for both.
-    for heading in ["transductive"] if with_steps else ["transductive", "seconds"]:
+    for heading in ["transductive"] if with_steps or several else ["transductive", "seconds"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
-        row: list[str | Text] = [cell.model.name, str(cell.geometry)]
+        row: list[str | Text] = [cell.model.name, *([cell.dataset] if several else []), str(cell.geometry)]
         if with_steps:
             row.append("" if cell.steps is None else str(cell.steps))
         if (result := cell.result) is None:
@@ -260,7 +281,7 @@ def table_of(cells: list[Cell], title: str) -> Table:
             continue
         row.append(with_interval(metric, result.mean, result.interval))
         row.append("yes" if result.uses_query_statistics else "no")
-        table.add_row(*row, *([] if with_steps else [f"{result.seconds:.1f}"]))
+        table.add_row(*row, *([] if with_steps or several else [f"{result.seconds:.1f}"]))
     return table
 
 
@@ -269,11 +290,15 @@ def comparisons(cells: list[Cell]) -> list[dict[str, Any]]:
     pairs = []
     for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
         assert a.result and b.result
-        if name_of(a) != name_of(b) or a.result.episodes_hash != b.result.episodes_hash:
+        if (a.dataset, name_of(a)) != (
+            b.dataset,
+            name_of(b),
+        ) or a.result.episodes_hash != b.result.episodes_hash:
             continue
         difference, half = paired_difference(a.result, b.result)
         pairs.append(
             {
+                "dataset": a.dataset,
                 "task": name_of(a),
                 "a": a.model.name,
                 "b": b.model.name,

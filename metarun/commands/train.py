@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 from metarun import checkpoint, plots
 from metarun.build import (
     build_algorithm,
+    build_dataset,
     build_hardware,
     build_optimizer,
     build_source,
@@ -35,6 +37,7 @@ from metarun.trainer import Best, Plan, Trainer
 
 # What may change when a run is resumed; anything else would make it another run.
 RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "dataset.root")
+ROOT_OF_PART = re.compile(r"dataset\.settings\.\w+\.root")
 
 
 def run(cfg: DictConfig) -> float:
@@ -54,8 +57,9 @@ def run(cfg: DictConfig) -> float:
     check(cfg, "train")
     hardware = build_hardware(cfg)
     torch.manual_seed(cfg.seed)
-    trainer = build_trainer(cfg, hardware, folder)
-    test_source = build_test_source(cfg, hardware)
+    dataset = build_dataset(cfg.dataset)  # once, for its files are listed once
+    trainer = build_trainer(cfg, dataset, hardware, folder)
+    test_source = build_test_source(cfg, dataset, hardware)
     if state is not None:
         trainer.load_state(state)
     else:
@@ -95,8 +99,8 @@ def finish(
     report(trainer, test, name, trainer.folder)
 
 
-def build_trainer(cfg: DictConfig, hardware: Hardware, folder: Path) -> Trainer:
-    train, validation = (build_source(cfg.dataset, split, hardware) for split in ("train", "validation"))
+def build_trainer(cfg: DictConfig, dataset: Any, hardware: Hardware, folder: Path) -> Trainer:
+    train, validation = (build_source(dataset, split, hardware) for split in ("train", "validation"))
     count_classes(cfg, train)
     if "_target_" in (cfg.augment or {}):
         if not isinstance(train, ClassStore):
@@ -144,11 +148,11 @@ def count_classes(cfg: DictConfig, train: EpisodeSource) -> None:
         )
 
 
-def build_test_source(cfg: DictConfig, hardware: Hardware) -> EpisodeSource | None:
+def build_test_source(cfg: DictConfig, dataset: Any, hardware: Hardware) -> EpisodeSource | None:
     """The test split where a test is asked for."""
     if not cfg.test.episodes:
         return None
-    source = build_source(cfg.dataset, "test", hardware)
+    source = build_source(dataset, "test", hardware)
     source.check(validation_geometry(cfg))
     return source
 
@@ -161,7 +165,8 @@ def resumed_config(state: dict[str, Any], typed: DictConfig, overrides: list[str
             OmegaConf.update(cfg, str(key), typed[key], force_add=True)
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
-        if not any(key == name or key.startswith(name + ".") for name in RESUMABLE):
+        kept = not any(key == name or key.startswith(name + ".") for name in RESUMABLE)
+        if kept and not ROOT_OF_PART.fullmatch(key):
             raise ConfigError(
                 f"{override}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} may change"
             )
@@ -208,7 +213,8 @@ def test_best(trainer: Trainer, source: EpisodeSource, cfg: DictConfig, hardware
     best = checkpoint.load(trainer.folder / "best.pt")
     trainer.algorithm.load_state_dict(best["algorithm"])
     trainer.best = Best(**best["best"])  # of the very weights that are tested
-    with Bar("test", cfg.test.episodes, "episodes") as bar:
+    datasets = len(getattr(source, "parts", ())) or 1
+    with Bar("test", datasets * cfg.test.episodes, "episodes") as bar:
         return evaluate(
             trainer.algorithm,
             source,
@@ -244,11 +250,18 @@ def report(trainer: Trainer, test: Result | None, name: str, folder: Path) -> No
             "episodes_hash": test.episodes_hash,
             "uses_query_statistics": test.uses_query_statistics,
         }
+        if test.parts:
+            result["test"]["datasets"] = {
+                part: {"mean": own.mean, "interval": own.interval, "episodes_hash": own.episodes_hash}
+                for part, own in test.parts.items()
+            }
         kind = "transductive" if test.uses_query_statistics else "each query by itself"
         text = with_interval(test.metric, test.mean, test.interval)
         lines.append(
             f"test        {test.metric} {text}  ({test.geometry}, {len(test.scores)} episodes, {kind})"
         )
+        for part, own in test.parts.items():
+            lines.append(f"            {with_interval(own.metric, own.mean, own.interval)}  {part}")
     write_json(folder / "result.json", result)
     place = relative(folder)
     lines += [

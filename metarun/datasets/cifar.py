@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import sys
+import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from metarun.datasets.class_folders import Entry, class_store, entries
+from metarun.datasets.torchvision_files import obtained
 from metarun.episodes import ClassStore
-from metarun.errors import DataError, first_line
+from metarun.errors import DataError
 from metarun.files import data_dir, mapped
 
 SHAPE = (3, 32, 32)
@@ -65,7 +64,8 @@ class Cifar100:
                 f"dataset.root={self.root}: no images of {missing[0]}{others}, of the {len(wanted)} classes "
                 f"of {title}: every class needs a folder of its name there, or leave dataset.root out"
             )
-        return class_store(title, {each: self._files[each] for each in wanted}, SHAPE, device)
+        files = {each: self._files[each] for each in wanted}
+        return class_store(title, files, Path(self.root), SHAPE, device)
 
     def _downloaded(self, title: str, wanted: list[str], device: torch.device | str) -> ClassStore:
         numbers = {label.name: number for number, label in enumerate(labels())}
@@ -79,7 +79,9 @@ class Cifar100:
                 counts.append(len(own))
             return {"counts": counts}
 
-        content, made = mapped(f"{title.replace(' ', '-')}-torchvision-1", build)
+        kept_as = title.replace(" ", "-")
+        digest = hashlib.sha256(b"torchvision 1").hexdigest()[:24]  # the 1 counts changes of what is kept
+        content, made = mapped(f"{kept_as}-{digest}", build, f"{kept_as} torchvision")
         return ClassStore(
             content.view(-1, *SHAPE), made["counts"], wanted, title, device, fingerprint=made["sha256"]
         )
@@ -112,13 +114,8 @@ def cifar100(download: bool) -> tuple[torch.Tensor, torch.Tensor]:
     from torchvision.datasets import CIFAR100
 
     folder = data_dir() / "cifar100"
-    try:
-        with contextlib.redirect_stdout(sys.stderr if download else io.StringIO()):
-            parts = [CIFAR100(str(folder), train=train, download=download) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"CIFAR-100 is not in {folder} and could not be downloaded ({first_line(error)}): check the "
-            f"network, put {CIFAR100.url} there, or set dataset.root to a folder of class folders"
-        ) from error
+    instead = f"put {CIFAR100.url} there, or set dataset.root to a folder of class folders"
+    settings = [{"train": True}, {"train": False}]
+    parts: list[Any] = obtained("CIFAR-100", "CIFAR100", settings, folder, download, True, instead)
     images = torch.cat([torch.from_numpy(part.data) for part in parts]).permute(0, 3, 1, 2).contiguous()
     return images, torch.cat([torch.tensor(part.targets) for part in parts])

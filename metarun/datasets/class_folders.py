@@ -83,17 +83,23 @@ def _in_zip(path: Path, parts: tuple[str, ...]) -> Iterator[Entry]:
 def class_store(
     title: str,
     classes: Mapping[str, Sequence[Entry]],
+    root: Path,
     item_shape: tuple[int, int, int],
     device: torch.device | str,
     fit: Fit = "pad",
     unreadable: Unreadable = "stop",
+    kept_as: str = "",
 ) -> ClassStore:
-    """The classes' images, decoded into the cache where these very files are not there yet.
+    """The classes' images below `root`, decoded into the cache where these very files are not there yet.
 
-    `unreadable`: stop at a file that is no image (DataError), or leave it out and say so.
+    `unreadable`: stop at a file that is no image (DataError), or leave it out and say so. `kept_as`: what
+    the cache calls them, DATASET-SPLIT; as the title where it is empty.
     """
     files = [entry for name in classes for entry in classes[name]]
-    digest = hashlib.sha256(f"{VERSION} {item_shape} {fit} {unreadable}".encode())
+    kept_as = kept_as or title.replace(" ", "-")
+    source = os.path.abspath(root.expanduser())
+    settings = f"{VERSION} {item_shape} {fit} {unreadable}"
+    digest = hashlib.sha256(settings.encode())
     for name, own in classes.items():
         digest.update(f"\0{name}\0{len(own)}".encode())
     identity = cache(_identity)  # of a zip with all its images, once
@@ -117,8 +123,8 @@ def class_store(
             raise DataError(f"{title}: none of its {len(files)} files is an image that can be read")
         return {"skipped": skipped}
 
-    name = f"{title.replace(' ', '-')}-{digest.hexdigest()[:24]}"
-    bytes_, made = mapped(name, build)
+    what = f"{kept_as} {settings} {source}"
+    bytes_, made = mapped(f"{kept_as}-{digest.hexdigest()[:24]}", build, what, source)
     skipped = set(made["skipped"])
     if skipped:
         say(notes, f"{title}: {len(skipped)} unreadable files left out, such as {min(skipped)}")

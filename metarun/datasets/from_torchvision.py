@@ -7,21 +7,21 @@ test on. The rule and the numbers are all there is to it, so that anyone can rep
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
 from metarun import images
 from metarun.datasets.class_folders import Fit
+from metarun.datasets.torchvision_files import Labelled, obtained
 from metarun.episodes import ClassStore
-from metarun.errors import ConfigError, DataError, first_line
+from metarun.errors import ConfigError
 from metarun.files import data_dir, mapped
 from metarun.tracking import Bar
 
@@ -43,14 +43,6 @@ SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
 Name = Literal[
     "aircraft", "cifar10", "dtd", "emnist", "fashion_mnist", "flowers", "gtsrb", "kmnist", "mnist", "svhn"
 ]
-
-
-class Labelled(Protocol):
-    """What a torchvision dataset is: images with the numbers of their classes."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
 
 class FromTorchvision:
@@ -90,7 +82,9 @@ class FromTorchvision:
         """The classes of one split, sorted by name. Raises DataError where the set cannot be had."""
         key = f"1 {self.item_shape} {self.fit} {self.root}"  # the 1 counts changes of what is decoded
         entry = f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-        content, made = mapped(entry, self._build)  # all classes; a split is some of them
+        content, made = mapped(
+            entry, self._build, f"{self.name} {key}"
+        )  # all classes; a split is some of them
         names, counts = made["names"], made["counts"]
         wanted = self._chosen(names, name)
         parts = dict(zip(names, content.view(-1, *self.item_shape).split(counts), strict=True))
@@ -143,23 +137,10 @@ class FromTorchvision:
         return array.unsqueeze(0) if self.channels == 1 else array.permute(2, 0, 1)
 
     def _parts(self) -> list[Labelled]:
-        """torchvision's own objects, downloaded and verified by it. Raises DataError."""
-        import torchvision.datasets
-
         kind, settings = SETS[self.name]
-        folder = self.root or str(data_dir() / "torchvision")
-        os.makedirs(folder, exist_ok=True)
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                return [
-                    getattr(torchvision.datasets, kind)(folder, download=self.download, **part)
-                    for part in settings
-                ]
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{self.name} is not in {folder} and could not be downloaded ({first_line(error)}): check "
-                "the network, or set dataset.root to the folder that has torchvision's files"
-            ) from error
+        folder = Path(self.root).expanduser() if self.root else data_dir() / "torchvision"
+        instead = "set dataset.root to the folder that has torchvision's files"
+        return obtained(self.name, kind, settings, folder, self.download, self.root is None, instead)
 
 
 def _items(

@@ -62,7 +62,16 @@ class ImageFolder:
         if self._classes is None:
             self._classes = self._find(tells=name == "train")
         title = f"{Path(self.root).name} {name}"
-        return class_store(title, self._classes[name], self.item_shape, device, self.fit, self.unreadable)
+        return class_store(
+            title,
+            self._classes[name],
+            Path(self.root),
+            self.item_shape,
+            device,
+            self.fit,
+            self.unreadable,
+            kept_as=f"image_folder-{name}",
+        )
 
     def _find(self, tells: bool) -> dict[str, dict[str, list[Entry]]]:
         root = Path(self.root).expanduser()

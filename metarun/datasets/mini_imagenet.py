@@ -11,26 +11,23 @@ import io
 import re
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from metarun.datasets.class_folders import Entry, Fit, class_store, entries
 from metarun.episodes import ClassStore
-from metarun.errors import DataError
+from metarun.errors import ConfigError, DataError
 
 WNID = re.compile(r"n\d{8}")
-LAYOUTS = (
-    "it may hold train, val and test folders of class folders named by WordNet id (n01532829), or one "
-    "folder of all images and train.csv, val.csv and test.csv, or zips of either"
-)
+PICKLES = (".pkl", ".pickle", ".npz", ".npy")
 
 
 @cache
-def class_split() -> dict[str, list[str]]:
+def class_split(name: str = "mini_imagenet") -> dict[str, list[str]]:
     """The WordNet ids of each split, sorted."""
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for line in Path(__file__).with_name("mini_imagenet_classes.txt").read_text("utf-8").splitlines():
+    for line in Path(__file__).with_name(f"{name}_classes.txt").read_text("utf-8").splitlines():
         if not line.startswith("#"):
             wnid, split = line.split()
             parts[split].append(wnid)
@@ -46,8 +43,15 @@ class MiniImageNet:
     """
 
     drawings = False
+    name: ClassVar[str] = "mini_imagenet"
+    layouts: ClassVar[str] = (
+        "it may hold train, val and test folders of class folders named by WordNet id (n01532829), or one "
+        "folder of all images and train.csv, val.csv and test.csv, or zips of either"
+    )
 
     def __init__(self, *, root: str, size: int = 84, fit: Fit = "stretch") -> None:
+        if size < 1:
+            raise ConfigError(f"dataset.size={size}: choose a whole number of pixels, such as 84")
         self.root, self.size, self.fit = root, size, fit
         self._files: dict[str, list[Entry]] | None = None
 
@@ -61,16 +65,17 @@ class MiniImageNet:
         """The classes of one split, by WordNet id. Raises DataError, saying what is missing."""
         if self._files is None:
             self._files = self._find()
-        wanted = class_split()[name]
+        wanted = class_split(self.name)[name]
         if missing := [wnid for wnid in wanted if wnid not in self._files]:
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DataError(
                 f"dataset.root={self.root}: no images of class {missing[0]}{others}, "
-                f"of the {len(wanted)} {name} classes; {LAYOUTS}"
+                f"of the {len(wanted)} {name} classes; {self.layouts}"
             )
         return class_store(
-            f"mini_imagenet {name}",
+            f"{self.name} {name}",
             {wnid: self._files[wnid] for wnid in wanted},
+            Path(self.root),
             self.item_shape,
             device,
             self.fit,
@@ -89,7 +94,13 @@ class MiniImageNet:
         if listed and (lacking := sorted(listed.keys() - seen)):
             raise DataError(
                 f"dataset.root={self.root}: {lacking[0]} is in a CSV file and not among the images "
-                f"({len(lacking):,} of {len(listed):,} such); {LAYOUTS}"
+                f"({len(lacking):,} of {len(listed):,} such); {self.layouts}"
+            )
+        pickles = [entry for entry in files if entry.parts[-1].lower().endswith(PICKLES)]
+        if pickles and not found:
+            raise DataError(
+                f"{pickles[0]}: a pickle, which could run any program when read, so metarun reads none; "
+                "get or export the images themselves, as class folders of files"
             )
         return found
 

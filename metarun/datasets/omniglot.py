@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
-from metarun.files import Archive, Folder, cached, data_dir, download
+from metarun.files import Archive, Folder, data_dir, download, mapped
 from metarun.tracking import Bar
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
@@ -136,8 +138,17 @@ class Omniglot:
         sources = self._sources()
         identities = "\n".join(source.identity() for source in sources.values())
         # The 1 counts changes of what `decode` does.
-        name = f"omniglot-1-{self.size}-{_digest(identities)[:24]}"
-        return cached(name, lambda: decode(sources, self.size))
+        settings = f"1 {self.size}"
+
+        def build(write: Callable[[bytes], object]) -> dict[str, Any]:
+            decoded = decode(sources, self.size)
+            write(decoded.pop("images").numpy().tobytes())
+            return decoded
+
+        source = os.path.commonpath([os.path.abspath(each.path) for each in sources.values()])
+        name = f"omniglot-{_digest(settings + identities)[:24]}"
+        content, made = mapped(name, build, f"omniglot {settings} {source}", source)
+        return made | {"images": content.view(-1, *self.item_shape)}
 
     def _sources(self) -> dict[str, Archive | Folder]:
         """Where the two pieces are; downloads them where that is allowed. Raises DataError."""

@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
 
 from metarun import files
 from metarun.errors import DataError
-from metarun.files import Archive, Folder, atomic_write, cache_dir, cached, data_dir, download
+from metarun.files import Archive, Folder, atomic_write, cache_dir, data_dir, download, mapped
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 MD5 = hashlib.md5(BODY).hexdigest()
@@ -218,67 +217,53 @@ class Builder:
     def __init__(self, pause=0.0):
         self.calls, self.pause = 0, pause
 
-    def __call__(self):
+    def __call__(self, write):
         self.calls += 1
         time.sleep(self.pause)
-        return {"images": torch.arange(6, dtype=torch.uint8).view(2, 3), "names": ["a", "b"]}
+        write(b"some")
+        write(b"bytes")
+        return {"names": ["a", "b"]}
 
 
-def test_cached_builds_once():
+def mapped_text(build):
+    content, made = mapped("entry", build)
+    assert made["names"] == ["a", "b"]
+    return bytes(content.tolist())
+
+
+@pytest.mark.parametrize("where", ["first", "last", "cut", "empty", "notes"])
+def test_a_damaged_entry_is_built_again(where):
     build = Builder()
-    for _ in range(2):
-        value = cached("entry", build)
-        assert value["names"] == ["a", "b"]
-        assert torch.equal(value["images"], torch.arange(6, dtype=torch.uint8).view(2, 3))
+    assert mapped_text(build) == mapped_text(build) == b"somebytes"
     assert build.calls == 1
-    assert names_in(cache_dir()) == ["entry"]
-
-
-@pytest.mark.parametrize("where", ["first", "middle", "last", "cut", "empty"])
-def test_cached_builds_a_damaged_entry_again(where):
-    build = Builder()
-    cached("entry", build)
-    content = bytearray((cache_dir() / "entry").read_bytes())
-    good = bytes(content)
-    if where in ("cut", "empty"):
-        del content[len(content) // 2 if where == "cut" else 0 :]
+    assert names_in(cache_dir()) == ["entry", "entry.json"]
+    path = cache_dir() / ("entry.json" if where == "notes" else "entry")
+    content = bytearray(path.read_bytes())
+    if where in ("cut", "empty", "notes"):
+        del content[0 if where == "empty" else len(content) // 2 :]
     else:
-        content[{"first": 0, "middle": len(content) // 2, "last": -1}[where]] ^= 1
-    (cache_dir() / "entry").write_bytes(content)
-    assert cached("entry", build)["names"] == ["a", "b"]
-    assert build.calls == 2
-    assert len((cache_dir() / "entry").read_bytes()) == len(good)
-    cached("entry", build)
+        content[{"first": 0, "last": -1}[where]] ^= 1
+    path.write_bytes(content)
+    assert mapped_text(build) == mapped_text(build) == b"somebytes"
     assert build.calls == 2
 
 
-def test_cached_never_runs_what_a_file_asks_for(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "ran"),))
-
-    files._save(Hostile(), cache_dir() / "entry")
-    build = Builder()
-    assert cached("entry", build)["names"] == ["a", "b"]
-    assert build.calls == 1 and not (tmp_path / "ran").exists()
-
-
-def test_cached_is_built_by_one_of_many_at_once():
+def test_an_entry_is_built_by_one_of_many_at_once():
     pytest.importorskip("fcntl")
     build = Builder(pause=0.2)
     # A lock belongs to an opened file, so threads compete for it as processes do.
     with ThreadPoolExecutor(4) as pool:
-        values = list(pool.map(lambda _: cached("entry", build), range(4)))
+        values = list(pool.map(lambda _: mapped_text(build), range(4)))
     assert build.calls == 1
-    assert all(value["names"] == ["a", "b"] for value in values)
+    assert values == [b"somebytes"] * 4
 
 
-def test_cached_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
+def test_an_entry_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "taken"))
     build = Builder()
     with pytest.raises(DataError, match="METARUN_CACHE") as failure:
-        cached("entry", build)
+        mapped("entry", build)
     assert str(tmp_path / "taken") in one_line(failure)
     assert build.calls == 0  # said before the work, not after it
 
@@ -309,6 +294,16 @@ def test_archive_with_a_name_that_leads_out(tmp_path, name):
     with pytest.raises(DataError) as failure:
         Archive(path).names()
     assert str(path) in one_line(failure) and repr(name) in one_line(failure)
+
+
+def test_archive_with_a_link(tmp_path):
+    link = zipfile.ZipInfo("a/link.png")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(DataError, match=r"its member 'a/link\.png' is a link") as failure:
+        Archive(tmp_path / "a.zip").names()
+    assert str(tmp_path / "a.zip") in one_line(failure)
 
 
 def test_archive_member_too_large(tmp_path, monkeypatch):

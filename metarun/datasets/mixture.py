@@ -1,0 +1,116 @@
+"""Several datasets at once: each task is of one of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metarun.episodes import ClassStore, Geometry
+from metarun.errors import ConfigError
+
+
+class Mixture:
+    """Tasks of the `datasets` named in `parts`, each drawn as often as its weight there says.
+
+    All images are brought to one `size` and number of `channels`; None: the largest of the parts.
+    """
+
+    def __init__(
+        self,
+        *,
+        datasets: Mapping[str, Any],
+        parts: dict[str, float],
+        settings: dict[str, Any] | None = None,  # what `datasets` were built from
+        size: int | None = None,
+        channels: Literal[1, 3] | None = None,
+    ) -> None:
+        if not parts:
+            raise ConfigError("dataset.parts: name datasets and their weights, 'dataset.parts={glyphs:1}'")
+        for name, weight in parts.items():
+            if name not in datasets:
+                raise ConfigError(
+                    f"dataset.parts: {name} has no settings; type the whole list, dataset=mixture "
+                    "'dataset.parts={a:1,b:1}', or +dataset@dataset.settings.NAME=OPTION"
+                )
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"dataset.parts.{name}={weight}: a weight must be above 0")
+            if len(datasets[name].item_shape) != 3:
+                raise ConfigError(f"dataset.parts: {name} has no images; leave it out")
+        if size is not None and size < 1:
+            raise ConfigError(f"dataset.size={size}: choose a whole number of pixels, such as 32")
+        self.weights = parts
+        self.datasets = {name: datasets[name] for name in parts}
+        self.size, self.channels = size, channels
+
+    @property
+    def item_shape(self) -> tuple[int, int, int]:
+        most = [max(sizes) for sizes in zip(*(d.item_shape for d in self.datasets.values()), strict=True)]
+        height, width = (self.size or each for each in most[1:])
+        return (self.channels or most[0], height, width)
+
+    @property
+    def drawings(self) -> bool:
+        return all(getattr(dataset, "drawings", False) for dataset in self.datasets.values())
+
+    def split(
+        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
+    ) -> MixtureStore:
+        """The classes of all parts. Raises what a part's own `split` does."""
+        stores = {}
+        for part, dataset in self.datasets.items():
+            store = dataset.split(name)
+            if not isinstance(store, ClassStore):
+                raise ConfigError(f"dataset.parts: {part} is no dataset of classes; leave it out")
+            stores[part] = store.converted(self.item_shape)
+        return MixtureStore(stores, list(self.weights.values()), f"mixture {name}", device)
+
+
+class MixtureStore(ClassStore):
+    """The classes of several stores of one item shape, one store after the other.
+
+    `parts` are the stores themselves, on the same memory.
+    """
+
+    def __init__(
+        self, stores: Mapping[str, ClassStore], weights: list[float], name: str, device: torch.device | str
+    ) -> None:
+        marks = [
+            f"{store.fingerprint} {weight}" for store, weight in zip(stores.values(), weights, strict=True)
+        ]
+        super().__init__(
+            torch.cat([store.images for store in stores.values()]),
+            [count for store in stores.values() for count in store.counts.tolist()],
+            [f"{part}: {each}" for part, store in stores.items() for each in store.names],
+            name,
+            device,
+            fingerprint=hashlib.sha256(" ".join(marks).encode()).hexdigest(),
+        )
+        self.parts = dict(stores)
+        self.parts = self.with_images(self.images).parts
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        sizes = torch.tensor([len(store.names) for store in stores.values()])
+        self.owners = torch.arange(len(sizes)).repeat_interleave(sizes)  # of each class, its part
+
+    def check(self, geometry: Geometry) -> None:
+        for part in self.parts.values():
+            part.check(geometry)
+
+    def with_images(self, images: Tensor, host_for: torch.device | None = None) -> ClassStore:
+        twin = super().with_images(images, host_for)
+        pieces = images.split([sum(store.counts.tolist()) for store in self.parts.values()])
+        twin.parts = {
+            part: store.with_images(piece, host_for)
+            for (part, store), piece in zip(self.parts.items(), pieces, strict=True)
+        }
+        return twin
+
+    def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:
+        """Random numbers [T, classes], negative for the classes of other datasets than the task's own."""
+        keys = super().class_keys(tasks, generator)
+        part = torch.multinomial(self.weights.to(keys.device), tasks, replacement=True, generator=generator)
+        return keys.masked_fill(self.owners.to(keys.device) != part[:, None], -1.0)
