@@ -1,21 +1,23 @@
-"""The table of docs/gradient_based.md: `python docs/family_table.py` prints it from the configs.
+"""The tables of docs/gradient_based.md and docs/feature_based.md: `python docs/family_table.py` prints them.
 
-What adapts, what is learned besides the weights, and whether memory grows with the inner steps
-are read off the methods themselves; the rule, the derivative and the paper are given here. A
-test compares the document with this table.
+What adapts, what is learned besides the weights, whether memory grows with the inner steps, and
+how many ways a new task may have are read off the methods themselves; the rest is given here. A
+test compares the documents with these tables.
 """
 
 from __future__ import annotations
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from metarun import cli
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.baseline import Classifier
 from metarun.algorithms.maml import MAML
 from metarun.build import build_algorithm, build_hardware
 from metarun.config import register_frames
 from metarun.episodes import Episodes
+from metarun.errors import ConfigError
 from metarun.measure import peak_bytes
 
 THROUGH, CONSTANT, NONE = "through the steps", "gradients held constant", "not through the steps"
@@ -37,15 +39,38 @@ METHODS = {
     "imaml": ("gradient descent on the loss and a pull", NONE + ": implicit", "Rajeswaran et al. 2019"),
     "pretrain": ("gradient descent, at test alone", NONE + ": none in training", "the baseline"),
 }
+# algorithm: (what a task's support becomes, how a query is answered, paper)
+FEATURES = {
+    "protonet": ("class means", "nearest mean, squared Euclidean or cosine", "Snell et al. 2017"),
+    "matching": ("itself, or seen by an LSTM", "vote weighted by cosine attention", "Vinyals et al. 2016"),
+    "relation": ("sums of feature maps", "a network's score of each pair", "Sung et al. 2018"),
+    "mann": ("contents of a memory", "recurrent controller that reads it", "Santoro et al. 2016"),
+    "snail": ("a sequence", "causal attention and convolutions", "Mishra et al. 2018"),
+    "meta_networks": ("fast weights from gradients", "fast weights by attention", "Munkhdalai and Yu 2017"),
+    "r2d2": ("ridge regression", "linear", "Bertinetto et al. 2019"),
+    "lrd2": ("logistic regressions", "linear", "Bertinetto et al. 2019"),
+    "metaoptnet": ("support vector machine", "linear", "Lee et al. 2019"),
+    "versa": ("distribution over a classifier", "linear, averaged over samples", "Gordon et al. 2019"),
+    "cnaps": ("channel scales and a classifier", "linear on adapted features", "Requeima et al. 2019"),
+    "gnn": ("nodes with labels", "messages over a learned graph", "Garcia and Bruna 2018"),
+    "baseline": ("a classifier trained on it", "linear", "Chen et al. 2019"),
+    "baseline_plus_plus": ("a classifier trained on it", "scaled cosine", "Chen et al. 2019"),
+    "simpleshot": ("class means", "nearest mean of normalised features", "Wang et al. 2019"),
+    "meta_baseline": ("class means", "scaled cosine, from a pretrained network", "Chen et al. 2021"),
+}
 SETTINGS = ["backbone.width=8", "dataset.size=16", "hardware=cpu"]
 
 
-def built(name: str, *words: str) -> MAML:
+def built(name: str, *words: str) -> Algorithm:
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         cfg = compose("train", [f"algorithm={name}", *SETTINGS, *words])
     torch.manual_seed(0)
-    algorithm = build_algorithm(cfg, build_hardware(cfg))
-    assert isinstance(algorithm, MAML), OmegaConf.to_yaml(cfg.algorithm)
+    return build_algorithm(cfg, build_hardware(cfg))
+
+
+def built_maml(name: str, *words: str) -> MAML:
+    algorithm = built(name, *words)
+    assert isinstance(algorithm, MAML), name
     return algorithm
 
 
@@ -73,7 +98,7 @@ def learns_besides(algorithm: MAML) -> str:
 def memory(name: str, steps: int) -> int:
     """Peak bytes of a meta-gradient of one task with so many inner steps in training."""
     words = [] if name == "pretrain" else [f"inner_loop.steps={steps}"]
-    algorithm = built(name, *words)
+    algorithm = built_maml(name, *words)
     y = torch.arange(5).unsqueeze(0)
     x = torch.rand(2, 1, 5, 1, 16, 16)
     episodes = Episodes(x[0], y, x[1], y, y)
@@ -90,12 +115,43 @@ def table() -> str:
     headings += ["memory in steps", "paper"]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for name, (rule, derivative, paper) in METHODS.items():
-        algorithm = built(name)
+        algorithm = built_maml(name)
         grows = "grows" if memory(name, 20) > 1.5 * memory(name, 5) else "flat"
         cells = [f"`{name}`", adapts(algorithm), rule, learns_besides(algorithm), derivative, grows, paper]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def feature_table() -> str:
+    register_frames()
+    headings = ["`algorithm=`", "a task's support becomes", "a query is answered by"]
+    headings += ["trained on", "learned besides the backbone", "ways of a new task", "paper"]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for name, (support, query, paper) in FEATURES.items():
+        algorithm = built(name)
+        trained = "all training classes" if isinstance(algorithm, Classifier) else "episodes"
+        cells = [f"`{name}`", support, query, trained, besides_backbone(algorithm), ways_of(algorithm), paper]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def besides_backbone(algorithm: Algorithm) -> str:
+    """Its other networks and numbers, by their names."""
+    names = {
+        name.split(".")[0].replace("_", " ")
+        for name, p in algorithm.named_parameters()
+        if p.requires_grad and not name.startswith("backbone.")
+    }
+    return ", ".join(sorted(names)) or "-"
+
+
+def ways_of(algorithm: Algorithm) -> str:
+    try:
+        algorithm.check(6)  # one more than it was built for
+    except ConfigError:
+        return "as trained, or fewer"
+    return "any"
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), feature_table(), sep="\n\n")

@@ -95,6 +95,7 @@ class EvalConfig:
     episodes: int = MISSING
     split: str = MISSING
     steps: Any = None
+    instances: int | None = None
     transductive: bool | None = None
     seed: int = MISSING
 
@@ -165,6 +166,7 @@ LEAST = dict.fromkeys(ONE_OR_MORE.split(), 1) | {
     "validation.episodes": 2,
     "episodes": 2,
     "steps": 0,
+    "instances": 2,
     "test.episodes": 0,
     "seed": 0,
     "validation.seed": 0,

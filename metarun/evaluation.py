@@ -85,7 +85,7 @@ def instance_scores(
     hardware: Hardware,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """Accuracy at the first, second, ... appearance of a class, [episodes, K + Q], of a method that has it."""
+    """Accuracy at a class's first, second, ... appearance, [episodes, K + Q], of a method that has it."""
     source.check(geometry)
     training = algorithm.training
     algorithm.eval()

@@ -22,18 +22,18 @@ def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor
 
     Minimises 1/2 sum_k a_k' K a_k - sum of a at each example's own class, subject to a <= penalty at the
     own class, a <= 0 at the others, and sum_k a = 0 (Crammer and Singer 2001; Lee et al. 2019,
-    equations 9 and 10). Machine weights are X' a. Computed in float64.
+    equations 9 and 10), in float64. Machine weights are X' a.
 
     The derivative with respect to `gram` is the solution's own. At the solution, the optimality conditions
     F(a, K) = 0 give da = -(dF/da)^-1 dF/dK: one more Newton step, in which K alone is differentiated.
     """
-    wide, shape = gram.double(), classes.shape
+    shape = classes.shape
     own = classes.double().flatten(1)  # [T, P] with P = S*N
     with torch.no_grad():
-        solution, inverse = interior_point(wide.detach(), own, penalty, shape[-1])
-    change = (wide @ solution.view(shape)).flatten(1)  # K a, the part of F that K is in
+        solution, inverse = interior_point(gram.detach(), own, penalty, shape[-1])
+    change = (gram @ solution.view(shape)).flatten(1)  # K a, the part of F that K is in
     step = inverse(change - change.detach())
-    return (solution - step).view(shape).to(gram.dtype)
+    return (solution - step).view(shape)
 
 
 def interior_point(
@@ -48,6 +48,7 @@ def interior_point(
     shots = size // ways
     hessian = torch.einsum("tij,kl->tikjl", gram, torch.eye(ways, dtype=own.dtype, device=own.device))
     hessian = hessian.reshape(tasks, size, size)
+    rounding = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # K may have no full rank
     bound = penalty * own
     a, v = torch.zeros_like(own), own.new_zeros(tasks, shots)
     s, z = torch.ones_like(own), torch.ones_like(own)
@@ -60,7 +61,7 @@ def interior_point(
 
     def solver(weights: Tensor):
         """(r, q) -> (da, dv) with (K + diag(weights)) da + A' dv = r and A da = q."""
-        factor = torch.linalg.cholesky_ex(hessian + torch.diag_embed(weights)).L
+        factor = torch.linalg.cholesky_ex(hessian + torch.diag_embed(weights + rounding)).L
         spreads = spread(torch.eye(shots, dtype=own.dtype, device=own.device)).mT  # [P, S], A'
         through = torch.cholesky_solve(spreads.expand(tasks, -1, -1), factor)  # M^-1 A'
         small = torch.linalg.cholesky_ex(sums(through.mT.flatten(0, 1)).unflatten(0, (tasks, shots))).L

@@ -49,7 +49,8 @@ class MetaOptNet(Embedded):
         if self.head == "ridge":
             ridge = torch.full((), self.ridge, dtype=features.dtype, device=features.device)
             return {"weights": ridge_regression(features, wanted, ridge)}
-        return {"weights": features.mT @ crammer_singer_dual(features @ features.mT, wanted, self.penalty)}
+        wide = features.double()  # rounding would leave the products indefinite
+        return {"weights": features.mT @ crammer_singer_dual(wide @ wide.mT, wanted, self.penalty).to(features)}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
         return self.scale * (precise(features) @ adapted["weights"])

@@ -18,7 +18,7 @@ from metarun.build import build_dataset, build_hardware, build_source
 from metarun.config import check, check_node
 from metarun.episodes import SPLITS, ClassStore, EpisodeSource, Geometry
 from metarun.errors import ConfigError, MetarunError
-from metarun.evaluation import Result, evaluate, paired_difference
+from metarun.evaluation import Result, evaluate, instance_scores, interval, paired_difference
 from metarun.files import write_csv, write_json
 from metarun.hardware import Hardware
 from metarun.inner_loops.base import InnerLoop
@@ -90,6 +90,8 @@ def run(cfg: DictConfig) -> float:
         say(notes, "on different datasets, so not compared; dataset=NAME tests all on one")
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(cells, cfg, folder)
+    if cfg.instances is not None:
+        report_instances(instance_rows(cells, cfg, hardware), folder)
     return next(cell.result.mean for cell in cells if cell.result)
 
 
@@ -224,6 +226,50 @@ def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
         names.append("steps.png")
         plots.step_curves(rows, folder / names[-1])
     say(notes, f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")
+
+
+def instance_rows(cells: list[Cell], cfg: DictConfig, hardware: Hardware) -> list[dict[str, Any]]:
+    """Accuracy at each appearance of a class, for methods that see a task's examples one by one."""
+    tasks = {(id(c.model), c.dataset, c.geometry.ways): c for c in cells if c.result and has_instances(c)}
+    if not tasks:
+        raise ConfigError(
+            f"instances={cfg.instances}: none of these methods sees examples one by one, as algorithm=mann does"
+        )
+    rows = []
+    with Bar("instances", len(tasks) * cfg.episodes, "episodes") as bar:
+        for cell in tasks.values():
+            geometry = Geometry(cell.geometry.ways, 1, cfg.instances - 1)
+            scores = instance_scores(
+                cell.model.algorithm, cell.source, geometry, cfg.episodes, cfg.seed, hardware, bar.advance
+            )
+            rows += [
+                {
+                    "model": cell.model.name,
+                    "dataset": cell.dataset,
+                    "ways": geometry.ways,
+                    "instance": i + 1,
+                    "mean": column.mean().item(),
+                    "interval": interval(column),
+                }
+                for i, column in enumerate(scores.unbind(1))
+            ]
+    return rows
+
+
+def has_instances(cell: Cell) -> bool:
+    return hasattr(cell.model.algorithm, "by_instance")
+
+
+def report_instances(rows: list[dict[str, Any]], folder: Path) -> None:
+    """A table on screen, and instances.csv."""
+    table = Table(title="accuracy at the n-th appearance of a class, before its label is shown")
+    for heading in ("model", "task", "n", "accuracy, 95 % interval"):
+        table.add_column(heading, justify="right" if heading == "n" else "left")
+    for row in rows:
+        text = with_interval("accuracy", row["mean"], row["interval"])
+        table.add_row(row["model"], f"{row['dataset']} {row['ways']}-way", str(row["instance"]), text)
+    console.print(table)
+    write_csv(folder / "instances.csv", rows)
 
 
 def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:

@@ -18,6 +18,10 @@ from metarun import checkpoint, cli
 
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "learning_curve.png", "result.json"}
 ALGORITHMS = sorted(path.stem for path in (cli.CONF / "algorithm").glob("*.yaml"))
+CLASSIFIERS = (
+    "protonet matching relation mann snail meta_networks r2d2 lrd2 metaoptnet versa cnaps gnn baseline "
+    "baseline_plus_plus simpleshot meta_baseline"
+).split()
 
 
 def run_folder(parent: Path) -> Path:
@@ -57,7 +61,7 @@ def test_every_algorithm_trains_evaluates_and_adapts(metarun, tmp_path: Path, al
     assert "10 queries" in adapted.stdout
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "protonet"])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in CLASSIFIERS])
 def test_regression_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorithm: str):
     words = ["train", "dataset=sinusoid", f"algorithm={algorithm}", "iterations=20", "test.episodes=20"]
     done = metarun(*words, "validation.every=10", "log.tensorboard=false")
@@ -68,6 +72,12 @@ def test_regression_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorit
     assert results[0]["metric"] == "mse"
     metarun("adapt", f"checkpoint={folder}", "hydra.run.dir=adapted")
     assert (tmp_path / "adapted/curves.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("algorithm", CLASSIFIERS)
+def test_a_method_that_classifies_says_so(metarun, algorithm: str):
+    done = metarun("train", "dataset=sinusoid", "backbone=mlp", f"algorithm={algorithm}", status=1)
+    assert "classifies and cannot regress" in done.stderr or "takes images" in done.stderr
 
 
 def test_training_learns(metarun, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The table of the gradient-based family is what the methods are."""
+"""The tables of the two families are what the methods are."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ def load():
     return module
 
 
-def test_the_document_has_the_table_and_the_table_every_method():
+def test_the_documents_have_the_tables_and_the_tables_every_method():
     family = load()
     assert family.table() in (DOCS / "gradient_based.md").read_text()
+    assert family.feature_table() in (DOCS / "feature_based.md").read_text()
     options = {path.stem for path in (cli.CONF / "algorithm").glob("*.yaml")}
-    assert options - set(family.METHODS) == {"protonet"}
+    assert options == set(family.METHODS) | set(family.FEATURES)
+    assert not set(family.METHODS) & set(family.FEATURES)

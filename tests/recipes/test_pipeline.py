@@ -1,0 +1,112 @@
+"""Pretrain, meta-train from that checkpoint, adapt: as the README says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from metarun import checkpoint
+
+SMALL = [
+    "dataset.train_classes=60",
+    "dataset.validation_classes=20",
+    "dataset.test_classes=20",
+    "backbone.width=16",
+    "validation.episodes=20",
+    "test.episodes=40",
+    "log.tensorboard=false",
+    "hardware.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def pretrained(metarun_in, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    metarun_in(folder, "train", "algorithm=baseline", *SMALL, "iterations=60", "hydra.run.dir=run")
+    return folder / "run"
+
+
+def accuracy(folder: Path) -> float:
+    return json.loads((folder / "result.json").read_text())["test"]["mean"]
+
+
+def backbone(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    return checkpoint.backbone_of(checkpoint.load(folder / name)["algorithm"])
+
+
+def test_the_pipeline(metarun, pretrained: Path, tmp_path: Path):
+    """Each stage by the command line; starting from a checkpoint beats starting from nothing."""
+    words = ["algorithm=meta_baseline", *SMALL, "iterations=3", "validation.every=3"]
+    done = metarun("train", *words, f"init={pretrained}", "hydra.run.dir=meta")
+    assert "starts with the backbone of baseline on glyphs, iteration 60" in done.stderr
+    metarun("train", *words, "hydra.run.dir=scratch")
+    assert accuracy(tmp_path / "meta") > accuracy(tmp_path / "scratch") + 0.05
+    grid = metarun("eval", f"checkpoint=[{pretrained},meta]", "ways=[3,7]", "shots=[1,2]", "episodes=10")
+    assert "7-way 2-shot" in grid.stdout and "differences" in grid.stdout
+    assert "10 queries" in metarun("adapt", "checkpoint=meta", "queries=2").stdout
+    assert "10 queries" in metarun("adapt", f"checkpoint={pretrained}", "queries=2", "steps=3").stdout
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "cnaps", "relation", "meta_networks", "r2d2"])
+def test_any_method_starts_with_a_backbone(metarun, pretrained: Path, tmp_path: Path, algorithm: str):
+    """Its weights are the checkpoint's, with running averages where both have them."""
+    words = [f"algorithm={algorithm}", *SMALL, "iterations=1", "optimizer.lr=1e-30", "meta_batch=1"]
+    same = ["norm=layer"] if algorithm == "meta_networks" else []
+    if same:  # another norm has as many weights
+        metarun("train", *words, f"init={pretrained}", *same, "backbone=conv4", "hydra.run.dir=run")
+    else:
+        metarun("train", *words, f"init={pretrained}", "backbone=conv4", "hydra.run.dir=run")
+    offered, started = (
+        [x for name, x in backbone(folder).items() if not checkpoint.is_average(name)]
+        for folder in (pretrained, tmp_path / "run")
+    )
+    assert len(offered) == len(started) == 16
+    for a, b in zip(offered, started, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_cnaps_freezes_what_it_starts_with(metarun, pretrained: Path, tmp_path: Path):
+    words = ["algorithm=cnaps", "algorithm.frozen=true", *SMALL, "iterations=3", f"init={pretrained}"]
+    metarun("train", *words, "hydra.run.dir=run")
+    for a, b in zip(backbone(pretrained).values(), backbone(tmp_path / "run").values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_resumed_run_does_not_start_again(metarun, pretrained: Path, tmp_path: Path):
+    words = ["train", "algorithm=protonet", *SMALL, "iterations=4", "checkpoint.every=2"]
+    metarun(*words, f"init={pretrained}", "hydra.run.dir=run")
+    done = metarun("train", "resume=run", "iterations=6")
+    assert "starts with" not in done.stderr and "resumed at iteration 4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["backbone.width=8"], "does not fit this one; choose the backbone"),
+        (["dataset.size=16", "backbone=mlp"], "does not fit this one"),
+    ],
+)
+def test_another_backbone_is_refused_in_a_line(metarun, pretrained: Path, words: list[str], error: str):
+    small = [w for w in SMALL if not (w.startswith("backbone.width") and words[-1] != words[0])]
+    small = [w for w in small if w.split("=")[0] not in [word.split("=")[0] for word in words]]
+    done = metarun("train", "algorithm=protonet", *small, *words, f"init={pretrained}", status=1)
+    assert error in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_init_that_is_no_run_is_refused(metarun, tmp_path: Path):
+    done = metarun("train", "init=nowhere", "iterations=1", status=1)
+    assert "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_accuracy_at_each_instance(metarun, tmp_path: Path):
+    """Of MANN alone; in a table and a file."""
+    metarun("train", "algorithm=mann", *SMALL, "iterations=3", "meta_batch=2", "hydra.run.dir=run")
+    metarun("eval", "checkpoint=run", "episodes=10", "instances=4", "hydra.run.dir=eval")
+    rows = (tmp_path / "eval/instances.csv").read_text().splitlines()
+    assert len(rows) == 5 and rows[1].split(",")[3] == "1"
+    metarun("train", "algorithm=protonet", *SMALL, "iterations=3", "hydra.run.dir=other")
+    done = metarun("eval", "checkpoint=other", "episodes=10", "instances=4", status=1)
+    assert "algorithm=mann" in done.stderr
