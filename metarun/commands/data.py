@@ -49,7 +49,9 @@ def run(cfg: DictConfig) -> None:
         for part, own in getattr(sources[split], "parts", {}).items():
             table.add_row(f"  {part}", *counts(own), "")
     console.print(table)
-    say(notes, place(name))
+    say(
+        notes, place(None if getattr(sources[cfg.split], "parts", None) else name)
+    )  # a mixture keeps none itself
     source = sources[cfg.split]
     if isinstance(source, ClassStore):
         draw(source, Geometry(cfg.ways, cfg.shots, cfg.queries), cfg.seed, f"{name} {cfg.split}")
