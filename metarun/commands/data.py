@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -130,11 +131,16 @@ def counts(source: EpisodeSource) -> list[str]:
 
 
 def draw(source: ClassStore, geometry: Geometry, seed: int, title: str) -> None:
-    """contact.png: ten classes, ten images of each; episode.png: one task."""
+    """contact.png: ten classes, of each dataset as many, ten images of each; episode.png: one task."""
     source.check(geometry)
     folder = Path(HydraConfig.get().runtime.output_dir)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(source.names), generator=generator)[:10].sort().values.tolist()
+    chosen, first = [], 0
+    parts = list(source.parts.values()) or [source]
+    for part in parts:  # as many classes of each
+        order = torch.randperm(len(part.names), generator=generator) + first
+        chosen += order[: math.ceil(10 / len(parts))].sort().values.tolist()
+        first += len(part.names)
     rows = {
         source.names[i]: source.images[source.starts[i] : source.starts[i] + min(int(source.counts[i]), 10)]
         for i in chosen
