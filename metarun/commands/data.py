@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -49,7 +50,9 @@ def run(cfg: DictConfig) -> None:
         for part, own in getattr(sources[split], "parts", {}).items():
             table.add_row(f"  {part}", *counts(own), "")
     console.print(table)
-    say(notes, place(name))
+    say(
+        notes, place(None if getattr(sources[cfg.split], "parts", None) else name)
+    )  # a mixture keeps none itself
     source = sources[cfg.split]
     if isinstance(source, ClassStore):
         draw(source, Geometry(cfg.ways, cfg.shots, cfg.queries), cfg.seed, f"{name} {cfg.split}")
@@ -128,11 +131,16 @@ def counts(source: EpisodeSource) -> list[str]:
 
 
 def draw(source: ClassStore, geometry: Geometry, seed: int, title: str) -> None:
-    """contact.png: ten classes, ten images of each; episode.png: one task."""
+    """contact.png: ten classes, of each dataset as many, ten images of each; episode.png: one task."""
     source.check(geometry)
     folder = Path(HydraConfig.get().runtime.output_dir)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(source.names), generator=generator)[:10].sort().values.tolist()
+    chosen, first = [], 0
+    parts = list(source.parts.values()) or [source]
+    for part in parts:  # as many classes of each
+        order = torch.randperm(len(part.names), generator=generator) + first
+        chosen += order[: math.ceil(10 / len(parts))].sort().values.tolist()
+        first += len(part.names)
     rows = {
         source.names[i]: source.images[source.starts[i] : source.starts[i] + min(int(source.counts[i]), 10)]
         for i in chosen

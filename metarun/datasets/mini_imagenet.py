@@ -54,6 +54,7 @@ class MiniImageNet:
             raise ConfigError(f"dataset.size={size}: choose a whole number of pixels, such as 84")
         self.root, self.size, self.fit = root, size, fit
         self._files: dict[str, list[Entry]] | None = None
+        self._lists: set[str] = set()  # the CSV files that are there
 
     @property
     def item_shape(self) -> tuple[int, int, int]:
@@ -68,8 +69,11 @@ class MiniImageNet:
         wanted = class_split(self.name)[name]
         if missing := [wnid for wnid in wanted if wnid not in self._files]:
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            own = {"validation": "val"}.get(name, name) + ".csv"
+            lacks = self._lists and own not in self._lists
+            why = f"{own} is missing beside {min(self._lists)}, so " if lacks else ""
             raise DataError(
-                f"dataset.root={self.root}: no images of class {missing[0]}{others}, "
+                f"dataset.root={self.root}: {why}no images of class {missing[0]}{others}, "
                 f"of the {len(wanted)} {name} classes; {self.layouts}"
             )
         return class_store(
@@ -122,6 +126,7 @@ class MiniImageNet:
         for entry in files:
             if entry.parts[-1] not in ("train.csv", "val.csv", "test.csv"):
                 continue
+            self._lists.add(entry.parts[-1])
             rows = csv.DictReader(io.StringIO(entry.read().decode("utf-8", "replace")))
             if not {"filename", "label"} <= set(rows.fieldnames or []):
                 raise DataError(

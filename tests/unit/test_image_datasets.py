@@ -418,6 +418,34 @@ def test_what_is_missing_of_mini_imagenet_is_said(tmp_path: Path):
         MiniImageNet(root=str(root)).split("test")
 
 
+@pytest.mark.parametrize("layout", ["folders", "csv", "zips of folders", "several zips of a split"])
+def test_each_missing_piece_of_mini_imagenet_is_named(tmp_path: Path, layout: str):
+    """A class, and a split's folder, zip or list; what is left can still be used."""
+    root = mini_tree(tmp_path / "mini", "csv" if layout == "csv" else "folders")
+    first, *others = mini_imagenet.class_split()["validation"]
+    if layout == "csv":
+        (root / "val.csv").unlink()
+        says = f"val.csv is missing beside test.csv, so no images of class {first} and 15 more, of the 16 val"
+    elif layout == "several zips of a split":
+        for part, wnids in (("val_a", others[:5]), ("val_b", others[5:])):
+            with zipfile.ZipFile(root / f"{part}.zip", "w") as archive:
+                for path in (path for wnid in wnids for path in (root / "val" / wnid).iterdir()):
+                    archive.write(path, path.relative_to(root / "val"))
+        shutil.rmtree(root / "val")
+        says = f"no images of class {first}, of the 16 validation classes; it may hold"
+    else:
+        if layout == "zips of folders":
+            zipped(root / "test", root / "test.zip")
+            shutil.rmtree(root / "test")
+        shutil.rmtree(root / "val")
+        says = f"no images of class {first} and 15 more, of the 16 validation classes; it may hold"
+    dataset = MiniImageNet(root=str(root), size=4)
+    with pytest.raises(DataError, match=says) as error:
+        dataset.split("validation")
+    assert "\n" not in str(error.value)
+    assert len(dataset.split("test").names) == 20
+
+
 # through torchvision
 
 
