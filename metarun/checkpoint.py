@@ -110,13 +110,12 @@ def rebuild(content: dict[str, Any], cfg: DictConfig, hardware: Hardware, path: 
     return algorithm
 
 
-def start_from(algorithm: Algorithm, path: Path) -> str:
+def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> str:
     """Give an algorithm's backbone the weights of a checkpoint's; where they come from, in words.
 
     Weights are matched by their order, since a method may insert layers of its own. Running averages
     are taken over where both have them.
     """
-    content = load(path)
     backbone: nn.Module = getattr(algorithm, "learner", algorithm).backbone  # type: ignore[assignment,union-attr]
     offered = backbone_of(content["algorithm"])
     wanted = dict(backbone.state_dict())

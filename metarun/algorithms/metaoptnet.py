@@ -50,7 +50,8 @@ class MetaOptNet(Embedded):
             ridge = torch.full((), self.ridge, dtype=features.dtype, device=features.device)
             return {"weights": ridge_regression(features, wanted, ridge)}
         wide = features.double()  # rounding would leave the products indefinite
-        return {"weights": features.mT @ crammer_singer_dual(wide @ wide.mT, wanted, self.penalty).to(features)}
+        dual = crammer_singer_dual(wide @ wide.mT, wanted, self.penalty).to(features)
+        return {"weights": features.mT @ dual}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
         return self.scale * (precise(features) @ adapted["weights"])

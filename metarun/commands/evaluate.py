@@ -233,7 +233,7 @@ def instance_rows(cells: list[Cell], cfg: DictConfig, hardware: Hardware) -> lis
     tasks = {(id(c.model), c.dataset, c.geometry.ways): c for c in cells if c.result and has_instances(c)}
     if not tasks:
         raise ConfigError(
-            f"instances={cfg.instances}: none of these methods sees examples one by one, as algorithm=mann does"
+            f"instances={cfg.instances}: no method here sees examples one by one, as algorithm=mann does"
         )
     rows = []
     with Bar("instances", len(tasks) * cfg.episodes, "episodes") as bar:

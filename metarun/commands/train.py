@@ -55,6 +55,7 @@ def run(cfg: DictConfig) -> float:
             f"resume={relative(folder)}, or choose another hydra.run.dir"
         )
     check(cfg, "train")
+    start = read_start(cfg) if state is None else None
     hardware = build_hardware(cfg)
     torch.manual_seed(cfg.seed)
     dataset = build_dataset(cfg.dataset)  # once, for its files are listed once
@@ -64,9 +65,8 @@ def run(cfg: DictConfig) -> float:
         trainer.load_state(state)
     else:
         load_weights(trainer.algorithm)
-        if cfg.init is not None:
-            origin = checkpoint.start_from(trainer.algorithm, checkpoint.find(cfg.init))
-            say(notes, f"starts with the {origin}")
+        if start is not None:
+            say(notes, f"starts with the {checkpoint.start_from(trainer.algorithm, *start)}")
     name = describe(cfg)
     say(notes, f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if trainer.iteration:
@@ -83,6 +83,14 @@ def run(cfg: DictConfig) -> float:
         tracker.close()
     assert trainer.best
     return trainer.best.score
+
+
+def read_start(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a new run starts from, read before anything takes long."""
+    if cfg.init is None:
+        return None
+    path = checkpoint.find(cfg.init)
+    return path, checkpoint.load(path)
 
 
 def finish(

@@ -18,10 +18,24 @@ from metarun import checkpoint, cli
 
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "learning_curve.png", "result.json"}
 ALGORITHMS = sorted(path.stem for path in (cli.CONF / "algorithm").glob("*.yaml"))
-CLASSIFIERS = (
-    "protonet matching relation mann snail meta_networks r2d2 lrd2 metaoptnet versa cnaps gnn baseline "
-    "baseline_plus_plus simpleshot meta_baseline"
-).split()
+CLASSIFIERS = [
+    "protonet",
+    "matching",
+    "relation",
+    "mann",
+    "snail",
+    "meta_networks",
+    "r2d2",
+    "lrd2",
+    "metaoptnet",
+    "versa",
+    "cnaps",
+    "gnn",
+    "baseline",
+    "baseline_plus_plus",
+    "simpleshot",
+    "meta_baseline",
+]
 
 
 def run_folder(parent: Path) -> Path:

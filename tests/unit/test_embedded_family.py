@@ -389,7 +389,9 @@ def test_relation_compares_maps_of_any_size():
         assert features.shape[-1] == np.prod(backbone.map_shape)
         maps = nn.Sequential(*list(backbone)[:-1])(x[0])
         torch.testing.assert_close(features[0].unflatten(-1, backbone.map_shape), maps)
-        assert algorithm.score(algorithm.fit(features, torch.tensor([[0, 1, 2] * 2] * 2), 3), features).shape == (
+        assert algorithm.score(
+            algorithm.fit(features, torch.tensor([[0, 1, 2] * 2] * 2), 3), features
+        ).shape == (
             2,
             6,
             3,
