@@ -15,9 +15,10 @@ class MatchingNet(Embedded):
     """A query's class is a weighted vote of the support examples.
 
     The weights are a softmax over cosines (equation 1 and the attention of section 2.1.1), here
-    times `scale`: 1 in the paper, with which no weight can be near 1 and little is learned. With `full_context` (section 2.1.2) every support example is
-    seen by a bidirectional LSTM over the support, and a query reads the support `reads` times by
-    attention (appendix A); `full_context=false` is the network without.
+    times `scale`: 1 in the paper, with which no weight can be near 1 and little is learned. With
+    `full_context` (section 2.1.2) every support example is seen by a bidirectional LSTM over the
+    support, and a query reads the support `reads` times by attention (appendix A);
+    `full_context=false` is the network without.
 
     The order in which the LSTM sees the support is that of the classes, as in the task.
     """

@@ -1,4 +1,4 @@
-"""Methods that learn from features: their solutions against other solvers, their memory by hand, their limits."""
+"""Methods that learn from features: solutions against other solvers, memory by hand, limits."""
 
 from __future__ import annotations
 
