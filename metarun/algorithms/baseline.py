@@ -66,8 +66,8 @@ class Baseline(Classifier):
     """Baseline and, with `cosine`, Baseline++ (Chen, Liu, Kira, Wang and Huang 2019, section 3.2).
 
     A new task trains a new classifier on its support features by the inner loop, in evaluation
-    alone: linear and from zero, or of cosines times `scale` and from random vectors, always the same
-    ones. Any number of ways can be met.
+    alone: linear and from zero, or of cosines times `scale` and from random directions, always the
+    same ones. Any number of ways can be met.
 
     Departures: the paper's code takes batches of four examples, here a step sees the whole support;
     the cosine classifier has no learned norm of each class (the paper's text has none, its code has).
@@ -115,7 +115,7 @@ class Baseline(Classifier):
             return {"weight": like.new_zeros(size), "bias": like.new_zeros(size[:2])}
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(ways, self.features, generator=generator, dtype=torch.float64)
-        return {"weight": weight.to(like).expand(tasks, -1, -1)}
+        return {"weight": F.normalize(weight, dim=1).to(like).expand(tasks, -1, -1)}
 
     def bias_of(self, head: Params) -> Tensor | float:
         return 0.0 if self.cosine else head["bias"].unsqueeze(1)

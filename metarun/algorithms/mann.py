@@ -53,11 +53,12 @@ class MANN(Embedded):
         heads: int = 4,
         controller: int = 200,
         decay: float = 0.99,
+        sharpness: float = 1.0,
         shuffles: bool = True,
     ) -> None:
         super().__init__(backbone, classification, most_ways=outputs)
         self.slots, self.size, self.heads, self.decay, self.shuffles = slots, size, heads, decay, shuffles
-        self.outputs = outputs
+        self.outputs, self.sharpness = outputs, sharpness
         self.controller = nn.LSTMCell(self.features + outputs + heads * size, controller)
         self.keys = nn.Linear(controller, heads * size)
         self.gate = nn.Parameter(torch.zeros(()))  # alpha of equation 7
@@ -140,7 +141,7 @@ class MANN(Embedded):
         hidden, cell = self.controller(seen, (state.hidden, state.cell))
         keys = self.keys(hidden).unflatten(1, (self.heads, self.size)).tanh()
         memory, write_weights = write(state, keys, self.gate)
-        read_weights, read = read_by_content(memory, keys)
+        read_weights, read = read_by_content(memory, keys, self.sharpness)
         usage = self.decay * state.usage + read_weights.sum(1) + write_weights.sum(1)  # equation 5
         logits = self.last(torch.cat([hidden, read.flatten(1)], 1))
         return logits, State(memory, usage, read_weights, read.flatten(1), hidden, cell, state.label)
@@ -160,8 +161,8 @@ def write(state: State, keys: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return state.memory * kept.unsqueeze(-1) + weights.mT @ keys, weights
 
 
-def read_by_content(memory: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def read_by_content(memory: Tensor, keys: Tensor, sharpness: float = 1.0) -> tuple[Tensor, Tensor]:
     """Weights [T, R, slots] by cosine (equations 2 and 3), and what is read [T, R, size] (equation 4)."""
     similarity = F.normalize(keys, dim=-1) @ F.normalize(memory, dim=-1).mT
-    weights = similarity.softmax(-1)
+    weights = (sharpness * similarity).softmax(-1)
     return weights, weights @ memory
