@@ -116,17 +116,22 @@ def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> 
     Weights are matched by their order, since a method may insert layers of its own. Running averages
     are taken over where both have them.
     """
-    backbone: nn.Module = getattr(algorithm, "learner", algorithm).backbone  # type: ignore[assignment,union-attr]
-    offered = backbone_of(content["algorithm"])
-    wanted = dict(backbone.state_dict())
-    if {is_average(name) for name in offered} != {is_average(name) for name in wanted}:
-        offered, wanted = ({n: x for n, x in d.items() if not is_average(n)} for d in (offered, wanted))
+    backbone: nn.Module | None = getattr(getattr(algorithm, "learner", algorithm), "backbone", None)
+    if backbone is None:
+        raise ConfigError(f"init={path}: {type(algorithm).__name__} has no backbone to start with it")
     choices = content["config"].get("choices", {})
     run = f"{choices.get('algorithm')} on {choices.get('dataset')}"
+    offered, wanted = backbone_of(content["algorithm"]), dict(backbone.state_dict())
+    has, wants = (any(map(is_average, names)) for names in (offered, wanted))
+    if wants and not has and getattr(algorithm, "frozen", False):
+        raise ConfigError(f"init={path}: a frozen backbone needs running averages, and it has none ({run})")
+    if has != wants:
+        offered, wanted = ({n: x for n, x in d.items() if not is_average(n)} for d in (offered, wanted))
     if [x.shape for x in offered.values()] != [x.shape for x in wanted.values()]:
         raise ConfigError(
             f"init={path}: its backbone ({choices.get('backbone')}, {run}) does not fit this one; "
-            "choose the backbone, its settings and the image size of that run"
+            "choose the backbone, its settings and the image size of that run (algorithm=cavia and "
+            "maml_plus_plus change theirs)"
         )
     backbone.load_state_dict(dict(zip(wanted, offered.values(), strict=True)), strict=False)
     return f"backbone of {run}, iteration {content.get('iteration', '?')}"

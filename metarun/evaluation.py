@@ -20,6 +20,7 @@ from metarun.objectives import metric_name, task_loss, task_score
 # Episodes are drawn in blocks of this size, each from its own seed, so that what is drawn does
 # not depend on how many are run at once, and the first 100 of 600 are the first 100 of 200.
 BLOCK = 50
+TASKS_IN_TURN = 10  # at once, where examples are seen one by one
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,13 @@ def instance_scores(
         with hardware.forked_random(), torch.no_grad(), hardware.compute():
             torch.manual_seed(seed)
             for draw in fixed_draws(source, geometry, episodes, seed):
-                tasks = source.gather(draw, geometry).to(hardware.dtype)
-                scores.append(algorithm.by_instance(tasks))  # type: ignore[operator]
-                advance(len(tasks))
+                length = geometry.ways * (geometry.shots + geometry.queries)
+                orders = torch.rand(len(draw[0]), length, dtype=torch.float32).argsort(1)
+                for part in split_draw((*draw, orders), TASKS_IN_TURN):
+                    tasks = source.gather(part[:-1], geometry).to(hardware.dtype)
+                    order = part[-1].to(hardware.device)
+                    scores.append(algorithm.by_instance(tasks, order))  # type: ignore[operator]
+                    advance(len(tasks))
     finally:
         algorithm.train(training)
     return torch.cat(scores).cpu()

@@ -28,28 +28,26 @@ def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor
     F(a, K) = 0 give da = -(dF/da)^-1 dF/dK: one more Newton step, in which K alone is differentiated.
     """
     shape = classes.shape
+    gram = penalty * gram  # in units of C the bounds are 1
     own = classes.double().flatten(1)  # [T, P] with P = S*N
     with torch.no_grad():
-        solution, inverse = interior_point(gram.detach(), own, penalty, shape[-1])
+        solution, inverse = interior_point(gram.detach(), own, shape[-1])
     change = (gram @ solution.view(shape)).flatten(1)  # K a, the part of F that K is in
     step = inverse(change - change.detach())
-    return (solution - step).view(shape)
+    return penalty * (solution - step).view(shape)
 
 
-def interior_point(
-    gram: Tensor, own: Tensor, penalty: float, ways: int
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Mehrotra's predictor and corrector for gram [T, S, S]: solution [T, P] and linear system's inverse.
 
-    With slacks s = h - a, multipliers z of a <= h and v of the sums, the conditions are
-    K a - own + z + A' v = 0,  A a = 0,  a + s = h,  s z = 0.
+    With slacks s, multipliers z of a <= own and v of the sums, the conditions are
+    K a - own + z + A' v = 0,  A a = 0,  a + s = own,  s z = 0.
     """
     tasks, size = own.shape
     shots = size // ways
     hessian = torch.einsum("tij,kl->tikjl", gram, torch.eye(ways, dtype=own.dtype, device=own.device))
     hessian = hessian.reshape(tasks, size, size)
     rounding = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # K may have no full rank
-    bound = penalty * own
     a, v = torch.zeros_like(own), own.new_zeros(tasks, shots)
     s, z = torch.ones_like(own), torch.ones_like(own)
 
@@ -75,7 +73,7 @@ def interior_point(
 
     for _ in range(STEPS):
         dual = (hessian @ a.unsqueeze(-1)).squeeze(-1) - own + z + spread(v)
-        newton = Newton(solver(z / s), s, z, dual, a + s - bound, sums(a))
+        newton = Newton(solver(z / s), s, z, dual, a + s - own, sums(a))
         gap = (s * z).mean(1, keepdim=True)
         *_, ds, dz = newton.direction(s * z)
         reach = torch.minimum(longest(s, ds), longest(z, dz))

@@ -268,8 +268,7 @@ def gnn(net, support, y, query, query_y) -> Tensor:
 
 def snail(net, support, y, query, query_y) -> Tensor:
     """The whole sequence anew for every query, position by position."""
-    order = torch.rand(len(support), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    order = order.argsort()
+    order = scattered(len(support))
     rows = []
     for q in query:
         sequence = [torch.cat([support[i], F.one_hot(y[i], 3).to(support)]) for i in order]
@@ -279,6 +278,11 @@ def snail(net, support, y, query, query_y) -> Tensor:
             sequence = [torch.cat([x, a]) for x, a in zip(sequence, added, strict=True)]
         rows.append(net.last.weight @ sequence[-1] + net.last.bias)
     return mean_cross_entropy(rows, query_y)
+
+
+def scattered(length: int) -> list[int]:
+    """The order that never changes: by Knuth's multiplicative hash of the position."""
+    return sorted(range(length), key=lambda i: (i + 1) * 2654435761 % 2**32)
 
 
 def attend(layer, sequence: list[Tensor]) -> list[Tensor]:
@@ -306,7 +310,7 @@ def convolve(layer, sequence: list[Tensor]) -> list[Tensor]:
 def mann(net, support, y, query, query_y) -> Tensor:
     """One place of the memory at a time (equations 2 to 8)."""
     features, labels = torch.cat([support, query]), torch.cat([y, query_y])
-    order = torch.rand(len(labels), generator=torch.Generator().manual_seed(0), dtype=torch.float32).argsort()
+    order = scattered(len(labels))
     cell = net.controller
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
     memory = [torch.zeros(net.size) for _ in range(net.slots)]

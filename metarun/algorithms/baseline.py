@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
@@ -10,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Adapted
-from metarun.algorithms.embedded import Embedded, cosines, precise, prototypes, squared_distances
+from metarun.algorithms.embedded import Embedded, cosines, precise, prototypes, require, squared_distances
 from metarun.episodes import Episodes
 from metarun.inner_loops.base import InnerLoop, refuse_learned
 from metarun.lowering import Params
@@ -36,9 +34,6 @@ class Classifier(Embedded):
         super().__init__(backbone, classification)
         self.cosine, self.scale = cosine, scale
         self.classifier = nn.Linear(self.features, classes or 1, bias=not cosine)
-
-    @abstractmethod
-    def fit(self, features: Tensor, targets: Tensor, ways: int) -> Adapted: ...
 
     def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         x = torch.cat([episodes.support_x, episodes.query_x], 1)
@@ -69,8 +64,9 @@ class Baseline(Classifier):
     alone: linear and from zero, or of cosines times `scale` and from random directions, always the
     same ones. Any number of ways can be met.
 
-    Departures: the paper's code takes batches of four examples, here a step sees the whole support;
-    the cosine classifier has no learned norm of each class (the paper's text has none, its code has).
+    Departures: the paper's code takes 100 epochs of batches of four examples by SGD with momentum,
+    dampening and weight decay at rate 0.01, here 100 steps of plain gradient descent see the whole
+    support; the cosine classifier has no learned norm of each class (nor has the paper, but its code).
     """
 
     def __init__(
@@ -126,7 +122,7 @@ class SimpleShot(Classifier):
 
     `transform="UN"`: features as they are, `"L2N"`: of length 1, `"CL2N"`: of length 1 after the mean
     feature of the training classes is taken off (section 3). That mean is one over everything seen
-    in training, later images weighing more (`momentum` of a batch), where the paper goes once more
+    in training, later images weighing more (`momentum` of a task), where the paper goes once more
     through the training images at the end.
     """
 
@@ -142,14 +138,16 @@ class SimpleShot(Classifier):
         momentum: float = 0.01,
     ) -> None:
         super().__init__(backbone, classification, classes)
+        require(0 < momentum <= 1, f"algorithm.momentum={momentum}: must be above 0 and at most 1")
         self.transform, self.momentum = transform, momentum
         self.register_buffer("average", torch.zeros(self.features))
         self.register_buffer("batches", torch.zeros(()))
 
     def saw(self, features: Tensor) -> None:
-        self.batches += 1
-        share = (1 / self.batches).clamp_min(self.momentum)
-        self.average += share * (features.mean((0, 1)).to(self.average) - self.average)
+        for task in features.mean(1).to(self.average):  # in turn, however many tasks run at once
+            self.batches += 1
+            share = (1 / self.batches).clamp_min(self.momentum)
+            self.average += share * (task - self.average)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
         """The class means of transformed features, [T, N, F]."""

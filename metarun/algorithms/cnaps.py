@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, prototypes
-from metarun.backbones.layers import Norm, norm_layer, replace_layers, require_images
+from metarun.algorithms.embedded import Embedded, prototypes, require
+from metarun.backbones.layers import Norm, norm_layer, replace_layers
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
 from metarun.learner import uses_batch_statistics
@@ -26,6 +27,8 @@ class CNAPs(Embedded):
     In the paper the backbone is pretrained and stays: `init=RUN` (or backbone weights) and
     `frozen=true`; frozen, it keeps its running averages. Without, all of it is trained together.
     The autoregressive variant, where a layer's scales also depend on the layers before, is not here.
+    Departures: every normalisation is scaled (in the paper not the stem's and the shortcuts'), each
+    by networks of its own with ELUs (the paper's share a first layer within a stage).
     """
 
     def __init__(
@@ -150,23 +153,18 @@ class FilmGenerator(nn.Module):
 
 
 def residual(inputs: int, outputs: int) -> nn.Sequential:
-    """Three linear layers; the input is added where it fits."""
+    """Three linear layers, to whose output the caller adds the input."""
     return nn.Sequential(
         nn.Linear(inputs, inputs), nn.ELU(), nn.Linear(inputs, inputs), nn.ELU(), nn.Linear(inputs, outputs)
     )
 
 
 def set_encoder(item_shape: tuple[int, ...], width: int, norm: Norm) -> nn.Sequential:
-    """Five blocks of convolution, normalisation, ReLU and, while it can be, pooling; [B, width]."""
-    channels, *sides = require_images("the set encoder of algorithm=cnaps", item_shape)
+    """Five blocks of convolution, normalisation, ReLU and pooling, fewer for small images; [B, width]."""
+    require(len(item_shape) == 3, "algorithm=cnaps takes images; choose algorithm=versa")
+    channels, side = item_shape[0], min(item_shape[1:])
     layers: list[nn.Module] = []
-    for i in range(5):
-        layers += [
-            nn.Conv2d(width if i else channels, width, 3, padding=1),
-            norm_layer(norm, width),
-            nn.ReLU(),
-        ]
-        if min(sides) >= 2:
-            layers.append(nn.MaxPool2d(2))
-            sides = [side // 2 for side in sides]
+    for i in range(min(5, int(math.log2(side)))):
+        layers += [nn.Conv2d(width if i else channels, width, 3, padding=1), norm_layer(norm, width)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

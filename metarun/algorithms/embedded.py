@@ -16,6 +16,8 @@ from metarun.learner import normalises_batches, uses_batch_statistics
 from metarun.lowering import AUTO, is_groupable
 from metarun.objectives import task_loss
 
+QUERIES_AT_ONCE = 75  # of a task, in evaluation
+
 
 class Embedded(Algorithm):
     """A backbone embeds examples; a method says what it makes of a task's features.
@@ -66,7 +68,11 @@ class Embedded(Algorithm):
         return self.fit(self.embed(support_x), support_y, ways)
 
     def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
-        return self.score(adapted, self.embed(query_x))
+        if self.training or self.uses_query_statistics:
+            return self.score(adapted, self.embed(query_x))
+        # Graphs and pairs of hundreds of queries at once would need gigabytes.
+        parts = query_x.split(QUERIES_AT_ONCE, 1)
+        return torch.cat([self.score(adapted, self.embed(part)) for part in parts], 1)
 
     def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """The loss of the query logits, a mean over tasks, and these [T, N*Q, N]."""
@@ -108,9 +114,10 @@ def prototypes(features: Tensor, targets: Tensor, ways: int) -> Tensor:
 
 def squared_distances(query: Tensor, prototypes: Tensor) -> Tensor:
     """[T, B, N] from query [T, B, F] and prototypes [T, N, F]."""
-    query, prototypes = precise(query), precise(prototypes)  # the squares nearly cancel
-    squares = query.square().sum(-1, keepdim=True) + prototypes.square().sum(-1).unsqueeze(1)
-    return squares - 2 * query @ prototypes.mT
+    query, prototypes = precise(query), precise(prototypes)
+    with without_autocast(query):  # the squares nearly cancel
+        squares = query.square().sum(-1, keepdim=True) + prototypes.square().sum(-1).unsqueeze(1)
+        return squares - 2 * query @ prototypes.mT
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -121,3 +128,14 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 def precise(x: Tensor) -> Tensor:
     """In float32 where it was bfloat16."""
     return x.float() if x.dtype == torch.bfloat16 else x
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """What is inside is computed in the types it has: solvers and differences of squares need them."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError where a setting cannot be."""
+    if not holds:
+        raise ConfigError(message)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot
+from metarun.algorithms.embedded import Embedded, one_hot, require
 from metarun.backbones.layers import Norm, norm_layer
 
 
@@ -33,6 +33,8 @@ class GNN(Embedded):
         norm: Norm = "running",
     ) -> None:
         super().__init__(backbone, classification, most_ways=outputs)
+        require(layers >= 0, f"algorithm.layers={layers}: must not be negative")
+        require(width >= 2, f"algorithm.width={width}: must be at least 2")
         self.graph = GraphNetwork(self.features + outputs, outputs, layers, width, norm)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:

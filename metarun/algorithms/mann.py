@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot
+from metarun.algorithms.embedded import Embedded, one_hot, require
 from metarun.algorithms.sequences import order_of, reordered
 from metarun.episodes import Episodes
 from metarun.objectives import task_loss
@@ -39,8 +39,10 @@ class MANN(Embedded):
     step, also at a class's first appearance. A new task's support is seen in the same order always, then
     each query as if it were the next example; queries do not see each other.
 
-    Equation 6 marks as many least used places as there are heads; the j-th head writes to the j-th of
-    them. Keys pass a tanh, as in common implementations. Labels are one-hot vectors.
+    Equation 6 marks as many least used places as there are heads; all of them are emptied, and the
+    j-th head writes to the j-th. Keys pass a tanh, as in common implementations. Labels are one-hot
+    vectors. `sharpness` multiplies the cosines in reading, 1 in the paper. `streams=false` trains as a
+    new task is tested, the support first and then one query, which is much quicker to learn.
     """
 
     def __init__(
@@ -54,11 +56,15 @@ class MANN(Embedded):
         controller: int = 200,
         decay: float = 0.99,
         sharpness: float = 1.0,
+        streams: bool = True,
         shuffles: bool = True,
     ) -> None:
         super().__init__(backbone, classification, most_ways=outputs)
+        least = min(size, heads, controller)
+        require(least >= 1, "algorithm.size, heads and controller must be at least 1")
+        require(heads <= slots, f"algorithm.heads={heads}: must be at most algorithm.slots={slots}")
         self.slots, self.size, self.heads, self.decay, self.shuffles = slots, size, heads, decay, shuffles
-        self.outputs, self.sharpness = outputs, sharpness
+        self.outputs, self.sharpness, self.streams = outputs, sharpness, streams
         self.controller = nn.LSTMCell(self.features + outputs + heads * size, controller)
         self.keys = nn.Linear(controller, heads * size)
         self.gate = nn.Parameter(torch.zeros(()))  # alpha of equation 7
@@ -79,6 +85,8 @@ class MANN(Embedded):
 
     def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """The mean loss of all steps, and the logits of the query examples, each where it stood."""
+        if not self.streams:
+            return super().meta_loss(episodes)
         support, query = self.embed_episodes(episodes)
         logits, targets = self.in_sequence(support, query, episodes)
         return task_loss(logits, targets).mean(), logits[:, support.shape[1] :]
@@ -91,14 +99,13 @@ class MANN(Embedded):
         logits, _ = self.see(reordered(features, order), reordered(targets, order))
         return reordered(logits, order.argsort(1))[..., : episodes.ways], targets
 
-    def by_instance(self, episodes: Episodes) -> Tensor:
+    def by_instance(self, episodes: Episodes, order: Tensor) -> Tensor:
         """Accuracy at the first, second, ... appearance of a class, [T, K + Q] (table 1 of the paper).
 
-        Support and query examples are seen in one random order, each answered before its label is.
+        Support and query examples are seen in the order [T, S + B], each answered before its label is.
         """
         features = torch.cat([self.embed(episodes.support_x), self.embed(episodes.query_x)], 1)
         targets = torch.cat([episodes.support_y, episodes.query_y], 1)
-        order = order_of(features, at_random=True)
         features, targets = reordered(features, order), reordered(targets, order)
         right = (self.see(features, targets)[0][..., : episodes.ways].argmax(-1) == targets).float()
         classes = one_hot(targets, episodes.ways, right)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, cosines, one_hot
-from metarun.errors import ConfigError
+from metarun.algorithms.embedded import Embedded, cosines, one_hot, require
 
 
 class MatchingNet(Embedded):
@@ -32,8 +31,8 @@ class MatchingNet(Embedded):
         scale: float = 1.0,
     ) -> None:
         super().__init__(backbone, classification)
-        if reads < 1:
-            raise ConfigError(f"algorithm.reads={reads}: must be at least 1")
+        require(reads >= 1, f"algorithm.reads={reads}: must be at least 1")
+        require(scale > 0, f"algorithm.scale={scale}: must be above 0")
         self.reads, self.scale = reads, scale
         size = self.features
         self.support_context = (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.algorithms.embedded import cosines
+from metarun.algorithms.embedded import cosines, without_autocast
 from metarun.errors import ConfigError
 from metarun.inner_loops.recurrent import preprocessed
 from metarun.learner import refuse_running_averages, uses_batch_statistics
@@ -34,7 +34,8 @@ class MetaNet(Algorithm):
     Convolutions and linear layers have generators of their own, as in the author's code. Gradients
     are constants of the meta-gradient there, and here, so that the representation's head stays as it
     starts. Fast weights have no biases. The representation's loss is cross entropy for any number
-    of shots, again as in the code (the paper: contrastive above one).
+    of shots, again as in the code (the paper: contrastive above one). Keys are the backbone's features
+    (in the code those of a hidden layer, without its ReLU). `init=` fills the base network.
     """
 
     def __init__(
@@ -76,6 +77,10 @@ class MetaNet(Algorithm):
 
     def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
         """The task's fast weights [T, *shape], the examples' [T, S, P] and their keys [T, S, F]."""
+        with without_autocast(support_x):  # vmap mixes its types up
+            return self.learn(support_x, support_y, ways)
+
+    def learn(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
         task = self.task_weights(self.gradients(self.embedder, support_x, support_y))
         examples = self.example_weights(self.gradients(self.base, support_x, support_y))
         return {
@@ -86,6 +91,10 @@ class MetaNet(Algorithm):
         }
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
+        with without_autocast(query_x):
+            return self.answer(adapted, query_x)
+
+    def answer(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
         shares = cosines(self.keys(adapted["task"], query_x), adapted["keys"]).softmax(-1)  # [T, B, S]
         rows = (shares @ adapted["examples"]).flatten(0, 1)  # [T*B, P]
         like = fast_weights(self.base)

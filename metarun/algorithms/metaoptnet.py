@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot, precise
+from metarun.algorithms.embedded import Embedded, one_hot, precise, require, without_autocast
 from metarun.algorithms.r2d2 import ridge_regression
-from metarun.errors import ConfigError
 from metarun.quadratic import crammer_singer_dual
 
 
@@ -21,6 +20,7 @@ class MetaOptNet(Embedded):
     10), with the weight `penalty` C of a violated margin; `head="ridge"` is ridge regression
     with the penalty `ridge` (their -RR). The derivative is that of the solution, by the implicit
     function theorem (section 3.2). Predictions are multiplied by a learned `scale` (equation 12).
+    `label_smoothing` gives its share to all classes alike, the own one too (their code: to the others).
     """
 
     def __init__(
@@ -35,10 +35,9 @@ class MetaOptNet(Embedded):
     ) -> None:
         super().__init__(backbone, classification)
         for name, value in (("penalty", penalty), ("ridge", ridge)):
-            if value <= 0:
-                raise ConfigError(f"algorithm.{name}={value}: must be above 0")
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"algorithm.label_smoothing={label_smoothing}: must be at least 0 and below 1")
+            require(value > 0, f"algorithm.{name}={value}: must be above 0")
+        smooth = f"algorithm.label_smoothing={label_smoothing}: must be at least 0 and below 1"
+        require(0 <= label_smoothing < 1, smooth)
         self.head, self.penalty, self.ridge, self.label_smoothing = head, penalty, ridge, label_smoothing
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
@@ -46,15 +45,17 @@ class MetaOptNet(Embedded):
         """The classifiers' weights [T, F, N]."""
         features = precise(features)
         wanted = one_hot(targets, ways, features)
-        if self.head == "ridge":
-            ridge = torch.full((), self.ridge, dtype=features.dtype, device=features.device)
-            return {"weights": ridge_regression(features, wanted, ridge)}
-        wide = features.double()  # rounding would leave the products indefinite
-        dual = crammer_singer_dual(wide @ wide.mT, wanted, self.penalty).to(features)
-        return {"weights": features.mT @ dual}
+        with without_autocast(features):
+            if self.head == "ridge":
+                ridge = torch.full((), self.ridge, dtype=features.dtype, device=features.device)
+                return {"weights": ridge_regression(features, wanted, ridge)}
+            wide = features.double()  # rounding would leave the products indefinite
+            dual = crammer_singer_dual(wide @ wide.mT, wanted, self.penalty).to(features)
+            return {"weights": features.mT @ dual}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
-        return self.scale * (precise(features) @ adapted["weights"])
+        with without_autocast(features):
+            return self.scale * (precise(features) @ adapted["weights"])
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy with smoothed labels, [T]."""

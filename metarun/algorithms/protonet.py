@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, cosines, prototypes, squared_distances
+from metarun.algorithms.embedded import Embedded, cosines, prototypes, require, squared_distances
 
 
 class ProtoNet(Embedded):
@@ -27,6 +27,7 @@ class ProtoNet(Embedded):
         learn_scale: bool = False,
     ) -> None:
         super().__init__(backbone, classification)
+        require(scale > 0, f"algorithm.scale={scale}: must be above 0")
         self.distance = distance
         self.scale = nn.Parameter(torch.tensor(float(scale))) if learn_scale else scale
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot, precise
-from metarun.errors import ConfigError
+from metarun.algorithms.embedded import Embedded, one_hot, precise, require, without_autocast
 
 
 class R2D2(Embedded):
@@ -36,10 +35,8 @@ class R2D2(Embedded):
         steps: int = 5,
     ) -> None:
         super().__init__(backbone, classification)
-        if ridge <= 0:
-            raise ConfigError(f"algorithm.ridge={ridge}: must be above 0")
-        if steps < 1:
-            raise ConfigError(f"algorithm.steps={steps}: must be at least 1")
+        require(ridge > 0, f"algorithm.ridge={ridge}: must be above 0")
+        require(steps >= 1, f"algorithm.steps={steps}: must be at least 1")
         self.solver, self.steps = solver, steps
         self.log_ridge = nn.Parameter(torch.tensor(float(ridge)).log())
         self.scale = nn.Parameter(torch.tensor(float(scale)))
@@ -49,12 +46,14 @@ class R2D2(Embedded):
         features = with_constant(features)
         wanted = one_hot(targets, ways, features)
         ridge = self.log_ridge.exp()
-        if self.solver == "ridge":
-            return {"weights": ridge_regression(features, wanted, ridge)}
-        return {"weights": logistic_regression(features, wanted, ridge, self.steps)}
+        with without_autocast(features):
+            if self.solver == "ridge":
+                return {"weights": ridge_regression(features, wanted, ridge)}
+            return {"weights": logistic_regression(features, wanted, ridge, self.steps)}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
-        return self.scale * (with_constant(features) @ adapted["weights"])
+        with without_autocast(features):
+            return self.scale * (with_constant(features) @ adapted["weights"])
 
 
 def with_constant(features: Tensor) -> Tensor:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot
+from metarun.algorithms.embedded import Embedded, one_hot, require
 from metarun.backbones.layers import Norm, norm_layer
 
 
 class RelationNet(Embedded):
     """A second network compares a query's feature maps with a class's, and is trained by squared error.
 
-    A class is the sum of its shots' feature maps (section 3.2); beside the query's maps it passes
+    A class is the sum of its shots' feature maps (section 3.2), so that shots at test should be those of
+    training; beside the query's maps it passes
     two convolutional blocks and two linear layers, whose sigmoid is the relation score (equation 1), 1
     for the query's own class and 0 for the others (equation 2). Logits are what the sigmoid takes.
 
@@ -29,11 +30,13 @@ class RelationNet(Embedded):
         norm: Norm = "running",
     ) -> None:
         super().__init__(backbone, classification)
+        require(min(width, hidden) >= 1, f"algorithm.width={width}, hidden={hidden}: must be at least 1")
         self.map_shape: tuple[int, int, int] = getattr(backbone, "map_shape", (self.features, 1, 1))
         channels, *sides = self.map_shape
         layers: list[nn.Module] = []
         for inputs in (2 * channels, width):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), norm_layer(norm, width), nn.ReLU()]
+            norms = "none" if norm == "instance" and max(sides) == 1 else norm  # would leave nothing
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), norm_layer(norms, width), nn.ReLU()]
             if min(sides) >= 2:
                 layers.append(nn.MaxPool2d(2))
                 sides = [side // 2 for side in sides]

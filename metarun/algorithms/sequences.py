@@ -11,13 +11,9 @@ def order_of(like: Tensor, at_random: bool) -> Tensor:
     tasks, length = like.shape[:2]
     if at_random:
         return torch.rand(tasks, length, device=like.device).argsort(1)
-    generator = torch.Generator().manual_seed(0)
-    return (
-        torch.rand(length, generator=generator, dtype=torch.float32)
-        .argsort()
-        .to(like.device)
-        .expand(tasks, -1)
-    )
+    # Scattered by a hash instead of a generator, which a recorded step could not repeat.
+    scattered = (torch.arange(1, length + 1, device=like.device) * 2654435761) % (1 << 32)
+    return scattered.argsort().expand(tasks, -1)
 
 
 def reordered(sequence: Tensor, order: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot
+from metarun.algorithms.embedded import Embedded, one_hot, require
 from metarun.algorithms.sequences import order_of, reordered
 
 
@@ -17,8 +17,8 @@ class SNAIL(Embedded):
 
     Attention(64, 32), TC(128), Attention(256, 128), TC(128), Attention(512, 256) and a linear
     layer (appendix A), where TC is a stack of dense blocks of dilated causal convolutions that
-    covers sequences of up to `longest` support examples (section 3). The loss is that of the last position
-    (section 4.1). `width` scales all these sizes, 1 in the paper.
+    covers sequences of up to `longest` support examples (section 3); attention reaches any number.
+    The loss is that of the last position (section 4.1). `width` scales all these sizes, 1 in the paper.
 
     In training every task's support is in a random order, unless `shuffles` is false; in evaluation
     the order is always the same, so that results are. Every query stands at the end of a sequence
@@ -36,6 +36,7 @@ class SNAIL(Embedded):
         shuffles: bool = True,
     ) -> None:
         super().__init__(backbone, classification, most_ways=outputs)
+        require(longest >= 1, f"algorithm.longest={longest}: must be at least 1")
         self.shuffles = shuffles
 
         def sized(size: int) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, prototypes
-from metarun.errors import ConfigError
+from metarun.algorithms.embedded import Embedded, prototypes, require
 
 
 class Versa(Embedded):
@@ -23,8 +22,7 @@ class Versa(Embedded):
 
     def __init__(self, backbone: nn.Module, classification: bool = True, samples: int = 10) -> None:
         super().__init__(backbone, classification)
-        if samples < 1:
-            raise ConfigError(f"algorithm.samples={samples}: must be at least 1")
+        require(samples >= 1, f"algorithm.samples={samples}: must be at least 1")
         self.samples = samples
         size = self.features
         self.weight_mean, self.weight_variance = (dense(size, size) for _ in range(2))

@@ -62,6 +62,7 @@ def run(cfg: DictConfig) -> float:
     task = user_task(cfg, config) if cfg.support is not None else dataset_task(cfg, config, hardware)
     algorithm = checkpoint.rebuild(content, config, hardware, path).eval()
     model = Model(config.choices.algorithm, path, config, algorithm)
+    algorithm.check(len(task.classes))
     task = move(task, hardware)
     torch.manual_seed(cfg.seed)
     with torch.no_grad(), hardware.compute():

@@ -73,6 +73,7 @@ def run(cfg: DictConfig) -> float:
     if all(cell.reason for cell in cells):
         raise ConfigError(cells[0].reason)
     possible = [cell for cell in cells if not cell.reason]
+    shown = instance_cells(possible, cfg)
     with Bar("eval", len(possible) * cfg.episodes, "episodes") as bar:
         for cell in possible:
             if cell.steps is not None:
@@ -91,7 +92,7 @@ def run(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(cells, cfg, folder)
     if cfg.instances is not None:
-        report_instances(instance_rows(cells, cfg, hardware), folder)
+        report_instances(instance_rows(shown, cfg, hardware), folder)
     return next(cell.result.mean for cell in cells if cell.result)
 
 
@@ -228,16 +229,25 @@ def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
     say(notes, f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")
 
 
-def instance_rows(cells: list[Cell], cfg: DictConfig, hardware: Hardware) -> list[dict[str, Any]]:
-    """Accuracy at each appearance of a class, for methods that see a task's examples one by one."""
-    tasks = {(id(c.model), c.dataset, c.geometry.ways): c for c in cells if c.result and has_instances(c)}
-    if not tasks:
+def instance_cells(cells: list[Cell], cfg: DictConfig) -> list[Cell]:
+    """One cell for each model, dataset and number of ways whose appearances of a class can be shown."""
+    if cfg.instances is None:
+        return []
+    found = [cell for cell in cells if hasattr(cell.model.algorithm, "by_instance")]
+    if not found:
         raise ConfigError(
             f"instances={cfg.instances}: no method here sees examples one by one, as algorithm=mann does"
         )
+    for cell in found:
+        cell.source.check(Geometry(cell.geometry.ways, 1, cfg.instances - 1))
+    return list({(id(cell.model), cell.dataset, cell.geometry.ways): cell for cell in found}.values())
+
+
+def instance_rows(cells: list[Cell], cfg: DictConfig, hardware: Hardware) -> list[dict[str, Any]]:
+    """Accuracy at each appearance of a class, for methods that see a task's examples one by one."""
     rows = []
-    with Bar("instances", len(tasks) * cfg.episodes, "episodes") as bar:
-        for cell in tasks.values():
+    with Bar("instances", len(cells) * cfg.episodes, "episodes") as bar:
+        for cell in cells:
             geometry = Geometry(cell.geometry.ways, 1, cfg.instances - 1)
             scores = instance_scores(
                 cell.model.algorithm, cell.source, geometry, cfg.episodes, cfg.seed, hardware, bar.advance
@@ -254,10 +264,6 @@ def instance_rows(cells: list[Cell], cfg: DictConfig, hardware: Hardware) -> lis
                 for i, column in enumerate(scores.unbind(1))
             ]
     return rows
-
-
-def has_instances(cell: Cell) -> bool:
-    return hasattr(cell.model.algorithm, "by_instance")
 
 
 def report_instances(rows: list[dict[str, Any]], folder: Path) -> None:

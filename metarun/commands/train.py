@@ -67,6 +67,8 @@ def run(cfg: DictConfig) -> float:
         load_weights(trainer.algorithm)
         if start is not None:
             say(notes, f"starts with the {checkpoint.start_from(trainer.algorithm, *start)}")
+        elif getattr(trainer.algorithm, "frozen", False) and not cfg.backbone.get("weights"):
+            raise ConfigError("algorithm.frozen=true would keep a random backbone; add init=RUN")
     name = describe(cfg)
     say(notes, f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if trainer.iteration:
@@ -131,6 +133,7 @@ def build_trainer(cfg: DictConfig, dataset: Any, hardware: Hardware, folder: Pat
         clip=None if cfg.clip.value is None and cfg.clip.norm is None else Clip(**cfg.clip),
     )
     # Loaded and checked before anything runs, so that an impossible task is told at once.
+    algorithm.check(plan.validation_geometry.ways)
     train.check(plan.geometry)
     validation.check(plan.validation_geometry)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]

@@ -481,6 +481,10 @@ METHODS = {
 }
 
 
+#: Methods that learn from features, in whose training nothing is random here.
+EMBEDDED = list(METHODS)[list(METHODS).index("protonet") :]
+
+
 @pytest.fixture(autouse=True)
 def float64():
     torch.manual_seed(0)
@@ -588,6 +592,21 @@ def test_a_network_of_any_kind_gives_the_same_meta_gradient(name: str):
     episodes = episodes_of()
     expected = METHODS[name].reference(algorithm, episodes, 2)
     assert relative_error(gradient(algorithm, episodes), expected) < METHODS[name].tolerance
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_a_traced_gradient_is_the_references_each_time(name: str):
+    """Recorded once and repeated: nothing of it may have a state of its own."""
+    algorithm = METHODS[name].build(BACKBONES["mlp"](), 1)
+    episodes = episodes_of()
+    engine = engine_of(algorithm, episodes, compile="auto")
+    engine.lower(compiles=False)
+    assert engine.lowered
+    expected = METHODS[name].reference(algorithm, episodes, 1)
+    for _ in range(2):
+        engine.backward(next(engine.draws))
+        grads = {n: p.grad.clone() for n, p in algorithm.named_parameters() if p.requires_grad}
+        assert relative_error(grads, expected) < METHODS[name].tolerance
 
 
 @pytest.mark.parametrize("name", METHODS)
