@@ -318,8 +318,8 @@ def test_simpleshot_averages_what_it_was_trained_on():
 
 @pytest.mark.parametrize("features", [64, 1600])
 def test_a_new_cosine_head_gets_where_the_nearest_mean_is(features: int):
-    """However many features there are: a hundred steps at the default rate are enough."""
-    algorithm = Baseline(Numbers(features), SGD(0.1, 100), classes=4, cosine=True)
+    """However many features there are: a hundred steps at the rate of its YAML are enough."""
+    algorithm = Baseline(Numbers(features), SGD(1.0, 100), classes=4, cosine=True)
     means = torch.randn(5, features)
     y = torch.arange(5).repeat_interleave(5).expand(2, -1)
     x, query = (means[y] + 2 * torch.randn(2, 25, features) for _ in range(2))
