@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 
 from metarun import checkpoint
 
@@ -83,6 +84,41 @@ def test_a_resumed_run_does_not_start_again(metarun, pretrained: Path, tmp_path:
     assert "starts with" not in done.stderr and "resumed at iteration 4" in done.stderr
 
 
+@pytest.mark.parametrize("algorithm", ["snail", "mann", "versa", "simpleshot", "metaoptnet"])
+def test_a_stopped_run_ends_as_one_that_never_was(metarun, tmp_path: Path, algorithm: str):
+    """Random orders and samples, averages and all: the same weights, bit by bit."""
+    words = ["train", f"algorithm={algorithm}", *TINY, "test.episodes=0"]
+    metarun(*words, "hydra.run.dir=whole")
+    metarun(*words, "iterations=6", "hydra.run.dir=parts")
+    metarun("train", "resume=parts", "iterations=12")
+    whole, parts = (checkpoint.load(tmp_path / name / "last.pt")["algorithm"] for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+
+
+@pytest.mark.parametrize("algorithm", ["gnn", "meta_networks", "snail"])
+def test_more_ways_than_it_has_are_refused_everywhere(metarun, tmp_path: Path, algorithm: str):
+    words = ["train", f"algorithm={algorithm}", *TINY, "ways=3", "iterations=1"]
+    assert "its network has 3 ways" in metarun(*words, "validation.ways=5", status=1).stderr
+    metarun(*words, "hydra.run.dir=run")
+    assert "its network has 3 ways, not 5" in metarun("adapt", "checkpoint=run", "ways=5", status=1).stderr
+
+
+def test_a_frozen_backbone_needs_a_start(metarun, tmp_path: Path):
+    frozen = ["train", "algorithm=cnaps", "algorithm.frozen=true", *TINY, "iterations=1"]
+    assert "add init=RUN" in metarun(*frozen, status=1).stderr
+    metarun("train", "algorithm=maml", *TINY, "iterations=1", "hydra.run.dir=run")
+    assert "needs running averages" in metarun(*frozen, "init=run", status=1).stderr
+
+
+@pytest.mark.parametrize("algorithm", ["protonet", "lrd2", "metaoptnet", "meta_networks", "gnn"])
+def test_bf16_trains(metarun, tmp_path: Path, algorithm: str):
+    """Solvers keep to the types they need."""
+    words = ["train", f"algorithm={algorithm}", *TINY, "iterations=2", "hardware.precision=bf16"]
+    metarun(*words, "hydra.run.dir=run")
+    assert 0 < accuracy(tmp_path / "run") < 1
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -106,7 +142,8 @@ def test_accuracy_at_each_instance(metarun, tmp_path: Path):
     metarun("train", "algorithm=mann", *SMALL, "iterations=3", "meta_batch=2", "hydra.run.dir=run")
     metarun("eval", "checkpoint=run", "episodes=10", "instances=4", "hydra.run.dir=eval")
     rows = (tmp_path / "eval/instances.csv").read_text().splitlines()
-    assert len(rows) == 5 and rows[1].split(",")[3] == "1"
+    assert [row.split(",")[3] for row in rows[1:]] == ["1", "2", "3", "4"]
+    assert all(0 < float(row.split(",")[4]) < 1 for row in rows[1:])
     metarun("train", "algorithm=protonet", *SMALL, "iterations=3", "hydra.run.dir=other")
     done = metarun("eval", "checkpoint=other", "episodes=10", "instances=4", status=1)
     assert "algorithm=mann" in done.stderr
