@@ -56,6 +56,9 @@ def learning_curve(rows: Sequence[dict[str, Any]], title: str, path: Path) -> No
     save(figure, path)
 
 
+MOST_COLOURS = 6  # bars beside each other that can be told apart
+
+
 def evaluation_grid(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """One bar for each checkpoint in each cell of ways and shots, with 95 % intervals."""
     rows = [row for row in rows if row.get("mean") is not None]
@@ -65,6 +68,9 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], path: Path) -> None:
         rows = [row | {"cell": f"{row['dataset']}\n{row['cell']}"} for row in rows]
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
+    if len(models) > MOST_COLOURS:
+        evaluation_panels(rows, cells, models, path)
+        return
     width = 0.8 / len(models)
     figure, axis = plt.subplots(figsize=(max(4.0, 1.2 * len(cells) * max(1.0, len(models) / 2) + 2), 3.8))
     percent = rows[0]["metric"] == "accuracy"
@@ -89,6 +95,43 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axis.set_ylabel("accuracy, %" if percent else "mean squared error")
     axis.set_title(f"{datasets_of(rows)}, {rows[0]['split']}, {rows[0]['episodes']} episodes, 95 % intervals")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
+
+
+def evaluation_panels(
+    rows: Sequence[dict[str, Any]], cells: list[str], models: list[str], path: Path
+) -> None:
+    """A panel for each cell, a named bar for each of many checkpoints, the best of a cell marked."""
+    percent = rows[0]["metric"] == "accuracy"
+    scale = 100 if percent else 1
+    columns = min(3, len(cells))
+    lines = math.ceil(len(cells) / columns)
+    size = (3.6 * columns + 2, (0.24 * len(models) + 0.9) * lines)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=size, sharey=True, layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(cells) :]:
+        axis.set_visible(False)
+    for cell, axis in zip(cells, axes.flat, strict=False):
+        own = {row["model"]: row for row in rows if row["cell"] == cell}
+        y = [models.index(model) for model in own]
+        means = [scale * row["mean"] for row in own.values()]
+        best = max(means) if percent else min(means)
+        colours = ["C0" if mean == best else "C7" for mean in means]
+        halves = [scale * row["interval"] for row in own.values()]
+        bars = axis.barh(y, means, 0.8, xerr=halves, capsize=2, color=colours)
+        axis.bar_label(bars, fmt="%.1f" if percent else "%.3f", padding=3, fontsize=7)
+        axis.set_title(cell, fontsize=9)
+        if percent:
+            axis.axvline(100 / next(iter(own.values()))["ways"], color="k", linestyle="dotted")
+            axis.set_xlim(0, 115)
+    for first in axes[:, 0]:
+        first.set_yticks(range(len(models)), models, fontsize=8)
+    axes[0, 0].invert_yaxis()
+    unit = "accuracy, %, chance dotted" if percent else "mean squared error"
+    figure.suptitle(
+        f"{datasets_of(rows)}, {rows[0]['split']}, {rows[0]['episodes']} episodes, {unit}", fontsize=10
+    )
     save(figure, path)
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from PIL import Image
+
+from metarun import plots
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +136,25 @@ def test_a_curve_over_inner_steps(metarun, runs: Path, tmp_path: Path):
     assert alone[0]["mean"] == rows[2]["mean"] != rows[0]["mean"]
     assert len(results_of(tmp_path / "alone")["comparisons"]) == 1
     assert not (tmp_path / "alone/steps.png").exists()
+
+
+def test_many_checkpoints_get_a_panel_for_each_task(tmp_path: Path):
+    """More than colours can tell apart; a cell that one of them cannot have stays empty."""
+    rows = [
+        {
+            "model": f"m{i}",
+            "cell": f"{ways}-way 1-shot",
+            "ways": ways,
+            "dataset": "glyphs",
+            "split": "test",
+            "episodes": 3,
+            "metric": "accuracy",
+            "mean": None if i == 3 and ways == 7 else 0.1 * i,
+            "interval": 0.01,
+        }
+        for i in range(9)
+        for ways in (2, 5, 7, 9)
+    ]
+    plots.evaluation_grid(rows, tmp_path / "many.png")
+    width, height = Image.open(tmp_path / "many.png").size
+    assert width < 2000 and height < 2000
