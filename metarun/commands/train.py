@@ -27,8 +27,8 @@ from metarun.build import (
 )
 from metarun.config import check
 from metarun.engine import Clip
-from metarun.episodes import ClassStore, EpisodeSource
-from metarun.errors import ConfigError
+from metarun.episodes import ClassStore, EpisodeSource, Geometry
+from metarun.errors import ConfigError, DataError
 from metarun.evaluation import Result, evaluate
 from metarun.files import write_json
 from metarun.hardware import Hardware
@@ -135,11 +135,21 @@ def build_trainer(cfg: DictConfig, dataset: Any, hardware: Hardware, folder: Pat
     # Loaded and checked before anything runs, so that an impossible task is told at once.
     algorithm.check(plan.validation_geometry.ways)
     train.check(plan.geometry)
-    validation.check(plan.validation_geometry)
+    check_validation(validation, plan.validation_geometry, cfg)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config["choices"] = choices(cfg)
     config["overrides"] = overrides(cfg)
     return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, config)
+
+
+def check_validation(source: EpisodeSource, geometry: Geometry, cfg: DictConfig) -> None:
+    """As in training unless it is told otherwise, which is not what everybody knows."""
+    try:
+        source.check(geometry)
+    except DataError as error:
+        if cfg.validation.ways is not None:
+            raise
+        raise DataError(f"{error}, or set validation.ways") from None
 
 
 def count_classes(cfg: DictConfig, train: EpisodeSource) -> None:
