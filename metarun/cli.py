@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,6 +112,7 @@ def run(name: str, arguments: list[str]) -> None:
     from metarun.config import register_frames
 
     register_frames()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is told by name
     sys.argv = [f"metarun {name}", *arrange(name, arguments)]
     sys.path.append(os.getcwd())  # for a user's own classes
     # Let errors come here whole, to be told in one line each; `HYDRA_FULL_ERROR=1` shows them raw.
