@@ -85,13 +85,13 @@ def once_each(files: list[Entry]) -> list[Entry]:
         stamp = entry.archive.stamp(entry.member)  # type: ignore[union-attr]
         twin = next((each for each in loose.get(entry.own_name, []) if _has(each, stamp)), None)
         twin = twin or first.setdefault((entry.own_name, stamp), entry)
-        if twin.path == entry.path:
+        if twin.archive is entry.archive:
             kept.append(entry)
         else:
             twice.setdefault(entry.path, []).append(twin.path)
     for path, twins in twice.items():
         say(notes, f"{path}: {len(twins):,} of its files are also elsewhere ({twins[0]}), and counted once")
-    return sorted(kept, key=_order)
+    return sorted(kept, key=_order) if twice else files
 
 
 def _has(entry: Entry, stamp: tuple[int, int]) -> bool:
@@ -121,10 +121,10 @@ def _below(folder: Path, parts: tuple[str, ...], above: set[Path]) -> Iterator[E
 
 
 def _in_zip(path: Path, parts: tuple[str, ...]) -> Iterator[Entry]:
-    archive = Archive(path)
+    archive, unasked = Archive(path), set(images.UNASKED)
     for member in archive.names():
         names = tuple(member.split("/"))
-        if not any(name.startswith(".") or name in images.UNASKED for name in names):
+        if "/." not in f"/{member}" and unasked.isdisjoint(names):
             yield Entry((*parts, *names), path, archive, member)
 
 
