@@ -484,6 +484,25 @@ def test_a_set_of_torchvision_is_split_by_class(tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
+def test_a_root_is_one_however_it_is_typed(tmp_path: Path, monkeypatch, empty_cache: Path):
+    root = mnist_files(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for typed in (str(root), "data", "data/../data"):
+        FromTorchvision(name="mnist", classes=(5, 2, 3), size=28, channels=1, root=typed).split("train")
+    assert len(list(empty_cache.glob("mnist-*.json"))) == 1
+    elsewhere = mnist_files(tmp_path / "b" / "data", each=3)
+    monkeypatch.chdir(elsewhere.parent)
+    other = FromTorchvision(name="mnist", classes=(5, 2, 3), size=28, channels=1, root="data").split("train")
+    assert set(other.counts.tolist()) == {6}
+
+
+def test_a_cache_that_is_a_file_is_said(tmp_path: Path, empty_cache: Path):
+    empty_cache.write_text("x")
+    root = tree(tmp_path / "mine", NAMES)
+    with pytest.raises(DataError, match="set the variable METARUN_CACHE to a folder"):
+        ImageFolder(root=str(root), size=8).split("train")
+
+
 def test_every_yaml_of_torchvision_names_a_set_there_is():
     import torchvision.datasets
 
