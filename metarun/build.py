@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
 from metarun.episodes import ClassStore, EpisodeSource, Geometry
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, naming_part
 from metarun.hardware import Hardware
 
 
@@ -39,9 +39,11 @@ def build_dataset(node: DictConfig) -> Any:
     """A dataset; one that draws on others is passed those, each built from its own checked node."""
     if "datasets" not in inspect.signature(get_class(node._target_)).parameters:
         return instantiate(node)
-    return instantiate(
-        node, datasets={str(name): build_dataset(part) for name, part in node.settings.items()}
-    )
+    datasets = {}
+    for name, part in node.settings.items():
+        with naming_part(str(name), inspect.signature(get_class(part._target_)).parameters):
+            datasets[str(name)] = build_dataset(part)
+    return instantiate(node, datasets=datasets)
 
 
 def build_algorithm(cfg: DictConfig, hardware: Hardware) -> Algorithm:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +50,8 @@ More to type:
 
 # Settings that hold a path: what Hydra's grammar would trip over is quoted for the user.
 PATH_KEYS = re.compile(r"checkpoint|support|query|resume|dataset\.(settings\.\w+\.)?root")
+
+PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
 
 # Hydra's flags, those followed by a word first.
 VALUED_FLAGS = [
@@ -109,6 +112,7 @@ def run(name: str, arguments: list[str]) -> None:
     from metarun.config import register_frames
 
     register_frames()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is told by name
     sys.argv = [f"metarun {name}", *arrange(name, arguments)]
     sys.path.append(os.getcwd())  # for a user's own classes
     # Let errors come here whole, to be told in one line each; `HYDRA_FULL_ERROR=1` shows them raw.
@@ -188,6 +192,8 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     if name == "train":
         overrides = pairing(overrides) + overrides
     overrides += parts_of(overrides)
+    # Datasets are names that Hydra does not know before.
+    overrides = [f"++{a}" if PART.fullmatch(a.partition("=")[0]) else a for a in overrides]
     resume = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
     if name != "train" or resume:
         # `dataset.root=...` adjusts the checkpoint's own dataset, which Hydra knows nothing of.
@@ -215,13 +221,20 @@ def parts_of(overrides: list[str]) -> list[str]:
 
     So each brings its own settings, which can be typed and are checked like any other.
     """
-    chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
-    if chosen.get("dataset") != "mixture":
+    chosen = dict(a.lstrip("+").split("=", 1) for a in overrides if not a.startswith("~"))
+    dataset = chosen.get("dataset", "")
+    if dataset != "mixture":
+        if "mixture" in dataset.split(","):
+            fail(f"dataset={dataset}: only a mixture has parts; sweep over it by itself", status=1)
         return []
-    names = re.findall(r"([\w-]+)\s*:", chosen.get("dataset.parts", ""))
-    typed = {key.lstrip("+") for key in chosen}
+    names = [match[1] for key in chosen if (match := PART.fullmatch(key))]
+    for parts in re.split(r"[}]", chosen.get("dataset.parts", "")):  # a sweep has several
+        own = re.findall(r"([\w-]+)[\"']?\s*:", parts)
+        if twice := [name for name in own if own.count(name) > 1]:
+            fail(f"dataset.parts: {twice[0]} is there twice; name each dataset once", status=1)
+        names += own
     packages = {f"dataset@dataset.settings.{name}": name for name in dict.fromkeys(names)}
-    return [f"+{package}={name}" for package, name in packages.items() if package not in typed]
+    return [f"+{package}={name}" for package, name in packages.items() if package not in chosen]
 
 
 def is_override(argument: str) -> bool:

@@ -177,13 +177,13 @@ MOST = (1 << 63) - 1
 NORMS = ("batch", "running", "group", "layer", "instance", "none")
 
 
-def check(cfg: DictConfig, command: str) -> None:
-    """Raise ConfigError for the first setting that cannot work."""
+def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
+    """Raise ConfigError for the first setting that cannot work, or where `complete` that is not set."""
     known = list(FRAMES[command].__dataclass_fields__)
     for key in map(str, cfg):
         if key not in (*known, *NOTES):
             raise ConfigError(f"{key}: there is no such setting{did_you_mean(key, known)}")
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
+    if complete and (missing := sorted(OmegaConf.missing_keys(cfg))):
         raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command line")
     for key, least in LEAST.items():
         check_number(key, value_of(cfg, key), least)
@@ -240,7 +240,7 @@ def check_node(path: str, node: DictConfig) -> None:
     hints = type_hints(cls)
     settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     for key, value in settings.items():
-        if key.startswith("_"):
+        if key.startswith("_") or value == "???":
             continue
         if key in supplied:
             raise ConfigError(f"{path}.{key} is set by metarun and cannot be chosen")
@@ -251,7 +251,7 @@ def check_node(path: str, node: DictConfig) -> None:
         if not matches(value, hints.get(key, Any)):
             raise ConfigError(f"{path}.{key}={value}: must be {describe(hints[key])}")
     for name in allowed:
-        if parameters[name].default is inspect.Parameter.empty and name not in node:
+        if parameters[name].default is inspect.Parameter.empty and name not in settings:
             raise ConfigError(f"{path}.{name} is not set; add {path}.{name}=VALUE")
 
 

@@ -174,7 +174,10 @@ class Engine:
     def summed_gradient(self, draw: Draw) -> Gradient:
         """Over chunks of tasks; the same gradient however many there are at once."""
         total: Gradient | None = None
+        store = self.host_store()
         for chunk in split_draw(draw, self.at_once):
+            if store and chunk[1].dtype != torch.uint8:  # the whole draw did not fit beside the last
+                chunk = store.fetch(chunk)
             part = self.lowered.get(len(chunk[0]), self.eager_gradient)(chunk)
             total = part if total is None else add(total, part)
         assert total is not None

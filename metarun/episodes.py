@@ -250,16 +250,18 @@ def training_draws(
 def fetched_ahead(draws: Iterator[Draw], store: ClassStore) -> Iterator[Draw]:
     """The draws with their images, copied from host memory while the draw before is at work.
 
-    A thread gathers them and, on a GPU, a stream of its own copies them.
+    A thread gathers them and, on a GPU, a stream of its own copies them. A draw that does not fit there
+    comes as it is: who gathers it in parts has room for those.
     """
     assert store.host_for is not None
     stream = torch.cuda.Stream(store.host_for) if store.host_for.type == "cuda" else None
 
     def fetch(draw: Draw) -> Draw:
-        if stream is None:
-            return store.fetch(draw)
-        with torch.cuda.stream(stream):
-            return store.fetch(draw)
+        try:
+            with torch.cuda.stream(stream):  # None: no other stream
+                return store.fetch(draw)
+        except torch.OutOfMemoryError:
+            return draw
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(fetch, next(draws))
@@ -269,7 +271,8 @@ def fetched_ahead(draws: Iterator[Draw], store: ClassStore) -> Iterator[Draw]:
                 current = torch.cuda.current_stream(store.host_for)
                 current.wait_stream(stream)  # before the next copy is put into it
                 for tensor in ready:
-                    tensor.record_stream(current)
+                    if tensor.is_cuda:
+                        tensor.record_stream(current)
             coming = pool.submit(fetch, next(draws))
             yield ready
 

@@ -1,5 +1,11 @@
 """The errors a person can mend: one line that says what, where and how; never a traceback."""
 
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+
 
 class MetarunError(Exception):
     """Something the user can put right. `cli` prints it as one line and exits with status 1."""
@@ -19,6 +25,18 @@ class CheckpointError(MetarunError):
 
 class TrainingError(MetarunError):
     """Training that cannot go on, such as a loss that is not finite."""
+
+
+@contextlib.contextmanager
+def naming_part(part: str, settings: Iterable[str]) -> Iterator[None]:
+    """Errors of one of several datasets name its `settings` as they are typed, dataset.settings.PART.x."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        names = "|".join(map(re.escape, settings))
+        # Not within a path.
+        text = re.sub(rf"(?<![\w./\\-])dataset\.(?=(?:{names})\b)", f"dataset.settings.{part}.", str(error))
+        raise type(error)(text) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ downloaded, the cache folder (METARUN_CACHE) keeps what can be computed again.
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import hashlib
 import http.client
@@ -22,7 +23,6 @@ import urllib.error
 import urllib.request
 import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -88,12 +88,22 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Create or replace a text file, whole or not at all."""
-    atomic_write(path, lambda file: file.write(text.encode()))
+    """Create or replace a text file, whole or not at all; names of files that are not UTF-8 as they are."""
+    atomic_write(path, lambda file: file.write(encoded(text)))
 
 
 def write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8: JSON can only escape it
+        text = json.dumps(content, indent=2)
+    write_text(path, text + "\n")
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; of a file's name in another encoding, the bytes it has on the disk."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
@@ -176,30 +186,80 @@ def _map(path: Path) -> tuple[torch.Tensor, dict[str, Any]] | None:
     return torch.from_numpy(content), made
 
 
-def unpacked(archive: Path, dataset: str, tell: Callable[[], object]) -> Path:
-    """The folder in the cache with what a dataset's tar archive holds; unpacked at first use, whole or not.
+def unpacked(archive: Path, dataset: str, tell: Callable[[], object], md5: str | None = None) -> Path:
+    """The folder in the cache with what a dataset's tar archive holds, unpacked whole or not at all.
 
-    `tell` is called before that work. Raises DataError for a damaged archive, and for one with a member that
-    leads out of the folder, by its name or as a link.
+    That is at first use, and again where a file's name or size is no more what it was. `tell` is called
+    before that work. `md5`: what the archive must be. Raises DataError for a damaged archive, and for one
+    with a member that leads out of the folder, by its name or as a link.
     """
     status = archive.stat()
     mark = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    folder = cache_dir() / f"{dataset}-unpacked-{hashlib.sha256(mark.encode()).hexdigest()[:24]}"
+    folder = cache_dir() / f"{dataset}-unpacked-{hashlib.sha256(encoded(mark)).hexdigest()[:24]}"
+    kept_as = folder.with_name(folder.name + ".json")
+
+    def there() -> Path | None:
+        with suppress(OSError, ValueError, AttributeError):
+            if json.loads(kept_as.read_text("utf-8")).get("unpacked") == tree_digest(folder):
+                return folder
+        return None
 
     def make() -> Path:
         tell()
+        if md5 is not None and (found := _md5(archive)) != md5:
+            raise DataError(
+                f"{archive} has the md5 sum {found}, and the authors' archive {md5}: get it again, or unpack "
+                "it yourself and set dataset.root to that folder"
+            )
         staging = folder.with_name(f".{folder.name}.tmp")
+        record = {"what": f"{dataset} unpacked {archive}", "source": os.path.abspath(archive), "unpacked": ""}
         shutil.rmtree(staging, ignore_errors=True)  # by a process that was killed
         try:
+            with _blaming(folder.parent, "METARUN_CACHE"):
+                write_json(staging.with_name(staging.name + ".json"), record)  # so that it can be told
             _unpack(archive, staging)
-            os.replace(staging, folder)
-            record = {"what": f"{dataset} unpacked {archive}", "source": os.path.abspath(archive)}
-            write_json(folder.with_name(folder.name + ".json"), record)
+            sums = {"unpacked": tree_digest(staging), "sha256": tree_digest(staging, contents=True)}
+            with _blaming(folder.parent, "METARUN_CACHE"):
+                kept_as.unlink(missing_ok=True)
+                if folder.is_dir():
+                    shutil.rmtree(folder)
+                write_json(kept_as, record | sums)
+                os.replace(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            staging.with_name(staging.name + ".json").unlink(missing_ok=True)
         return folder
 
-    return once(folder, lambda: folder if folder.is_dir() else None, make)
+    return once(folder, there, make)
+
+
+def tree_digest(
+    folder: Path, contents: bool = False, advance: Callable[[int], object] = lambda count: None
+) -> str:
+    """SHA-256 of the names and sizes below a folder, and of the bytes there where asked. OSError."""
+    digest = hashlib.sha256()
+    paths = sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    for path in paths:
+        digest.update(encoded(f"\0{os.path.relpath(path, folder)}\0{os.lstat(path).st_size}\0"))
+        if contents and os.path.isfile(path):
+            with open(path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+                    advance(len(chunk))
+    return digest.hexdigest()
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose damaged header is an error: tarfile takes one for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:  # type: ignore[override]
+        try:
+            return super().frombuf(buf, encoding, errors)  # type: ignore[return-value]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(first_line(error)) from error
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -208,17 +268,24 @@ def _unpack(archive: Path, folder: Path) -> None:
             f"{archive}: this Python cannot unpack it safely; unpack it yourself, and name the folder"
         )
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, tarinfo=_Member) as tar:
             tar.extractall(folder, filter="data")
+            while tar.fileobj and tar.fileobj.read(CHUNK):  # to the end, where the compression's sum is
+                pass
     except tarfile.FilterError as error:
         raise DataError(
             f"{archive} cannot be used ({first_line(error)}): delete it and get it again"
         ) from error
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None and error.filename != str(archive):
+    except MemoryError:
+        raise
+    except Exception as error:  # tarfile and what decompresses raise many kinds
+        why = first_line(error)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            why = f"it holds a name that is too long: {Path(str(error.filename)).name[:40]}..."
+        elif isinstance(error, OSError) and error.errno is not None and error.filename != str(archive):
             with _blaming(folder.parent, "METARUN_CACHE"):
                 raise
-        raise DataError(f"{archive} is damaged ({first_line(error)}): delete it and get it again") from error
+        raise DataError(f"{archive} is damaged ({why}): delete it and get it again") from error
 
 
 def download(url: str, path: Path, md5: str) -> None:
@@ -313,6 +380,13 @@ def _bytes_bar() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
 
 
+def read_regular(path: Path) -> bytes:
+    """A file's bytes. OSError also for what is no file: reading a pipe would wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.read_bytes()
+
+
 class Folder:
     """The files below a folder."""
 
@@ -321,13 +395,13 @@ class Folder:
 
     def identity(self) -> str:
         """Changes when a file comes, goes, or is written again."""
-        digest = hashlib.sha256(str(self.path.resolve()).encode())
+        digest = hashlib.sha256(encoded(str(self.path.resolve())))
         for name in self.names():
             try:
                 status = os.stat(f"{self.path}/{name}")  # with 32,460 files, pathlib's cost shows
             except OSError as error:
                 raise self._unreadable(name, error) from error
-            digest.update(f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+            digest.update(encoded(f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}"))
         return digest.hexdigest()
 
     def names(self) -> list[str]:
@@ -341,7 +415,7 @@ class Folder:
     def read(self, name: str) -> bytes:
         """The bytes of one file. Raises DataError."""
         try:
-            return (self.path / name).read_bytes()
+            return read_regular(self.path / name)
         except OSError as error:
             raise self._unreadable(name, error) from error
 
@@ -379,9 +453,15 @@ class Archive:
             raise self._damaged(f"{name} unpacks to more than {MEMBER_LIMIT:,} bytes")
         try:
             return self._zip.read(name)
-        # RuntimeError is an encrypted member or an unknown compression.
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-            raise self._damaged(f"{name}: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # encrypted, of an unknown kind, or damaged: each of many kinds
+            raise self._damaged(f"{name}: {first_line(error)}") from error
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """A member's size and CRC-32 sum, as the zip's own list has them."""
+        member = self._zip.getinfo(name)
+        return member.file_size, member.CRC
 
     def _damaged(self, how: str) -> DataError:
         return DataError(f"{self.path} cannot be used ({how}): delete it and get it again")
@@ -389,9 +469,11 @@ class Archive:
     @cached_property
     def _zip(self) -> zipfile.ZipFile:
         try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for ever
+                raise self._damaged("it is no regular file")
             return zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise self._damaged(str(error)) from error
+        except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+            raise self._damaged(first_line(error)) from error
 
 
 @contextmanager
@@ -409,21 +491,41 @@ def _blaming(folder: Path, variable: str) -> Iterator[None]:
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Whether no other process works on `path`; none begins to while this lasts."""
-    with open(path.with_name(f".{path.name}.lock"), "ab") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+    while True:
+        with open(lock_path(path), "ab") as file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            if _is_at(file, lock_path(path)):
+                yield True
+                return
 
 
 def _lock(path: Path) -> BinaryIO:
     """Wait until no other process works on `path`; closing what is returned lets the next one in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path.with_name(f".{path.name}.lock"), "ab")  # noqa: SIM115 - the caller closes it
-    if fcntl is not None:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+    while True:
+        file = open(lock_path(path), "ab")  # noqa: SIM115 - the caller closes it
+        if fcntl is not None:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, lock_path(path)):
+            return file
+        file.close()
+
+
+def lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether a lock's file is still the one there: who held it before may have removed it."""
+    if fcntl is None:
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from metarun.errors import ConfigError, DataError
+from metarun.errors import ConfigError, DataError, first_line
 
 Ink = Literal["dark", "light"]
 
@@ -81,21 +81,25 @@ def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
     name = name or str(file)
     if isinstance(file, Path) and file.is_dir():
         raise DataError(f"{file}: is a folder; images belong directly into a class folder")
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise DataError(f"{file}: is no regular file; remove it")  # reading a pipe would wait for ever
     try:
         with Image.open(file) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            return flatten(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise DataError(f"{name}: is not an image; remove it from the folder") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: cannot be read as an image ({error}); replace or remove it") from None
-    return flatten(upright)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        why = first_line(error)
+        raise DataError(f"{name}: cannot be read as an image ({why}); replace or remove it") from None
 
 
 def flatten(image: Image.Image) -> Image.Image:
     """Mode L or RGB: 16 bits to 8, palettes and CMYK to RGB, transparency onto a ground."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 65535 if image.mode != "F" else max(float(values.max()), 1e-9)
         if image.mode == "I" and values.max() <= 255:
             top = 255

@@ -18,7 +18,7 @@ from torch import Tensor
 from metarun import checkpoint, images, plots
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.build import build_dataset, build_hardware, build_source
-from metarun.commands.evaluate import Model, adjust, dataset_config, fitted
+from metarun.commands.evaluate import Model, adjust, built_for, dataset_config, fitted
 from metarun.config import check
 from metarun.episodes import SPLITS, Episodes, Geometry
 from metarun.errors import ConfigError
@@ -126,7 +126,7 @@ def dataset_task(cfg: DictConfig, config: DictConfig, hardware: Hardware) -> Tas
     regression = hasattr(get_class(dataset._target_), "outputs")
     # A curve is drawn through its queries.
     geometry = Geometry(ways, shots, max(cfg.queries, 200) if regression else cfg.queries)
-    source = fitted(build_source(build_dataset(dataset), cfg.split, hardware), config)
+    source = fitted(build_source(built_for(dataset, config), cfg.split, hardware), config)
     source.check(geometry)
     episodes: Episodes = source.gather(next(fixed_draws(source, geometry, 1, cfg.seed)), geometry)
     names = getattr(source, "names", None)

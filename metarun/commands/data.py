@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from metarun import cache, plots
@@ -26,9 +26,9 @@ FACT = re.compile(r"# (classes|images|from|licence): (.*)")  # a line of a datas
 def run(cfg: DictConfig) -> None:
     """The table of datasets, or one dataset's splits and pictures; or the care of prepared data."""
     name = HydraConfig.get().runtime.choices["dataset"]
+    check(cfg, "data", complete=not (cfg.verify or cfg.clean))
     if cfg.verify or cfg.clean:
-        return clean(name) if cfg.clean else verify(name)
-    check(cfg, "data")
+        return clean(name, root_of(cfg)) if cfg.clean else verify(name)
     if cfg.split not in SPLITS:
         raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
     if not cfg.dataset:
@@ -80,9 +80,17 @@ def verify(dataset: str | None) -> None:
         )
 
 
-def clean(dataset: str | None) -> None:
-    """Remove a dataset's prepared data, or of every dataset's what is of no more use; each is named."""
-    for entry in cache.kept(dataset):
+def root_of(cfg: DictConfig) -> str | None:
+    """The files that were named."""
+    return OmegaConf.select(cfg, "dataset.root", throw_on_missing=False) or None
+
+
+def clean(dataset: str | None, root: str | None = None) -> None:
+    """Remove a dataset's prepared data, or of every dataset's what is of no more use; each is named.
+
+    Of a dataset only what was made from `root`, where that is given.
+    """
+    for entry in cache.kept(dataset, root):
         if dataset or entry.stale:
             why = entry.stale or "asked for"
             done = "removed" if cache.remove(entry) else "kept, a run is at work on it:"

@@ -57,12 +57,13 @@ def run(cfg: DictConfig) -> float:
     models = load_models(cfg, hardware)
     geometries = grid(cfg, models[0].config)
     datasets = [dataset_config(cfg, model.config) for model in models]
-    sources: dict[str, EpisodeSource] = {}
+    sources: dict[tuple[str, tuple[int, ...]], EpisodeSource] = {}
     cells = []
     for model, dataset in zip(models, datasets, strict=True):
-        key = OmegaConf.to_yaml(dataset, resolve=True)
+        built, name = built_for(dataset, model.config), OmegaConf.to_yaml(dataset, resolve=True)
+        key = (name, tuple(built.item_shape))
         if key not in sources:
-            sources[key] = build_source(build_dataset(dataset), cfg.split, hardware)
+            sources[key] = build_source(built, cfg.split, hardware)
         source = fitted(sources[key], model.config)
         parts = getattr(source, "parts", None) or {dataset_name(model.config): source}
         asked = choices(cfg.steps) if OmegaConf.is_list(cfg.steps) and takes_steps(model) else [None]
@@ -87,7 +88,7 @@ def run(cfg: DictConfig) -> float:
                 hardware,
                 bar.advance,
             )
-    if len(sources) > 1:
+    if len({name for name, _ in sources}) > 1:
         say(notes, "on different datasets, so not compared; dataset=NAME tests all on one")
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(cells, cfg, folder)
@@ -161,13 +162,37 @@ def dataset_config(cfg: DictConfig, trained: DictConfig) -> DictConfig:
         return cfg.dataset
     own = OmegaConf.merge(trained.dataset, cfg.dataset or {})
     assert isinstance(own, DictConfig)
+    if cfg.dataset and "parts" in cfg.dataset:  # a list of datasets, which replaces another
+        own.parts = cfg.dataset.parts
     check_node("dataset", own)
     return own
 
 
+def built_for(node: DictConfig, trained: DictConfig) -> Any:
+    """The dataset; a mixture with the model's shape, lest a part's images be converted twice.
+
+    Equal hashes mean equal pixels, however the dataset was named.
+    """
+    dataset = build_dataset(node)
+    wanted, there = shape_of_model(trained), tuple(dataset.item_shape)
+    if wanted == there or len(wanted) != 3 or not hasattr(dataset, "shaped"):
+        return dataset
+    say_converted(dataset_name(trained), there, wanted)
+    return dataset.shaped(wanted)
+
+
+def shape_of_model(trained: DictConfig) -> tuple[int, ...]:
+    return tuple(build_dataset(trained.dataset).item_shape)
+
+
+def say_converted(name: str, *shapes: tuple[int, ...]) -> None:
+    told = ("x".join(map(str, shape)) for shape in shapes)
+    say(notes, "{}: images converted from {} to the model's {}".format(name, *told))
+
+
 def fitted(source: EpisodeSource, trained: DictConfig) -> EpisodeSource:
     """The source with its images as the model takes them; said where they had to be converted."""
-    wanted, there = tuple(build_dataset(trained.dataset).item_shape), tuple(source.item_shape)
+    wanted, there = shape_of_model(trained), tuple(source.item_shape)
     if wanted == there:
         return source
     if not (isinstance(source, ClassStore) and len(wanted) == 3):
@@ -175,8 +200,7 @@ def fitted(source: EpisodeSource, trained: DictConfig) -> EpisodeSource:
             f"the checkpoint was trained on items of shape {wanted}; this dataset's have {there}: "
             "only images can be converted"
         )
-    told = ("x".join(map(str, shape)) for shape in (there, wanted))
-    say(notes, "{}: images converted from {} to the model's {}".format(source.name, *told))
+    say_converted(source.name, there, wanted)
     return source.converted(wanted)
 
 
@@ -208,14 +232,8 @@ def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
     console.print(
         table_of(cells, f"{datasets}, {cfg.split} classes, {cfg.episodes} episodes, seed {cfg.seed}")
     )
-    several = is_several(cells)
-    hashes = {
-        f"{cell.dataset} {cell.geometry}" if several else str(cell.geometry): cell.result.episodes_hash
-        for cell in cells
-        if cell.result
-    }
     # Not a caption, which a narrow table would cut.
-    say(console, "episodes' hash: " + ", ".join(f"{task} {value}" for task, value in hashes.items()))
+    say(console, "episodes' hash: " + ", ".join(hashes(cells)))
     if pairs:
         console.print(pair_table(pairs))
     content = {"results": rows, "comparisons": pairs}
@@ -227,6 +245,23 @@ def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
         names.append("steps.png")
         plots.step_curves(rows, folder / names[-1])
     say(notes, f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")
+
+
+def hashes(cells: list[Cell]) -> list[str]:
+    """The hash of each task's episodes; of each model's where they met others under the same name."""
+    several = is_several(cells)
+    found: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        if cell.result:
+            task = f"{cell.dataset} {cell.geometry}" if several else str(cell.geometry)
+            found.setdefault(task, {})[cell.model.name] = cell.result.episodes_hash
+    told = []
+    for task, own in found.items():
+        if len(set(own.values())) == 1:
+            told.append(f"{task} {min(own.values())}")
+        else:
+            told += [f"{task} of {model} {value}" for model, value in own.items()]
+    return told
 
 
 def instance_cells(cells: list[Cell], cfg: DictConfig) -> list[Cell]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from metarun.datasets.class_folders import Entry, class_store, entries
+from metarun.datasets.class_folders import Entry, class_store, entries, tell_counts
 from metarun.datasets.torchvision_files import obtained
 from metarun.episodes import ClassStore
 from metarun.errors import DataError
@@ -65,7 +65,7 @@ class Cifar100:
                 f"of {title}: every class needs a folder of its name there, or leave dataset.root out"
             )
         files = {each: self._files[each] for each in wanted}
-        return class_store(title, files, Path(self.root), SHAPE, device)
+        return tell_counts(class_store(title, files, Path(self.root), SHAPE, device), 600, 600)
 
     def _downloaded(self, title: str, wanted: list[str], device: torch.device | str) -> ClassStore:
         numbers = {label.name: number for number, label in enumerate(labels())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,13 +17,13 @@ import torch
 from metarun import images
 from metarun.episodes import ClassStore
 from metarun.errors import DataError
-from metarun.files import Archive, mapped
+from metarun.files import Archive, encoded, mapped, read_regular
 from metarun.tracking import Bar, notes, say
 
 Fit = Literal["pad", "crop", "stretch"]
 Unreadable = Literal["stop", "skip"]
 BLOCK = 256  # images decoded before they are written: bounds the memory
-VERSION = 1  # counts changes of what is decoded
+VERSION = 2  # counts changes of what is decoded
 
 
 class Entry(NamedTuple):
@@ -40,9 +41,16 @@ class Entry(NamedTuple):
         if self.archive:
             return self.archive.read(self.member)
         try:
-            return self.path.read_bytes()
+            return read_regular(self.path)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise DataError(
+                f"{self.path}: cannot be read ({error.strerror}); replace or remove it"
+            ) from error
+
+    @property
+    def own_name(self) -> tuple[str, ...]:
+        """The file's name and its folder's: what is the same wherever a zip was unpacked to."""
+        return self.parts[-2:]
 
 
 def entries(root: Path) -> list[Entry]:
@@ -52,10 +60,50 @@ def entries(root: Path) -> list[Entry]:
     if root.is_file() and root.suffix.lower() != ".zip":
         raise DataError(f"dataset.root={root}: is neither a folder nor a zip")
     every = _in_zip(root, ()) if root.is_file() else _below(root, (), set())
-    found = sorted(every, key=lambda entry: (entry.parts, str(entry.path)))
+    found = sorted(every, key=_order)
     if not found:
         raise DataError(f"dataset.root={root}: has no files")
-    return found
+    return once_each(found)
+
+
+def once_each(files: list[Entry]) -> list[Entry]:
+    """The files without those of a zip that are also beside it, unpacked from it or in a copy of it.
+
+    A task's support and query must not share an image. A file is taken for the same where its folder's
+    name, its own, its size and its CRC-32 sum are.
+    """
+    packed = [entry for entry in files if entry.archive]
+    if not packed:
+        return files
+    kept = [entry for entry in files if not entry.archive]
+    loose: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in kept:
+        loose.setdefault(entry.own_name, []).append(entry)
+    first: dict[tuple[object, ...], Entry] = {}  # of the zips
+    twice: dict[Path, list[Path]] = {}  # where the same files are, by zip
+    for entry in packed:
+        stamp = entry.archive.stamp(entry.member)  # type: ignore[union-attr]
+        twin = next((each for each in loose.get(entry.own_name, []) if _has(each, stamp)), None)
+        twin = twin or first.setdefault((entry.own_name, stamp), entry)
+        if twin.archive is entry.archive:
+            kept.append(entry)
+        else:
+            twice.setdefault(entry.path, []).append(twin.path)
+    for path, twins in twice.items():
+        say(notes, f"{path}: {len(twins):,} of its files are also elsewhere ({twins[0]}), and counted once")
+    return sorted(kept, key=_order) if twice else files
+
+
+def _has(entry: Entry, stamp: tuple[int, int]) -> bool:
+    """Whether a file's size and CRC-32 sum are these."""
+    try:
+        return os.stat(entry.path).st_size == stamp[0] and zlib.crc32(entry.read()) == stamp[1]
+    except (OSError, DataError):
+        return False
+
+
+def _order(entry: Entry) -> tuple[tuple[str, ...], str]:
+    return entry.parts, str(entry.path)
 
 
 def _below(folder: Path, parts: tuple[str, ...], above: set[Path]) -> Iterator[Entry]:
@@ -73,10 +121,10 @@ def _below(folder: Path, parts: tuple[str, ...], above: set[Path]) -> Iterator[E
 
 
 def _in_zip(path: Path, parts: tuple[str, ...]) -> Iterator[Entry]:
-    archive = Archive(path)
+    archive, unasked = Archive(path), set(images.UNASKED)
     for member in archive.names():
         names = tuple(member.split("/"))
-        if not any(name.startswith(".") or name in images.UNASKED for name in names):
+        if "/." not in f"/{member}" and unasked.isdisjoint(names):
             yield Entry((*parts, *names), path, archive, member)
 
 
@@ -87,35 +135,35 @@ def class_store(
     item_shape: tuple[int, int, int],
     device: torch.device | str,
     fit: Fit = "pad",
-    unreadable: Unreadable = "stop",
+    unreadable: Unreadable | None = None,
     kept_as: str = "",
 ) -> ClassStore:
     """The classes' images below `root`, decoded into the cache where these very files are not there yet.
 
-    `unreadable`: stop at a file that is no image (DataError), or leave it out and say so. `kept_as`: what
-    the cache calls them, DATASET-SPLIT; as the title where it is empty.
+    `unreadable`: stop at a file that is no image (DataError), or leave it out and say so; None: stop, for
+    the dataset has no such setting. `kept_as`: what the cache calls them, DATASET-SPLIT; as the title
+    where it is empty.
     """
     files = [entry for name in classes for entry in classes[name]]
     kept_as = kept_as or title.replace(" ", "-")
     source = os.path.abspath(root.expanduser())
-    settings = f"{VERSION} {item_shape} {fit} {unreadable}"
+    settings = f"{VERSION} {item_shape} {fit} {unreadable or 'stop'}"
     digest = hashlib.sha256(settings.encode())
     for name, own in classes.items():
-        digest.update(f"\0{name}\0{len(own)}".encode())
+        digest.update(encoded(f"\0{name}\0{len(own)}"))
     identity = cache(_identity)  # of a zip with all its images, once
     for entry in files:
-        digest.update(f"\0{entry.member}\0{identity(entry.path)}".encode())
+        digest.update(encoded(f"\0{entry.member}\0{identity(entry.path)}"))
 
-    def build(write: Callable[[bytes], object]) -> dict[str, list[str]]:
-        skipped = []
+    def build(write: Callable[[bytes], object]) -> dict[str, list[int]]:
+        skipped: list[int] = []  # by number, for two files may have one path below the root
         with ThreadPoolExecutor(os.cpu_count()) as pool, Bar(f"decode {title}", len(files), "images") as bar:
             for start in range(0, len(files), BLOCK):
                 block = files[start : start + BLOCK]
-                for entry, pixels in zip(
-                    block, pool.map(lambda one: decode(one, item_shape, fit, unreadable), block), strict=True
-                ):
+                decoded = pool.map(lambda one: decode(one, item_shape, fit, unreadable), block)
+                for number, pixels in enumerate(decoded, start):
                     if pixels is None:
-                        skipped.append("/".join(entry.parts))
+                        skipped.append(number)
                     else:
                         write(pixels)
                 bar.advance(len(block))
@@ -127,29 +175,46 @@ def class_store(
     bytes_, made = mapped(f"{kept_as}-{digest.hexdigest()[:24]}", build, what, source)
     skipped = set(made["skipped"])
     if skipped:
-        say(notes, f"{title}: {len(skipped)} unreadable files left out, such as {min(skipped)}")
-    counts = [sum("/".join(entry.parts) not in skipped for entry in own) for own in classes.values()]
+        say(notes, f"{title}: {len(skipped)} unreadable files left out, such as {files[min(skipped)]}")
+    numbers = iter(range(len(files)))
+    counts = [sum(next(numbers) not in skipped for _ in own) for own in classes.values()]
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         raise DataError(f"{title}: class {empty[0]!r} has no images; add some, or take the class out")
-    return ClassStore(
-        bytes_.view(-1, *item_shape), counts, list(classes), title, device, fingerprint=made["sha256"]
-    )
+    shown = [encoded(name).decode("utf-8", "backslashreplace") for name in classes]
+    return ClassStore(bytes_.view(-1, *item_shape), counts, shown, title, device, fingerprint=made["sha256"])
+
+
+def tell_counts(store: ClassStore, least: int, most: int) -> ClassStore:
+    """The store of a known benchmark, and a note where it has more or fewer images a class than that."""
+    smallest, largest = store.smallest_class, store.largest_class
+    if smallest < least or largest > most:
+        there, right = (
+            str(low) if low == high else f"{low} to {high}"
+            for low, high in ((smallest, largest), (least, most))
+        )
+        say(notes, f"{store.name}: {there} images a class here, {right} in the benchmark")
+    return store
 
 
 def _identity(path: Path) -> str:
     """Changes when the file is written again."""
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:  # such as a link to nowhere, which `decode` names
+        return f"{os.path.abspath(path)}\0{error.strerror}"
     return f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
-def decode(entry: Entry, item_shape: tuple[int, int, int], fit: Fit, unreadable: Unreadable) -> bytes | None:
+def decode(
+    entry: Entry, item_shape: tuple[int, int, int], fit: Fit, unreadable: Unreadable | None
+) -> bytes | None:
     """An image as channels x height x width bytes; None where it may be skipped."""
     try:
         image = images.read(io.BytesIO(entry.read()), str(entry))
     except DataError as error:
         if unreadable == "skip":
             return None
-        raise DataError(f"{error}, or set dataset.unreadable=skip") from error
+        raise DataError(f"{error}, or set dataset.unreadable=skip" if unreadable else str(error)) from error
     channels, height, width = item_shape
     pixels = images.fit(image.convert("L" if channels == 1 else "RGB"), height, width, fit)
     return (pixels if channels == 1 else pixels.transpose(2, 0, 1)).tobytes()

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from metarun.datasets.class_folders import Entry, Fit, class_store, entries
+from metarun.datasets.class_folders import Entry, Fit, class_store, entries, tell_counts
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
 from metarun.files import data_dir, download, unpacked
@@ -62,7 +62,8 @@ class Cub:
                 f"of the {len(wanted)} {name} species; put {URL} there, or leave dataset.root out"
             )
         classes = {self._files[number][0].parts[-2]: self._files[number] for number in wanted}
-        return class_store(f"cub {name}", classes, self._root(), self.item_shape, device, self.fit)
+        store = class_store(f"cub {name}", classes, self._root(), self.item_shape, device, self.fit)
+        return tell_counts(store, 41, 60)
 
     def _find(self) -> dict[int, list[Entry]]:
         root = self._root()
@@ -74,9 +75,9 @@ class Cub:
                 f"dataset.root={self.root}: has neither species folders nor {ARCHIVE}; "
                 f"put {URL} there, or leave dataset.root out"
             )
-        return species(
-            entries(unpacked(archive, "cub", lambda: say(notes, f"unpack {archive} into the cache")))
-        )
+        md5 = MD5 if archive.name == ARCHIVE else None  # what a user packed has another name
+        tell = f"check and unpack {archive} into the cache"
+        return species(entries(unpacked(archive, "cub", lambda: say(notes, tell), md5)))
 
     def _root(self) -> Path:
         return Path(self.root).expanduser() if self.root else self._downloaded()

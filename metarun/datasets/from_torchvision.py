@@ -22,7 +22,7 @@ from metarun.datasets.class_folders import Fit
 from metarun.datasets.torchvision_files import Labelled, obtained
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError
-from metarun.files import data_dir, mapped
+from metarun.files import data_dir, encoded, mapped
 from metarun.tracking import Bar
 
 BLOCK = 256  # images decoded before they are put in place
@@ -80,8 +80,9 @@ class FromTorchvision:
         self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
     ) -> ClassStore:
         """The classes of one split, sorted by name. Raises DataError where the set cannot be had."""
-        key = f"1 {self.item_shape} {self.fit} {self.root}"  # the 1 counts changes of what is decoded
-        entry = f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+        root = os.path.abspath(Path(self.root).expanduser()) if self.root else None
+        key = f"1 {self.item_shape} {self.fit} {root}"  # the 1 counts changes of what is decoded
+        entry = f"{self.name}-{hashlib.sha256(encoded(key)).hexdigest()[:24]}"
         content, made = mapped(
             entry, self._build, f"{self.name} {key}"
         )  # all classes; a split is some of them

@@ -11,6 +11,7 @@ import torch
 from metarun.datasets.class_folders import Entry, Fit, Unreadable, class_store, entries
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
+from metarun.files import encoded
 from metarun.images import visible
 from metarun.tracking import notes, say
 
@@ -97,7 +98,7 @@ class ImageFolder:
         return found
 
     def _by_rule(self, classes: dict[str, list[Entry]], tells: bool) -> dict[str, dict[str, list[Entry]]]:
-        order = sorted(classes, key=lambda name: hashlib.sha256(f"{self.seed} {name}".encode()).digest())
+        order = sorted(classes, key=lambda name: hashlib.sha256(encoded(f"{self.seed} {name}")).digest())
         if len(order) < 6:
             raise DataError(
                 f"dataset.root={self.root}: has {len(order)} classes; at least 6 are needed for three splits "

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from metarun.datasets.class_folders import Entry, Fit, class_store, entries
+from metarun.datasets.class_folders import Entry, Fit, class_store, entries, tell_counts
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
 
@@ -44,6 +44,7 @@ class MiniImageNet:
 
     drawings = False
     name: ClassVar[str] = "mini_imagenet"
+    a_class: ClassVar[tuple[int, int]] = (600, 600)  # images of each
     layouts: ClassVar[str] = (
         "it may hold train, val and test folders of class folders named by WordNet id (n01532829), or one "
         "folder of all images and train.csv, val.csv and test.csv, or zips of either"
@@ -76,7 +77,7 @@ class MiniImageNet:
                 f"dataset.root={self.root}: {why}no images of class {missing[0]}{others}, "
                 f"of the {len(wanted)} {name} classes; {self.layouts}"
             )
-        return class_store(
+        store = class_store(
             f"{self.name} {name}",
             {wnid: self._files[wnid] for wnid in wanted},
             Path(self.root),
@@ -84,6 +85,7 @@ class MiniImageNet:
             device,
             self.fit,
         )
+        return tell_counts(store, *self.a_class)
 
     def _find(self) -> dict[str, list[Entry]]:
         files = entries(Path(self.root).expanduser())
@@ -127,8 +129,13 @@ class MiniImageNet:
             if entry.parts[-1] not in ("train.csv", "val.csv", "test.csv"):
                 continue
             self._lists.add(entry.parts[-1])
-            rows = csv.DictReader(io.StringIO(entry.read().decode("utf-8", "replace")))
-            if not {"filename", "label"} <= set(rows.fieldnames or []):
+            text = entry.read().decode("utf-8-sig", "replace")  # spreadsheets put a mark before it
+            try:
+                reader = csv.DictReader(io.StringIO(text))
+                rows = list(reader)
+            except csv.Error as error:
+                raise DataError(f"{entry}: cannot be read as a CSV file ({error}); get it again") from error
+            if not {"filename", "label"} <= set(reader.fieldnames or []):
                 raise DataError(
                     f"{entry}: needs the columns filename and label, as Ravi and Larochelle's lists have"
                 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metarun.episodes import ClassStore, Geometry
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, naming_part
 
 
 class Mixture:
@@ -38,7 +40,7 @@ class Mixture:
                     "'dataset.parts={a:1,b:1}', or +dataset@dataset.settings.NAME=OPTION"
                 )
             if not 0 < weight < math.inf:
-                raise ConfigError(f"dataset.parts.{name}={weight}: a weight must be above 0")
+                raise ConfigError(f"dataset.parts.{name}={weight}: a weight must be above 0 and finite")
             if len(datasets[name].item_shape) != 3:
                 raise ConfigError(f"dataset.parts: {name} has no images; leave it out")
         if size is not None and size < 1:
@@ -46,9 +48,18 @@ class Mixture:
         self.weights = parts
         self.datasets = {name: datasets[name] for name in parts}
         self.size, self.channels = size, channels
+        self.wanted: tuple[int, int, int] | None = None  # the shape of a model that is tested
+
+    def shaped(self, item_shape: tuple[int, int, int]) -> Mixture:
+        """The same with images of this shape: each part's are converted once, from its own pixels."""
+        twin = copy.copy(self)
+        twin.wanted = item_shape
+        return twin
 
     @property
     def item_shape(self) -> tuple[int, int, int]:
+        if self.wanted:
+            return self.wanted
         most = [max(sizes) for sizes in zip(*(d.item_shape for d in self.datasets.values()), strict=True)]
         height, width = (self.size or each for each in most[1:])
         return (self.channels or most[0], height, width)
@@ -63,7 +74,8 @@ class Mixture:
         """The classes of all parts. Raises what a part's own `split` does."""
         stores = {}
         for part, dataset in self.datasets.items():
-            store = dataset.split(name)
+            with naming_part(part, inspect.signature(type(dataset)).parameters):
+                store = dataset.split(name)
             if not isinstance(store, ClassStore):
                 raise ConfigError(f"dataset.parts: {part} is no dataset of classes; leave it out")
             stores[part] = store.converted(self.item_shape)
@@ -93,6 +105,7 @@ class MixtureStore(ClassStore):
         self.parts = dict(stores)
         self.parts = self.with_images(self.images).parts
         self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.weights /= self.weights.max()  # whose sum is finite
         sizes = torch.tensor([len(store.names) for store in stores.values()])
         self.owners = torch.arange(len(sizes)).repeat_interleave(sizes)  # of each class, its part
 

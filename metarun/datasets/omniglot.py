@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
-from metarun.files import Archive, Folder, data_dir, download, mapped
+from metarun.files import Archive, Folder, data_dir, download, encoded, mapped
 from metarun.tracking import Bar
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
@@ -77,7 +77,7 @@ def class_split(classes: str) -> dict[str, list[str]]:
 
 
 def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+    return hashlib.sha256(encoded(name)).hexdigest()
 
 
 class Omniglot:

@@ -16,6 +16,7 @@ class TieredImageNet(MiniImageNet):
     """tieredImageNet below `root`: the same layouts as miniImageNet's, without its CSV files."""
 
     name: ClassVar[str] = "tiered_imagenet"
+    a_class: ClassVar[tuple[int, int]] = (732, 1300)
     layouts: ClassVar[str] = (
         "it may hold train, val and test folders of class folders named by WordNet id (n01530575), in zips "
         "or not; ImageNet's own train folder has them all"

@@ -92,6 +92,28 @@ def test_prepared_data_is_listed_verified_and_removed(metarun, tmp_path: Path, m
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name != "data"]
 
 
+def test_pillows_warnings_are_no_lines_of_ours(metarun, tmp_path: Path, monkeypatch):
+    root = folder_of_classes(tmp_path / "mine")
+    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # it warns of larger ones, and refuses twice as many
+    done = metarun("data", "dataset=image_folder", f"dataset.root={root}", "dataset.size=8", "ways=2")
+    assert "Warning" not in done.stderr
+
+
+def test_only_what_was_made_of_the_named_files_is_removed(metarun, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        root = folder_of_classes(tmp_path / name)
+        metarun("data", "dataset=image_folder", f"dataset.root={root}", "dataset.size=8", "ways=2")
+    done = metarun("data", "dataset=glyphs", "dataset.foo=3", "clean=true", status=1)
+    assert "dataset.foo: Glyphs has no setting 'foo'" in done.stderr
+    done = metarun("data", "dataset=image_folder", "dataset.root=a", "clean=true")
+    assert done.stdout.count("removed image_folder-") == 3
+    assert "image_folder: 3 entries" in done.stderr
+    done = metarun("data", "dataset=image_folder", "clean=true")
+    assert done.stdout.count("removed image_folder-") == 3
+
+
 def test_every_dataset_says_what_it_holds_where_it_is_from_and_its_licence():
     for path in (cli.CONF / "dataset").glob("*.yaml"):
         text = path.read_text()

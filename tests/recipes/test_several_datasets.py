@@ -60,6 +60,9 @@ def test_train_resume_and_a_row_for_each_dataset(metarun, two: list[str], tmp_pa
     assert [row["dataset"] for row in rows] == ["glyphs", "image_folder"]
     assert [row["mean"] for row in rows] == pytest.approx([each["mean"] for each in figures.values()])
     assert "image_folder 2-way 1-shot" in done.stdout
+    one = ["dataset.parts={glyphs:1}", "hydra.run.dir=one"]
+    metarun("eval", "checkpoint=whole", "episodes=10", "queries=2", *one)
+    assert [row["mean"] for row in results(tmp_path / "one")] == [rows[0]["mean"]]
     assert (tmp_path / "out/results.png").stat().st_size > 5000
 
 
@@ -71,6 +74,15 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
     done = metarun("eval", "checkpoint=[mixed,own]", *glyphs, "hydra.run.dir=out")
     assert "glyphs test: images converted from 1x28x28 to the model's 3x16x16" in done.stderr
     content = json.loads((tmp_path / "out/results.json").read_text())
+    # In a mixture that is larger than the model, glyphs are what they are alone.
+    larger = ["dataset=mixture", "dataset.parts={glyphs:1}", "dataset.size=35", "episodes=10", "queries=2"]
+    done = metarun(
+        "eval", "checkpoint=own", *larger, "dataset.settings.glyphs.test_classes=6", "hydra.run.dir=in"
+    )
+    assert "mixture: images converted from 1x35x35 to the model's 1x28x28" in done.stderr
+    (row,) = results(tmp_path / "in")
+    same = next(each for each in content["results"] if each["model"].endswith("own"))
+    assert [row[key] for key in ("episodes_hash", "mean")] == [same[key] for key in ("episodes_hash", "mean")]
     # The same episodes at two sizes, so that the two are compared.
     assert len({row["episodes_hash"] for row in content["results"]}) == 1
     assert len(content["comparisons"]) == 1
@@ -92,6 +104,16 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
             "dataset.settings.omniglot.size: there is no such setting",
         ),
         (["dataset.parts={glyphs:0}"], "dataset.parts.glyphs=0: a weight must be above 0"),
+        (["dataset.parts={glyphs:1,glyphs:2}"], "dataset.parts: glyphs is there twice"),
+        (
+            ["dataset.parts={glyphs:1,image_folder:1}", "dataset.settings.image_folder.root=gone"],
+            "dataset.settings.image_folder.root=gone: no such folder",
+        ),
+        (
+            ["dataset.parts={image_folder:1}", "dataset.settings.image_folder={root:gone,size:0}"],
+            "dataset.settings.image_folder.size=0: choose",
+        ),
+        (["-m", "dataset=glyphs,mixture", "dataset.parts={glyphs:1}"], "only a mixture has parts; sweep"),
         (["dataset.parts=glyphs:1"], "dataset.parts=glyphs:1: must be names, each with a number"),
         (["dataset.parts={glyphs:1,sinusoid:1}"], "dataset.parts: sinusoid has no images"),
         (["dataset.parts={glyphs:1,image_folder:1}"], "dataset.settings.image_folder.root is not set"),
@@ -100,6 +122,26 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
 )
 def test_mistakes(metarun, words: list[str], says: str):
     assert says in metarun("train", "dataset=mixture", *words, status=1).stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["dataset.parts={glyphs:1}", "+dataset.parts.cifar_fs=2"], ["dataset.parts.glyphs=1"]],
+)
+def test_parts_may_be_typed_one_by_one(metarun, words: list[str]):
+    done = metarun("train", "dataset=mixture", *words, "--cfg", "job")
+    assert ("metarun.datasets.cifar.CifarFS" in done.stdout) == (len(words) == 2)
+    assert "metarun.datasets.glyphs.Glyphs" in done.stdout
+
+
+def test_data_of_one_name_that_differ_have_a_hash_each(metarun, tmp_path: Path):
+    own = ["dataset.train_classes=12", "dataset.validation_classes=6", "dataset.test_classes=6", "ways=2"]
+    for seed in (0, 1):
+        words = [f"dataset.seed={seed}", "test.episodes=0", f"hydra.run.dir=run{seed}"]
+        metarun("train", *own, *WORDS, *words)
+    done = metarun("eval", "checkpoint=[run0,run1]", "episodes=10", "queries=2", "hydra.run.dir=out")
+    for row in results(tmp_path / "out"):
+        assert f"of {row['model']} {row['episodes_hash']}" in done.stdout
 
 
 def test_one_dataset_twice_under_names_of_ones_own(metarun, two: list[str], tmp_path: Path):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from test_image_datasets import NAMES, picture, tree
 
-from metarun import cache
+from metarun import cache, files
 from metarun.datasets.image_folder import ImageFolder
+from metarun.errors import DataError
 from metarun.files import mapped
 
 
@@ -24,6 +25,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def prepared(root: Path, **settings) -> None:
     ImageFolder(root=str(root), size=8, **settings).split("train")
+
+
+def locked_file(folder: Path, name: str, of: str) -> None:
+    """A file without notes, and the lock that metarun takes before it writes one."""
+    (folder / name).write_bytes(b"half")
+    (folder / f".{of}.lock").touch()
 
 
 def names(entries: list[cache.Kept]) -> list[tuple[str, str, bool]]:
@@ -43,8 +50,8 @@ def test_what_is_current_what_is_not_and_why(tmp_path: Path, folder: Path):
         picture(root / name / "0.png", 250)
     prepared(root)
     assert sorted(entry.stale for entry in cache.kept()) == ["", "", "the files have changed since"]
-    (folder / f".image_folder-train-{'0' * 24}.{'1' * 32}.tmp").write_bytes(b"half")
-    (folder / f"glyphs-{'0' * 24}").write_bytes(b"without notes")
+    locked_file(folder, f".image_folder-train-{'0' * 24}.{'1' * 32}.tmp", f"image_folder-train-{'0' * 24}")
+    locked_file(folder, f"glyphs-{'0' * 24}", f"glyphs-{'0' * 24}")
     root.rename(tmp_path / "moved")
     assert {entry.stale for entry in cache.kept()} == {
         f"{root} is gone",
@@ -57,14 +64,28 @@ def test_only_what_metarun_made_is_ever_removed(tmp_path: Path, folder: Path):
     root = tree(tmp_path / "mine", NAMES)
     prepared(root)
     (entry,) = cache.kept()
-    strangers = ["thesis.txt", "data", f"x-{'0' * 23}", ".hidden", f"photo-{'g' * 24}"]
+    own, stranger = f"omniglot-{'0' * 24}", "507f1f77bcf86cd799439011"
+    strangers = ["thesis.txt", "data", f"x-{'0' * 23}", ".hidden", f"photo-{'g' * 24}", f"photos-{stranger}"]
+    strangers += [f"omniglot-{stranger}"]  # of a dataset's name, without a lock
     for name in strangers:
         (folder / name).write_text("precious")
+    (folder / f"notes-{stranger}").write_text("precious")
+    (folder / f"notes-{stranger}.json").write_text('{"title": "precious"}')
+    (folder / f"export-{stranger}").mkdir()
+    (folder / f"export-{stranger}" / "thesis.txt").write_text("precious")
+    (folder / f"cub-unpacked-{'0' * 24}").mkdir()  # a folder without notes, though of a dataset's name
+    (folder / f".cub-unpacked-{'0' * 24}.lock").touch()
+    strangers += [f"notes-{stranger}", f"notes-{stranger}.json", f"export-{stranger}"]
+    strangers += [f"cub-unpacked-{'0' * 24}", f".cub-unpacked-{'0' * 24}.lock"]
+    locked_file(folder, own, own)
     (tmp_path / "outside").write_text("precious")
     (folder / f"link-{'0' * 24}").symlink_to(tmp_path / "outside")
-    inside = folder / f"cub-unpacked-{'0' * 24}"
+    inside = folder / f"cub-unpacked-{'1' * 24}"
     inside.mkdir()
     (inside / "way out").symlink_to(tmp_path / "mine", target_is_directory=True)
+    record = '{"what": "cub unpacked x", "source": "", "unpacked": "", "sha256": ""}'
+    inside.with_name(inside.name + ".json").write_text(record)
+    assert len(cache.kept()) == 3
     for each in cache.kept():
         assert cache.remove(each)
     left = {path.name for path in folder.iterdir()}
@@ -72,6 +93,69 @@ def test_only_what_metarun_made_is_ever_removed(tmp_path: Path, folder: Path):
     assert (tmp_path / "outside").read_text() == "precious"
     assert len(list(root.rglob("*.png"))) == 24
     assert not entry.path.exists()
+
+
+DAMAGED = [
+    '{"what": "x"}',
+    '{"what": ["x"], "source": "", "sha256": "0"}',
+    '{"what": "x", "source": null, "sha256": "0"}',
+    '{"what": "x", "source": 5, "sha256": "0"}',
+    '{"what": {"a": 1}, "source": "", "sha256": "0"}',
+    '{"what": "x", "source": "a\\u0000b", "sha256": "0"}',
+    "[1]",
+    "[" * 100_000,
+    "nonsense",
+    "\xff",
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_notes_are_none(folder: Path, text: str):
+    name = f"omniglot-{'0' * 24}"
+    folder.mkdir()
+    locked_file(folder, name, name)
+    (folder / f"{name}.json").write_bytes(text.encode("latin-1"))
+    (entry,) = cache.kept()
+    assert entry.stale
+    assert cache.damage(entry) == entry.stale
+    assert cache.remove(entry)
+    assert not list(folder.iterdir())
+
+
+def test_what_cannot_be_removed_is_said(folder: Path):
+    name = f"omniglot-{'0' * 24}"
+    folder.mkdir()
+    locked_file(folder, name, name)
+    (folder / f"{name}.json").mkdir()
+    (entry,) = cache.kept()
+    with pytest.raises(DataError, match=r"json: cannot be removed"):
+        cache.remove(entry)
+
+
+def test_a_cache_folder_that_is_a_file(folder: Path):
+    folder.write_text("precious")
+    with pytest.raises(DataError, match="is a file: set the variable METARUN_CACHE"):
+        cache.kept()
+
+
+def test_who_waited_for_a_lock_that_was_removed_takes_a_new_one(folder: Path):
+    """Else it and the next one would work on one entry at once."""
+    pytest.importorskip("fcntl")
+    folder.mkdir()
+    path, code = folder / "entry", "from metarun import files; from pathlib import Path; import sys\n"
+    code += "print('waits', flush=True); lock = files._lock(Path(sys.argv[1])); print('has', flush=True)\n"
+    code += "input()"
+    with files.locked(path) as alone:
+        assert alone
+        words = [sys.executable, "-c", code, str(path)]
+        waiting = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert waiting.stdout and waiting.stdout.readline() == "waits\n"
+        time.sleep(0.5)
+        files.lock_path(path).unlink()
+    assert waiting.stdout.readline() == "has\n"
+    with files.locked(path) as alone:
+        assert not alone
+    waiting.communicate("\n")
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path):
@@ -92,7 +176,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path):
 
 def test_an_entry_being_made_is_left_alone(folder: Path):
     pytest.importorskip("fcntl")
-    name = f"slow-{'0' * 24}"
+    name = f"glyphs-{'0' * 24}"
     code = (
         "import time; from metarun import files\n"
         "def build(write):\n"

@@ -105,6 +105,22 @@ def test_one_draw_is_fetched_ahead_by_a_thread_and_none_is_lost():
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_a_draw_that_does_not_fit_on_the_device_is_run_in_halves():
+    store = sources(glyphs(), "cpu")[1]
+    plain = losses(store, "cpu")
+    original, failed = store.fetch, []
+
+    def fails(draw):
+        if len(draw[0]) > 2:
+            failed.append(threading.current_thread())
+            raise torch.OutOfMemoryError("no room")
+        return original(draw)
+
+    store.fetch = fails  # type: ignore[method-assign]
+    torch.testing.assert_close(torch.tensor(losses(store, "cpu")), torch.tensor(plain))
+    assert {thread is threading.main_thread() for thread in failed} == {True, False}
+
+
 def test_where_images_are_kept(monkeypatch):
     cpu = Hardware("cpu")
     assert not cpu.keeps_on_host(1 << 50)

@@ -145,7 +145,7 @@ def test_an_unreadable_file_stops_or_is_skipped_by_name(tmp_path: Path, capsys):
     assert not list((tmp_path / "cache").glob("[!.]*"))  # nothing half-written
     store = ImageFolder(root=str(root), size=8, unreadable="skip").split("train")
     assert set(store.counts.tolist()) == {3}
-    assert "4 unreadable files left out, such as class" in capsys.readouterr().err
+    assert f"4 unreadable files left out, such as {root}" in capsys.readouterr().err
     for path in (root / store.names[0]).glob("[0-9].png"):
         path.unlink()
     with pytest.raises(DataError, match=f"class {store.names[0]!r} has no images"):
@@ -482,6 +482,25 @@ def test_a_set_of_torchvision_is_split_by_class(tmp_path: Path):
     with pytest.raises(DataError, match=r"mnist is not in .*or set dataset\.root") as error:
         dataset(size=14, download=False).split("train")
     assert "\n" not in str(error.value)
+
+
+def test_a_root_is_one_however_it_is_typed(tmp_path: Path, monkeypatch, empty_cache: Path):
+    root = mnist_files(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for typed in (str(root), "data", "data/../data"):
+        FromTorchvision(name="mnist", classes=(5, 2, 3), size=28, channels=1, root=typed).split("train")
+    assert len(list(empty_cache.glob("mnist-*.json"))) == 1
+    elsewhere = mnist_files(tmp_path / "b" / "data", each=3)
+    monkeypatch.chdir(elsewhere.parent)
+    other = FromTorchvision(name="mnist", classes=(5, 2, 3), size=28, channels=1, root="data").split("train")
+    assert set(other.counts.tolist()) == {6}
+
+
+def test_a_cache_that_is_a_file_is_said(tmp_path: Path, empty_cache: Path):
+    empty_cache.write_text("x")
+    root = tree(tmp_path / "mine", NAMES)
+    with pytest.raises(DataError, match="set the variable METARUN_CACHE to a folder"):
+        ImageFolder(root=str(root), size=8).split("train")
 
 
 def test_every_yaml_of_torchvision_names_a_set_there_is():

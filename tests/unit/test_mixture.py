@@ -14,7 +14,7 @@ from metarun.datasets.glyphs import Glyphs
 from metarun.datasets.mixture import Mixture
 from metarun.datasets.sinusoid import Sinusoid
 from metarun.episodes import ClassStore, Geometry, sample
-from metarun.errors import ConfigError, DataError
+from metarun.errors import ConfigError, DataError, naming_part
 from metarun.evaluation import Result, interval, mean_of
 from metarun.images import converted
 
@@ -83,6 +83,7 @@ def test_a_task_that_one_of_them_cannot_give_is_refused_by_name():
     [
         ({"dark": 0.0}, {}, "weight must be above 0"),
         ({"dark": float("nan")}, {}, "weight must be above 0"),
+        ({"dark": float("inf")}, {}, "weight must be above 0 and finite"),
         ({"other": 1.0}, {}, "other has no settings"),
         ({"dark": 1.0}, {"size": 0}, "dataset.size=0"),
     ],
@@ -94,6 +95,45 @@ def test_what_cannot_be_mixed(weights: dict, settings: dict, says: str):
         Mixture(datasets={"sinusoid": Sinusoid()}, parts={"sinusoid": 1.0})
     with pytest.raises(ConfigError, match="name datasets"):
         Mixture(datasets={}, parts={})
+
+
+def test_weights_whose_sum_is_infinite_are_as_good_as_others():
+    draws = [
+        sample(mixture(weights).split("train"), 50, GEOMETRY, torch.Generator().manual_seed(0)).classes
+        for weights in ({"dark": 1e308, "light": 1e308}, {"dark": 1.0, "light": 1.0})
+    ]
+    assert torch.equal(*draws)
+
+
+class Noise(Flat):
+    """Images of which conversion back and forth leaves nothing."""
+
+    def split(self, name: str, device: torch.device | str = "cpu") -> ClassStore:
+        store = super().split(name, device)
+        return store.with_images(torch.randint(0, 255, store.images.shape, dtype=torch.uint8))
+
+
+def test_each_part_is_converted_once_from_its_own_pixels():
+    torch.manual_seed(0)
+    parts = {"fine": Noise(1, 4, 3, (1, 8, 8)), "large": Noise(2, 4, 3, (3, 16, 16))}
+    dataset = Mixture(datasets=parts, parts={"fine": 1.0, "large": 1.0})
+    assert dataset.item_shape == (3, 16, 16)
+    shaped = dataset.shaped((1, 8, 8))
+    assert (shaped.item_shape, dataset.item_shape) == ((1, 8, 8), (3, 16, 16))
+    torch.manual_seed(0)
+    own = parts["fine"].split("test").images
+    torch.manual_seed(0)
+    assert torch.equal(shaped.split("test").parts["fine"].images, own)
+
+
+@pytest.mark.parametrize("path", ["/data/dataset.root/x", "my dataset.zip"])
+def test_a_part_names_its_settings_as_they_are_typed(path: str):
+    with pytest.raises(DataError) as error, naming_part("own", ["root", "size"]):
+        raise DataError(f"dataset.root={path}: gone; set dataset.size, dataset.rootless or dataset.download")
+    assert str(error.value) == (
+        f"dataset.settings.own.root={path}: gone; set dataset.settings.own.size, dataset.rootless "
+        "or dataset.download"
+    )
 
 
 def node(target: str, **settings):
