@@ -133,9 +133,9 @@ def build_trainer(cfg: DictConfig, dataset: Any, hardware: Hardware, folder: Pat
         clip=None if cfg.clip.value is None and cfg.clip.norm is None else Clip(**cfg.clip),
     )
     # Loaded and checked before anything runs, so that an impossible task is told at once.
-    algorithm.check(plan.validation_geometry.ways)
     train.check(plan.geometry)
     check_validation(validation, plan.validation_geometry, cfg)
+    algorithm.check(plan.validation_geometry.ways)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config["choices"] = choices(cfg)
     config["overrides"] = overrides(cfg)
