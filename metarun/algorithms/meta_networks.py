@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.embedded import cosines, without_autocast
+from metarun.backbones.layers import Residual
 from metarun.errors import ConfigError
 from metarun.inner_loops.recurrent import preprocessed
 from metarun.learner import refuse_running_averages, uses_batch_statistics
@@ -44,9 +45,10 @@ class MetaNet(Algorithm):
         super().__init__()
         if not classification:
             raise ConfigError("MetaNet classifies and cannot regress; choose algorithm=maml or reptile")
-        if not is_groupable(backbone):
+        # In a residual block slow and fast weights would have nowhere to meet.
+        if not is_groupable(backbone) or any(isinstance(part, Residual) for part in backbone.modules()):
             raise ConfigError(
-                "algorithm=meta_networks needs a backbone that is a chain of layers; choose backbone=conv4"
+                "algorithm=meta_networks needs a backbone that is a chain of layers without shortcuts; choose backbone=conv4"
             )
         refuse_running_averages(backbone)
         self.outputs, self.lowering = outputs, AUTO

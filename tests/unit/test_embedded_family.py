@@ -25,6 +25,7 @@ from metarun.algorithms.snail import SNAIL
 from metarun.algorithms.versa import Versa
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
+from metarun.backbones.wide_resnet import WideResNet
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
@@ -448,6 +449,7 @@ def test_snail_reaches_the_whole_support():
         (lambda: MatchingNet(Numbers(2), scale=0.0), "algorithm.scale=0.0: must be above 0"),
         (lambda: Versa(Numbers(2), samples=0), "algorithm.samples=0: must be at least 1"),
         (lambda: MetaNet(Numbers(2), outputs=2), "chain of layers"),
+        (lambda: MetaNet(WideResNet(SHAPE, 10, 1, norm="none"), outputs=2), "chain of layers"),
         (lambda: CNAPs(Numbers(2), SHAPE), "no layer with any"),
         (lambda: CNAPs(MLP((4,), (4,)), (4,)), "takes images; choose algorithm=versa"),
         (lambda: ProtoNet(Numbers(2), classification=False), "cannot regress"),
