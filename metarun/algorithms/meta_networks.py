@@ -48,7 +48,8 @@ class MetaNet(Algorithm):
         # In a residual block slow and fast weights would have nowhere to meet.
         if not is_groupable(backbone) or any(isinstance(part, Residual) for part in backbone.modules()):
             raise ConfigError(
-                "algorithm=meta_networks needs a backbone that is a chain of layers without shortcuts; choose backbone=conv4"
+                "algorithm=meta_networks needs a backbone that is a chain of layers without shortcuts; "
+                "choose backbone=conv4"
             )
         refuse_running_averages(backbone)
         self.outputs, self.lowering = outputs, AUTO
