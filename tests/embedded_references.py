@@ -226,11 +226,11 @@ def gnn(net, support, y, query, query_y) -> Tensor:
         nodes += [torch.cat([x, label]) for x, label in zip(support, labels, strict=True)]
         graphs.append(nodes)
 
-    def hears(adjacency, graphs):
-        """For every graph and node, what it hears."""
+    def hears(adjacency, graphs, listeners):
+        """For every graph and each of its listeners, what it hears; the norms see each pair once."""
         size = len(graphs[0])
-        pairs = [(nodes[i] - nodes[j]).abs() for nodes in graphs for i in range(size) for j in range(size)]
-        out = torch.stack(pairs)
+        pairs = [{i, j} for i in range(size) for j in range(i + 1, size) if {i, j} & set(listeners)]
+        out = torch.stack([(nodes[min(p)] - nodes[max(p)]).abs() for nodes in graphs for p in pairs])
         for layer in adjacency.network:
             if isinstance(layer, nn.Conv2d):
                 out = out @ layer.weight[:, :, 0, 0].T + layer.bias
@@ -239,29 +239,28 @@ def gnn(net, support, y, query, query_y) -> Tensor:
                 out = (out - mean) / (variance + layer.eps).sqrt() * layer.weight + layer.bias
             else:
                 out = torch.where(out > 0, out, 0.01 * out)
-        out = out.view(len(graphs), size, size)
+        out = out.view(len(graphs), len(pairs))
         heard = []
-        for g, nodes in enumerate(graphs):
-            for i in range(size):
+        for weights, nodes in zip(out, graphs, strict=True):
+            for i in listeners:
                 others = [j for j in range(size) if j != i]
-                shares = torch.softmax(out[g, i, others], 0)
+                shares = torch.softmax(torch.stack([weights[pairs.index({i, j})] for j in others]), 0)
                 heard.append(sum(s * nodes[j] for s, j in zip(shares, others, strict=True)))
         return heard
 
+    everyone = range(len(graphs[0]))
     for adjacency, message, norm in zip(graph.adjacencies, graph.messages, graph.norms, strict=False):
         flat = [node for nodes in graphs for node in nodes]
-        both = [torch.cat([n, h]) for n, h in zip(flat, hears(adjacency, graphs), strict=True)]
+        both = [torch.cat([n, h]) for n, h in zip(flat, hears(adjacency, graphs, everyone), strict=True)]
         out = torch.stack(both) @ message.weight.T + message.bias
         mean, variance = out.mean(0), out.var(0, correction=0)
         out = (out - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
         out = torch.where(out > 0, out, 0.01 * out)
         rows = iter([torch.cat([n, o]) for n, o in zip(flat, out, strict=True)])
         graphs = [[next(rows) for _ in nodes] for nodes in graphs]
-    heard = hears(graph.adjacencies[-1], graphs)
-    size = len(graphs[0])
+    heard = hears(graph.adjacencies[-1], graphs, [0])
     rows = [
-        graph.last.weight @ torch.cat([graphs[g][0], heard[g * size]]) + graph.last.bias
-        for g in range(len(graphs))
+        graph.last.weight @ torch.cat([graphs[g][0], heard[g]]) + graph.last.bias for g in range(len(graphs))
     ]
     return mean_cross_entropy(rows, query_y)
 

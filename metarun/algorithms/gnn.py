@@ -21,6 +21,10 @@ class GNN(Embedded):
     differences (equations 2 and 3) and pass messages over it (equations 1 and 4). `width` is that of the
     first layers of the graph's network, half of it is what a block adds to the nodes, as in
     the paper's code. One query a graph: predictions do not depend on other queries.
+
+    A difference is the same from either end and that of a node to itself is never used, and the
+    last block is asked for the query alone, so that only these pairs are computed. The norms of a graph's
+    network see each of them once (in the paper's code all, also what is not used).
     """
 
     def __init__(
@@ -71,14 +75,17 @@ class GraphNetwork(nn.Module):
 
     def forward(self, nodes: Tensor) -> Tensor:
         for adjacency, message, norm in zip(self.adjacencies, self.messages, self.norms, strict=False):
-            passed = message(gathered(adjacency(nodes), nodes))  # [B, V, added]
+            passed = message(torch.cat([nodes, adjacency(nodes) @ nodes], -1))  # [B, V, added]
             passed = norm(passed.mT.unsqueeze(-1)).squeeze(-1).mT
             nodes = torch.cat([nodes, F.leaky_relu(passed)], -1)
-        return self.last(gathered(self.adjacencies[-1](nodes), nodes)[:, 0])
+        last: Adjacency = self.adjacencies[-1]  # type: ignore[assignment]
+        first, others = nodes[:, :1], nodes[:, 1:]
+        heard = last.to_first(first, others) @ others
+        return self.last(torch.cat([first, heard], -1).squeeze(1))
 
 
 class Adjacency(nn.Module):
-    """How much each node hears of each other, [B, V, V], from nodes [B, V, D] (equations 2 and 3).
+    """How much nodes hear of each other (equations 2 and 3).
 
     A softmax over the others of a network of the absolute differences, the same for i, j and j, i.
     """
@@ -92,12 +99,19 @@ class Adjacency(nn.Module):
         self.network = nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
 
     def forward(self, nodes: Tensor) -> Tensor:
-        differences = (nodes.unsqueeze(2) - nodes.unsqueeze(1)).abs()  # [B, V, V, D]
-        weights = self.network(differences.permute(0, 3, 1, 2)).squeeze(1)
-        itself = torch.eye(nodes.shape[1], dtype=torch.bool, device=nodes.device)
-        return weights.masked_fill(itself, -torch.inf).softmax(-1)
+        """Of each node for each node, [B, V, V], from nodes [B, V, D]."""
+        graphs, size = nodes.shape[:2]
+        i, j = torch.triu_indices(size, size, 1, device=nodes.device)
+        weights = self.weights(nodes[:, i] - nodes[:, j])
+        both = weights.new_full((graphs, size, size), -torch.inf)  # -inf stays for a node itself
+        both[:, i, j] = weights
+        both[:, j, i] = weights
+        return both.softmax(-1)
 
+    def to_first(self, first: Tensor, others: Tensor) -> Tensor:
+        """Of each other node [B, V - 1, D] for the first [B, 1, D], [B, 1, V - 1]."""
+        return self.weights(first - others).softmax(-1).unsqueeze(1)
 
-def gathered(adjacency: Tensor, nodes: Tensor) -> Tensor:
-    """Each node beside what it hears, [B, V, 2D]: the operators identity and adjacency."""
-    return torch.cat([nodes, adjacency @ nodes], -1)
+    def weights(self, differences: Tensor) -> Tensor:
+        """One for each pair, [B, P], from differences [B, P, D]."""
+        return self.network(differences.abs().mT.unsqueeze(-1)).flatten(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.embedded import Embedded, one_hot, require
@@ -16,6 +16,9 @@ class RelationNet(Embedded):
     training; beside the query's maps it passes
     two convolutional blocks and two linear layers, whose sigmoid is the relation score (equation 1), 1
     for the query's own class and 0 for the others (equation 2). Logits are what the sigmoid takes.
+
+    A convolution of two stacked maps is the sum of one of each: the first layer sees every class and
+    every query once, and not every pair.
 
     Feature maps smaller than 2x2 are not pooled, and a backbone whose features are no maps gives
     maps of one pixel.
@@ -51,10 +54,17 @@ class RelationNet(Embedded):
 
     def score(self, adapted: Tensor, features: Tensor) -> Tensor:
         shape = *features.shape[:2], adapted.shape[1]  # T, B, N
-        classes = adapted.unsqueeze(1).expand(*shape, -1).unflatten(-1, self.map_shape)
-        queries = features.unsqueeze(2).expand(*shape, -1).unflatten(-1, self.map_shape)
-        pairs = torch.cat([classes, queries], 3).flatten(1, 2)  # [T, B*N, 2C, H, W]
-        return self.by_task(self.relation, pairs).view(shape)
+        first: nn.Conv2d = self.relation[0]  # type: ignore[assignment]
+        of_class, of_query = first.weight.split(self.map_shape[0], 1)
+        classes = self.seen(adapted, of_class, first.bias).unsqueeze(1)  # [T, 1, N, width, H, W]
+        queries = self.seen(features, of_query, None).unsqueeze(2)  # [T, B, 1, width, H, W]
+        pairs = (classes + queries).flatten(1, 2)  # [T, B*N, width, H, W]
+        return self.by_task(self.relation[1:], pairs).view(shape)
+
+    def seen(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Feature maps [T, B, F] convolved, [T, B, width, H, W]."""
+        maps = features.flatten(0, 1).unflatten(-1, self.map_shape)
+        return F.conv2d(maps, weight, bias, padding=1).unflatten(0, features.shape[:2])
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean squared error of the relation scores, [T]."""

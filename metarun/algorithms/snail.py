@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.embedded import Embedded, one_hot, require
@@ -83,18 +84,21 @@ class Dense(nn.Module):
 
     def along(self, x: Tensor) -> Tensor:
         """[T, S, filters] for every position of x [T, S, D]."""
-        padded = nn.functional.pad(x, (0, 0, self.dilation, 0))
+        padded = F.pad(x, (0, 0, self.dilation, 0))
         return self.gated(padded[:, : x.shape[1]], x)
 
     def after(self, x: Tensor, last: Tensor) -> Tensor:
         """[T, B, filters] for B continuations [T, B, D] of x [T, S, D] by one position."""
         position = x.shape[1] - self.dilation
         earlier = x[:, position : position + 1] if position >= 0 else torch.zeros_like(x[:, :1])
-        return self.gated(earlier.expand(-1, last.shape[1], -1), last)
+        return self.gated(earlier, last)  # what came before is the same for all B
 
     def gated(self, earlier: Tensor, x: Tensor) -> Tensor:
-        both = torch.cat([earlier, x], -1)
-        return self.content(both).tanh() * self.gate(both).sigmoid()
+        def convolved(layer: nn.Linear) -> Tensor:
+            before, now = layer.weight.chunk(2, 1)
+            return F.linear(earlier, before, layer.bias) + F.linear(x, now)
+
+        return convolved(self.content).tanh() * convolved(self.gate).sigmoid()
 
 
 class Attention(nn.Module):
