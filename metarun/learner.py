@@ -69,20 +69,3 @@ def refuse_running_averages(backbone: nn.Module) -> None:
                 "norm=running keeps averages over tasks, which weights adapted per task cannot use; "
                 "choose norm=batch, group, layer, instance or none"
             )
-
-
-def normalises_batches(module: nn.Module) -> bool:
-    """Whether training normalises by the batch's statistics."""
-    return any(
-        getattr(part, "uses_batch_statistics", False) or isinstance(part, nn.modules.batchnorm._BatchNorm)
-        for part in module.modules()
-    )
-
-
-def uses_batch_statistics(backbone: nn.Module) -> bool:
-    """Whether a prediction depends on the other examples beside it (transductive)."""
-    return any(
-        getattr(module, "uses_batch_statistics", False)
-        or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None)
-        for module in backbone.modules()
-    )

@@ -43,10 +43,13 @@ class Lowering:
     how: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
 
+    def is_channels_last(self, on: torch.device) -> bool:
+        """Whether feature maps have that layout on a device."""
+        return on.type != "cuda" if self.channels_last == "auto" else self.channels_last
+
     def laid_out(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in the chosen memory layout."""
-        wanted = not images.is_cuda if self.channels_last == "auto" else self.channels_last
-        return fused.channels_last(images) if wanted else images
+        return fused.channels_last(images) if self.is_channels_last(images.device) else images
 
 
 AUTO = Lowering()

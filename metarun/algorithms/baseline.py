@@ -144,10 +144,12 @@ class SimpleShot(Classifier):
         self.register_buffer("batches", torch.zeros(()))
 
     def saw(self, features: Tensor) -> None:
-        for task in features.mean(1).to(self.average):  # in turn, however many tasks run at once
-            self.batches += 1
-            share = (1 / self.batches).clamp_min(self.momentum)
-            self.average += share * (task - self.average)
+        tasks = features.mean(1).to(self.average)  # counted in turn, however many run at once
+        counts = torch.arange(1, len(tasks) + 1, device=tasks.device) + self.batches
+        share = (1 / counts).clamp_min(self.momentum)
+        left = torch.cat([1 - share, share.new_ones(1)]).flip(0).cumprod(0).flip(0)  # by all from here on
+        self.average.mul_(left[0]).add_((share * left[1:]) @ tasks)
+        self.batches += len(tasks)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
         """The class means of transformed features, [T, N, F]."""

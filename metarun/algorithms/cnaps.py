@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.embedded import Embedded, prototypes, require
-from metarun.backbones.layers import Norm, norm_layer, replace_layers
+from metarun.backbones.layers import Norm, norm_layer, replace_layers, uses_batch_statistics
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
-from metarun.learner import uses_batch_statistics
 from metarun.objectives import task_loss
+from metarun.shared import run_shared, runs_at_once
 
 
 class CNAPs(Embedded):
@@ -90,18 +90,22 @@ class CNAPs(Embedded):
 
     def embed_with(self, film: list[Tensor], x: Tensor) -> Tensor:
         """Features [T, B, F] of x [T, B, *item], each task's channels by its own scales and shifts."""
-        features = []
-        for t, task in enumerate(x):
-            for layer, one in zip(self.modulations, film, strict=True):
-                layer.by = one[t]
-            features.append(self.backbone(task))
+        if runs_at_once(self.backbone, x, self.lowering):
+            return self.modulated(film, x)
+        tasks = [self.modulated([one[t : t + 1] for one in film], x[t : t + 1]) for t in range(len(x))]
+        return torch.cat(tasks)
+
+    def modulated(self, film: list[Tensor], x: Tensor) -> Tensor:
+        for layer, by in zip(self.modulations, film, strict=True):
+            layer.by = by
+        features = run_shared(self.backbone, x, self.lowering)
         for layer in self.modulations:
             layer.by = None
-        return torch.stack(features)
+        return features
 
 
 class Modulation(nn.Module):
-    """Scales and shifts channels by what it is given beforehand, `by` [2, C]."""
+    """Scales and shifts channels by what it is given beforehand, `by` [T, 2, C]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -109,10 +113,11 @@ class Modulation(nn.Module):
         self.by: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B*T, C, ...], in the order of `run_shared`."""
         if self.by is None:
             return x
-        scale, shift = self.by.unflatten(1, (-1, *[1] * (x.dim() - 2)))
-        return x * scale + shift
+        scale, shift = self.by.view(*self.by.shape, *[1] * (x.dim() - 2)).unbind(1)  # [T, C, ...]
+        return (x.unflatten(0, (-1, len(scale))) * scale + shift).flatten(0, 1)
 
 
 def add_modulations(backbone: nn.Module) -> list[Modulation]:

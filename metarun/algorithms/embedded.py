@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Adapted, Algorithm
+from metarun.backbones.layers import uses_batch_statistics
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
-from metarun.learner import normalises_batches, uses_batch_statistics
-from metarun.lowering import AUTO, is_groupable
+from metarun.lowering import AUTO
 from metarun.objectives import task_loss
+from metarun.shared import run_shared, runs_at_once
 
 QUERIES_AT_ONCE = 75  # of a task, in evaluation
 
@@ -90,15 +91,13 @@ class Embedded(Algorithm):
 
     def embed(self, x: Tensor) -> Tensor:
         """Features [T, B, F] of x [T, B, *item]."""
-        if x.dim() == 5 and is_groupable(self.backbone):  # its layers take any memory layout
-            x = self.lowering.laid_out(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return self.by_task(self.backbone, x)
 
     def by_task(self, module: nn.Module, x: Tensor) -> Tensor:
         """A module on x [T, B, ...]: each task by itself where its batch statistics count."""
-        if uses_batch_statistics(module) or (self.training and normalises_batches(module)):
-            return torch.stack([module(task) for task in x])
-        return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if runs_at_once(module, x, self.lowering):
+            return run_shared(module, x, self.lowering)
+        return torch.cat([run_shared(module, task, self.lowering) for task in x.split(1)])
 
 
 def one_hot(targets: Tensor, ways: int, like: Tensor) -> Tensor:

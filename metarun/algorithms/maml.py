@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
+from metarun.backbones.layers import uses_batch_statistics
 from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.learner import Learner, uses_batch_statistics
+from metarun.learner import Learner
 from metarun.lowering import Params
 from metarun.objectives import is_classification, task_loss
 

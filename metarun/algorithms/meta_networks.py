@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.embedded import cosines, without_autocast
-from metarun.backbones.layers import Residual
+from metarun.backbones.layers import Residual, uses_batch_statistics
 from metarun.errors import ConfigError
 from metarun.inner_loops.recurrent import preprocessed
-from metarun.learner import refuse_running_averages, uses_batch_statistics
+from metarun.learner import refuse_running_averages
 from metarun.lowering import AUTO, Params, is_groupable, layers, run_on_tasks
 from metarun.objectives import task_loss
 

@@ -39,6 +39,23 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
             return nn.Identity()
 
 
+def normalises_batches(module: nn.Module) -> bool:
+    """Whether training normalises by the batch's statistics."""
+    return any(
+        getattr(part, "uses_batch_statistics", False) or isinstance(part, nn.modules.batchnorm._BatchNorm)
+        for part in module.modules()
+    )
+
+
+def uses_batch_statistics(network: nn.Module) -> bool:
+    """Whether a prediction depends on the other examples beside it (transductive)."""
+    return any(
+        getattr(module, "uses_batch_statistics", False)
+        or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None)
+        for module in network.modules()
+    )
+
+
 def require_images(name: str, item_shape: tuple[int, ...], least: int = 1) -> tuple[int, int, int]:
     """The item's channels, height and width; ConfigError where items are no images, or too small ones."""
     if len(item_shape) != 3:
@@ -190,11 +207,16 @@ class StepNorm(nn.Module):
         """
         row = min(self.step, len(self.mean) - 1)
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=1)
-        later = torch.arange(tasks - 1, -1, -1, device=x.device)  # how many tasks come after each
-        share = self.momentum * (1 - self.momentum) ** later.to(x.dtype)  # [T]
-        rest = (1 - self.momentum) ** tasks
-        for average, found in ((self.mean, mean), (self.variance, variance)):
-            average[row].mul_(rest).add_(share @ found.view(tasks, -1))
+        move_average(self.mean[row], mean.view(tasks, -1), self.momentum)
+        move_average(self.variance[row], variance.view(tasks, -1), self.momentum)
+
+
+def move_average(average: Tensor, towards: Tensor, share: float) -> None:
+    """What `average = (1 - share) * average + share * row` for each row of `towards` [T, C] comes to."""
+    tasks = len(towards)
+    later = torch.arange(tasks - 1, -1, -1, device=towards.device)  # rows that come after each
+    shares = share * (1 - share) ** later.to(towards.dtype)
+    average.mul_((1 - share) ** tasks).add_(shares @ towards)
 
 
 def replace_layers(network: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> None:

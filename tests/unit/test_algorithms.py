@@ -48,6 +48,7 @@ from metarun.inner_loops.recurrent import LearnedOptimizer, MetaLSTM
 from metarun.inner_loops.sgd import SGD
 from metarun.lowering import Lowering, run_on_tasks
 from metarun.objectives import task_loss
+from metarun.shared import runs_at_once
 
 SHAPE = (1, 16, 16)
 RATE = 0.1
@@ -574,6 +575,17 @@ def test_every_lowering_gives_the_same_meta_gradient(name: str, lowering: str):
     assert (
         relative_error(gradient(algorithm, episodes, lowering=lowering), expected) < METHODS[name].tolerance
     )
+
+
+@pytest.mark.parametrize("name", [name for name in EMBEDDED if name != "meta_networks"])
+def test_all_tasks_in_one_pass_give_the_same_meta_gradient(name: str):
+    """As on a GPU, where feature maps are not channels-last: only batch norm knows of tasks."""
+    algorithm = METHODS[name].build(BACKBONES["conv4"](), 1)
+    episodes = episodes_of()
+    assert runs_at_once(algorithm.backbone, episodes.support_x, Lowering(channels_last=False))
+    expected = METHODS[name].reference(algorithm, episodes, 1)
+    found = gradient(algorithm, episodes, channels_last=False)
+    assert relative_error(found, expected) < METHODS[name].tolerance
 
 
 class Wrapped(nn.Module):

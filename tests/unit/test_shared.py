@@ -1,0 +1,99 @@
+"""All tasks in one pass of a network with the same weights, against one task after another."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metarun.backbones.conv4 import Conv4
+from metarun.backbones.layers import StepNorm
+from metarun.backbones.resnet12 import DropBlock, ResNet12
+from metarun.lowering import Lowering
+from metarun.shared import run_shared, runs_at_once
+
+FIRST = Lowering(channels_last=False)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "conv4": lambda: Conv4((3, 16, 16), width=4, norm="running"),
+    "conv4, batch": lambda: Conv4((3, 16, 16), width=4, norm="batch"),
+    "conv4, one channel": lambda: Conv4((1, 16, 16), width=4, downsample="stride", norm="running"),
+    "resnet12": lambda: ResNet12((3, 16, 16), widths=(4, 4, 6, 8), drop_rate=0.0, norm="running"),
+    "no weights": lambda: nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Flatten()),
+}
+
+
+def by_loop(network: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack([network(task) for task in x])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("lowering", [FIRST, Lowering(channels_last=True)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_pass_is_the_loop(name: str, lowering: Lowering, training: bool):
+    """Outputs, gradients and running averages, after two batches; in any memory layout."""
+    network = NETWORKS[name]().train(training)
+    channels = 1 if "one" in name else 3
+    reference = copy.deepcopy(network)
+    for _ in range(2):
+        x = torch.randn(3, 5, channels, 16, 16)
+        x, again = x.clone().requires_grad_(), x.requires_grad_()
+        y, expected = run_shared(network, x, lowering), by_loop(reference, again)
+        torch.testing.assert_close(y, expected)
+        weights = torch.randn_like(y)
+        (y * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(x.grad, again.grad)
+    for p, q in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert network.state_dict().keys() == reference.state_dict().keys()
+    for name, found in network.state_dict().items():
+        torch.testing.assert_close(found, reference.state_dict()[name])
+
+
+def test_blocks_are_dropped_and_made_up_for_task_by_task():
+    """What is left of each task is scaled up by its own share."""
+    x = torch.ones(3, 5, 4, 8, 8)
+    y = run_shared(nn.Sequential(DropBlock(0.3, 3)), x, FIRST)
+    torch.testing.assert_close(y.mean((1, 2, 3, 4)), torch.ones(3))
+    assert len(y.amax((1, 2, 3, 4)).unique()) == 3
+
+
+class Mixed(nn.Module):
+    """No chain of layers: nobody can see into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = NETWORKS["conv4"]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "training", "lowering", "expected"),
+    [
+        (NETWORKS["conv4"](), True, FIRST, True),
+        (NETWORKS["conv4"](), True, Lowering(), False),  # a CPU is faster one by one
+        (NETWORKS["conv4"](), True, Lowering("loop", channels_last=False), False),
+        (NETWORKS["conv4"](), False, Lowering(), True),
+        (NETWORKS["conv4, batch"](), False, Lowering(), False),
+        (Conv4((3, 16, 16), norm="layer"), True, Lowering(), True),
+        (Mixed(), True, FIRST, False),
+        (Mixed(), False, FIRST, True),
+        (nn.Sequential(nn.BatchNorm2d(3, momentum=None)), True, FIRST, False),
+        (nn.Sequential(StepNorm(3, 1, 0, 1e-5)), True, FIRST, False),
+    ],
+)
+def test_when_tasks_run_at_once(network: nn.Module, training: bool, lowering: Lowering, expected: bool):
+    assert runs_at_once(network.train(training), torch.zeros(2, 5, 3, 16, 16), lowering) is expected
