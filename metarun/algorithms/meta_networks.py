@@ -13,7 +13,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.embedded import cosines, without_autocast
 from metarun.backbones.layers import Residual, uses_batch_statistics
 from metarun.errors import ConfigError
-from metarun.inner_loops.recurrent import preprocessed
+from metarun.inner_loops.recurrent import LSTMCell, preprocessed
 from metarun.learner import refuse_running_averages
 from metarun.lowering import AUTO, Params, is_groupable, layers, run_on_tasks
 from metarun.objectives import task_loss
@@ -63,7 +63,7 @@ class MetaNet(Algorithm):
         for p in self.representation_head.parameters():
             p.requires_grad_(False)  # only gradients pass through it, which are constants
         self.of_example = nn.ModuleDict({kind: per_coordinate(hidden) for kind in kinds_in(self.base)})
-        self.over_examples = nn.ModuleDict({kind: nn.LSTMCell(2, hidden) for kind in kinds_in(backbone)})
+        self.over_examples = nn.ModuleDict({kind: LSTMCell(2, hidden) for kind in kinds_in(backbone)})
         self.of_task = nn.ModuleDict({kind: nn.Linear(hidden, 1) for kind in kinds_in(backbone)})
 
     @property
