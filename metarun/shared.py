@@ -37,7 +37,8 @@ def run_shared(module: nn.Module, x: Tensor, lowering: Lowering = AUTO) -> Tenso
     y = x.transpose(0, 1).flatten(0, 1)
     if y.dim() == 4 and is_groupable(module):  # its layers take any memory layout
         y = lowering.laid_out(y)
-    y = module(y) if tasks == 1 else run_chain(layers(module), y, tasks)
+    alone = not module.training and not uses_batch_statistics(module)  # no example knows of another
+    y = module(y) if alone or tasks == 1 else run_chain(layers(module), y, tasks)
     return y.unflatten(0, (-1, tasks)).transpose(0, 1)
 
 

@@ -97,3 +97,18 @@ class Mixed(nn.Module):
 )
 def test_when_tasks_run_at_once(network: nn.Module, training: bool, lowering: Lowering, expected: bool):
     assert runs_at_once(network.train(training), torch.zeros(2, 5, 3, 16, 16), lowering) is expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["conv4", "conv4, one channel"])
+def test_feature_maps_are_channels_last_on_a_cpu(name: str, training: bool):
+    """Also those of grey images, whose one channel looks the same in every layout."""
+    network = NETWORKS[name]().train(training)
+    seen: list[Tensor] = []
+    network[1][0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
+    x = torch.rand(2, 5, 1 if "one" in name else 3, 16, 16)
+    for task in x.split(1):
+        run_shared(network, task)
+    run_shared(network.eval(), x)
+    assert len(seen) == 3
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
