@@ -294,13 +294,7 @@ def download(url: str, path: Path, md5: str) -> None:
     What arrives is kept in `path`.part, from which a later try goes on, in this call or the next.
     `path` itself appears only once the md5 sum is right.
     """
-    if path.exists():
-        return
-    with _blaming(path.parent, "METARUN_DATA"):
-        lock = _lock(path)
-    with lock:
-        if not path.exists():  # another process may have got it while this one waited
-            _download(url, path, md5)
+    once(path, lambda: path.exists() or None, lambda: _download(url, path, md5), "METARUN_DATA")
 
 
 def _download(url: str, path: Path, md5: str) -> None:
