@@ -217,7 +217,7 @@ def unpacked(archive: Path, dataset: str, tell: Callable[[], object], md5: str |
         try:
             with _blaming(folder.parent, "METARUN_CACHE"):
                 write_json(staging.with_name(staging.name + ".json"), record)  # so that it can be told
-            _unpack(archive, staging)
+                _unpack(archive, staging)
             sums = {"unpacked": tree_digest(staging), "sha256": tree_digest(staging, contents=True)}
             with _blaming(folder.parent, "METARUN_CACHE"):
                 kept_as.unlink(missing_ok=True)
@@ -263,6 +263,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar. Raises DataError for the archive's faults, and OSError where it cannot be written."""
     if not hasattr(tarfile, "data_filter"):  # a Python from before mid 2023
         raise DataError(
             f"{archive}: this Python cannot unpack it safely; unpack it yourself, and name the folder"
@@ -283,8 +284,7 @@ def _unpack(archive: Path, folder: Path) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             why = f"it holds a name that is too long: {Path(str(error.filename)).name[:40]}..."
         elif isinstance(error, OSError) and error.errno is not None and error.filename != str(archive):
-            with _blaming(folder.parent, "METARUN_CACHE"):
-                raise
+            raise
         raise DataError(f"{archive} is damaged ({why}): delete it and get it again") from error
 
 

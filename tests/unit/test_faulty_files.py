@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import lzma
 import os
@@ -252,6 +253,19 @@ def test_odd_members_of_a_tar(tmp_path: Path, name: str):
         files.unpacked(tmp_path / "a.tgz", "a", lambda: None)
     assert "METARUN_CACHE" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_is_full_while_an_archive_is_unpacked(tmp_path: Path, monkeypatch):
+    def full(*args: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.jpg")
+
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+        tar.addfile(member("a.jpg", size=600), io.BytesIO(bytes(600)))
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(DataError, match=r"No space left on device.*METARUN_CACHE") as error:
+        files.unpacked(tmp_path / "a.tgz", "a", lambda: None)
+    assert str(error.value).startswith(f"cannot write to {tmp_path / 'cache'} (")
+    assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
 def test_an_archive_that_is_not_the_authors_is_refused(tmp_path: Path, monkeypatch):
