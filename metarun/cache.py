@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metarun.archives import tree_digest
 from metarun.cli import CONF
 from metarun.errors import DataError
-from metarun.files import CHUNK, cache_dir, lock_path, locked, tree_digest
+from metarun.files import CHUNK, cache_dir
+from metarun.locks import lock_path, locked
 
 # What `mapped` and `unpacked` are called by. A stranger's file may be called so too: see `_entry`.
 NAME = re.compile(r"(\w+)-(?:.+-)?[0-9a-f]{24}")

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +78,19 @@ def fixed_draws(source: EpisodeSource, geometry: Geometry, episodes: int, seed: 
         yield tuple(tensor[: episodes - start] for tensor in draw)
 
 
+@contextmanager
+def evaluating(algorithm: Algorithm, hardware: Hardware, seed: int) -> Iterator[None]:
+    """In evaluation mode, without gradients, on random numbers of `seed`; afterwards all is as before."""
+    training = algorithm.training
+    algorithm.eval()
+    try:
+        with hardware.forked_random(), torch.no_grad(), hardware.compute():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        algorithm.train(training)
+
+
 def instance_scores(
     algorithm: Algorithm,
     source: EpisodeSource,
@@ -88,22 +102,16 @@ def instance_scores(
 ) -> Tensor:
     """Accuracy at a class's first, second, ... appearance, [episodes, K + Q], of a method that has it."""
     source.check(geometry)
-    training = algorithm.training
-    algorithm.eval()
     scores = []
-    try:
-        with hardware.forked_random(), torch.no_grad(), hardware.compute():
-            torch.manual_seed(seed)
-            for draw in fixed_draws(source, geometry, episodes, seed):
-                length = geometry.ways * (geometry.shots + geometry.queries)
-                orders = torch.rand(len(draw[0]), length, dtype=torch.float32).argsort(1)
-                for part in split_draw((*draw, orders), TASKS_IN_TURN):
-                    tasks = source.gather(part[:-1], geometry).to(hardware.dtype)
-                    order = part[-1].to(hardware.device)
-                    scores.append(algorithm.by_instance(tasks, order))  # type: ignore[operator]
-                    advance(len(tasks))
-    finally:
-        algorithm.train(training)
+    with evaluating(algorithm, hardware, seed):
+        for draw in fixed_draws(source, geometry, episodes, seed):
+            length = geometry.ways * (geometry.shots + geometry.queries)
+            orders = torch.rand(len(draw[0]), length, dtype=torch.float32).argsort(1)
+            for part in split_draw((*draw, orders), TASKS_IN_TURN):
+                tasks = source.gather(part[:-1], geometry).to(hardware.dtype)
+                order = part[-1].to(hardware.device)
+                scores.append(algorithm.by_instance(tasks, order))  # type: ignore[operator]
+                advance(len(tasks))
     return torch.cat(scores).cpu()
 
 
@@ -149,22 +157,16 @@ def evaluate(
         with hardware.forked_random():
             return hardware.tasks_at_once(BLOCK, lambda: peak_bytes(lambda: judge(one), hardware.device))
 
-    training = algorithm.training
-    algorithm.eval()
-    try:
-        with hardware.forked_random(), torch.no_grad(), hardware.compute():
-            torch.manual_seed(seed)
-            for draw in fixed_draws(source, geometry, episodes, seed):
-                for tensor in draw:
-                    digest.update(tensor.numpy().tobytes())
-                at_once = at_once or tasks_at_once(draw)
-                for part in split_draw(draw, at_once):
-                    loss, score, metric = judge(part)
-                    losses.append(loss)
-                    scores.append(score)
-                    advance(len(score))
-    finally:
-        algorithm.train(training)
+    with evaluating(algorithm, hardware, seed):
+        for draw in fixed_draws(source, geometry, episodes, seed):
+            for tensor in draw:
+                digest.update(tensor.numpy().tobytes())
+            at_once = at_once or tasks_at_once(draw)
+            for part in split_draw(draw, at_once):
+                loss, score, metric = judge(part)
+                losses.append(loss)
+                scores.append(score)
+                advance(len(score))
     return Result(
         geometry=geometry,
         metric=metric,

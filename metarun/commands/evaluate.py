@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from metarun import checkpoint, plots
-from metarun.algorithms.base import Algorithm
 from metarun.build import build_dataset, build_hardware, build_source
+from metarun.commands.cells import Cell, Model, name_of, plan_cell
+from metarun.commands.instances import instance_cells, instance_rows, report_instances
 from metarun.config import check, check_node
 from metarun.episodes import SPLITS, ClassStore, EpisodeSource, Geometry
-from metarun.errors import ConfigError, MetarunError
-from metarun.evaluation import Result, evaluate, instance_scores, interval, paired_difference
+from metarun.errors import ConfigError
+from metarun.evaluation import evaluate, paired_difference
 from metarun.files import write_csv, write_json
 from metarun.hardware import Hardware
 from metarun.inner_loops.base import InnerLoop
 from metarun.tracking import Bar, console, notes, relative, say, with_interval
-
-
-@dataclass
-class Model:
-    """A checkpoint brought back to life."""
-
-    name: str
-    path: Path
-    config: DictConfig
-    algorithm: Algorithm
-
-
-@dataclass
-class Cell:
-    """One checkpoint on one geometry after so many inner steps: a result, or why there is none."""
-
-    model: Model
-    geometry: Geometry
-    steps: int | None  # None: as trained
-    source: EpisodeSource
-    dataset: str
-    result: Result | None = None
-    reason: str = ""
 
 
 def run(cfg: DictConfig) -> float:
@@ -204,16 +181,6 @@ def fitted(source: EpisodeSource, trained: DictConfig) -> EpisodeSource:
     return source.converted(wanted)
 
 
-def plan_cell(cell: Cell) -> Cell:
-    """The cell, with the reason where it cannot be evaluated."""
-    try:
-        cell.source.check(cell.geometry)
-        cell.model.algorithm.check(cell.geometry.ways)
-    except MetarunError as error:
-        cell.reason = str(error)
-    return cell
-
-
 def dataset_name(trained: DictConfig) -> str:
     chosen = HydraConfig.get().runtime.choices.get("dataset")
     return str(chosen or trained.choices.dataset)
@@ -264,55 +231,6 @@ def hashes(cells: list[Cell]) -> list[str]:
     return told
 
 
-def instance_cells(cells: list[Cell], cfg: DictConfig) -> list[Cell]:
-    """One cell for each model, dataset and number of ways whose appearances of a class can be shown."""
-    if cfg.instances is None:
-        return []
-    found = [cell for cell in cells if hasattr(cell.model.algorithm, "by_instance")]
-    if not found:
-        raise ConfigError(
-            f"instances={cfg.instances}: no method here sees examples one by one, as algorithm=mann does"
-        )
-    for cell in found:
-        cell.source.check(Geometry(cell.geometry.ways, 1, cfg.instances - 1))
-    return list({(id(cell.model), cell.dataset, cell.geometry.ways): cell for cell in found}.values())
-
-
-def instance_rows(cells: list[Cell], cfg: DictConfig, hardware: Hardware) -> list[dict[str, Any]]:
-    """Accuracy at each appearance of a class, for methods that see a task's examples one by one."""
-    rows = []
-    with Bar("instances", len(cells) * cfg.episodes, "episodes") as bar:
-        for cell in cells:
-            geometry = Geometry(cell.geometry.ways, 1, cfg.instances - 1)
-            scores = instance_scores(
-                cell.model.algorithm, cell.source, geometry, cfg.episodes, cfg.seed, hardware, bar.advance
-            )
-            rows += [
-                {
-                    "model": cell.model.name,
-                    "dataset": cell.dataset,
-                    "ways": geometry.ways,
-                    "instance": i + 1,
-                    "mean": column.mean().item(),
-                    "interval": interval(column),
-                }
-                for i, column in enumerate(scores.unbind(1))
-            ]
-    return rows
-
-
-def report_instances(rows: list[dict[str, Any]], folder: Path) -> None:
-    """A table on screen, and instances.csv."""
-    table = Table(title="accuracy at the n-th appearance of a class, before its label is shown")
-    for heading in ("model", "task", "n", "accuracy, 95 % interval"):
-        table.add_column(heading, justify="right" if heading == "n" else "left")
-    for row in rows:
-        text = with_interval("accuracy", row["mean"], row["interval"])
-        table.add_row(row["model"], f"{row['dataset']} {row['ways']}-way", str(row["instance"]), text)
-    console.print(table)
-    write_csv(folder / "instances.csv", rows)
-
-
 def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:
     """Plain figures of one cell; accuracies in [0, 1]."""
     result = cell.result
@@ -335,13 +253,6 @@ def row_of(cell: Cell, cfg: DictConfig) -> dict[str, Any]:
         "episodes_hash": result.episodes_hash if result else None,
         "reason": cell.reason or None,
     }
-
-
-def name_of(cell: Cell) -> str:
-    """The task, and the inner steps where they were asked for."""
-    if cell.steps is None:
-        return str(cell.geometry)
-    return f"{cell.geometry}, {cell.steps} step{'' if cell.steps == 1 else 's'}"
 
 
 def table_of(cells: list[Cell], title: str) -> Table:

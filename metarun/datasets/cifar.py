@@ -12,9 +12,10 @@ import torch
 
 from metarun.datasets.class_folders import Entry, class_store, entries, tell_counts
 from metarun.datasets.torchvision_files import obtained
+from metarun.entries import mapped
 from metarun.episodes import ClassStore
 from metarun.errors import DataError
-from metarun.files import data_dir, mapped
+from metarun.files import data_dir
 
 SHAPE = (3, 32, 32)
 

@@ -15,9 +15,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from metarun import images
+from metarun.archives import Archive
+from metarun.entries import mapped
 from metarun.episodes import ClassStore
 from metarun.errors import DataError
-from metarun.files import Archive, encoded, mapped, read_regular
+from metarun.files import encoded, read_regular
 from metarun.tracking import Bar, notes, say
 
 Fit = Literal["pad", "crop", "stretch"]

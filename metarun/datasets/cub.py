@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 
 from metarun.datasets.class_folders import Entry, Fit, class_store, entries, tell_counts
+from metarun.downloads import download
+from metarun.entries import unpacked
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
-from metarun.files import data_dir, download, unpacked
+from metarun.files import data_dir
 from metarun.tracking import notes, say
 
 SPECIES = re.compile(r"(\d{3})\..+")  # 001.Black_footed_Albatross

@@ -20,9 +20,10 @@ from PIL import Image
 from metarun import images
 from metarun.datasets.class_folders import Fit
 from metarun.datasets.torchvision_files import Labelled, obtained
+from metarun.entries import mapped
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError
-from metarun.files import data_dir, encoded, mapped
+from metarun.files import data_dir, encoded
 from metarun.tracking import Bar
 
 BLOCK = 256  # images decoded before they are put in place

@@ -19,9 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metarun.archives import Archive, Folder
+from metarun.downloads import download
+from metarun.entries import mapped
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
-from metarun.files import Archive, Folder, data_dir, download, encoded, mapped
+from metarun.files import data_dir, encoded
 from metarun.tracking import Bar
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from metarun.downloads import fetch
 from metarun.errors import DataError
-from metarun.files import fetch, once
+from metarun.locks import once
 
 
 class Labelled(Protocol):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,17 @@ FORBIDDEN = {
     "metarun.hardware",
     "metarun.tracking",
 }
+FILES = {"errors", "files", "locks", "downloads", "archives", "entries"}  # these know of no other room
 HYDRA_ROOMS = {"cli", "commands", "config", "build", "explain", "sweep", "checkpoint"}
 
 
 def imports(path: Path) -> set[str]:
+    return names_in(ast.walk(ast.parse(path.read_text("utf-8"))))
+
+
+def names_in(nodes: Iterable[ast.AST]) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -44,8 +51,22 @@ def test_imports_run_one_way(path: Path):
     names = imports(path)
     if room(path) in INNER:
         assert not [name for name in names if any(name == f or name.startswith(f + ".") for f in FORBIDDEN)]
+    if room(path) in FILES:
+        assert not [name for name in names if name.startswith("metarun.") and name.split(".")[1] not in FILES]
     if room(path) not in HYDRA_ROOMS:
         assert not [name for name in names if name.split(".")[0] in ("hydra", "omegaconf")]
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """But for imports within functions, which are made late."""
+    paths = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    within = {
+        name: names_in(ast.parse(path.read_text("utf-8")).body) & paths.keys() for name, path in paths.items()
+    }
+    graphlib.TopologicalSorter(within).prepare()
 
 
 def test_no_algorithm_imports_a_sibling_but_a_variant_its_original():

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_image_datasets import NAMES, picture, tree
 
-from metarun import cache, files
+from metarun import cache, locks
 from metarun.datasets.image_folder import ImageFolder
+from metarun.entries import mapped
 from metarun.errors import DataError
-from metarun.files import mapped
 
 
 @pytest.fixture(autouse=True)
@@ -142,18 +142,18 @@ def test_who_waited_for_a_lock_that_was_removed_takes_a_new_one(folder: Path):
     """Else it and the next one would work on one entry at once."""
     pytest.importorskip("fcntl")
     folder.mkdir()
-    path, code = folder / "entry", "from metarun import files; from pathlib import Path; import sys\n"
-    code += "print('waits', flush=True); lock = files._lock(Path(sys.argv[1])); print('has', flush=True)\n"
+    path, code = folder / "entry", "from metarun import locks; from pathlib import Path; import sys\n"
+    code += "print('waits', flush=True); lock = locks._lock(Path(sys.argv[1])); print('has', flush=True)\n"
     code += "input()"
-    with files.locked(path) as alone:
+    with locks.locked(path) as alone:
         assert alone
         words = [sys.executable, "-c", code, str(path)]
         waiting = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert waiting.stdout and waiting.stdout.readline() == "waits\n"
         time.sleep(0.5)
-        files.lock_path(path).unlink()
+        locks.lock_path(path).unlink()
     assert waiting.stdout.readline() == "has\n"
-    with files.locked(path) as alone:
+    with locks.locked(path) as alone:
         assert not alone
     waiting.communicate("\n")
 
@@ -178,10 +178,10 @@ def test_an_entry_being_made_is_left_alone(folder: Path):
     pytest.importorskip("fcntl")
     name = f"glyphs-{'0' * 24}"
     code = (
-        "import time; from metarun import files\n"
+        "import time; from metarun.entries import mapped\n"
         "def build(write):\n"
         "    write(b'a'); print('building', flush=True); time.sleep(60); return {}\n"
-        f"files.mapped({name!r}, build)"
+        f"mapped({name!r}, build)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:

@@ -17,7 +17,7 @@ import torchvision.datasets as sets
 from PIL import Image
 from test_image_datasets import mnist_files
 
-from metarun import files
+from metarun import downloads
 from metarun.datasets.cifar import CifarFS
 from metarun.datasets.from_torchvision import FromTorchvision
 from metarun.errors import DataError
@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("METARUN_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(files, "PAUSE", 0.0)
+    monkeypatch.setattr(downloads, "PAUSE", 0.0)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

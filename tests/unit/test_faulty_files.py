@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import lzma
 import os
@@ -17,14 +18,16 @@ from PIL import Image
 from test_image_datasets import NAMES, mini_tree, picture, tree
 from test_larger_sets import cub_tree, member, packed
 
-from metarun import cache, files, images
+from metarun import cache, images
 from metarun.datasets import cub
 from metarun.datasets.cifar import CifarFS, labels
 from metarun.datasets.class_folders import entries
 from metarun.datasets.cub import Cub
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
+from metarun.entries import unpacked
 from metarun.errors import DataError
+from metarun.files import md5_sum
 
 SPLITS = ("train", "validation", "test")
 
@@ -221,10 +224,10 @@ def test_a_tar_that_is_damaged_is_never_taken_for_whole(tmp_path: Path):
     for name, spoilt in bad.items():
         archive.write_bytes(spoilt)
         with pytest.raises(DataError, match=r"a\.tar is damaged"):
-            files.unpacked(archive, "a", lambda: None)
+            unpacked(archive, "a", lambda: None)
         assert not list((tmp_path / "cache").glob("[!.]*")), name
     archive.write_bytes(content)
-    assert len(list(files.unpacked(archive, "a", lambda: None).iterdir())) == 3
+    assert len(list(unpacked(archive, "a", lambda: None).iterdir())) == 3
 
 
 def test_the_sum_at_the_end_of_a_packed_tar_is_checked(tmp_path: Path):
@@ -234,7 +237,7 @@ def test_the_sum_at_the_end_of_a_packed_tar_is_checked(tmp_path: Path):
     content[-6] ^= 1  # in the CRC-32 sum, which comes after the members
     (tmp_path / "a.tgz").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.tgz is damaged"):
-        files.unpacked(tmp_path / "a.tgz", "a", lambda: None)
+        unpacked(tmp_path / "a.tgz", "a", lambda: None)
 
 
 ODD_MEMBERS = {
@@ -249,15 +252,28 @@ def test_odd_members_of_a_tar(tmp_path: Path, name: str):
     with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
         tar.addfile(info, io.BytesIO())
     with pytest.raises(DataError, match=says) as error:
-        files.unpacked(tmp_path / "a.tgz", "a", lambda: None)
+        unpacked(tmp_path / "a.tgz", "a", lambda: None)
     assert "METARUN_CACHE" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_is_full_while_an_archive_is_unpacked(tmp_path: Path, monkeypatch):
+    def full(*args: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.jpg")
+
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+        tar.addfile(member("a.jpg", size=600), io.BytesIO(bytes(600)))
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(DataError, match=r"No space left on device.*METARUN_CACHE") as error:
+        unpacked(tmp_path / "a.tgz", "a", lambda: None)
+    assert str(error.value).startswith(f"cannot write to {tmp_path / 'cache'} (")
+    assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
 def test_an_archive_that_is_not_the_authors_is_refused(tmp_path: Path, monkeypatch):
     packed(cub_tree(tmp_path / "birds") / "CUB_200_2011", tmp_path / cub.ARCHIVE)
     shutil.rmtree(tmp_path / "birds")
-    right = files._md5(tmp_path / cub.ARCHIVE)
+    right = md5_sum(tmp_path / cub.ARCHIVE)
     monkeypatch.setattr(cub, "MD5", "0" * 32)
     with pytest.raises(DataError, match=f"has the md5 sum {right}, and the authors' archive 0000"):
         Cub(root=str(tmp_path), size=8).split("train")

@@ -11,9 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from metarun import files
+from metarun import archives, downloads
+from metarun.archives import Archive, Folder
+from metarun.downloads import download
+from metarun.entries import mapped
 from metarun.errors import DataError
-from metarun.files import Archive, Folder, atomic_write, cache_dir, data_dir, download, mapped
+from metarun.files import atomic_write, cache_dir, data_dir
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 MD5 = hashlib.md5(BODY).hexdigest()
@@ -64,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(files, "PAUSE", 0.0)
+    monkeypatch.setattr(downloads, "PAUSE", 0.0)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -126,7 +129,7 @@ def test_download_from_a_server_without_ranges_starts_over(server, tmp_path):
 
 @pytest.mark.parametrize("passing", ["416", "503", "429", "stall"])
 def test_download_tries_again(server, tmp_path, monkeypatch, passing):
-    monkeypatch.setattr(files, "TIMEOUT", 0.2)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
     (tmp_path / "file.zip.part").write_bytes(BODY[:1000])
     server.script = [passing, "good"]
     download(server.url, tmp_path / "file.zip", MD5)
@@ -152,7 +155,7 @@ def test_download_that_never_gets_through_keeps_what_it_has(server, tmp_path):
     server.script = ["cut", "503"]
     with pytest.raises(DataError, match="503"):
         download(server.url, tmp_path / "file.zip", MD5)
-    assert len(server.ranges) == files.TRIES
+    assert len(server.ranges) == downloads.TRIES
     assert (tmp_path / "file.zip.part").read_bytes() == BODY[: len(BODY) // 3]
     assert not (tmp_path / "file.zip").exists()
 
@@ -167,7 +170,7 @@ def test_download_of_what_is_not_there_is_not_tried_again(server, tmp_path):
 
 
 def test_download_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PAUSE", 0.0)
+    monkeypatch.setattr(downloads, "PAUSE", 0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/file.zip"
@@ -307,7 +310,7 @@ def test_archive_with_a_link(tmp_path):
 
 
 def test_archive_member_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MEMBER_LIMIT", 10)
+    monkeypatch.setattr(archives, "MEMBER_LIMIT", 10)
     path = make_zip(tmp_path / "a.zip", {"bomb.png": bytes(11)})
     with pytest.raises(DataError, match=r"bomb\.png"):
         Archive(path).read("bomb.png")

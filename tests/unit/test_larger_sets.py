@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from test_image_datasets import levels, picture, zipped
 
-from metarun import files
 from metarun.datasets import cub
 from metarun.datasets.cub import Cub, split_of
 from metarun.datasets.mini_imagenet import MiniImageNet, class_split
 from metarun.datasets.tiered_imagenet import TieredImageNet
+from metarun.entries import unpacked
 from metarun.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
@@ -190,7 +190,7 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name
 def test_an_absolute_name_stays_inside(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
         tar.addfile(member(f"{tmp_path}/evil.jpg", size=4), io.BytesIO(b"evil"))
-    folder = files.unpacked(tmp_path / "a.tgz", "a", lambda: None)
+    folder = unpacked(tmp_path / "a.tgz", "a", lambda: None)
     assert not (tmp_path / "evil.jpg").exists()
     assert [path.name for path in folder.rglob("*.jpg")] == ["evil.jpg"]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from metarun import files
+from metarun import downloads
 from metarun.datasets import omniglot
 from metarun.datasets.omniglot import MD5, Omniglot, characters, class_split
 from metarun.errors import ConfigError, DataError
@@ -271,7 +271,7 @@ def test_a_zip_that_is_none(imitation, tmp_path):
 @pytest.fixture
 def upstream(imitation, monkeypatch):
     """The imitation in upstream's place, on a loopback server."""
-    monkeypatch.setattr(files, "PAUSE", 0.0)
+    monkeypatch.setattr(downloads, "PAUSE", 0.0)
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     sums = {piece: hashlib.md5((imitation / f"{piece}.zip").read_bytes()).hexdigest() for piece in MD5}
     monkeypatch.setattr(omniglot, "MD5", sums)
