@@ -18,8 +18,7 @@ from torch import Tensor
 from metarun import checkpoint, images, plots
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.build import build_dataset, build_hardware, build_source
-from metarun.commands.cells import Model
-from metarun.commands.evaluate import adjust, built_for, dataset_config, fitted
+from metarun.commands.models import Model, adjust, built_for, dataset_config, fitted
 from metarun.config import check
 from metarun.episodes import SPLITS, Episodes, Geometry
 from metarun.errors import ConfigError

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from omegaconf import DictConfig
-
-from metarun.algorithms.base import Algorithm
+from metarun.commands.models import Model
 from metarun.episodes import EpisodeSource, Geometry
 from metarun.errors import MetarunError
 from metarun.evaluation import Result
-
-
-@dataclass
-class Model:
-    """A checkpoint brought back to life."""
-
-    name: str
-    path: Path
-    config: DictConfig
-    algorithm: Algorithm
 
 
 @dataclass

@@ -117,7 +117,8 @@ def test_a_draw_that_does_not_fit_on_the_device_is_run_in_halves():
         return original(draw)
 
     store.fetch = fails  # type: ignore[method-assign]
-    torch.testing.assert_close(torch.tensor(losses(store, "cpu")), torch.tensor(plain))
+    found = torch.tensor(losses(store, "cpu"))
+    torch.testing.assert_close(found, torch.tensor(plain), rtol=1e-5, atol=0)  # halves round differently
     assert {thread is threading.main_thread() for thread in failed} == {True, False}
 
 
