@@ -37,8 +37,11 @@ def locked(path: Path) -> Iterator[bool]:
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 yield False
+                return
+            except OSError:  # some network file systems have no locks
+                yield True
                 return
             if _is_at(file, lock_path(path)):
                 yield True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from metarun.errors import ConfigError, DataError
 from metarun.evaluation import Result, evaluate
 from metarun.files import write_json
 from metarun.hardware import Hardware
+from metarun.locks import lock_path, locked
 from metarun.tracking import Bar, Tracker, console, notes, relative, say, with_interval
 from metarun.trainer import Best, Plan, Trainer
 
@@ -42,12 +45,32 @@ ROOT_OF_PART = re.compile(r"dataset\.settings\.\w+\.root")
 
 def run(cfg: DictConfig) -> float:
     """Meta-train by the config; the best validation score, for sweepers."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    resumed = None if cfg.resume is None else checkpoint.find(cfg.resume, ("last.pt",))
+    folder = Path(HydraConfig.get().runtime.output_dir) if resumed is None else resumed.parent
+    with alone_in(folder):
+        return train(cfg, folder, resumed)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While no other process trains in the folder: they would overwrite each other's checkpoints."""
+    place = folder / "run"
+    with locked(place) as alone:
+        if not alone:
+            raise ConfigError(
+                f"{folder}: another metarun train is at work in this folder; wait for it to end, or "
+                "choose another hydra.run.dir"
+            )
+        try:
+            yield
+        finally:
+            lock_path(place).unlink(missing_ok=True)
+
+
+def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     state = None
-    if cfg.resume is not None:
-        path = checkpoint.find(cfg.resume, ("last.pt",))
-        state = checkpoint.load(path)
-        folder = path.parent
+    if resumed is not None:
+        state = checkpoint.load(resumed)
         cfg = resumed_config(state, cfg, list(HydraConfig.get().overrides.task))
     elif existing := [name for name in ("last.pt", "best.pt") if (folder / name).exists()]:
         raise ConfigError(

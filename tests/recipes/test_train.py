@@ -15,6 +15,7 @@ import torch
 from conftest import TINY
 
 from metarun import checkpoint, cli
+from metarun.locks import locked
 
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "learning_curve.png", "result.json"}
 ALGORITHMS = sorted(path.stem for path in (cli.CONF / "algorithm").glob("*.yaml"))
@@ -250,6 +251,19 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(metarun, tmp_path: Path):
     done = metarun("train", *TINY, "hydra.run.dir=run", "ways=3", status=1)
     assert "already holds a run" in done.stderr and "resume=run" in done.stderr
     assert contents(tmp_path / "run") == before
+
+
+def test_two_do_not_train_in_one_folder(metarun, tmp_path: Path):
+    """Nor does one go on with a run that has not stopped; a lock that was left behind is nobody's."""
+    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    before = contents(tmp_path / "run")
+    assert not any("lock" in name for name in before)
+    with locked(tmp_path / "run/run") as alone:
+        assert alone
+        for words in (["resume=run", "iterations=14"], [*TINY, "hydra.run.dir=run"]):
+            assert "another metarun train is at work" in metarun("train", *words, status=1).stderr
+    assert {name: contents(tmp_path / "run")[name] for name in before} == before
+    metarun("train", "resume=run", "iterations=14")
 
 
 def test_a_schedule_cannot_be_stretched_and_iterations_cannot_be_undone(metarun, tmp_path: Path):
