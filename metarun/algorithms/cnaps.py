@@ -12,6 +12,7 @@ from metarun.algorithms.embedded import Embedded, prototypes, require
 from metarun.backbones.layers import Norm, norm_layer, replace_layers, uses_batch_statistics
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
+from metarun.lowering import Params
 from metarun.objectives import task_loss
 from metarun.shared import run_shared, runs_at_once
 
@@ -118,6 +119,13 @@ class Modulation(nn.Module):
             return x
         scale, shift = self.by.view(*self.by.shape, *[1] * (x.dim() - 2)).unbind(1)  # [T, C, ...]
         return (x.unflatten(0, (-1, len(scale))) * scale + shift).flatten(0, 1)
+
+    def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:
+        """x [B, T*C, H, W]."""
+        if self.by is None:
+            return x
+        scale, shift = self.by.unbind(1)  # [T, C]
+        return x * scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
 
 
 def add_modulations(backbone: nn.Module) -> list[Modulation]:
