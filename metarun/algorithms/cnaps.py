@@ -12,7 +12,7 @@ from metarun.algorithms.embedded import Embedded, prototypes, require
 from metarun.backbones.layers import Norm, norm_layer, replace_layers, uses_batch_statistics
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
-from metarun.lowering import Params
+from metarun.lowering import Params, is_groupable
 from metarun.objectives import task_loss
 from metarun.shared import run_shared, runs_at_once
 
@@ -91,7 +91,8 @@ class CNAPs(Embedded):
 
     def embed_with(self, film: list[Tensor], x: Tensor) -> Tensor:
         """Features [T, B, F] of x [T, B, *item], each task's channels by its own scales and shifts."""
-        if runs_at_once(self.backbone, x, self.lowering):
+        # A network of any other kind might put something of its own into the batch.
+        if is_groupable(self.backbone) and runs_at_once(self.backbone, x, self.lowering):
             return self.modulated(film, x)
         tasks = [self.modulated([one[t : t + 1] for one in film], x[t : t + 1]) for t in range(len(x))]
         return torch.cat(tasks)

@@ -59,7 +59,8 @@ class RelationNet(Embedded):
         classes = self.seen(adapted, of_class, first.bias).unsqueeze(1)  # [T, 1, N, width, H, W]
         queries = self.seen(features, of_query, None).unsqueeze(2)  # [T, B, 1, width, H, W]
         pairs = (classes + queries).flatten(1, 2)  # [T, B*N, width, H, W]
-        return self.by_task(self.relation[1:], pairs).view(shape)
+        rest = self.relation[1:].train(self.training)  # a slice is a new module
+        return self.by_task(rest, pairs).view(shape)
 
     def seen(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Feature maps [T, B, F] convolved, [T, B, width, H, W]."""

@@ -216,7 +216,8 @@ def move_average(average: Tensor, towards: Tensor, share: float) -> None:
     tasks = len(towards)
     later = torch.arange(tasks - 1, -1, -1, device=towards.device)  # rows that come after each
     shares = share * (1 - share) ** later.to(towards.dtype)
-    average.mul_((1 - share) ** tasks).add_(shares @ towards)
+    average.mul_((1 - share) ** tasks)
+    average.add_((shares.unsqueeze(1) * towards).sum(0))  # a product of matrices would be rounded in bf16
 
 
 def replace_layers(network: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> None:

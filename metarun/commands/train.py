@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from metarun.engine import Clip
 from metarun.episodes import ClassStore, EpisodeSource, Geometry
 from metarun.errors import ConfigError, DataError
 from metarun.evaluation import Result, evaluate
-from metarun.files import write_json
+from metarun.files import write_json, write_text
 from metarun.hardware import Hardware
 from metarun.locks import lock_path, locked
 from metarun.tracking import Bar, Tracker, console, notes, relative, say, with_interval
@@ -45,8 +45,11 @@ ROOT_OF_PART = re.compile(r"dataset\.settings\.\w+\.root")
 
 def run(cfg: DictConfig) -> float:
     """Meta-train by the config; the best validation score, for sweepers."""
-    resumed = None if cfg.resume is None else checkpoint.find(cfg.resume, ("last.pt",))
-    folder = Path(HydraConfig.get().runtime.output_dir) if resumed is None else resumed.parent
+    resumed, folder = None, Path(HydraConfig.get().runtime.output_dir)
+    if cfg.resume is not None:
+        resumed = checkpoint.find(cfg.resume, ("last.pt",))
+        checkpoint.load(resumed)  # what is wrong with it comes before any lock in its folder
+        folder = resumed.parent
     with alone_in(folder):
         return train(cfg, folder, resumed)
 
@@ -64,7 +67,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock_path(place).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no open file, and it is nobody's then
+                lock_path(place).unlink(missing_ok=True)
 
 
 def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
@@ -78,6 +82,8 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
             f"resume={relative(folder)}, or choose another hydra.run.dir"
         )
     check(cfg, "train")
+    if state is None:
+        write_notes(cfg, folder)
     start = read_start(cfg) if state is None else None
     hardware = build_hardware(cfg)
     torch.manual_seed(cfg.seed)
@@ -108,6 +114,13 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         tracker.close()
     assert trainer.best
     return trainer.best.score
+
+
+def write_notes(cfg: DictConfig, folder: Path) -> None:
+    """The config as Hydra would leave it in .hydra, but not before the folder is this run's own."""
+    overrides = HydraConfig.get().overrides.task
+    for name, node in {"config": cfg, "overrides": overrides, "hydra": HydraConfig.instance().cfg}.items():
+        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
 
 
 def read_start(cfg: DictConfig) -> tuple[Path, dict[str, Any]] | None:
@@ -307,6 +320,7 @@ def report(trainer: Trainer, test: Result | None, name: str, folder: Path) -> No
         for part, own in test.parts.items():
             lines.append(f"            {with_interval(own.metric, own.mean, own.interval)}  {part}")
     write_json(folder / "result.json", result)
+    (folder / "failure.json").unlink(missing_ok=True)  # of an earlier try in a sweep
     place = relative(folder)
     lines += [
         f"trained     {trainer.iteration} iterations in {trainer.seconds:.0f} s",

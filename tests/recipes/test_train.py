@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from omegaconf import OmegaConf
 
 from metarun import checkpoint, cli
 from metarun.locks import locked
@@ -254,16 +255,44 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(metarun, tmp_path: Path):
 
 
 def test_two_do_not_train_in_one_folder(metarun, tmp_path: Path):
-    """Nor does one go on with a run that has not stopped; a lock that was left behind is nobody's."""
-    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
-    before = contents(tmp_path / "run")
+    """Nor does one go on with a run that has not stopped; nothing there changes."""
+    pytest.importorskip("fcntl", reason="no locks on this system")
+    metarun("train", *TINY, "hydra.run.dir=sweep/0", "test.episodes=0")
+    before = everything(tmp_path / "sweep/0")
     assert not any("lock" in name for name in before)
-    with locked(tmp_path / "run/run") as alone:
+    with locked(tmp_path / "sweep/0/run") as alone:
         assert alone
-        for words in (["resume=run", "iterations=14"], [*TINY, "hydra.run.dir=run"]):
+        for words in (["resume=sweep/0", "iterations=14"], [*TINY, "hydra.run.dir=sweep/0"]):
             assert "another metarun train is at work" in metarun("train", *words, status=1).stderr
-    assert {name: contents(tmp_path / "run")[name] for name in before} == before
-    metarun("train", "resume=run", "iterations=14")
+        assert everything(tmp_path / "sweep/0") == before
+        done = metarun("train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep", status=1)
+        assert "another metarun train is at work" in done.stderr
+        assert "2 jobs" in done.stdout
+    after = everything(tmp_path / "sweep/0")
+    assert "at work" in json.loads(after.pop("failure.json"))["error"]
+    assert after == before
+    metarun("train", "resume=sweep/0", "iterations=14")
+    assert not (tmp_path / "sweep/0/failure.json").exists()
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files but the open lock's."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_hydras_notes_are_there(metarun, tmp_path: Path):
+    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    notes = {path.stem: OmegaConf.load(path) for path in (tmp_path / "run/.hydra").iterdir()}
+    assert notes["config"].meta_batch == torch.load(tmp_path / "run/last.pt")["config"]["meta_batch"]
+    assert set(TINY) <= set(notes["overrides"])
+    assert notes["hydra"].hydra.job.name == "train"
+
+
+def test_a_sweep_over_a_run_that_is_not_there_tells_of_each_job(metarun):
+    done = metarun("train", "-m", "resume=nowhere/last.pt", "iterations=3,4", status=1)
+    assert "2 jobs" in done.stdout
+    assert done.stderr.count("no such checkpoint") == 2
 
 
 def test_a_schedule_cannot_be_stretched_and_iterations_cannot_be_undone(metarun, tmp_path: Path):

@@ -29,6 +29,7 @@ from metarun.backbones.wide_resnet import WideResNet
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
+from metarun.lowering import Lowering
 from metarun.quadratic import crammer_singer_dual
 
 EMBEDDED = [name for name, m in METHODS.items() if isinstance(m.build(MLP(SHAPE, (4,)), 1), Embedded)]
@@ -306,14 +307,19 @@ def test_simpleshot_is_the_nearest_mean_of_transformed_features(transform: str):
     np.testing.assert_allclose(logits.numpy(), expected, atol=1e-12)
 
 
-def test_simpleshot_averages_what_it_was_trained_on():
-    algorithm = SimpleShot(Numbers(4), classes=11, momentum=0.25)
-    batches = [torch.randn(1, 6, 4) for _ in range(8)]
-    expected = torch.zeros(4)
-    for i, features in enumerate(batches):
-        algorithm.saw(features)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_simpleshot_averages_what_it_was_trained_on(at_once: int, autocast: bool):
+    """Task by task, however many come at once, and not in half precision."""
+    algorithm = SimpleShot(Numbers(4), classes=11, momentum=0.25).float()
+    tasks = torch.randn(8, 6, 4, dtype=torch.float32)
+    expected = torch.zeros(4, dtype=torch.float32)
+    for i, features in enumerate(tasks):
         share = max(1 / (i + 1), 0.25)
-        expected = (1 - share) * expected + share * features.mean((0, 1))
+        expected = (1 - share) * expected + share * features.mean(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for part in tasks.split(at_once):
+            algorithm.saw(part)
     torch.testing.assert_close(algorithm.average, expected)
 
 
@@ -400,6 +406,37 @@ def test_cnaps_starts_near_the_plain_network():
     algorithm = CNAPs(backbone, SHAPE, width=4, norm="layer")
     film = algorithm.adapt(episodes.support_x, episodes.support_y, 3)["film"]
     torch.testing.assert_close(algorithm.embed_with(film, episodes.query_x), plain, atol=0.05, rtol=0.05)
+
+
+class Halves(nn.Module):
+    """A user's network: one encoder for both halves of an image, put into the batch beside each other."""
+
+    features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = torch.stack(x.chunk(2, -1), 1).flatten(0, 1)
+        return self.encoder(halves).mean((2, 3)).unflatten(0, (-1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("build", [Halves, lambda: Conv4((1, 16, 16), width=4, norm="running")])
+def test_cnaps_scales_each_task_by_itself(build, channels_last: bool):
+    """Whatever the network does with its batch, in evaluation and in training."""
+    algorithm = CNAPs(build(), (1, 16, 16), width=4)
+    algorithm.lowering = Lowering(channels_last=channels_last)
+    for generator in algorithm.film:
+        nn.init.normal_(generator.size)
+    x, y = torch.rand(3, 4, 1, 16, 16), torch.arange(4).expand(3, 4)
+    for mode in (False, True):
+        algorithm.train(mode)
+        together = algorithm.predict(algorithm.adapt(x, y, 4), x)
+        for t in range(3):
+            alone = algorithm.predict(algorithm.adapt(x[t : t + 1], y[t : t + 1], 4), x[t : t + 1])
+            torch.testing.assert_close(together[t], alone[0])
 
 
 def test_relation_compares_maps_of_any_size():

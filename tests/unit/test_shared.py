@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.backbones.conv4 import Conv4
-from metarun.backbones.layers import StepNorm
+from metarun.backbones.layers import StepNorm, move_average
 from metarun.backbones.resnet12 import DropBlock, ResNet12
 from metarun.lowering import Lowering
 from metarun.shared import run_shared, runs_at_once
@@ -69,6 +69,17 @@ def test_blocks_are_dropped_and_made_up_for_task_by_task():
     assert len(y.amax((1, 2, 3, 4)).unique()) == 3
 
 
+def test_averages_are_not_rounded_in_bf16():
+    """Autocast makes products of matrices coarse."""
+    average, towards = torch.rand(4, dtype=torch.float32), torch.rand(3, 4, dtype=torch.float32)
+    expected = average.clone()
+    for row in towards:
+        expected = 0.9 * expected + 0.1 * row
+    with torch.autocast("cpu", torch.bfloat16):
+        move_average(average, towards, 0.1)
+    torch.testing.assert_close(average, expected)
+
+
 class Mixed(nn.Module):
     """No chain of layers: nobody can see into it."""
 
@@ -86,9 +97,11 @@ class Mixed(nn.Module):
         (NETWORKS["conv4"](), True, FIRST, True),
         (NETWORKS["conv4"](), True, Lowering(), False),  # a CPU is faster one by one
         (NETWORKS["conv4"](), True, Lowering("loop", channels_last=False), False),
-        (NETWORKS["conv4"](), False, Lowering(), True),
-        (NETWORKS["conv4, batch"](), False, Lowering(), False),
-        (Conv4((3, 16, 16), norm="layer"), True, Lowering(), True),
+        (NETWORKS["conv4"](), False, Lowering(), False),
+        (NETWORKS["conv4"](), False, FIRST, True),
+        (NETWORKS["conv4, batch"](), False, FIRST, True),
+        (Conv4((3, 16, 16), norm="layer"), True, FIRST, True),
+        (nn.Sequential(*[nn.BatchNorm2d(3)] * 2), True, FIRST, False),  # twice in the chain
         (Mixed(), True, FIRST, False),
         (Mixed(), False, FIRST, True),
         (nn.Sequential(nn.BatchNorm2d(3, momentum=None)), True, FIRST, False),
