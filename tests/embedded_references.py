@@ -217,7 +217,7 @@ def project(a: Tensor, bound: Tensor, ways: int) -> Tensor:
 
 
 def gnn(net, support, y, query, query_y) -> Tensor:
-    """One node and one pair at a time; the norms see all graphs of the task."""
+    """One node and one pair at a time; batch norms see all graphs of the task, layer norms one graph."""
     graph = net.graph
     labels = [torch.tensor([float(k == way) for way in range(3)]) for k in y]
     graphs = []
@@ -225,6 +225,19 @@ def gnn(net, support, y, query, query_y) -> Tensor:
         nodes = [torch.cat([q, torch.full((3,), 1 / 3)])]
         nodes += [torch.cat([x, label]) for x, label in zip(support, labels, strict=True)]
         graphs.append(nodes)
+
+    def normalised(rows, layer):
+        """Rows [graphs * each, C], by column over all, or all of a graph's together."""
+        if isinstance(layer, nn.BatchNorm2d):
+            mean, variance = rows.mean(0), rows.var(0, correction=0)
+        else:
+            assert isinstance(layer, nn.GroupNorm) and layer.num_groups == 1
+            each = len(rows) // len(graphs)
+            own = rows.view(len(graphs), -1)
+            mean, variance = (
+                x.repeat_interleave(each).unsqueeze(1) for x in (own.mean(1), own.var(1, correction=0))
+            )
+        return (rows - mean) / (variance + layer.eps).sqrt() * layer.weight + layer.bias
 
     def hears(adjacency, graphs, listeners):
         """For every graph and each of its listeners, what it hears; the norms see each pair once."""
@@ -234,11 +247,10 @@ def gnn(net, support, y, query, query_y) -> Tensor:
         for layer in adjacency.network:
             if isinstance(layer, nn.Conv2d):
                 out = out @ layer.weight[:, :, 0, 0].T + layer.bias
-            elif isinstance(layer, nn.BatchNorm2d):
-                mean, variance = out.mean(0), out.var(0, correction=0)
-                out = (out - mean) / (variance + layer.eps).sqrt() * layer.weight + layer.bias
-            else:
+            elif isinstance(layer, nn.LeakyReLU):
                 out = torch.where(out > 0, out, 0.01 * out)
+            else:
+                out = normalised(out, layer)
         out = out.view(len(graphs), len(pairs))
         heard = []
         for weights, nodes in zip(out, graphs, strict=True):
@@ -253,8 +265,7 @@ def gnn(net, support, y, query, query_y) -> Tensor:
         flat = [node for nodes in graphs for node in nodes]
         both = [torch.cat([n, h]) for n, h in zip(flat, hears(adjacency, graphs, everyone), strict=True)]
         out = torch.stack(both) @ message.weight.T + message.bias
-        mean, variance = out.mean(0), out.var(0, correction=0)
-        out = (out - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+        out = normalised(out, norm)
         out = torch.where(out > 0, out, 0.01 * out)
         rows = iter([torch.cat([n, o]) for n, o in zip(flat, out, strict=True)])
         graphs = [[next(rows) for _ in nodes] for nodes in graphs]

@@ -25,6 +25,9 @@ class GNN(Embedded):
     A difference is the same from either end and that of a node to itself is never used, and the
     last block is asked for the query alone, so that only these pairs are computed. The norms of a graph's
     network see each of them once (in the paper's code all, also what is not used).
+
+    `norm` is that of the graph's networks. The paper's is batch norm over a whole meta-batch; over one task,
+    as here, its running averages fit no single task well. `layer` normalises each graph by itself.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class GNN(Embedded):
         classification: bool = True,
         layers: int = 2,
         width: int = 96,
-        norm: Norm = "running",
+        norm: Norm = "layer",
     ) -> None:
         super().__init__(backbone, classification, most_ways=outputs)
         require(layers >= 0, f"algorithm.layers={layers}: must not be negative")

@@ -451,6 +451,11 @@ METHODS = {
         embedded.gradient_of(embedded.gnn),
         finite_differences=False,  # kinks of absolute differences and leaky ReLUs
     ),
+    "gnn-layer": Method(
+        lambda backbone, steps: GNN(backbone, outputs=3, width=6, norm="layer"),
+        embedded.gradient_of(embedded.gnn),
+        finite_differences=False,
+    ),
     "snail": Method(
         lambda backbone, steps: SNAIL(backbone, outputs=3, longest=6, width=0.05, shuffles=False),
         embedded.gradient_of(embedded.snail),
