@@ -38,7 +38,7 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of foreign files; the error below says it
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
+        raise CheckpointError(f"{path}: no such checkpoint; name a run folder or a .pt file") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder, not a checkpoint file") from None
     except PermissionError:
@@ -89,6 +89,8 @@ def find(reference: str, names: tuple[str, ...] = ("best.pt", "last.pt")) -> Pat
     for name in names:
         if (path / name).is_file():
             return path / name
+    if (path / "metrics.jsonl").is_file():
+        raise CheckpointError(f"{path}: this run stopped before its first checkpoint; start it again")
     raise CheckpointError(f"{path}: this folder has no {' or '.join(names)}; name a run folder or a .pt file")
 
 

@@ -172,6 +172,10 @@ LEAST = dict.fromkeys(ONE_OR_MORE.split(), 1) | {
     "validation.seed": 0,
     "test.seed": 0,
 }
+ABOVE_ZERO = (
+    *("clip.value", "clip.norm", "inner_rate", "inner_loop.rate"),
+    *("backbone.width", "backbone.hidden", "algorithm.width"),
+)
 NOTES = ("choices", "overrides")  # what a checkpoint's config adds
 MOST = (1 << 63) - 1
 NORMS = ("batch", "running", "group", "layer", "instance", "none")
@@ -191,7 +195,7 @@ def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
         raise ConfigError(f"norm={cfg.norm}: must be one of {', '.join(NORMS)}")
     if "optimizer" in cfg and not OmegaConf.is_dict(cfg.optimizer):
         raise ConfigError(f"optimizer={cfg.optimizer}: set optimizer._target_ and its settings instead")
-    for key in ("clip.value", "clip.norm", "inner_rate", "inner_loop.rate"):
+    for key in ABOVE_ZERO:
         number = value_of(cfg, key)
         if isinstance(number, (int, float)) and not 0 < number < math.inf:  # nor nan
             raise ConfigError(f"{key}={number}: must be above 0")

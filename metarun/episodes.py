@@ -130,6 +130,8 @@ class ClassStore:
 
     def check(self, geometry: Geometry) -> None:
         """Raise DataError where there are too few classes, or too few images in some class."""
+        if geometry.ways < 2:
+            raise DataError(f"ways={geometry.ways}: there is nothing to tell apart; set ways to at least 2")
         if geometry.ways > len(self.names):
             raise DataError(
                 f"ways={geometry.ways}: {self.name} has {len(self.names)} classes; "

@@ -16,7 +16,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.episodes import Draw, EpisodeSource, Geometry, seeded, split_draw
 from metarun.hardware import Hardware
 from metarun.measure import peak_bytes
-from metarun.objectives import metric_name, task_loss, task_score
+from metarun.objectives import metric_name, task_score
 
 # Episodes are drawn in blocks of this size, each from its own seed, so that what is drawn does
 # not depend on how many are run at once, and the first 100 of 600 are the first 100 of 200.
@@ -147,7 +147,7 @@ def evaluate(
         adapted = algorithm.adapt(tasks.support_x, tasks.support_y, tasks.ways)
         outputs = algorithm.predict(adapted, tasks.query_x).to(hardware.dtype)
         return (
-            task_loss(outputs, tasks.query_y),
+            algorithm.loss(outputs, tasks.query_y),
             task_score(outputs, tasks.query_y),
             metric_name(tasks.query_y),
         )

@@ -23,6 +23,11 @@ class SweepTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.began = time.time()
+        folder = Path(config.hydra.sweep.dir)
+        if (folder / "0" / "last.pt").exists():  # its table would be lost
+            message = f"{folder}: this folder already holds a sweep; choose another hydra.sweep.dir"
+            print(f"metarun: error: {message}", file=sys.stderr)
+            sys.exit(1)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from metarun.files import write_csv

@@ -47,7 +47,11 @@ class Algorithm(nn.Module, ABC):
         """The scalar to minimise, a mean over tasks, and the query outputs [T, N*Q, N]."""
         adapted = self.adapt(episodes.support_x, episodes.support_y, episodes.ways)
         outputs = self.predict(adapted, episodes.query_x)
-        return task_loss(outputs, episodes.query_y).mean(), outputs
+        return self.loss(outputs, episodes.query_y).mean(), outputs
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each task, [T], that training minimises and evaluation reports."""
+        return task_loss(outputs, targets)
 
     def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int) -> Iterator[Adapted]:
         """What is known before the first inner step, after it, ...; once, where there are no steps."""

@@ -14,7 +14,6 @@ from metarun.backbones.layers import uses_batch_statistics
 from metarun.episodes import Episodes
 from metarun.errors import ConfigError
 from metarun.lowering import AUTO
-from metarun.objectives import task_loss
 from metarun.shared import run_shared, runs_at_once
 
 QUERIES_AT_ONCE = 75  # of a task, in evaluation
@@ -51,10 +50,6 @@ class Embedded(Algorithm):
     @abstractmethod
     def score(self, adapted: Adapted, features: Tensor) -> Tensor:
         """Logits [T, B, N] of query features [T, B, F]."""
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The training loss of each task, [T]."""
-        return task_loss(logits, targets)
 
     @property
     def features(self) -> int:

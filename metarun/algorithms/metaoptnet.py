@@ -57,9 +57,9 @@ class MetaOptNet(Embedded):
         with without_autocast(features):
             return self.scale * (precise(features) @ adapted["weights"])
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy with smoothed labels, [T]."""
         losses = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=self.label_smoothing
+            outputs.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=self.label_smoothing
         )
         return losses.view(targets.shape).mean(1)

@@ -67,7 +67,7 @@ class RelationNet(Embedded):
         maps = features.flatten(0, 1).unflatten(-1, self.map_shape)
         return F.conv2d(maps, weight, bias, padding=1).unflatten(0, features.shape[:2])
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean squared error of the relation scores, [T]."""
-        wanted = one_hot(targets, logits.shape[-1], logits)
-        return (logits.sigmoid() - wanted).square().mean((1, 2))
+        wanted = one_hot(targets, outputs.shape[-1], outputs)
+        return (outputs.sigmoid() - wanted).square().mean((1, 2))

@@ -31,6 +31,8 @@ from metarun.evaluation import evaluate, paired_difference
 from metarun.files import write_csv, write_json
 from metarun.tracking import Bar, console, notes, relative, say, with_interval
 
+MANY = 4  # models, of which not every pair is shown
+
 
 def run(cfg: DictConfig) -> float:
     """Evaluate by the config; the first cell's mean, for sweepers."""
@@ -107,7 +109,10 @@ def report(cells: list[Cell], cfg: DictConfig, folder: Path) -> None:
     # Not a caption, which a narrow table would cut.
     say(console, "episodes' hash: " + ", ".join(hashes(cells)))
     if pairs:
-        console.print(pair_table(pairs))
+        shown = with_the_best(pairs, cells) if len({cell.model.name for cell in cells}) > MANY else pairs
+        console.print(pair_table(shown))
+        if len(shown) < len(pairs):
+            say(notes, f"the best of each task beside the others; all {len(pairs)} pairs are in results.json")
     content = {"results": rows, "comparisons": pairs}
     write_json(folder / "results.json", content)
     write_csv(folder / "results.csv", rows)
@@ -211,6 +216,22 @@ def comparisons(cells: list[Cell]) -> list[dict[str, Any]]:
             }
         )
     return pairs
+
+
+def with_the_best(pairs: list[dict[str, Any]], cells: list[Cell]) -> list[dict[str, Any]]:
+    """The pairs that the best model of their task is one of."""
+
+    def goodness(cell: Cell) -> float:
+        assert cell.result
+        return cell.result.mean if cell.result.metric == "accuracy" else -cell.result.mean
+
+    best: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        if cell.result:
+            key = cell.dataset, name_of(cell)
+            best[key] = max(best.get(key, cell), cell, key=goodness)
+    names = {key: cell.model.name for key, cell in best.items()}
+    return [pair for pair in pairs if names[pair["dataset"], pair["task"]] in (pair["a"], pair["b"])]
 
 
 def pair_table(pairs: list[dict[str, Any]]) -> Table:

@@ -8,10 +8,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 from PIL import Image
 
 from metarun import plots
+from metarun.commands.cells import Cell
+from metarun.commands.evaluate import comparisons, with_the_best
+from metarun.commands.models import Model
+from metarun.episodes import Geometry
+from metarun.evaluation import Result
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +164,18 @@ def test_many_checkpoints_get_a_panel_for_each_task(tmp_path: Path):
     plots.evaluation_grid(rows, tmp_path / "many.png")
     with Image.open(tmp_path / "many.png") as picture:
         assert max(picture.size) < 2000
+
+
+def test_of_many_models_the_best_stands_beside_the_others():
+    """Every pair is in results.json; fifteen pairs a task would push the table off the screen."""
+    means = {"a": 0.5, "b": 0.9, "c": 0.7, "d": 0.1, "e": 0.3}
+    cells = []
+    for name, mean in means.items():
+        scores = torch.full((4,), mean)
+        result = Result(Geometry(5, 1, 5), "accuracy", scores, scores, "same", False, 0.0)
+        model = Model(name, Path(name), None, None)  # type: ignore[arg-type]
+        cells.append(Cell(model, result.geometry, None, None, "glyphs", result))  # type: ignore[arg-type]
+    pairs = comparisons(cells)
+    assert len(pairs) == 10
+    shown = with_the_best(pairs, cells)
+    assert [{pair["a"], pair["b"]} for pair in shown] == [{"a", "b"}, {"b", "c"}, {"b", "d"}, {"b", "e"}]

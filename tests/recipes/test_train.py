@@ -257,22 +257,54 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(metarun, tmp_path: Path):
 def test_two_do_not_train_in_one_folder(metarun, tmp_path: Path):
     """Nor does one go on with a run that has not stopped; nothing there changes."""
     pytest.importorskip("fcntl", reason="no locks on this system")
-    metarun("train", *TINY, "hydra.run.dir=sweep/0", "test.episodes=0")
-    before = everything(tmp_path / "sweep/0")
+    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+    before = everything(tmp_path / "run")
     assert not any("lock" in name for name in before)
-    with locked(tmp_path / "sweep/0/run") as alone:
+    with locked(tmp_path / "run/run") as alone:
         assert alone
-        for words in (["resume=sweep/0", "iterations=14"], [*TINY, "hydra.run.dir=sweep/0"]):
+        for words in (["resume=run", "iterations=14"], [*TINY, "hydra.run.dir=run"]):
             assert "another metarun train is at work" in metarun("train", *words, status=1).stderr
-        assert everything(tmp_path / "sweep/0") == before
-        done = metarun("train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep", status=1)
-        assert "another metarun train is at work" in done.stderr
-        assert "2 jobs" in done.stdout
+        assert everything(tmp_path / "run") == before
+    metarun("train", "resume=run", "iterations=14")
+
+
+def test_a_sweep_leaves_a_folder_in_use_as_it_is(metarun, tmp_path: Path):
+    pytest.importorskip("fcntl", reason="no locks on this system")
+    words = ["train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep"]
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    (tmp_path / "sweep/0/result.json").write_text("{}")
+    with locked(tmp_path / "sweep/0/run"):
+        done = metarun(*words, status=1)
+    assert "another metarun train is at work" in done.stderr
+    assert "2 jobs" in done.stdout
     after = everything(tmp_path / "sweep/0")
+    assert after.pop("result.json") == b"{}"
     assert "at work" in json.loads(after.pop("failure.json"))["error"]
-    assert after == before
-    metarun("train", "resume=sweep/0", "iterations=14")
-    assert not (tmp_path / "sweep/0/failure.json").exists()
+    assert not after
+
+
+def test_a_sweep_is_not_overwritten_by_another(metarun, tmp_path: Path):
+    words = ["train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep"]
+    metarun(*words)
+    before = everything(tmp_path / "sweep")
+    done = metarun(*words, status=1)
+    assert "sweep: this folder already holds a sweep; choose another hydra.sweep.dir" in done.stderr
+    assert everything(tmp_path / "sweep") == before
+
+
+def test_nothing_to_tell_apart_or_of_no_size_is_refused(metarun):
+    for word, told in (
+        ("ways=1", "ways=1: there is nothing to tell apart; set ways to at least 2"),
+        ("backbone.width=0", "backbone.width=0: must be above 0"),
+    ):
+        words = [other for other in TINY if other.split("=")[0] != word.split("=")[0]]
+        assert told in metarun("train", *words, word, status=1).stderr
+
+
+def test_a_run_that_never_saved_is_told_from_a_folder_that_is_none(metarun, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    assert "before its first checkpoint; start it again" in metarun("train", "resume=run", status=1).stderr
 
 
 def everything(folder: Path) -> dict[str, bytes]:
