@@ -43,12 +43,13 @@ def load_models(cfg: DictConfig, hardware: Hardware) -> list[Model]:
         adjust(config, cfg, alone=len(references) == 1)
         algorithm = checkpoint.rebuild(content, config, hardware, path)
         models.append(Model(config.choices.algorithm, path, config, algorithm))
-    # The algorithm names a model, its folder tells two of a kind apart, then its file.
-    for suffix in (lambda model: model.path.resolve().parent.name, lambda model: model.path.stem):
+    # The algorithm names a model, its folder tells two of a kind apart, then its file, then the folder above.
+    places = [model.path.resolve() for model in models]
+    for parts in zip(*((p.parent.name, p.stem, p.parent.parent.name) for p in places), strict=True):
         names = [model.name for model in models]
-        for model in models:
+        for model, part in zip(models, parts, strict=True):
             if names.count(model.name) > 1:
-                model.name = f"{model.name} {suffix(model)}"
+                model.name = f"{model.name} {part}"
     return models
 
 

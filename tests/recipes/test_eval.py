@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,15 @@ def test_many_checkpoints_get_a_panel_for_each_task(tmp_path: Path):
     plots.evaluation_grid(rows, tmp_path / "many.png")
     with Image.open(tmp_path / "many.png") as picture:
         assert max(picture.size) < 2000
+
+
+def test_models_of_one_kind_are_told_apart_by_their_place(metarun, runs: Path, tmp_path: Path):
+    for name in ("one", "two"):
+        shutil.copytree(runs / "protonet", tmp_path / name / "run")
+    paths = "one/run/best.pt,one/run/last.pt,two/run/best.pt"
+    metarun("eval", f"checkpoint=[{paths}]", "episodes=5", "queries=2", "hydra.run.dir=out")
+    names = [row["model"] for row in results_of(tmp_path / "out")["results"]]
+    assert names == ["protonet run best one", "protonet run last", "protonet run best two"]
 
 
 def test_of_many_models_the_best_stands_beside_the_others():
