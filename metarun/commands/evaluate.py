@@ -169,6 +169,9 @@ def table_of(cells: list[Cell], title: str) -> Table:
     metric = next(cell.result.metric for cell in cells if cell.result)
     with_steps = any(cell.steps is not None for cell in cells)
     several = is_several(cells)
+    # No time of each where there is much else: a terminal of 80 columns has no room for both.
+    longest = max(len(cell.model.name) for cell in cells)
+    timed = not (with_steps or several) and (longest <= 11 or console.width >= 100)
     table = Table(title=title)
     table.add_column("model", overflow="fold")
     if several:
@@ -177,8 +180,7 @@ def table_of(cells: list[Cell], title: str) -> Table:
     if with_steps:
         table.add_column("steps", justify="right", no_wrap=True)
     table.add_column(f"{metric}, 95 % interval", min_width=21)
-    # No time of each where there are many: a terminal of 80 columns has no room for both.
-    for heading in ["transductive"] if with_steps or several else ["transductive", "seconds"]:
+    for heading in ["transductive", "seconds"] if timed else ["transductive"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         row: list[str | Text] = [cell.model.name, *([cell.dataset] if several else []), str(cell.geometry)]
@@ -189,7 +191,7 @@ def table_of(cells: list[Cell], title: str) -> Table:
             continue
         row.append(with_interval(metric, result.mean, result.interval))
         row.append("yes" if result.uses_query_statistics else "no")
-        table.add_row(*row, *([] if with_steps or several else [f"{result.seconds:.1f}"]))
+        table.add_row(*row, *([f"{result.seconds:.1f}"] if timed else []))
     return table
 
 

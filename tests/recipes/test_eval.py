@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from rich.console import Console
 
 from metarun import plots
 from metarun.commands.cells import Cell
-from metarun.commands.evaluate import comparisons, with_the_best
+from metarun.commands.evaluate import comparisons, table_of, with_the_best
 from metarun.commands.models import Model
 from metarun.episodes import Geometry
 from metarun.evaluation import Result
@@ -174,6 +175,21 @@ def test_models_of_one_kind_are_told_apart_by_their_place(metarun, runs: Path, t
     metarun("eval", f"checkpoint=[{paths}]", "episodes=5", "queries=2", "hydra.run.dir=out")
     names = [row["model"] for row in results_of(tmp_path / "out")["results"]]
     assert names == ["protonet run best one", "protonet run last", "protonet run best two"]
+
+
+def test_the_table_fits_eighty_columns_with_long_names_and_reasons(monkeypatch):
+    console = Console(width=80)
+    monkeypatch.setattr("metarun.commands.evaluate.console", console)
+    result = Result(Geometry(20, 1, 5), "accuracy", torch.ones(4), torch.ones(4), "same", False, 1.0)
+    cells = []
+    for name in ("gnn", "baseline_plus_plus", "metaoptnet run last a_folder_of_a_long_name"):
+        model = Model(name, Path(name), None, None)  # type: ignore[arg-type]
+        cells.append(Cell(model, result.geometry, None, None, "glyphs", result))  # type: ignore[arg-type]
+        cells.append(Cell(model, result.geometry, None, None, "glyphs", reason="a reason of many words " * 4))  # type: ignore[arg-type]
+    with console.capture() as captured:
+        console.print(table_of(cells, "title"))
+    lines = captured.get().splitlines()
+    assert all(line[-1] in "┓┩┫┃│┘┛" for line in lines[1:])
 
 
 def test_of_many_models_the_best_stands_beside_the_others():
