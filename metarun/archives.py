@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from metarun.errors import DataError, first_line
-from metarun.files import CHUNK, encoded, read_regular
+from metarun.files import CHUNK, add_bytes, encoded, read_regular
 
 MEMBER_LIMIT = 64 << 20  # bytes one archive member may unpack to
 
@@ -156,8 +156,5 @@ def tree_digest(
     for path in paths:
         digest.update(encoded(f"\0{os.path.relpath(path, folder)}\0{os.lstat(path).st_size}\0"))
         if contents and os.path.isfile(path):
-            with open(path, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-                    advance(len(chunk))
+            add_bytes(digest, path, advance)
     return digest.hexdigest()

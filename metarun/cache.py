@@ -16,7 +16,7 @@ from typing import Any
 from metarun.archives import tree_digest
 from metarun.cli import CONF
 from metarun.errors import DataError
-from metarun.files import CHUNK, cache_dir
+from metarun.files import add_bytes, cache_dir
 from metarun.locks import lock_path, locked
 
 # What `mapped` and `unpacked` are called by. A stranger's file may be called so too: see `_entry`.
@@ -134,10 +134,7 @@ def _digest(path: Path, advance: Callable[[int], object]) -> str:
     if path.is_dir():
         return tree_digest(path, contents=True, advance=advance)
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
+    add_bytes(digest, path, advance)
     return digest.hexdigest()
 
 

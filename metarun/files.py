@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from metarun.errors import DataError
 
@@ -105,7 +105,13 @@ def read_regular(path: Path) -> bytes:
 
 def md5_sum(path: Path) -> str:
     digest = hashlib.md5(usedforsecurity=False)
+    add_bytes(digest, path)
+    return digest.hexdigest()
+
+
+def add_bytes(digest: Any, path: Path | str, advance: Callable[[int], object] = lambda count: None) -> None:
+    """A file's bytes into a digest of hashlib, piece by piece; `advance(n)` is told of every n. OSError."""
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+            advance(len(chunk))

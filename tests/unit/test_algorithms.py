@@ -495,12 +495,7 @@ STEPS = [(name, steps) for name in METHODS for steps in ((1,) if name in EMBEDDE
 PER_TASK = [name for name in METHODS if name not in EMBEDDED or name == "meta_networks"]
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def episodes_of(tasks: int = 3, ways: int = 3, shots: int = 2, queries: int = 2) -> Episodes:

@@ -46,12 +46,7 @@ class Numbers(nn.Module):
         return x
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def labelled(ways: int, shots: int, features: int, tasks: int = 2) -> tuple[Tensor, Tensor, Tensor]:

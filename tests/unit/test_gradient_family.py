@@ -54,12 +54,7 @@ ALGORITHMS: dict[str, Callable[..., MAML]] = {
 MOVE_WEIGHTS_ALONE = ("reptile", "minibatch_prox", "imaml", "pretrain")
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def vectors(tasks: int = 3, ways: int = 3, shots: int = 2) -> Episodes:

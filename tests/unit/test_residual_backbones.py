@@ -42,14 +42,6 @@ PLAIN = {  # without random numbers, so that it can be compared
 }
 
 
-@pytest.fixture
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def own_weights(module: nn.Module, tasks: int) -> dict[str, Tensor]:
     """Weights that differ between tasks."""
     return {n: p.detach() + 0.1 * torch.randn(tasks, *p.shape) for n, p in module.named_parameters()}

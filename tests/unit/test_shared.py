@@ -16,12 +16,7 @@ from metarun.shared import run_shared, runs_at_once
 FIRST = Lowering(channels_last=False)
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
