@@ -24,7 +24,7 @@ from benchmarks.contestants import PEERS, Contestant, Metarun, PlainLoop, contes
 from benchmarks.limit import Peak, Roofline, measured_peak, seconds, synchronize
 from benchmarks.sampling import sampling
 from benchmarks.workloads import WORKLOADS, Workload
-from metarun.files import write_json
+from metarun.storage.files import write_json
 
 TIE = 0.1  # ratios within 10 % of 1 are noise
 EXACT = 1e-6  # relative error of the gradient in float64 under which a contestant is timed

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.workloads import Workload
-from metarun.engine import Engine
-from metarun.episodes import Episodes, training_draws
-from metarun.hardware import Hardware
+from metarun.tasks.episodes import Episodes
+from metarun.tasks.sampling import training_draws
+from metarun.training.hardware import Hardware
+from metarun.training.step import Engine
 
 
 class Contestant(ABC):
@@ -55,7 +56,7 @@ class Metarun(Contestant):
         rate: Any = torch.tensor(1e-3, device=device) if captured else 1e-3
         optimizer = torch.optim.Adam(algorithm.parameters(), lr=rate, fused=True, capturable=captured)
         source = workload.source(device)
-        self.engine = Engine(algorithm, optimizer, source, workload.geometry, tasks, 0, self.hardware)
+        self.engine = Engine(algorithm, optimizer, source, workload.shape, tasks, 0, self.hardware)
         self.said: list[str] = []
         began = time.perf_counter()
         with self.hardware.compute():
@@ -74,7 +75,7 @@ class Metarun(Contestant):
     def sample(self) -> Episodes:
         """What a step spends on its episodes."""
         engine = self.engine
-        return engine.source.gather(next(engine.draws), engine.geometry).to(self.hardware.dtype)
+        return engine.source.gather(next(engine.draws), engine.shape).to(self.hardware.dtype)
 
 
 def metarun(**settings: Any) -> type[Metarun]:
@@ -137,8 +138,8 @@ class Peer(Contestant):
 def first_episodes(workload: Workload, tasks: int, dtype: torch.dtype, device: torch.device) -> Episodes:
     """metarun's first meta-batch."""
     source = workload.source(device)
-    draw = next(training_draws(source, tasks, workload.geometry, 0, device=device))
-    return source.gather(draw, workload.geometry).to(dtype)
+    draw = next(training_draws(source, tasks, workload.shape, 0, device=device))
+    return source.gather(draw, workload.shape).to(dtype)
 
 
 class PlainLoop(Peer):
@@ -177,7 +178,7 @@ class PlainLoop(Peer):
                 p.grad = moved if p.grad is None else p.grad + moved
 
     def protonet(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> None:
-        ways, shots = self.workload.geometry.ways, self.workload.geometry.shots
+        ways, shots = self.workload.shape.ways, self.workload.shape.shots
         prototypes = self.net(support_x).view(ways, shots, -1).mean(1)
         logits = -torch.cdist(self.net(query_x), prototypes).square()
         (self.loss(logits, query_y) / self.tasks).backward()
@@ -287,7 +288,7 @@ def contestants(device: torch.device, compiled: bool) -> dict[str, type[Contesta
         found["metarun compiled"] = metarun(compile=True)
     if device.type == "cuda":
         found["metarun eager"] = metarun(graph=False)
-        found["metarun unfold"] = metarun(lowering="unfold")
+        found["metarun unfold"] = metarun(batching="unfold")
         found["metarun channels last"] = metarun(channels_last=True)
         found["metarun tf32"] = metarun(precision="tf32")
     found["metarun bf16"] = metarun(precision="bf16")

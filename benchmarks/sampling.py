@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from benchmarks.limit import seconds
 from benchmarks.workloads import WORKLOADS
-from metarun.episodes import ClassStore, training_draws
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.sampling import training_draws
 
 TASKS, ROUNDS, BATCHES = 32, 7, 16
 
@@ -53,17 +54,17 @@ class EpisodeSampler(Sampler[list[int]]):
 def sampling(device: torch.device) -> dict[str, dict[str, Any]]:
     """Milliseconds for a meta-batch of 32 tasks, in turns."""
     workload = WORKLOADS["W1a"]
-    store, geometry = workload.source(device), workload.geometry
+    store, shape = workload.source(device), workload.shape
     assert isinstance(store, ClassStore)
-    draws = training_draws(store, TASKS, geometry, 0, device=device)
+    draws = training_draws(store, TASKS, shape, 0, device=device)
     sampler = EpisodeSampler(
-        len(store.names), store.largest_class, geometry.ways, geometry.shots + geometry.queries, TASKS
+        len(store.names), store.largest_class, shape.ways, shape.shots + shape.queries, TASKS
     )
     loader = DataLoader(SingleImages(store), batch_sampler=sampler)
 
     def from_store() -> None:
         for _ in range(BATCHES):
-            store.gather(next(draws), geometry)
+            store.gather(next(draws), shape)
 
     def from_loader() -> None:
         torch.stack([x for x, _ in loader]).to(device)

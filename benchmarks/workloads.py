@@ -16,18 +16,20 @@ from metarun.algorithms.reptile import Reptile
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.datasets.sinusoid import Sinusoid
-from metarun.episodes import ClassStore, EpisodeSource, Geometry
 from metarun.inner_loops.sgd import SGD
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.source import EpisodeSource
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One meta-iteration: `meta_batch` tasks of a geometry, their inner loops, the outer step."""
+    """One meta-iteration: `meta_batch` tasks of a shape, their inner loops, the outer step."""
 
     title: str
     kind: Literal["maml", "reptile", "protonet"]
     item_shape: tuple[int, ...]
-    geometry: Geometry
+    shape: EpisodeShape
     meta_batch: int
     steps: int = 0
     order: int = 2
@@ -46,7 +48,7 @@ class Workload:
     def algorithm(self) -> Algorithm:
         """With the same weights every time."""
         torch.manual_seed(0)
-        outputs = 1 if self.regression else self.geometry.ways
+        outputs = 1 if self.regression else self.shape.ways
         inner = SGD(self.rate, self.steps, order=self.order)
         make: dict[str, Callable[[], Algorithm]] = {
             "maml": lambda: MAML(self.backbone(), inner, outputs),
@@ -65,7 +67,7 @@ class Workload:
 
 
 OMNIGLOT, MINI = (1, 28, 28), (3, 84, 84)
-FIVE_WAY, FEW_QUERIES = Geometry(5, 1, 15), Geometry(5, 1, 1)
+FIVE_WAY, FEW_QUERIES = EpisodeShape(5, 1, 15), EpisodeShape(5, 1, 1)
 WORKLOADS = {
     "W1a": Workload("MAML, Omniglot, 15 queries, 1 step", "maml", OMNIGLOT, FIVE_WAY, 32, 1),
     "W1b": Workload("MAML, Omniglot, 15 queries, 5 steps", "maml", OMNIGLOT, FIVE_WAY, 32, 5),
@@ -74,12 +76,12 @@ WORKLOADS = {
     "W2a": Workload("FOMAML, Omniglot, 15 queries, 1 step", "maml", OMNIGLOT, FIVE_WAY, 32, 1, 1),
     "W2b": Workload("FOMAML, Omniglot, 15 queries, 5 steps", "maml", OMNIGLOT, FIVE_WAY, 32, 5, 1),
     "W2c": Workload(
-        "Reptile, Omniglot, 10 images a class, 5 steps", "reptile", OMNIGLOT, Geometry(5, 1, 9), 10, 5, 1
+        "Reptile, Omniglot, 10 images a class, 5 steps", "reptile", OMNIGLOT, EpisodeShape(5, 1, 9), 10, 5, 1
     ),
     "W3a": Workload("MAML, 84x84, 1-shot, 5 steps", "maml", MINI, FIVE_WAY, 4, 5, width=32),
-    "W3b": Workload("MAML, 84x84, 5-shot, 5 steps", "maml", MINI, Geometry(5, 5, 15), 4, 5, width=32),
-    "W4a": Workload("ProtoNet, Omniglot, 20-way 5-shot", "protonet", OMNIGLOT, Geometry(20, 5, 5), 4),
-    "W4b": Workload("ProtoNet, Omniglot, 60-way 1-shot", "protonet", OMNIGLOT, Geometry(60, 1, 5), 1),
-    "W5a": Workload("MAML, sinusoid, 1 step", "maml", (1,), Geometry(1, 10, 10), 25, 1, rate=0.01),
-    "W5b": Workload("MAML, sinusoid, 5 steps", "maml", (1,), Geometry(1, 10, 10), 25, 5, rate=0.01),
+    "W3b": Workload("MAML, 84x84, 5-shot, 5 steps", "maml", MINI, EpisodeShape(5, 5, 15), 4, 5, width=32),
+    "W4a": Workload("ProtoNet, Omniglot, 20-way 5-shot", "protonet", OMNIGLOT, EpisodeShape(20, 5, 5), 4),
+    "W4b": Workload("ProtoNet, Omniglot, 60-way 1-shot", "protonet", OMNIGLOT, EpisodeShape(60, 1, 5), 1),
+    "W5a": Workload("MAML, sinusoid, 1 step", "maml", (1,), EpisodeShape(1, 10, 10), 25, 1, rate=0.01),
+    "W5b": Workload("MAML, sinusoid, 5 steps", "maml", (1,), EpisodeShape(1, 10, 10), 25, 5, rate=0.01),
 }

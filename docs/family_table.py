@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 from hydra import compose, initialize_config_dir
 
-from metarun import cli
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.baseline import Classifier
 from metarun.algorithms.maml import MAML
-from metarun.build import build_algorithm, build_hardware
-from metarun.config import register_frames
-from metarun.episodes import Episodes
+from metarun.config.build import build_algorithm, build_hardware
+from metarun.config.paths import CONF
+from metarun.config.schema import register_frames
 from metarun.errors import ConfigError
-from metarun.measure import peak_bytes
+from metarun.tasks.episodes import Episodes
+from metarun.training.memory import peak_bytes
 
 THROUGH, CONSTANT, NONE = "through the steps", "gradients held constant", "not through the steps"
 
@@ -62,7 +62,7 @@ SETTINGS = ["backbone.width=8", "dataset.size=16", "hardware=cpu"]
 
 
 def built(name: str, *words: str) -> Algorithm:
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [f"algorithm={name}", *SETTINGS, *words])
     torch.manual_seed(0)
     return build_algorithm(cfg, build_hardware(cfg))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from metarun import cli
+from metarun.cli.main import main
 
 # Before torch is imported: small tensors gain nothing from threads, and test processes share cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -63,7 +63,7 @@ def metarun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(sys, "argv", ["metarun"])
             patch.delenv("HYDRA_FULL_ERROR", raising=False)
-            cli.main(list(words))
+            main(list(words))
         GlobalHydra.instance().clear()
         done = Done(*capsys.readouterr())
         code = stopped.value.code or 0

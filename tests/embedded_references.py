@@ -16,7 +16,7 @@ from references import lstm_cell
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.episodes import Episodes
+from metarun.tasks.episodes import Episodes
 
 # (a copy of the method, support [S, F], classes [S], query [B, F], classes [B]) -> loss
 TaskLoss = Callable[[Algorithm, Tensor, Tensor, Tensor, Tensor], Tensor]

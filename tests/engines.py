@@ -6,9 +6,10 @@ import torch
 from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
-from metarun.engine import Engine
-from metarun.episodes import Draw, Episodes, Geometry
-from metarun.hardware import Hardware
+from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.source import Draw
+from metarun.training.hardware import Hardware
+from metarun.training.step import Engine
 
 
 class FixedSource:
@@ -20,12 +21,12 @@ class FixedSource:
         self.episodes = episodes
         self.item_shape = tuple(episodes.support_x.shape[2:])
 
-    def check(self, geometry: Geometry) -> None: ...
+    def check(self, shape: EpisodeShape) -> None: ...
 
-    def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
+    def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
         return (torch.arange(tasks) % len(self.episodes),)
 
-    def gather(self, draw: Draw, geometry: Geometry) -> Episodes:
+    def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
         return Episodes(*(tensor[draw[0]] for tensor in self.episodes.tensors()))
 
 
@@ -43,7 +44,7 @@ def engine_of(
     hardware.place(algorithm)
     optimizer = optimizer or torch.optim.SGD(algorithm.parameters(), lr=0.1)
     source = FixedSource(Episodes(*(tensor.to(device) for tensor in episodes.tensors())))
-    geometry = Geometry(episodes.ways, 1, 1)  # the source does not look at it
-    engine = Engine(algorithm, optimizer, source, geometry, len(episodes), 0, hardware)
+    shape = EpisodeShape(episodes.ways, 1, 1)  # the source does not look at it
+    engine = Engine(algorithm, optimizer, source, shape, len(episodes), 0, hardware)
     engine.prepare(0)
     return engine

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metarun.episodes import Episodes
+from metarun.tasks.episodes import Episodes
 
 
 def network(backbone: nn.Module, head: nn.Linear) -> nn.Sequential:

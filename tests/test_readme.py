@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from metarun import cli
-from metarun.config import check, register_frames
+from metarun.cli.overrides import arrange
+from metarun.config.check import check
+from metarun.config.paths import CONF
+from metarun.config.schema import register_frames
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -27,11 +29,11 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_of_the_readme_composes(words: list[str]):
     command, *rest = words
-    overrides = [word for word in cli.arrange(command, rest) if not word.startswith("-")]
+    overrides = [word for word in arrange(command, rest) if not word.startswith("-")]
     register_frames()
     # A sweep's lists are Hydra's to split; the first choice of each stands for it here.
     first = [word if "[" in word or "{" in word else word.split(",")[0] for word in overrides]
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         check(compose(command, first), command)
 
 
@@ -43,7 +45,7 @@ def test_what_the_readme_links_to_exists(name: str):
 def test_the_table_of_options_is_what_there_is():
     for group in ("algorithm", "dataset", "backbone", "inner_loop", "augment", "hardware", "recipe"):
         (row,) = re.findall(rf"^\| `{group}` \|(.*)\|$", README, re.MULTILINE)
-        there = {path.stem for path in (cli.CONF / group).glob("*.yaml")} - (
+        there = {path.stem for path in (CONF / group).glob("*.yaml")} - (
             {"none"} if group != "augment" else set()
         )
         assert set(re.findall(r"`(\w+)`", row)) == there

@@ -9,14 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, cosines, precise, prototypes, require, squared_distances
-from metarun.episodes import Episodes
+from metarun.algorithms.feature_method import (
+    FeatureMethod,
+    cosines,
+    precise,
+    prototypes,
+    require,
+    squared_distances,
+)
 from metarun.inner_loops.base import InnerLoop, refuse_learned
-from metarun.lowering import Params
-from metarun.objectives import task_loss
+from metarun.nn.per_task import Params
+from metarun.tasks.episodes import Episodes, Outcome
+from metarun.tasks.objectives import cross_entropy
 
 
-class Classifier(Embedded):
+class Classifier(FeatureMethod):
     """One classifier over all training classes is trained on the examples of the tasks, as on any batch.
 
     Its loss is over all classes, the logits it reports are those of an episode's own ways. What a method
@@ -26,26 +33,25 @@ class Classifier(Embedded):
     def __init__(
         self,
         backbone: nn.Module,
-        classification: bool = True,
         classes: int | None = None,
         cosine: bool = False,
         scale: float = 10.0,
     ) -> None:
-        super().__init__(backbone, classification)
+        super().__init__(backbone)
         self.cosine, self.scale = cosine, scale
         self.classifier = nn.Linear(self.features, classes or 1, bias=not cosine)
 
-    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        x = torch.cat([episodes.support_x, episodes.query_x], 1)
-        y = torch.cat([episodes.support_y, episodes.query_y], 1)
-        features = self.embed(x)
-        self.saw(features.detach())
+    def meta_loss(self, tasks: Episodes) -> Outcome:
+        assert tasks.classes is not None
+        whole = tasks.joined()
+        features = self.embed(whole.support_x)
+        self.on_training_features(features.detach())
         bias = self.classifier.bias
         logits = self.logits(features, self.classifier.weight, 0.0 if bias is None else bias)
-        loss = task_loss(logits, episodes.classes.gather(1, y)).mean()
-        queries = episodes.query_x.shape[1]
-        own = episodes.classes.unsqueeze(1).expand(-1, queries, -1)
-        return loss, logits[:, -queries:].gather(2, own)
+        loss = self.loss_of(tasks)(logits, tasks.classes.gather(1, whole.support_y))
+        queries = tasks.query_x.shape[1]
+        own = tasks.classes.unsqueeze(1).expand(-1, queries, -1)
+        return tasks.outcome(logits[:, -queries:].gather(2, own), loss)
 
     def logits(self, features: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
         """[T, B, N] of features [T, B, F] by weight [N, F] or [T, N, F]: linear, or scaled cosines."""
@@ -53,8 +59,8 @@ class Classifier(Embedded):
             return self.scale * cosines(features, weight)
         return features @ weight.mT + bias
 
-    def saw(self, features: Tensor) -> None:
-        """Told of the training features [T, B, F]."""
+    def on_training_features(self, features: Tensor) -> None:
+        """Hook called with the features [T, B, F] of every training step."""
 
 
 class Baseline(Classifier):
@@ -73,13 +79,12 @@ class Baseline(Classifier):
         self,
         backbone: nn.Module,
         inner_loop: InnerLoop,
-        classification: bool = True,
         classes: int | None = None,
         cosine: bool = False,
         scale: float = 10.0,
     ) -> None:
         refuse_learned(inner_loop, "pretraining takes no inner steps")
-        super().__init__(backbone, classification, classes, cosine, scale)
+        super().__init__(backbone, classes, cosine, scale)
         self.inner_loop = inner_loop
         inner_loop.attach({name: p[0] for name, p in self.new_head(1, 1, torch.zeros(())).items()})
 
@@ -90,8 +95,8 @@ class Baseline(Classifier):
     def score(self, adapted: Params, features: Tensor) -> Tensor:
         return self.logits(features, adapted["weight"], self.bias_of(adapted))
 
-    def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int) -> Iterator[Params]:
-        loss, start = self.inner_problem(self.embed(support_x), support_y, ways)
+    def trajectory(self, tasks: Episodes) -> Iterator[Params]:
+        loss, start = self.inner_problem(self.embed(tasks.support_x), tasks.support_y, tasks.ways)
         yield start
         yield from self.inner_loop.trajectory(loss, start)
 
@@ -100,7 +105,7 @@ class Baseline(Classifier):
         features = precise(features.detach())
 
         def loss(head: Params, step: int) -> Tensor:
-            return task_loss(self.score(head, features), targets)
+            return cross_entropy(self.score(head, features), targets)
 
         return loss, self.new_head(len(features), ways, features)
 
@@ -132,18 +137,17 @@ class SimpleShot(Classifier):
     def __init__(
         self,
         backbone: nn.Module,
-        classification: bool = True,
         classes: int | None = None,
         transform: Literal["UN", "L2N", "CL2N"] = "CL2N",
         momentum: float = 0.01,
     ) -> None:
-        super().__init__(backbone, classification, classes)
+        super().__init__(backbone, classes)
         require(0 < momentum <= 1, f"algorithm.momentum={momentum}: must be above 0 and at most 1")
         self.transform, self.momentum = transform, momentum
         self.register_buffer("average", torch.zeros(self.features))
         self.register_buffer("batches", torch.zeros(()))
 
-    def saw(self, features: Tensor) -> None:
+    def on_training_features(self, features: Tensor) -> None:
         tasks = features.mean(1).to(self.average)  # counted in turn, however many run at once
         counts = torch.arange(1, len(tasks) + 1, device=tasks.device) + self.batches
         share = (1 / counts).clamp_min(self.momentum)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from metarun.algorithms.maml import MAML
-from metarun.backbones.layers import FiLM, replace_layers
 from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop
+from metarun.nn.layers import FiLM, replace_layers
 
 
 class CAVIA(MAML):

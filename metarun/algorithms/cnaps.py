@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, prototypes, require
-from metarun.backbones.layers import Norm, norm_layer, replace_layers, uses_batch_statistics
-from metarun.episodes import Episodes
+from metarun.algorithms.feature_method import FeatureMethod, prototypes, require
 from metarun.errors import ConfigError
-from metarun.lowering import Params, is_groupable
-from metarun.objectives import task_loss
-from metarun.shared import run_shared, runs_at_once
+from metarun.nn.layers import Norm, norm_layer, replace_layers, uses_batch_statistics
+from metarun.nn.per_task import Params, is_groupable
+from metarun.nn.shared_weights import run_shared, runs_at_once
+from metarun.tasks.episodes import Episodes, Outcome
 
 
-class CNAPs(Embedded):
+class CNAPs(FeatureMethod):
     """A task is embedded, and networks turn that into channel scales of its features and into its classifier.
 
     A set encoder averages the support's own encodings to a vector of the task (section 3.1). From
@@ -36,13 +35,12 @@ class CNAPs(Embedded):
         self,
         backbone: nn.Module,
         item_shape: tuple[int, ...],
-        classification: bool = True,
         width: int = 64,
         frozen: bool = False,
         penalty: float = 0.001,
         norm: Norm = "running",
     ) -> None:
-        super().__init__(backbone, classification)
+        super().__init__(backbone)
         self.frozen, self.penalty = frozen, penalty
         for p in backbone.parameters():
             p.requires_grad_(not frozen)
@@ -57,26 +55,26 @@ class CNAPs(Embedded):
             self.backbone.eval()
         return self
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
+    def adapt(self, tasks: Episodes) -> dict[str, Any]:
         """Scales and shifts of each normalisation [T, C], weights [T, N, F] and biases [T, N]."""
-        film = self.modulate(self.by_task(self.encoder, support_x).mean(1))
-        return {"film": film} | self.fit(self.embed_with(film, support_x), support_y, ways)
+        film = self.modulate(self.by_task(self.encoder, tasks.support_x).mean(1))
+        return {"film": film} | self.fit(self.embed_with(film, tasks.support_x), tasks.support_y, tasks.ways)
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
         return self.score(adapted, self.embed_with(adapted["film"], query_x))
 
-    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """Cross entropy of the queries and the penalty on the scales; the query logits."""
-        film = self.modulate(self.by_task(self.encoder, episodes.support_x).mean(1))
+    def meta_loss(self, tasks: Episodes) -> Outcome:
+        """The loss of the queries and the penalty on the scales."""
+        film = self.modulate(self.by_task(self.encoder, tasks.support_x).mean(1))
         if uses_batch_statistics(self.backbone):
-            support, query = (self.embed_with(film, x) for x in (episodes.support_x, episodes.query_x))
+            support, query = (self.embed_with(film, x) for x in (tasks.support_x, tasks.query_x))
         else:
-            features = self.embed_with(film, torch.cat([episodes.support_x, episodes.query_x], 1))
-            support, query = features.tensor_split([episodes.support_x.shape[1]], 1)
-        logits = self.score(self.fit(support, episodes.support_y, episodes.ways), query)
+            features = self.embed_with(film, torch.cat([tasks.support_x, tasks.query_x], 1))
+            support, query = features.tensor_split([tasks.support_x.shape[1]], 1)
+        logits = self.score(self.fit(support, tasks.support_y, tasks.ways), query)
         sizes = [generator.size.square().sum() for generator in self.film]  # type: ignore[operator,union-attr]
-        loss = task_loss(logits, episodes.query_y).mean()
-        return (loss + self.penalty * torch.stack(sizes).sum() if sizes else loss), logits
+        loss = self.loss_of(tasks)(logits, tasks.query_y).mean()
+        return tasks.outcome(logits, loss + self.penalty * torch.stack(sizes).sum() if sizes else loss)
 
     def modulate(self, task: Tensor) -> list[Tensor]:
         """From task vectors [T, width] a scale and a shift for each normalisation, [T, 2, C]."""
@@ -92,7 +90,7 @@ class CNAPs(Embedded):
     def embed_with(self, film: list[Tensor], x: Tensor) -> Tensor:
         """Features [T, B, F] of x [T, B, *item], each task's channels by its own scales and shifts."""
         # A network of any other kind might put something of its own into the batch.
-        if is_groupable(self.backbone) and runs_at_once(self.backbone, x, self.lowering):
+        if is_groupable(self.backbone) and runs_at_once(self.backbone, x, self.batching):
             return self.modulated(film, x)
         tasks = [self.modulated([one[t : t + 1] for one in film], x[t : t + 1]) for t in range(len(x))]
         return torch.cat(tasks)
@@ -100,7 +98,7 @@ class CNAPs(Embedded):
     def modulated(self, film: list[Tensor], x: Tensor) -> Tensor:
         for layer, by in zip(self.modulations, film, strict=True):
             layer.by = by
-        features = run_shared(self.backbone, x, self.lowering)
+        features = run_shared(self.backbone, x, self.batching)
         for layer in self.modulations:
             layer.by = None
         return features

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot, require
-from metarun.backbones.layers import Norm, norm_layer
+from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
+from metarun.nn.layers import Norm, norm_layer
 
 
-class GNN(Embedded):
+class GNN(FeatureMethod):
     """A graph of a task's support and one query, whose messages carry the labels to the query.
 
     A node starts as an example's features beside its label, uniform over the ways for the query
@@ -34,12 +34,11 @@ class GNN(Embedded):
         self,
         backbone: nn.Module,
         outputs: int,
-        classification: bool = True,
         layers: int = 2,
         width: int = 96,
         norm: Norm = "layer",
     ) -> None:
-        super().__init__(backbone, classification, most_ways=outputs)
+        super().__init__(backbone, most_ways=outputs)
         require(layers >= 0, f"algorithm.layers={layers}: must not be negative")
         require(width >= 2, f"algorithm.width={width}: must be at least 2")
         self.graph = GraphNetwork(self.features + outputs, outputs, layers, width, norm)

@@ -7,18 +7,19 @@ Networks", algorithms 1 and 2.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.backbones.layers import uses_batch_statistics
 from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.learner import Learner
-from metarun.lowering import Params
-from metarun.objectives import is_classification, task_loss
+from metarun.nn.layers import uses_batch_statistics
+from metarun.nn.learner import Learner
+from metarun.nn.per_task import Params
+from metarun.tasks.episodes import Episodes, Tasks
 
 
 class MAML(Algorithm):
@@ -47,8 +48,9 @@ class MAML(Algorithm):
         self.learner = Learner(backbone, outputs, head)
         self.inner_loop = inner_loop
         self.adapts = adapts
-        self.batch_statistics = uses_batch_statistics(backbone)
-        self.uses_query_statistics = transductive and self.batch_statistics
+        normalises = uses_batch_statistics(backbone)
+        self.uses_query_statistics = transductive and normalises
+        self.predicts_beside_support = normalises and not transductive
         learned = dict(self.learner.named_parameters())
         inner_loop.attach({name: p.detach() for name, p in learned.items() if self.is_fast(name)})
         if head == "shared" and not self.is_fast("head.weight"):
@@ -65,35 +67,39 @@ class MAML(Algorithm):
         can_share = self.is_fast("head.weight")
         self.learner.check(ways, "algorithm.head=shared" if can_share else f"ways={ways}")
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
-        """The adapted weights, {"params": Params, "support_x": [T, S, *item]}."""
-        loss, slow, fast = self.inner_problem(support_x, support_y, ways)
-        return {"params": slow | self.inner_loop(loss, fast), "support_x": support_x}
+    def adapt(self, tasks: Tasks) -> dict[str, Any]:
+        """The adapted weights, {"params": Params}; and "support_x" [T, S, *item] where that is needed."""
+        loss, slow, fast = self.inner_problem(tasks)
+        return self.state(tasks, slow | self.inner_loop(loss, fast))
 
-    def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int) -> Iterator[dict[str, Any]]:
-        loss, slow, fast = self.inner_problem(support_x, support_y, ways)
-        yield {"params": slow | fast, "support_x": support_x}
+    def trajectory(self, tasks: Tasks) -> Iterator[dict[str, Any]]:
+        loss, slow, fast = self.inner_problem(tasks)
+        yield self.state(tasks, slow | fast)
         for params in self.inner_loop.trajectory(loss, fast):
-            yield {"params": slow | params, "support_x": support_x}
+            yield self.state(tasks, slow | params)
+
+    def state(self, tasks: Tasks, params: Params) -> dict[str, Any]:
+        """What `predict` needs: the weights, and the support where queries are predicted beside it."""
+        if self.predicts_beside_support and isinstance(tasks, Episodes):
+            return {"params": params, "support_x": tasks.support_x}
+        return {"params": params}
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
-        params, support_x = adapted["params"], adapted["support_x"]
-        if self.uses_query_statistics or not self.batch_statistics:
+        params = adapted["params"]
+        if not self.predicts_beside_support:
             return self.learner(params, query_x)
+        support_x = adapted["support_x"]
         alone = [torch.cat([support_x, query], 1) for query in query_x.split(1, dim=1)]
         return torch.cat([self.learner(params, batch)[:, -1:] for batch in alone], 1)
 
-    def outputs_for(self, targets: Tensor, ways: int) -> int:
-        """How many outputs a task needs: its ways, or all values where it regresses."""
-        return ways if is_classification(targets) else self.learner.outputs
-
-    def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
-        """The task's loss, the weights that stay and the weights that adapt."""
-        params = self.learner.task_params(len(support_x), self.outputs_for(support_y, ways))
+    def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
+        """The tasks' support loss, the weights that stay, and the weights that adapt."""
+        params = self.learner.task_params(len(tasks), tasks.outputs)
         fast = {name: p for name, p in params.items() if self.is_fast(name)}
         slow = {name: p for name, p in params.items() if name not in fast}
-        if self.adapts != "head":
-            return lambda p, step: task_loss(self.learner(slow | p, support_x), support_y), slow, fast
-        # The backbone does not change, so the support is embedded once for all steps.
-        features = self.learner.embed(slow, support_x)
-        return lambda p, step: task_loss(self.learner.classify(p, features), support_y), slow, fast
+        model = self.learner
+        if self.adapts == "head" and isinstance(tasks, Episodes):
+            # The backbone does not change, so the support is embedded once for all steps.
+            features = self.learner.embed(slow, tasks.support_x)
+            return lambda p, step: tasks.support_loss(lambda x: model.classify(p, features), step), slow, fast
+        return lambda p, step: tasks.support_loss(partial(model, slow | p), step), slow, fast

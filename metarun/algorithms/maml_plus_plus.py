@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.maml import MAML
-from metarun.backbones.layers import StepNorm, replace_layers
-from metarun.episodes import Episodes
 from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.lowering import Params
-from metarun.objectives import task_loss
+from metarun.nn.layers import StepNorm, replace_layers
+from metarun.nn.per_task import Params
+from metarun.tasks.episodes import Outcome, Tasks
 
 
 class MAMLPlusPlus(MAML):
@@ -82,7 +83,7 @@ class MAMLPlusPlus(MAML):
         is_norm = isinstance(self.learner.get_submodule(layer), StepNorm)
         return not (self.step_affine and is_norm)
 
-    def advance(self, iteration: int) -> bool:
+    def on_step_start(self, iteration: int) -> bool:
         before = self.phase
         self.inner_loop.order = 1 if iteration < self.first_order else self.final_order
         self.phase = self.inner_loop.order, iteration < self.multi_step_loss
@@ -92,23 +93,21 @@ class MAMLPlusPlus(MAML):
             self.loss_weights.fill_(other)[-1] = 1 - (steps - 1) * other
         return self.phase != before
 
-    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+    def meta_loss(self, tasks: Tasks) -> Outcome:
         """The weighted query losses of all steps while they are annealed, then the last one's."""
         if not self.phase[1] or self.inner_loop.steps < 2:
-            return super().meta_loss(episodes)
-        states = self.trajectory(episodes.support_x, episodes.support_y, episodes.ways)
+            return super().meta_loss(tasks)
+        states = self.trajectory(tasks)
         next(states)  # before the first step
-        losses = []
-        for adapted in states:
-            outputs = self.predict(adapted, episodes.query_x)
-            losses.append(task_loss(outputs, episodes.query_y).mean())
-        return (self.loss_weights * torch.stack(losses)).sum(), outputs
+        outcomes = [tasks.query(partial(self.predict, adapted), self.loss) for adapted in states]
+        losses = torch.stack([outcome.loss.mean() for outcome in outcomes])
+        return replace(outcomes[-1], loss=(self.loss_weights * losses).sum())
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
-        return deque(self.trajectory(support_x, support_y, ways), maxlen=1).pop()
+    def adapt(self, tasks: Tasks) -> dict[str, Any]:
+        return deque(self.trajectory(tasks), maxlen=1).pop()
 
-    def trajectory(self, support_x: Tensor, support_y: Tensor, ways: int) -> Iterator[dict[str, Any]]:
-        for steps, adapted in enumerate(super().trajectory(support_x, support_y, ways)):
+    def trajectory(self, tasks: Tasks) -> Iterator[dict[str, Any]]:
+        for steps, adapted in enumerate(super().trajectory(tasks)):
             yield adapted | {"steps": steps}
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
@@ -116,8 +115,8 @@ class MAMLPlusPlus(MAML):
         self.at_step(max(adapted["steps"] - 1, 0))
         return super().predict(adapted, query_x)
 
-    def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
-        task, slow, fast = super().inner_problem(support_x, support_y, ways)
+    def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
+        task, slow, fast = super().inner_problem(tasks)
 
         def loss(p: Params, step: int) -> Tensor:
             self.at_step(step)

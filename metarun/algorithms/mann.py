@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot, require
+from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
 from metarun.algorithms.sequences import order_of, reordered
-from metarun.episodes import Episodes
-from metarun.objectives import task_loss
+from metarun.tasks.episodes import Episodes, Outcome
 
 
 @dataclass(frozen=True)
 class State:
-    """What T tasks have in mind. R heads, `slots` places of `size` numbers."""
+    """Recurrent state of T tasks: a memory of `slots` x `size` numbers, and R read heads."""
 
     memory: Tensor  # [T, slots, size]
     usage: Tensor  # [T, slots]
@@ -28,7 +27,7 @@ class State:
     label: Tensor  # [T, N]: of the example before, zeros at the start
 
 
-class MANN(Embedded):
+class MANN(FeatureMethod):
     """An LSTM with an external memory sees examples one by one, each beside the label of the one before.
 
     Reading is by content (equations 2 to 4), writing goes to where was read last or to the least
@@ -49,7 +48,6 @@ class MANN(Embedded):
         self,
         backbone: nn.Module,
         outputs: int,
-        classification: bool = True,
         slots: int = 128,
         size: int = 40,
         heads: int = 4,
@@ -59,7 +57,7 @@ class MANN(Embedded):
         streams: bool = True,
         shuffles: bool = True,
     ) -> None:
-        super().__init__(backbone, classification, most_ways=outputs)
+        super().__init__(backbone, most_ways=outputs)
         least = min(size, heads, controller)
         require(least >= 1, "algorithm.size, heads and controller must be at least 1")
         require(heads <= slots, f"algorithm.heads={heads}: must be at most algorithm.slots={slots}")
@@ -83,35 +81,35 @@ class MANN(Embedded):
         logits, _ = self.step(state, features.flatten(0, 1))
         return logits.unflatten(0, features.shape[:2])[..., : adapted["ways"]]
 
-    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """The mean loss of all steps, and the logits of the query examples, each where it stood."""
+    def meta_loss(self, tasks: Episodes) -> Outcome:
+        """With `streams` the loss of all steps of the sequence, and the logits of its queries."""
         if not self.streams:
-            return super().meta_loss(episodes)
-        support, query = self.embed_episodes(episodes)
-        logits, targets = self.in_sequence(support, query, episodes)
-        return task_loss(logits, targets).mean(), logits[:, support.shape[1] :]
+            return super().meta_loss(tasks)
+        support, query = self.embed_episodes(tasks)
+        logits, targets = self.in_sequence(support, query, tasks)
+        return tasks.outcome(logits[:, support.shape[1] :], self.loss_of(tasks)(logits, targets))
 
-    def in_sequence(self, support: Tensor, query: Tensor, episodes: Episodes) -> tuple[Tensor, Tensor]:
+    def in_sequence(self, support: Tensor, query: Tensor, tasks: Episodes) -> tuple[Tensor, Tensor]:
         """Logits [T, S + B, N] of all examples seen in one order, but listed as they were given."""
         features = torch.cat([support, query], 1)
-        targets = torch.cat([episodes.support_y, episodes.query_y], 1)
+        targets = torch.cat([tasks.support_y, tasks.query_y], 1)
         order = order_of(features, at_random=self.shuffles)
         logits, _ = self.see(reordered(features, order), reordered(targets, order))
-        return reordered(logits, order.argsort(1))[..., : episodes.ways], targets
+        return reordered(logits, order.argsort(1))[..., : tasks.ways], targets
 
-    def by_instance(self, episodes: Episodes, order: Tensor) -> Tensor:
+    def by_instance(self, tasks: Episodes, order: Tensor) -> Tensor:
         """Accuracy at the first, second, ... appearance of a class, [T, K + Q] (table 1 of the paper).
 
         Support and query examples are seen in the order [T, S + B], each answered before its label is.
         """
-        features = torch.cat([self.embed(episodes.support_x), self.embed(episodes.query_x)], 1)
-        targets = torch.cat([episodes.support_y, episodes.query_y], 1)
+        features = torch.cat([self.embed(tasks.support_x), self.embed(tasks.query_x)], 1)
+        targets = torch.cat([tasks.support_y, tasks.query_y], 1)
         features, targets = reordered(features, order), reordered(targets, order)
-        right = (self.see(features, targets)[0][..., : episodes.ways].argmax(-1) == targets).float()
-        classes = one_hot(targets, episodes.ways, right)
+        right = (self.see(features, targets)[0][..., : tasks.ways].argmax(-1) == targets).float()
+        classes = one_hot(targets, tasks.ways, right)
         before = (classes.cumsum(1) - classes).gather(2, targets.unsqueeze(-1)).squeeze(-1).long()  # [T, L]
-        length = targets.shape[1] // episodes.ways
-        return torch.zeros_like(right[:, :length]).scatter_add(1, before, right) / episodes.ways
+        length = targets.shape[1] // tasks.ways
+        return torch.zeros_like(right[:, :length]).scatter_add(1, before, right) / tasks.ways
 
     def see(self, features: Tensor, targets: Tensor) -> tuple[Tensor, State]:
         """Logits [T, L, N] of a sequence of features [T, L, F], and the state after it."""

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, cosines, one_hot, require
+from metarun.algorithms.feature_method import FeatureMethod, cosines, one_hot, require
 
 
-class MatchingNet(Embedded):
+class MatchingNet(FeatureMethod):
     """A query's class is a weighted vote of the support examples.
 
     The weights are a softmax over cosines (equation 1 and the attention of section 2.1.1), here
@@ -25,12 +25,11 @@ class MatchingNet(Embedded):
     def __init__(
         self,
         backbone: nn.Module,
-        classification: bool = True,
         full_context: bool = False,
         reads: int = 5,
         scale: float = 1.0,
     ) -> None:
-        super().__init__(backbone, classification)
+        super().__init__(backbone)
         require(reads >= 1, f"algorithm.reads={reads}: must be at least 1")
         require(scale > 0, f"algorithm.scale={scale}: must be above 0")
         self.reads, self.scale = reads, scale

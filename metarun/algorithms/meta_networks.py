@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.algorithms.embedded import cosines, without_autocast
-from metarun.backbones.layers import Residual, uses_batch_statistics
+from metarun.algorithms.feature_method import cosines, without_autocast
 from metarun.errors import ConfigError
 from metarun.inner_loops.recurrent import LSTMCell, preprocessed
-from metarun.learner import refuse_running_averages
-from metarun.lowering import AUTO, Params, is_groupable, layers, run_on_tasks
-from metarun.objectives import task_loss
+from metarun.nn.layers import Residual, uses_batch_statistics
+from metarun.nn.learner import refuse_running_averages
+from metarun.nn.per_task import AUTO, Params, is_groupable, layers, run_on_tasks
+from metarun.tasks.episodes import Episodes
+from metarun.tasks.objectives import cross_entropy
 
 RANGE = 7.0  # p of the gradients' preprocessing, 10 in the paper it is from
 
@@ -39,20 +40,19 @@ class MetaNet(Algorithm):
     (in the code those of a hidden layer, without its ReLU). `init=` fills the base network.
     """
 
-    def __init__(
-        self, backbone: nn.Module, outputs: int, classification: bool = True, hidden: int = 20
-    ) -> None:
+    needs = Episodes
+    needs_classes = True
+
+    def __init__(self, backbone: nn.Module, outputs: int, hidden: int = 20) -> None:
         super().__init__()
-        if not classification:
-            raise ConfigError("MetaNet classifies and cannot regress; choose algorithm=maml or reptile")
-        # In a residual block slow and fast weights would have nowhere to meet.
+        # Layer augmentation is not defined across skip connections.
         if not is_groupable(backbone) or any(isinstance(part, Residual) for part in backbone.modules()):
             raise ConfigError(
                 "algorithm=meta_networks needs a backbone that is a chain of layers without shortcuts; "
                 "choose backbone=conv4"
             )
         refuse_running_averages(backbone)
-        self.outputs, self.lowering = outputs, AUTO
+        self.outputs, self.batching = outputs, AUTO
         self.uses_query_statistics = uses_batch_statistics(backbone)
         features: int = backbone.features  # type: ignore[assignment]
         self.backbone, self.head = backbone, nn.Linear(features, outputs)
@@ -78,10 +78,10 @@ class MetaNet(Algorithm):
         if ways > self.outputs:
             raise ConfigError(f"its network has {self.outputs} ways, not {ways}; train with ways={ways}")
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
+    def adapt(self, tasks: Episodes) -> dict[str, Any]:
         """The task's fast weights [T, *shape], the examples' [T, S, P] and their keys [T, S, F]."""
-        with without_autocast(support_x):  # vmap mixes its types up
-            return self.learn(support_x, support_y, ways)
+        with without_autocast(tasks.support_x):  # vmap mixes its types up
+            return self.learn(tasks.support_x, tasks.support_y, tasks.ways)
 
     def learn(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
         task = self.task_weights(self.gradients(self.embedder, support_x, support_y))
@@ -120,8 +120,8 @@ class MetaNet(Algorithm):
                 name: p.expand(tasks * shots, *p.shape).requires_grad_(name in names)
                 for name, p in constants.items()
             }
-            outputs = run_on_tasks(network, own, x.flatten(0, 1).unsqueeze(1), self.lowering)
-            losses = task_loss(outputs, y.flatten().unsqueeze(1))
+            outputs = run_on_tasks(network, own, x.flatten(0, 1).unsqueeze(1), self.batching)
+            losses = cross_entropy(outputs, y.flatten().unsqueeze(1))
             grads = torch.autograd.grad(losses.sum(), [own[name] for name in names])
         return {name: g.unflatten(0, (tasks, shots)) for name, g in zip(names, grads, strict=True)}
 

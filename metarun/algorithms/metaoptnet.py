@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot, precise, require, without_autocast
+from metarun.algorithms.feature_method import FeatureMethod, one_hot, precise, require, without_autocast
 from metarun.algorithms.r2d2 import ridge_regression
-from metarun.quadratic import crammer_singer_dual
+from metarun.algorithms.svm import crammer_singer_dual
 
 
-class MetaOptNet(Embedded):
+class MetaOptNet(FeatureMethod):
     """A task's classifier is a linear support vector machine on its support features.
 
     `head="svm"` is the multi-class machine of Crammer and Singer in its dual form (equations 6 to
@@ -26,14 +26,13 @@ class MetaOptNet(Embedded):
     def __init__(
         self,
         backbone: nn.Module,
-        classification: bool = True,
         head: Literal["svm", "ridge"] = "svm",
         penalty: float = 0.1,
         ridge: float = 50.0,
         scale: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(backbone, classification)
+        super().__init__(backbone)
         for name, value in (("penalty", penalty), ("ridge", ridge)):
             require(value > 0, f"algorithm.{name}={value}: must be above 0")
         smooth = f"algorithm.label_smoothing={label_smoothing}: must be at least 0 and below 1"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metarun.algorithms.maml import MAML
-from metarun.episodes import Episodes
 from metarun.inner_loops.base import InnerLoop, refuse_learned
-from metarun.objectives import task_loss
+from metarun.tasks.episodes import Episodes, Outcome
 
 
 class Pretrain(MAML):
@@ -24,37 +22,39 @@ class Pretrain(MAML):
     normalised together, as they will be then.
     """
 
+    needs = Episodes
+
     def __init__(
         self,
         backbone: nn.Module,
         inner_loop: InnerLoop,
         outputs: int,
-        classification: bool = True,
         classes: int | None = None,
         adapts: Literal["all", "head"] = "all",
         transductive: bool = True,
     ) -> None:
         refuse_learned(inner_loop, "pretraining takes no inner steps")
         super().__init__(
-            backbone, inner_loop, outputs, "shared" if classification else "fixed", adapts, transductive
+            backbone, inner_loop, outputs, "fixed" if classes is None else "shared", adapts, transductive
         )
         self.classifier: nn.Linear | None = None
-        if classification:
-            self.classifier = nn.Linear(self.learner.backbone.features, classes or outputs)  # type: ignore[arg-type]
+        if classes is not None:
+            self.classifier = nn.Linear(self.learner.backbone.features, classes)  # type: ignore[arg-type]
             for p in self.learner.head.parameters():
                 nn.init.zeros_(p).requires_grad_(False)
 
-    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """The loss of all examples, a mean over tasks; the query outputs among a task's ways [T, N*Q, N]."""
-        x = torch.cat([episodes.support_x, episodes.query_x], 1)
-        y = torch.cat([episodes.support_y, episodes.query_y], 1)
-        queries = episodes.query_x.shape[1]
-        params = self.learner.task_params(len(x), self.outputs_for(y, episodes.ways))
+    def meta_loss(self, tasks: Episodes) -> Outcome:
+        """The loss of all examples; the query outputs among a task's ways, [T, B, N]."""
+        whole = tasks.joined()
+        x, y = whole.support_x, whole.support_y
+        queries = tasks.query_x.shape[1]
+        params = self.learner.task_params(len(x), tasks.outputs)
         features = self.learner.embed(params, x)
         if self.classifier is None:
             outputs = self.learner.classify(params, features)
-            return task_loss(outputs, y).mean(), outputs[:, -queries:]
+            return tasks.outcome(outputs[:, -queries:], self.loss_of(tasks)(outputs, y))
         logits = self.classifier(features)  # [T, N*(K+Q), classes]
-        loss = task_loss(logits, episodes.classes.gather(1, y)).mean()
-        own = episodes.classes.unsqueeze(1).expand(-1, queries, -1)
-        return loss, logits[:, -queries:].gather(2, own)
+        assert tasks.classes is not None
+        loss = self.loss_of(tasks)(logits, tasks.classes.gather(1, y))
+        own = tasks.classes.unsqueeze(1).expand(-1, queries, -1)
+        return tasks.outcome(logits[:, -queries:].gather(2, own), loss)

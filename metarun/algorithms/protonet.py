@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, cosines, prototypes, require, squared_distances
+from metarun.algorithms.feature_method import FeatureMethod, cosines, prototypes, require, squared_distances
 
 
-class ProtoNet(Embedded):
+class ProtoNet(FeatureMethod):
     """A class is the mean of its embedded shots (equation 1); a query belongs to the nearest.
 
     Logits are negative squared Euclidean distances (equation 2), or cosines, times `scale`: an
@@ -21,12 +21,11 @@ class ProtoNet(Embedded):
     def __init__(
         self,
         backbone: nn.Module,
-        classification: bool = True,
         distance: Literal["euclidean", "cosine"] = "euclidean",
         scale: float = 1.0,
         learn_scale: bool = False,
     ) -> None:
-        super().__init__(backbone, classification)
+        super().__init__(backbone)
         require(scale > 0, f"algorithm.scale={scale}: must be above 0")
         self.distance = distance
         self.scale = nn.Parameter(torch.tensor(float(scale))) if learn_scale else scale

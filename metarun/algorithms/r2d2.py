@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot, precise, require, without_autocast
+from metarun.algorithms.feature_method import FeatureMethod, one_hot, precise, require, without_autocast
 
 
-class R2D2(Embedded):
+class R2D2(FeatureMethod):
     """A task's classifier is the solution of a regression on its support features.
 
     `solver="ridge"` (R2D2): ridge regression onto one-hot classes, by the Woodbury identity a
@@ -28,13 +28,12 @@ class R2D2(Embedded):
     def __init__(
         self,
         backbone: nn.Module,
-        classification: bool = True,
         solver: Literal["ridge", "logistic"] = "ridge",
         ridge: float = 1.0,
         scale: float = 1.0,
         steps: int = 5,
     ) -> None:
-        super().__init__(backbone, classification)
+        super().__init__(backbone)
         require(ridge > 0, f"algorithm.ridge={ridge}: must be above 0")
         require(steps >= 1, f"algorithm.steps={steps}: must be at least 1")
         self.solver, self.steps = solver, steps

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot, require
-from metarun.backbones.layers import Norm, norm_layer
+from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
+from metarun.nn.layers import Norm, norm_layer
 
 
-class RelationNet(Embedded):
+class RelationNet(FeatureMethod):
     """A second network compares a query's feature maps with a class's, and is trained by squared error.
 
     A class is the sum of its shots' feature maps (section 3.2), so that shots at test should be those of
@@ -27,12 +27,11 @@ class RelationNet(Embedded):
     def __init__(
         self,
         backbone: nn.Module,
-        classification: bool = True,
         width: int = 64,
         hidden: int = 8,
         norm: Norm = "running",
     ) -> None:
-        super().__init__(backbone, classification)
+        super().__init__(backbone)
         require(min(width, hidden) >= 1, f"algorithm.width={width}, hidden={hidden}: must be at least 1")
         self.map_shape: tuple[int, int, int] = getattr(backbone, "map_shape", (self.features, 1, 1))
         channels, *sides = self.map_shape

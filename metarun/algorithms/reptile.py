@@ -1,17 +1,22 @@
-"""Reptile (Nichol, Achiam and Schulman 2018, "On First-Order Meta-Learning Algorithms")."""
+"""Reptile (Nichol, Achiam and Schulman 2018, "On First-Order Meta-Learning Algorithms") and
+Meta-MinibatchProx (Zhou, Yuan, Xu, Yan and Feng 2019, "Efficient Meta Learning via Minibatch Proximal
+Update").
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.maml import MAML
-from metarun.episodes import Episodes
-from metarun.inner_loops.base import InnerLoop, Loss, refuse_learned
-from metarun.lowering import Params
-from metarun.objectives import task_loss
+from metarun.errors import ConfigError
+from metarun.inner_loops.base import InnerLoop, Loss, refuse_learned, with_proximal_term
+from metarun.nn.per_task import Params
+from metarun.tasks.episodes import Episodes, Outcome, Tasks
 
 
 class Reptile(MAML):
@@ -22,6 +27,10 @@ class Reptile(MAML):
     loop. A task's support and query together are its training set, of which every inner step
     takes the next `batch` examples of a shuffled order (0: all of them). Testing adapts as
     MAML does, with mini-batches too.
+
+    With `proximal` > 0 each task minimises its loss plus proximal/2 ||phi - theta||^2: Meta-MinibatchProx
+    (algorithm 1 of Zhou et al.). The gradient of the tasks' minima with respect to theta is then
+    proximal * (theta - phi), whose factor is part of the outer rate, as in the paper's code.
     """
 
     def __init__(
@@ -32,38 +41,46 @@ class Reptile(MAML):
         head: Literal["fixed", "shared"] = "fixed",
         transductive: bool = True,
         batch: int = 10,
+        proximal: float = 0.0,
     ) -> None:
         refuse_learned(inner_loop, "Reptile's update moves the weights alone")
+        if proximal < 0:
+            raise ConfigError(f"algorithm.proximal={proximal}: must be at least 0")
         super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
-        self.batch = batch
+        self.batch, self.proximal = batch, proximal
 
-    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """Half the squared distance, averaged over tasks; and how phi fits the queries it saw."""
-        x = torch.cat([episodes.support_x, episodes.query_x], 1)
-        y = torch.cat([episodes.support_y, episodes.query_y], 1)
+    def meta_loss(self, tasks: Tasks) -> Outcome:
+        """Half the squared distance, a mean over tasks; and how phi predicts the queries."""
         with torch.no_grad():
-            phi = self.adapt(x, y, episodes.ways)
-            outputs = self.predict(phi, episodes.query_x)
-        theta = self.learner.task_params(len(x), self.outputs_for(y, episodes.ways))
+            phi = self.adapt(tasks.joined() if isinstance(tasks, Episodes) else tasks)
+            outcome = tasks.query(partial(self.predict, phi))
+        theta = self.learner.task_params(len(tasks), tasks.outputs)
         learned = dict(self.learner.named_parameters())
-        distance = torch.zeros((), device=x.device, dtype=x.dtype)
+        first = next(iter(theta.values()))
+        distance = torch.zeros((), device=first.device, dtype=first.dtype)
         for name, p in theta.items():
-            # The copies of a shared head pull their one vector by their mean.
+            # The copies of a shared head move their one vector by their mean.
             copies = max(p[0].numel() // learned[name].numel(), 1)
             distance = distance + (p - phi["params"][name]).square().sum() / copies
-        return 0.5 * distance / len(x), outputs
+        return replace(outcome, loss=0.5 * distance / len(tasks))
 
-    def inner_problem(self, support_x: Tensor, support_y: Tensor, ways: int) -> tuple[Loss, Params, Params]:
-        size = support_x.shape[1]
-        if not 0 < self.batch < size:
-            return super().inner_problem(support_x, support_y, ways)
-        params = self.learner.task_params(len(support_x), self.outputs_for(support_y, ways))
-        order = torch.rand(support_x.shape[:2], device=support_x.device).argsort(1)  # [T, S]
-        tasks = torch.arange(len(support_x), device=support_x.device).unsqueeze(1)
+    def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
+        loss, slow, fast = super().inner_problem(tasks)
+        if isinstance(tasks, Episodes) and 0 < self.batch < tasks.support_x.shape[1]:
+            loss = self.batch_loss(tasks)
+        return (with_proximal_term(loss, fast, self.proximal) if self.proximal else loss), slow, fast
 
-        def loss(p: Params, step: int) -> Tensor:
-            places = torch.arange(step * self.batch, (step + 1) * self.batch, device=order.device) % size
+    def batch_loss(self, tasks: Episodes) -> Loss:
+        """The loss of each step's next `batch` support examples, in a random order of each task's own."""
+        x, y = tasks.support_x, tasks.support_y
+        size = x.shape[1]
+        order = torch.rand(x.shape[:2], device=x.device).argsort(1)  # [T, S]
+        each = torch.arange(len(x), device=x.device).unsqueeze(1)
+
+        def loss(params: Params, step: int) -> Tensor:
+            places = torch.arange(step * self.batch, (step + 1) * self.batch, device=x.device) % size
             rows = order[:, places]  # [T, batch]
-            return task_loss(self.learner(p, support_x[tasks, rows]), support_y[tasks, rows])
+            part = replace(tasks, support_x=x[each, rows], support_y=y[each, rows])
+            return part.support_loss(partial(self.learner, params), step)
 
-        return loss, {}, params
+        return loss

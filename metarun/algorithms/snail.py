@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, one_hot, require
+from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
 from metarun.algorithms.sequences import order_of, reordered
 
 
-class SNAIL(Embedded):
+class SNAIL(FeatureMethod):
     """The support in a row, labels beside features, then one query without a label: a sequence model.
 
     Attention(64, 32), TC(128), Attention(256, 128), TC(128), Attention(512, 256) and a linear
@@ -31,12 +31,11 @@ class SNAIL(Embedded):
         self,
         backbone: nn.Module,
         outputs: int,
-        classification: bool = True,
         longest: int = 25,
         width: float = 1.0,
         shuffles: bool = True,
     ) -> None:
-        super().__init__(backbone, classification, most_ways=outputs)
+        super().__init__(backbone, most_ways=outputs)
         require(longest >= 1, f"algorithm.longest={longest}: must be at least 1")
         self.shuffles = shuffles
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.embedded import Embedded, prototypes, require
+from metarun.algorithms.feature_method import FeatureMethod, prototypes, require
 
 
-class Versa(Embedded):
+class Versa(FeatureMethod):
     """Networks turn the mean of a class's features into a distribution over its weights and bias.
 
     Means and variances come from a class's own examples alone (section 3, "context independence"), so any
@@ -20,8 +20,8 @@ class Versa(Embedded):
     distribution. Predictions average over as many samples, always the same ones in evaluation.
     """
 
-    def __init__(self, backbone: nn.Module, classification: bool = True, samples: int = 10) -> None:
-        super().__init__(backbone, classification)
+    def __init__(self, backbone: nn.Module, samples: int = 10) -> None:
+        super().__init__(backbone)
         require(samples >= 1, f"algorithm.samples={samples}: must be at least 1")
         self.samples = samples
         size = self.features

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import nn
 
-from metarun.backbones.layers import Norm, feature_count, norm_layer, require_images
 from metarun.errors import ConfigError
+from metarun.nn.layers import Norm, feature_count, norm_layer, require_images
 
 
 class Conv4(nn.Sequential):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from metarun.backbones.layers import Norm, feature_count, norm_layer, require_images
+from metarun.nn.layers import Norm, feature_count, norm_layer, require_images
 
 
 class OmniglotCNN(nn.Sequential):

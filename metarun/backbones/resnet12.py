@@ -9,15 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.backbones.layers import (
-    Norm,
-    Residual,
-    convolution,
-    initialise_convolutions,
-    norm_layer,
-    require_images,
-)
 from metarun.errors import ConfigError
+from metarun.nn.layers import Norm, Residual, convolution, initialise_convolutions, norm_layer, require_images
 
 
 class ResNet12(nn.Sequential):

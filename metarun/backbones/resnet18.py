@@ -10,15 +10,8 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import (
-    Norm,
-    Residual,
-    convolution,
-    initialise_convolutions,
-    norm_layer,
-    require_images,
-)
 from metarun.errors import ConfigError, first_line
+from metarun.nn.layers import Norm, Residual, convolution, initialise_convolutions, norm_layer, require_images
 
 
 class ResNet18(nn.Sequential):

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from metarun.backbones.layers import (
-    Norm,
-    Residual,
-    convolution,
-    initialise_convolutions,
-    norm_layer,
-    require_images,
-)
 from metarun.errors import ConfigError
+from metarun.nn.layers import Norm, Residual, convolution, initialise_convolutions, norm_layer, require_images
 
 
 class WideResNet(nn.Sequential):

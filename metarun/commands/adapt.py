@@ -2,217 +2,241 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class
 from omegaconf import DictConfig
 from PIL.Image import Image
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from metarun import checkpoint, images, plots
 from metarun.algorithms.base import Adapted, Algorithm
-from metarun.build import build_dataset, build_hardware, build_source
-from metarun.commands.models import Model, adjust, built_for, dataset_config, fitted
-from metarun.config import check
-from metarun.episodes import SPLITS, Episodes, Geometry
+from metarun.commands.models import Model, TestData, load_model
+from metarun.config.build import build_dataset, instantiate
+from metarun.config.check import check
+from metarun.config.schema import AdaptConfig, typed
+from metarun.datasets import images
 from metarun.errors import ConfigError
-from metarun.evaluation import fixed_draws
-from metarun.files import write_csv, write_json
-from metarun.hardware import Hardware
-from metarun.objectives import is_classification, metric_name, task_loss, task_score
-from metarun.tracking import console, notes, relative, say
+from metarun.reporting import plots
+from metarun.reporting.classes import report_classes
+from metarun.reporting.console import console, inform, relative
+from metarun.storage.files import write_csv, write_json
+from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.objectives import Metric, Objective, confusion
+from metarun.tasks.sampling import fixed_draws
+from metarun.training import checkpoint
+from metarun.training.hardware import Hardware
 
 SHOWN = 30  # predictions listed on screen; all are in predictions.csv
+CURVE = 200  # queries of a regression, through which a curve is drawn
 
 
 @dataclass
 class Task:
-    """One task, batched as T = 1."""
+    """One task, batched as T = 1, as the support and the queries that there are.
 
-    support_x: Tensor  # [1, S, *item]
-    support_y: Tensor  # [1, S] or [1, S, outputs]
-    query_x: Tensor | None  # [1, B, *item]
-    query_y: Tensor | None  # [1, B] or [1, B, outputs]; -1 where a class is unknown
-    classes: list[str]  # names of the ways
-    query_names: list[str]
+    Args:
+        episode: support and queries; queries of an unknown class have the target -1. Without queries the
+            support stands in their place.
+        has_queries: whether there are queries.
+        classes: the names of the ways; empty for a regression.
+        query_names: what the queries are called.
+    """
+
+    episode: Episodes
+    has_queries: bool
+    classes: Sequence[str]
+    query_names: Sequence[str]
+
+    @property
+    def objective(self) -> Objective:
+        return self.episode.objective
 
 
 def run(cfg: DictConfig) -> float:
     """Adapt by the config; the query score after the last step, or the support's."""
     check(cfg, "adapt")
-    if cfg.query is not None and cfg.support is None:
-        raise ConfigError("query= needs support=: a folder with one sub-folder of images a class")
-    if cfg.support is not None:
-        for key in ("dataset", "ways", "shots"):
-            if cfg[key] is not None:
-                raise ConfigError(f"{key}= is for a task of a dataset; support= brings its own")
-    if cfg.ink not in ("auto", "dark", "light"):
-        raise ConfigError(f"ink={cfg.ink}: must be auto, dark or light")
-    hardware = build_hardware(cfg)
-    path = checkpoint.find(cfg.checkpoint)
-    content = checkpoint.load(path)
-    config = checkpoint.config_of(content)
-    adjust(config, cfg)
-    task = user_task(cfg, config) if cfg.support is not None else dataset_task(cfg, config, hardware)
-    algorithm = checkpoint.rebuild(content, config, hardware, path).eval()
-    model = Model(config.choices.algorithm, path, config, algorithm)
-    algorithm.check(len(task.classes))
-    task = move(task, hardware)
-    torch.manual_seed(cfg.seed)
+    command: AdaptConfig = typed(cfg)
+    check_task(command)
+    hardware: Hardware = instantiate(command.hardware)
+    model = load_model(checkpoint.find(command.checkpoint), command, hardware)
+    model.algorithm.eval()
+    task = (
+        user_task(command, model) if command.support is not None else dataset_task(command, model, hardware)
+    )
+    model.algorithm.check(task.episode.outputs)
+    task.episode = task.episode.map(lambda tensor: tensor.to(hardware.device)).to(hardware.dtype)
+    torch.manual_seed(command.seed)
     with torch.no_grad(), hardware.compute():
-        steps, adapted = follow(algorithm, task)
-        outputs = algorithm.predict(adapted, task.query_x) if task.query_x is not None else None
+        steps, adapted = follow(model.algorithm, task)
+        outputs = model.algorithm.predict(adapted, task.episode.query_x) if task.has_queries else None
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(model, task, steps, outputs, folder)
-    save_adapted(content, task, adapted, folder)
-    return steps[-1].get("query score", steps[-1]["support score"])
+    save_adapted(model, task, adapted, folder)
+    main = task.objective.metrics[0].name
+    return steps[-1].get(f"query {main}", steps[-1][f"support {main}"])
 
 
-def user_task(cfg: DictConfig, config: DictConfig) -> Task:
+def check_task(command: AdaptConfig) -> None:
+    """Refuse settings of a dataset's task beside a user's own, and the other way round."""
+    if command.query is not None and command.support is None:
+        raise ConfigError("query= needs support=: a folder with one sub-folder of images a class")
+    if command.support is not None:
+        for key in ("dataset", "ways", "shots"):
+            if getattr(command, key) is not None:
+                raise ConfigError(f"{key}= is for a task of a dataset; support= brings its own")
+    if command.ink not in ("auto", "dark", "light"):
+        raise ConfigError(f"ink={command.ink}: must be auto, dark or light")
+
+
+def user_task(command: AdaptConfig, model: Model) -> Task:
     """A task of the user's folders, converted to what the checkpoint was trained on."""
-    item_shape = tuple(build_dataset(config.dataset).item_shape)
-    classes = images.class_folders(Path(cfg.support).expanduser())
+    assert command.support is not None
+    classes = images.class_folders(Path(command.support).expanduser())
     support = [images.read(file) for files in classes.values() for file in files]
-    labels = [i for i, files in enumerate(classes.values()) for _ in files]
+    labels = torch.tensor([[i for i, files in enumerate(classes.values()) for _ in files]])
     query_files: list[Path] = []
     query_labels: list[int | None] = []
-    if cfg.query is not None:
-        query_files, query_labels = images.query_files(Path(cfg.query).expanduser(), list(classes))
+    if command.query is not None:
+        query_files, query_labels = images.query_files(Path(command.query).expanduser(), list(classes))
     query = [images.read(file) for file in query_files]
-    support_x = prepare(cfg, config, "support", support, item_shape)
-    query_x = prepare(cfg, config, "query", query, item_shape) if query else None
+    support_x = prepare(command, model, "support", support)
     known = torch.tensor([[-1 if label is None else label for label in query_labels]])
-    return Task(
+    episode = Episodes(
         support_x=support_x,
-        support_y=torch.tensor([labels]),
-        query_x=query_x,
-        query_y=known if query else None,
-        classes=list(classes),
-        query_names=[str(file) for file in query_files],
+        support_y=labels,
+        query_x=prepare(command, model, "query", query) if query else support_x,
+        query_y=known if query else labels,
+        classes=torch.arange(len(classes)).unsqueeze(0),
+        objective=model.objective(command.metrics),
     )
+    return Task(episode, bool(query), list(classes), [str(file) for file in query_files])
 
 
-def prepare(
-    cfg: DictConfig, config: DictConfig, name: str, pictures: list[Image], item_shape: tuple[int, ...]
-) -> Tensor:
+def prepare(command: AdaptConfig, model: Model, name: str, pictures: list[Image]) -> Tensor:
     """A folder's pictures as the model's [1, B, C, H, W].
 
-    For a model of drawings their polarity is changed where it must be; said, never silent.
+    For a model of drawings, dark ink is inverted to bright; a message says what was assumed.
     """
-    batch = images.to_batch(pictures, item_shape)
-    if getattr(build_dataset(config.dataset), "drawings", False):
-        ink = images.ink_of(pictures) if cfg.ink == "auto" else cfg.ink
-        how = "assumed from their borders; ink=dark or ink=light decides" if cfg.ink == "auto" else "as typed"
+    batch = images.to_batch(pictures, model.spec.item_shape)
+    if build_dataset(model.settings.dataset).drawings:
+        ink = images.ink_of(pictures) if command.ink == "auto" else command.ink
+        how = (
+            "assumed from their borders; ink=dark or ink=light decides"
+            if command.ink == "auto"
+            else "as typed"
+        )
         ground = "light" if ink == "dark" else "dark"
-        say(notes, f"{name} drawings: {ink} ink on a {ground} ground ({how})")
-        batch = images.as_drawings(batch, ink)
+        inform(f"{name} drawings: {ink} ink on a {ground} ground ({how})")
+        batch = images.as_drawings(batch, ink)  # type: ignore[arg-type]
     if blank := int((batch.amax((1, 2, 3)) - batch.amin((1, 2, 3)) < 0.05).sum()):
-        say(notes, f"{name}: {blank} of {len(batch)} images are blank at the model's size")
+        inform(f"{name}: {blank} of {len(batch)} images are blank at the model's size")
     return batch.unsqueeze(0)
 
 
-def dataset_task(cfg: DictConfig, config: DictConfig, hardware: Hardware) -> Task:
-    """The first task that seed `cfg.seed` gives of the checkpoint's dataset, or of another."""
-    if cfg.split not in SPLITS:
-        raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
-    ways, shots = (cfg[key] or config.validation[key] or config[key] for key in ("ways", "shots"))
-    dataset = dataset_config(cfg, config)
-    regression = hasattr(get_class(dataset._target_), "outputs")
-    # A curve is drawn through its queries.
-    geometry = Geometry(ways, shots, max(cfg.queries, 200) if regression else cfg.queries)
-    source = fitted(build_source(built_for(dataset, config), cfg.split, hardware), config)
-    source.check(geometry)
-    episodes: Episodes = source.gather(next(fixed_draws(source, geometry, 1, cfg.seed)), geometry)
-    names = getattr(source, "names", None)
-    classes = [names[i] for i in episodes.classes[0].tolist()] if names else ["value"]
-    return Task(
-        episodes.support_x,
-        episodes.support_y,
-        episodes.query_x,
-        episodes.query_y,
-        classes,
-        [f"query {i}" for i in range(episodes.query_x.shape[1])],
-    )
-
-
-def move(task: Task, hardware: Hardware) -> Task:
-    def to(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        tensor = tensor.to(hardware.device)
-        return tensor.to(hardware.dtype) if tensor.is_floating_point() else tensor
-
-    moved = {key: to(getattr(task, key)) for key in ("support_x", "support_y", "query_x", "query_y")}
-    return replace(task, **moved)  # type: ignore[arg-type]
+def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task:
+    """The first task that seed `command.seed` gives of the checkpoint's dataset, or of another."""
+    trained = model.settings
+    ways = command.ways or trained.validation.ways or trained.ways
+    shots = command.shots or trained.validation.shots or trained.shots
+    source = TestData(command, hardware).source(model)
+    queries = command.queries if source.names else max(command.queries, CURVE)
+    shape = EpisodeShape(ways, shots, queries)
+    source.check(shape)
+    episode = source.gather(next(fixed_draws(source, shape, 1, command.seed)), shape)
+    if not isinstance(episode, Episodes):
+        raise ConfigError(
+            f"dataset: adapt needs labelled support and query examples, and {source.name} has none"
+        )
+    classes = [] if episode.classes is None else [source.names[i] for i in episode.classes[0].tolist()]
+    names = [f"query {i}" for i in range(episode.query_x.shape[1])]
+    return Task(episode, True, classes, names)
 
 
 def follow(algorithm: Algorithm, task: Task) -> tuple[list[dict[str, Any]], Adapted]:
-    """The loss and score before the first inner step, after it, ...; and what was learned."""
+    """The loss and the scores before the first inner step, after it, ...; and what was learned."""
     rows: list[dict[str, Any]] = []
     adapted = None
-    ways = len(task.classes)
-    for step, adapted in enumerate(algorithm.trajectory(task.support_x, task.support_y, ways)):
+    episode = task.episode
+    for step, adapted in enumerate(algorithm.trajectory(episode)):
+        predict = partial(algorithm.predict, adapted)
         row: dict[str, Any] = {"step": step}
-        row |= figures("support", algorithm.predict(adapted, task.support_x), task.support_y)
-        if task.query_x is not None and task.query_y is not None:
-            row |= figures("query", algorithm.predict(adapted, task.query_x), task.query_y)
+        row |= figures("support", algorithm, episode, predict(episode.support_x), episode.support_y)
+        if task.has_queries:
+            row |= figures("query", algorithm, episode, predict(episode.query_x), episode.query_y)
         rows.append(row)
     return rows, adapted
 
 
-def figures(name: str, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Loss and score over the examples whose target is known; nothing where none is."""
-    if is_classification(targets):
+def figures(
+    name: str, algorithm: Algorithm, episode: Episodes, outputs: Tensor, targets: Tensor
+) -> dict[str, float]:
+    """The method's loss, and the scores, over the examples whose target is known; nothing where none is."""
+    if episode.classes is not None:
         known = targets[0] >= 0
         if not known.any():
             return {}
         outputs, targets = outputs[:, known], targets[:, known]
-    return {
-        f"{name} loss": task_loss(outputs, targets).item(),
-        f"{name} score": task_score(outputs, targets).item(),
-    }
+    loss = algorithm.loss_of(episode)(outputs, targets).item()
+    scores = {f"{name} {m.name}": m.score(outputs, targets).item() for m in episode.objective.metrics}
+    return {f"{name} loss": loss} | scores
 
 
 def report(
     model: Model, task: Task, steps: list[dict[str, Any]], outputs: Tensor | None, folder: Path
 ) -> None:
-    """Tables on screen; steps.json, predictions.csv and a picture in the folder."""
-    metric = metric_name(task.support_y)
-    ways = f"{len(task.classes)} classes, " if metric == "accuracy" else ""
-    title = f"{model.name}: {ways}{task.support_x.shape[1]} support examples"
-    console.print(step_table(steps, metric, title))
+    """Tables on screen; steps.json, predictions.csv and pictures in the folder."""
+    ways = f"{len(task.classes)} classes, " if task.classes else ""
+    title = f"{model.name}: {ways}{task.episode.support_x.shape[1]} support examples"
+    console.print(step_table(steps, task.objective.metrics, title))
     saved = ["steps.json", "adapted.pt"]
     write_json(folder / "steps.json", steps)
-    if outputs is not None and metric == "accuracy":
+    if outputs is not None and task.classes:
         rows = prediction_rows(task, outputs)
-        console.print(prediction_table(rows, task))
+        console.print(prediction_table(rows))
         write_csv(folder / "predictions.csv", rows)
         draw_predictions(rows, task, folder / "predictions.png")
         saved += ["predictions.csv", "predictions.png"]
+        saved += classes_of(task, outputs, folder)
         if model.algorithm.uses_query_statistics:
-            say(notes, "the queries were predicted together, with each other's statistics (transductive)")
-    elif task.query_x is not None and task.query_x.shape[-1] == 1:
+            inform("the queries were predicted together, with each other's statistics (transductive)")
+    elif outputs is not None and task.episode.query_x.shape[2:] == (1,):
         draw_regression(model.algorithm, task, folder / "curves.png")
         saved.append("curves.png")
-    say(notes, f"saved {', '.join(saved)} in {relative(folder)}")
+    inform(f"saved {', '.join(saved)} in {relative(folder)}")
 
 
-def step_table(steps: list[dict[str, Any]], metric: str, title: str) -> Table:
-    table = Table(title=title)
-    # The mean squared error is loss and score at once.
-    keys = [key for key in steps[-1] if key != "step" and not (metric == "mse" and key.endswith("loss"))]
+def classes_of(task: Task, outputs: Tensor, folder: Path) -> list[str]:
+    """The figures of each class and the confusion matrix, where the queries' classes are known."""
+    known = task.episode.query_y[0] >= 0
+    if not known.any():
+        return []
+    counts = confusion(outputs[:, known], task.episode.query_y[:, known])[0].long().cpu()
+    return report_classes(counts, task.classes, "queries by class", folder)
+
+
+def step_table(steps: list[dict[str, Any]], metrics: Sequence[Metric], title: str) -> Table:
+    """One row for each inner step."""
+    table = Table(title=Text(title))
+    by_name = {f"{part} {metric.name}": metric for part in ("support", "query") for metric in metrics}
+    # Where a metric is the loss itself, it is shown once.
+    keys = [
+        key for key in steps[-1] if key != "step" and not (key.endswith("loss") and metrics[0].name == "mse")
+    ]
     table.add_column("inner step", justify="right")
     for key in keys:
-        table.add_column(key.replace("score", metric), justify="right")
+        table.add_column(key, justify="right")
     for row in steps:
         cells = [
-            f"{100 * row[key]:.1f} %" if key.endswith("score") and metric == "accuracy" else f"{row[key]:.4f}"
+            by_name[key].show(row[key], None if by_name[key].percent else 4)
+            if key in by_name
+            else f"{row[key]:.4f}"
             for key in keys
         ]
         table.add_row(str(row["step"]), *cells)
@@ -220,11 +244,10 @@ def step_table(steps: list[dict[str, Any]], metric: str, title: str) -> Table:
 
 
 def prediction_rows(task: Task, outputs: Tensor) -> list[dict[str, Any]]:
-    """One row a query: its prediction, the probability of every class, and the truth where known."""
-    assert task.query_y is not None
+    """One row a query: its prediction, the probability of every class, and the true class where known."""
     rows = []
     for name, probabilities, label in zip(
-        task.query_names, outputs[0].softmax(-1).tolist(), task.query_y[0].tolist(), strict=True
+        task.query_names, outputs[0].softmax(-1).tolist(), task.episode.query_y[0].tolist(), strict=True
     ):
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         rows.append(
@@ -239,7 +262,8 @@ def prediction_rows(task: Task, outputs: Tensor) -> list[dict[str, Any]]:
     return rows
 
 
-def prediction_table(rows: list[dict[str, Any]], task: Task) -> Table:
+def prediction_table(rows: list[dict[str, Any]]) -> Table:
+    """The first predictions, the wrong ones in red."""
     known = [row for row in rows if row["class"]]
     right = sum(row["prediction"] == row["class"] for row in known)
     title = f"{len(rows)} queries" + (
@@ -262,16 +286,15 @@ def prediction_table(rows: list[dict[str, Any]], task: Task) -> Table:
 
 
 def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
-    assert task.query_x is not None
-    if task.query_x.dim() != 5:
+    if task.episode.query_x.dim() != 5:  # no images
         return
     titles = [title_of(row) for row in rows]
     right = [row["prediction"] == row["class"] if row["class"] else None for row in rows]
-    plots.predictions(task.query_x[0].float(), titles, right, path)
+    plots.predictions(task.episode.query_x[0].float(), titles, right, path)
 
 
 def title_of(row: dict[str, Any]) -> str:
-    """A query's prediction and its probability; where it is wrong, the truth too."""
+    """A query's prediction and its probability; where it is wrong, the true class too."""
     wrong = row["class"] and row["prediction"] != row["class"]
     truth = f" (is {shorten(row['class'])})" if wrong else ""
     return f"{shorten(row['prediction'])}{truth}\n{row['probability']:.2f}"
@@ -285,20 +308,20 @@ def shorten(name: str, most: int = 14) -> str:
 @torch.no_grad()
 def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     """The model's curve before and after its inner steps, over the queries' points."""
-    assert task.query_x is not None and task.query_y is not None
-    trajectory = list(algorithm.trajectory(task.support_x, task.support_y, 1))
+    episode = task.episode
+    trajectory = list(algorithm.trajectory(episode))
     shown = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
     names = {i: "before adapting" if i == 0 else f"after step {i}" for i in shown}
-    curves = {names[i]: algorithm.predict(trajectory[i], task.query_x) for i in shown}
-    plots.regression_curves((task.support_x, task.support_y), (task.query_x, task.query_y), curves, path)
+    curves = {names[i]: algorithm.predict(trajectory[i], episode.query_x) for i in shown}
+    support, query = (episode.support_x, episode.support_y), (episode.query_x, episode.query_y)
+    plots.regression_curves(support, query, curves, path)
 
 
-def save_adapted(content: dict[str, Any], task: Task, adapted: Adapted, folder: Path) -> None:
+def save_adapted(model: Model, task: Task, adapted: Adapted, folder: Path) -> None:
     """adapted.pt: what was learned of the task beside the algorithm it belongs to."""
-    body = {
-        "config": content["config"],
-        "algorithm": content["algorithm"],
+    kept = ("config", "choices", "algorithm")
+    body = {key: model.content[key] for key in kept} | {
         "adapted": checkpoint.to_cpu(adapted),
-        "classes": task.classes,
+        "classes": list(task.classes),
     }
     checkpoint.save(folder / "adapted.pt", body, kind="adapted")

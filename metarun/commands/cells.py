@@ -1,40 +1,65 @@
-"""What `metarun eval` evaluates: one checkpoint on one task."""
+"""The cells of an evaluation: one checkpoint on tasks of one shape, after so many inner steps."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metarun.commands.models import Model
-from metarun.episodes import EpisodeSource, Geometry
+from metarun.commands.models import Model, TestData, dataset_name, takes_steps, values_of
+from metarun.config.schema import EvalConfig, TrainConfig
 from metarun.errors import MetarunError
-from metarun.evaluation import Result
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.objectives import Metric
+from metarun.tasks.source import EpisodeSource
+from metarun.training.evaluation import Result
 
 
 @dataclass
 class Cell:
-    """One checkpoint on one geometry after so many inner steps: a result, or why there is none."""
+    """One checkpoint on tasks of one shape after so many inner steps: a result, or why there is none."""
 
     model: Model
-    geometry: Geometry
+    shape: EpisodeShape
     steps: int | None  # None: as trained
     source: EpisodeSource
     dataset: str
     result: Result | None = None
     reason: str = ""
 
+    @property
+    def task(self) -> str:
+        """The task, and the inner steps where they were asked for."""
+        if self.steps is None:
+            return str(self.shape)
+        return f"{self.shape}, {self.steps} step{'' if self.steps == 1 else 's'}"
 
-def plan_cell(cell: Cell) -> Cell:
-    """The cell, with the reason where it cannot be evaluated."""
-    try:
-        cell.source.check(cell.geometry)
-        cell.model.algorithm.check(cell.geometry.ways)
-    except MetarunError as error:
-        cell.reason = str(error)
-    return cell
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return self.source.spec.objective.metrics
 
 
-def name_of(cell: Cell) -> str:
-    """The task, and the inner steps where they were asked for."""
-    if cell.steps is None:
-        return str(cell.geometry)
-    return f"{cell.geometry}, {cell.steps} step{'' if cell.steps == 1 else 's'}"
+def grid(command: EvalConfig, trained: TrainConfig) -> list[EpisodeShape]:
+    """Every combination of the ways and shots asked for; by default those of training."""
+    ways = values_of(command.ways or trained.validation.ways or trained.ways)
+    shots = values_of(command.shots or trained.validation.shots or trained.shots)
+    return [EpisodeShape(w, s, command.queries) for w, s in itertools.product(ways, shots)]
+
+
+def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], command: EvalConfig) -> list[Cell]:
+    """The cells of one model; those that are not possible with the reason."""
+    source = data.source(model)
+    parts = source.parts or {dataset_name(model): source}
+    several = isinstance(command.steps, list) and takes_steps(model)
+    steps = values_of(command.steps) if several else [None]
+    cells = [
+        Cell(model, shape, step, part, name)
+        for (name, part), shape, step in itertools.product(parts.items(), shapes, steps)
+    ]
+    for cell in cells:
+        try:
+            cell.source.check(cell.shape)
+            model.algorithm.check(cell.shape.ways)
+        except MetarunError as error:
+            cell.reason = str(error)
+    return cells

@@ -12,13 +12,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from metarun import cache, plots
-from metarun.build import build_dataset, build_hardware, build_source
-from metarun.config import check
-from metarun.episodes import SPLITS, ClassStore, EpisodeSource, Geometry, sample
+from metarun.config.build import build_dataset, build_source, instantiate
+from metarun.config.check import check
 from metarun.errors import ConfigError, DataError
-from metarun.files import cache_dir
-from metarun.tracking import Bar, console, notes, relative, say
+from metarun.reporting import plots
+from metarun.reporting.console import Bar, console, inform, print_line, relative
+from metarun.storage import cache
+from metarun.storage.files import cache_dir
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.sampling import sample
+from metarun.tasks.source import SPLITS, EpisodeSource
 
 FACT = re.compile(r"# (classes|images|from|licence): (.*)")  # a line of a dataset's YAML
 
@@ -29,15 +33,13 @@ def run(cfg: DictConfig) -> None:
     check(cfg, "data", complete=not (cfg.verify or cfg.clean))
     if cfg.verify or cfg.clean:
         return clean(name, root_of(cfg)) if cfg.clean else verify(name)
-    if cfg.split not in SPLITS:
-        raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
     if not cfg.dataset:
         console.print(catalogue())
-        say(notes, "metarun data dataset=NAME prepares one; " + place())
+        inform("metarun data dataset=NAME prepares one; " + place())
         return None
     if "_target_" not in cfg.dataset:
         raise ConfigError("dataset: name one, as in metarun data dataset=image_folder dataset.root=FOLDER")
-    hardware = build_hardware(cfg)
+    hardware = instantiate(cfg.hardware)
     table = Table(title=name)
     for heading in ("split", "classes", "images", "a class", "shape", "seconds"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
@@ -47,15 +49,13 @@ def run(cfg: DictConfig) -> None:
         began = time.perf_counter()
         sources[split] = build_source(dataset, split, hardware)
         table.add_row(split, *counts(sources[split]), f"{time.perf_counter() - began:.1f}")
-        for part, own in getattr(sources[split], "parts", {}).items():
+        for part, own in sources[split].parts.items():
             table.add_row(f"  {part}", *counts(own), "")
     console.print(table)
-    say(
-        notes, place(None if getattr(sources[cfg.split], "parts", None) else name)
-    )  # a mixture keeps none itself
+    inform(place(None if sources[cfg.split].parts else name))  # a mixture caches nothing itself
     source = sources[cfg.split]
     if isinstance(source, ClassStore):
-        draw(source, Geometry(cfg.ways, cfg.shots, cfg.queries), cfg.seed, f"{name} {cfg.split}")
+        draw(source, EpisodeShape(cfg.ways, cfg.shots, cfg.queries), cfg.seed, f"{name} {cfg.split}")
     return None
 
 
@@ -72,7 +72,7 @@ def verify(dataset: str | None) -> None:
             bad += wrong.startswith("damaged")
             table.add_row(entry.dataset, entry.split, cache.human(entry.size), wrong or "whole")
     console.print(table)
-    say(notes, place(dataset))
+    inform(place(dataset))
     if bad:
         raise DataError(
             f"{bad} of {len(entries)} entries of the cache are damaged; they are made again when next used, "
@@ -94,8 +94,8 @@ def clean(dataset: str | None, root: str | None = None) -> None:
         if dataset or entry.stale:
             why = entry.stale or "asked for"
             done = "removed" if cache.remove(entry) else "kept, a run is at work on it:"
-            say(console, f"{done} {entry.path.name}, {cache.human(entry.size)} ({why})")
-    say(notes, place(dataset))
+            print_line(f"{done} {entry.path.name}, {cache.human(entry.size)} ({why})")
+    inform(place(dataset))
 
 
 def place(dataset: str | None = None) -> str:
@@ -130,17 +130,17 @@ def described(path: Path) -> str:
 
 def counts(source: EpisodeSource) -> list[str]:
     """Classes, images, images a class and the shape of one, for people."""
-    shape = "x".join(map(str, source.item_shape))
+    shape = "x".join(map(str, source.spec.item_shape))
     if not isinstance(source, ClassStore):
         return ["", "drawn anew", "", shape]
     least, most = source.smallest_class, source.largest_class
     each = str(least) if least == most else f"{least} to {most}"
-    return [f"{len(source.names):,}", f"{len(source.images):,}", each, shape]
+    return [f"{len(source.names):,}", f"{len(source.items):,}", each, shape]
 
 
-def draw(source: ClassStore, geometry: Geometry, seed: int, title: str) -> None:
+def draw(source: ClassStore, shape: EpisodeShape, seed: int, title: str) -> None:
     """contact.png: ten classes, of each dataset as many, ten images of each; episode.png: one task."""
-    source.check(geometry)
+    source.check(shape)
     folder = Path(HydraConfig.get().runtime.output_dir)
     generator = torch.Generator().manual_seed(seed)
     chosen, first = [], 0
@@ -150,14 +150,15 @@ def draw(source: ClassStore, geometry: Geometry, seed: int, title: str) -> None:
         chosen += order[: math.ceil(10 / len(parts))].sort().values.tolist()
         first += len(part.names)
     rows = {
-        source.names[i]: source.images[source.starts[i] : source.starts[i] + min(int(source.counts[i]), 10)]
+        source.names[i]: source.items[source.starts[i] : source.starts[i] + min(int(source.counts[i]), 10)]
         for i in chosen
     }
     plots.contact_sheet(rows, title, folder / "contact.png")
-    episode = sample(source, 1, geometry, generator)
+    episode = sample(source, 1, shape, generator)
+    assert isinstance(episode, Episodes) and episode.classes is not None
     names = [source.names[i] for i in episode.classes[0].tolist()]
-    support = episode.support_x[0].unflatten(0, (geometry.ways, geometry.shots))
-    query = episode.query_x[0].unflatten(0, (geometry.ways, geometry.queries))
+    support = episode.support_x[0].unflatten(0, (shape.ways, shape.shots))
+    query = episode.query_x[0].unflatten(0, (shape.ways, shape.queries))
     pictures = {name: torch.cat([support[i], query[i]]) for i, name in enumerate(names)}
-    plots.contact_sheet(pictures, f"{title}, {geometry}", folder / "episode.png", mark=geometry.shots)
-    say(notes, f"saved contact.png and episode.png in {relative(folder)}")
+    plots.contact_sheet(pictures, f"{title}, {shape}", folder / "episode.png", mark=shape.shots)
+    inform(f"saved contact.png and episode.png in {relative(folder)}")

@@ -5,46 +5,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from rich.table import Table
 
 from metarun.commands.cells import Cell
-from metarun.episodes import Geometry
+from metarun.config.schema import EvalConfig
 from metarun.errors import ConfigError
-from metarun.evaluation import instance_scores, interval
-from metarun.files import write_csv
-from metarun.hardware import Hardware
-from metarun.tracking import Bar, console, with_interval
+from metarun.reporting.console import Bar, console
+from metarun.storage.files import write_csv
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.objectives import ACCURACY
+from metarun.training.evaluation import EvalSettings, instance_scores, interval
+from metarun.training.hardware import Hardware
 
 
-def instance_cells(cells: list[Cell], cfg: DictConfig) -> list[Cell]:
+def instance_cells(cells: list[Cell], command: EvalConfig) -> list[Cell]:
     """One cell for each model, dataset and number of ways whose appearances of a class can be shown."""
-    if cfg.instances is None:
+    if command.instances is None:
         return []
     found = [cell for cell in cells if hasattr(cell.model.algorithm, "by_instance")]
     if not found:
         raise ConfigError(
-            f"instances={cfg.instances}: no method here sees examples one by one, as algorithm=mann does"
+            f"instances={command.instances}: no method here sees examples one by one, as algorithm=mann does"
         )
     for cell in found:
-        cell.source.check(Geometry(cell.geometry.ways, 1, cfg.instances - 1))
-    return list({(id(cell.model), cell.dataset, cell.geometry.ways): cell for cell in found}.values())
+        cell.source.check(EpisodeShape(cell.shape.ways, 1, command.instances - 1))
+    return list({(id(cell.model), cell.dataset, cell.shape.ways): cell for cell in found}.values())
 
 
-def instance_rows(cells: list[Cell], cfg: DictConfig, hardware: Hardware) -> list[dict[str, Any]]:
+def instance_rows(cells: list[Cell], command: EvalConfig, hardware: Hardware) -> list[dict[str, Any]]:
     """Accuracy at each appearance of a class, for methods that see a task's examples one by one."""
+    assert command.instances is not None
     rows = []
-    with Bar("instances", len(cells) * cfg.episodes, "episodes") as bar:
+    with Bar("instances", len(cells) * command.episodes, "episodes") as bar:
         for cell in cells:
-            geometry = Geometry(cell.geometry.ways, 1, cfg.instances - 1)
-            scores = instance_scores(
-                cell.model.algorithm, cell.source, geometry, cfg.episodes, cfg.seed, hardware, bar.advance
-            )
+            shape = EpisodeShape(cell.shape.ways, 1, command.instances - 1)
+            tasks = EvalSettings(shape, command.episodes, command.seed)
+            scores = instance_scores(cell.model.algorithm, cell.source, tasks, hardware, bar.advance)
             rows += [
                 {
                     "model": cell.model.name,
                     "dataset": cell.dataset,
-                    "ways": geometry.ways,
+                    "ways": shape.ways,
                     "instance": i + 1,
                     "mean": column.mean().item(),
                     "interval": interval(column),
@@ -60,7 +61,7 @@ def report_instances(rows: list[dict[str, Any]], folder: Path) -> None:
     for heading in ("model", "task", "n", "accuracy, 95 % interval"):
         table.add_column(heading, justify="right" if heading == "n" else "left")
     for row in rows:
-        text = with_interval("accuracy", row["mean"], row["interval"])
+        text = ACCURACY.show_interval(row["mean"], row["interval"])
         table.add_row(row["model"], f"{row['dataset']} {row['ways']}-way", str(row["instance"]), text)
     console.print(table)
     write_csv(folder / "instances.csv", rows)

@@ -1,49 +1,82 @@
-"""Checkpoints brought back to life, and the data they are tested on."""
+"""Checkpoints restored for a test, and the data they are tested on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from metarun import checkpoint
 from metarun.algorithms.base import Algorithm
-from metarun.build import build_dataset
-from metarun.config import check_node
-from metarun.episodes import ClassStore, EpisodeSource
+from metarun.config.build import build_dataset, build_source
+from metarun.config.check import check_node
+from metarun.config.restore import rebuild
+from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, from_plain
 from metarun.errors import ConfigError
-from metarun.hardware import Hardware
 from metarun.inner_loops.base import InnerLoop
-from metarun.tracking import notes, say
+from metarun.reporting.console import inform
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.objectives import Objective
+from metarun.tasks.source import EpisodeSource
+from metarun.tasks.spec import TaskSpec
+from metarun.training import checkpoint
+from metarun.training.hardware import Hardware
+
+Command = EvalConfig | AdaptConfig
 
 
 @dataclass
 class Model:
-    """A checkpoint brought back to life."""
+    """A checkpoint restored.
+
+    Args:
+        name: in tables.
+        path: of the checkpoint file.
+        settings: those it was trained with, adjusted by what the test asks for.
+        spec: the kind of tasks it was trained on.
+        algorithm: with its weights, on the device.
+        content: what the checkpoint file holds.
+    """
 
     name: str
     path: Path
-    config: DictConfig
+    settings: TrainConfig
+    spec: TaskSpec
     algorithm: Algorithm
+    content: Mapping[str, Any]
+
+    def objective(self, names: list[str] | None) -> Objective:
+        """The objective of its tasks with the metrics asked for, or else those it was trained with."""
+        return self.spec.objective.choosing(self.settings.metrics if names is None else names)
 
 
-def load_models(cfg: DictConfig, hardware: Hardware) -> list[Model]:
-    """The checkpoints named, each rebuilt by its own config and the settings asked of the test."""
-    references = list(cfg.checkpoint) if OmegaConf.is_list(cfg.checkpoint) else [cfg.checkpoint]
+def load_model(path: Path, command: Command, hardware: Hardware, alone: bool = True) -> Model:
+    """A checkpoint restored, with what a test asks for (`steps`, `transductive`) put into its settings.
+
+    Args:
+        path: of the checkpoint file.
+        command: the settings of the test.
+        hardware: where to compute.
+        alone: whether a method without such a setting is an error, and not only a message.
+    """
+    content = checkpoint.load(path)
+    settings, name = from_plain(content["config"]), content["choices"]["algorithm"]
+    adjust(settings, command, name, alone)
+    algorithm, spec = rebuild(content, settings, hardware, path)
+    return Model(name, path, settings, spec, algorithm, content)
+
+
+def load_models(command: EvalConfig, hardware: Hardware) -> list[Model]:
+    """The checkpoints of `checkpoint=`, each named so that it can be told from the others."""
+    references = values_of(command.checkpoint)
     if not references:
         raise ConfigError("checkpoint=[]: name at least one run folder or .pt file")
-    models = []
-    for reference in references:
-        path = checkpoint.find(str(reference))
-        content = checkpoint.load(path)
-        config = checkpoint.config_of(content)
-        adjust(config, cfg, alone=len(references) == 1)
-        algorithm = checkpoint.rebuild(content, config, hardware, path)
-        models.append(Model(config.choices.algorithm, path, config, algorithm))
-    # The algorithm names a model, its folder tells two of a kind apart, then its file, then the folder above.
+    alone = len(references) == 1
+    models = [load_model(checkpoint.find(str(each)), command, hardware, alone) for each in references]
+    # The algorithm names a model; its folder, its file and the folder above distinguish equal names.
     places = [model.path.resolve() for model in models]
     for parts in zip(*((p.parent.name, p.stem, p.parent.parent.name) for p in places), strict=True):
         names = [model.name for model in models]
@@ -53,81 +86,98 @@ def load_models(cfg: DictConfig, hardware: Hardware) -> list[Model]:
     return models
 
 
-def adjust(config: DictConfig, cfg: DictConfig, alone: bool = True) -> None:
-    """Put what the test asks for into a checkpoint's config.
-
-    A method without such a setting is an error where it stands alone; beside others it is said.
-    """
-    name = config.choices.algorithm
-    asked = {"steps": (config.inner_loop, "test_steps"), "transductive": (config.algorithm, "transductive")}
-    for key, (node, setting) in asked.items():
-        if (value := cfg.get(key)) is None:
+def adjust(settings: TrainConfig, command: Command, name: str, alone: bool) -> None:
+    """Put `steps` and `transductive` of a test into the settings of a checkpoint."""
+    places = {
+        "steps": (settings.inner_loop, "test_steps"),
+        "transductive": (settings.algorithm, "transductive"),
+    }
+    for key, (node, setting) in places.items():
+        if (value := getattr(command, key, None)) is None:
             continue
         if node and setting in node:
-            node[setting] = choices(value)[0]  # a list is for the grid
+            node[setting] = values_of(value)[0]  # the grid runs through the rest of a list
         elif alone:
-            raise ConfigError(f"{key}={value}: {name} has no such choice")
+            raise ConfigError(f"{key}={value}: {name} has no such setting")
         else:
-            say(notes, f"{name} has no such choice as {key}={value} and is tested as it is")
+            inform(f"{name} has no setting {key}={value} and is tested as it is")
 
 
-def choices(value: Any) -> list[Any]:
-    """A setting that may be one value or a list of them."""
-    return list(dict.fromkeys(value)) if OmegaConf.is_list(value) else [value]
+def values_of(setting: Any) -> list[Any]:
+    """The values of a setting that is one value or a list of them."""
+    return list(dict.fromkeys(setting)) if isinstance(setting, list) else [setting]
 
 
 def takes_steps(model: Model) -> bool:
+    """Whether the number of inner steps can be chosen at test time."""
     return isinstance(getattr(model.algorithm, "inner_loop", None), InnerLoop)
 
 
-def dataset_config(cfg: DictConfig, trained: DictConfig) -> DictConfig:
-    """The dataset to test on: another one, or the checkpoint's own with what was adjusted."""
-    if cfg.dataset and "_target_" in cfg.dataset:
-        return cfg.dataset
-    own = OmegaConf.merge(trained.dataset, cfg.dataset or {})
-    assert isinstance(own, DictConfig)
-    if cfg.dataset and "parts" in cfg.dataset:  # a list of datasets, which replaces another
-        own.parts = cfg.dataset.parts
-    check_node("dataset", own)
-    return own
+def dataset_node(command: Command, trained: TrainConfig) -> Node:
+    """The dataset to test on: another one, or the checkpoint's own with the settings that were typed."""
+    if command.dataset and "_target_" in command.dataset:
+        return command.dataset
+    own = OmegaConf.merge(trained.dataset, command.dataset or {})
+    if command.dataset and "parts" in command.dataset:  # a list of datasets, which replaces the other
+        own.parts = command.dataset["parts"]
+    check_node("dataset", own)  # type: ignore[arg-type]
+    return OmegaConf.to_container(own)
 
 
-def built_for(node: DictConfig, trained: DictConfig) -> Any:
-    """The dataset; a mixture with the model's shape, lest a part's images be converted twice.
+def dataset_name(model: Model) -> str:
+    """The name of the dataset that is tested on."""
+    return str(HydraConfig.get().runtime.choices.get("dataset") or model.content["choices"]["dataset"])
 
-    Equal hashes mean equal pixels, however the dataset was named.
+
+class TestData:
+    """The data that models are tested on; what several models share is loaded once.
+
+    Args:
+        command: the settings of the test: its dataset, split and metrics.
+        hardware: where the data is put.
     """
-    dataset = build_dataset(node)
-    wanted, there = shape_of_model(trained), tuple(dataset.item_shape)
-    if wanted == there or len(wanted) != 3 or not hasattr(dataset, "shaped"):
-        return dataset
-    say_converted(dataset_name(trained), there, wanted)
-    return dataset.shaped(wanted)
+
+    def __init__(self, command: Command, hardware: Hardware) -> None:
+        self.command, self.hardware = command, hardware
+        self.sources: dict[tuple[str, tuple[int, ...]], EpisodeSource] = {}
+
+    def source(self, model: Model) -> EpisodeSource:
+        """The split for one model, with items of the model's shape and the model's objective.
+
+        A mixture converts each part's own images to that shape, so that equal hashes mean equal pixels,
+        however the dataset was named.
+        """
+        node = dataset_node(self.command, model.settings)
+        dataset, wanted = build_dataset(node), model.spec.item_shape
+        shaped = dataset.reshaped(wanted) if len(wanted) == 3 else dataset
+        if shaped.spec.item_shape != dataset.spec.item_shape:
+            inform_resized(dataset_name(model), dataset.spec.item_shape, wanted)
+        key = OmegaConf.to_yaml(node), shaped.spec.item_shape
+        if key not in self.sources:
+            self.sources[key] = build_source(shaped, self.command.split, self.hardware)
+        source = fitted(self.sources[key], model.spec)
+        return source.reporting(model.objective(self.command.metrics))
+
+    @property
+    def datasets(self) -> int:
+        """How many datasets were loaded, whatever the shape of their items."""
+        return len({name for name, _ in self.sources})
 
 
-def shape_of_model(trained: DictConfig) -> tuple[int, ...]:
-    return tuple(build_dataset(trained.dataset).item_shape)
-
-
-def say_converted(name: str, *shapes: tuple[int, ...]) -> None:
-    told = ("x".join(map(str, shape)) for shape in shapes)
-    say(notes, "{}: images converted from {} to the model's {}".format(name, *told))
-
-
-def fitted(source: EpisodeSource, trained: DictConfig) -> EpisodeSource:
-    """The source with its images as the model takes them; said where they had to be converted."""
-    wanted, there = shape_of_model(trained), tuple(source.item_shape)
+def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:
+    """The source with items as the model takes them. ConfigError where that is not possible."""
+    wanted, there = trained.item_shape, source.spec.item_shape
     if wanted == there:
         return source
-    if not (isinstance(source, ClassStore) and len(wanted) == 3):
+    if not (isinstance(source, ClassStore) and len(wanted) == len(there) == 3):
         raise ConfigError(
             f"the checkpoint was trained on items of shape {wanted}; this dataset's have {there}: "
             "only images can be converted"
         )
-    say_converted(source.name, there, wanted)
-    return source.converted(wanted)
+    inform_resized(source.name, there, wanted)
+    return source.resized(wanted)
 
 
-def dataset_name(trained: DictConfig) -> str:
-    chosen = HydraConfig.get().runtime.choices.get("dataset")
-    return str(chosen or trained.choices.dataset)
+def inform_resized(name: str, *shapes: tuple[int, ...]) -> None:
+    sizes = ("x".join(map(str, shape)) for shape in shapes)
+    inform("{}: images converted from {} to the model's {}".format(name, *sizes))

@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from metarun.datasets.base import Dataset
 from metarun.datasets.class_folders import Entry, class_store, entries, tell_counts
 from metarun.datasets.torchvision_files import obtained
-from metarun.entries import mapped
-from metarun.episodes import ClassStore
 from metarun.errors import DataError
-from metarun.files import data_dir
+from metarun.storage.cached_arrays import mapped
+from metarun.storage.files import data_dir
+from metarun.tasks.class_store import ClassStore
 
 SHAPE = (3, 32, 32)
 
@@ -34,7 +35,7 @@ def labels() -> list[Label]:
     return [Label(*line.split()) for line in lines if not line.startswith("#")]
 
 
-class Cifar100:
+class Cifar100(Dataset):
     """A class split of CIFAR-100, 600 images of 3x32x32 a class.
 
     `root`: a folder (or zip) below which there are folders with the classes' names, in zips or not,

@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from metarun import images
-from metarun.archives import Archive
-from metarun.entries import mapped
-from metarun.episodes import ClassStore
+from metarun.datasets import images
 from metarun.errors import DataError
-from metarun.files import encoded, read_regular
-from metarun.tracking import Bar, notes, say
+from metarun.reporting.console import Bar, inform
+from metarun.storage.archives import Archive
+from metarun.storage.cached_arrays import mapped
+from metarun.storage.files import encoded, read_regular
+from metarun.tasks.class_store import ClassStore
 
 Fit = Literal["pad", "crop", "stretch"]
 Unreadable = Literal["stop", "skip"]
@@ -92,7 +92,7 @@ def once_each(files: list[Entry]) -> list[Entry]:
         else:
             twice.setdefault(entry.path, []).append(twin.path)
     for path, twins in twice.items():
-        say(notes, f"{path}: {len(twins):,} of its files are also elsewhere ({twins[0]}), and counted once")
+        inform(f"{path}: {len(twins):,} of its files are also elsewhere ({twins[0]}), and counted once")
     return sorted(kept, key=_order) if twice else files
 
 
@@ -177,7 +177,7 @@ def class_store(
     bytes_, made = mapped(f"{kept_as}-{digest.hexdigest()[:24]}", build, what, source)
     skipped = set(made["skipped"])
     if skipped:
-        say(notes, f"{title}: {len(skipped)} unreadable files left out, such as {files[min(skipped)]}")
+        inform(f"{title}: {len(skipped)} unreadable files left out, such as {files[min(skipped)]}")
     numbers = iter(range(len(files)))
     counts = [sum(next(numbers) not in skipped for _ in own) for own in classes.values()]
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
@@ -194,7 +194,7 @@ def tell_counts(store: ClassStore, least: int, most: int) -> ClassStore:
             str(low) if low == high else f"{low} to {high}"
             for low, high in ((smallest, largest), (least, most))
         )
-        say(notes, f"{store.name}: {there} images a class here, {right} in the benchmark")
+        inform(f"{store.name}: {there} images a class here, {right} in the benchmark")
     return store
 
 

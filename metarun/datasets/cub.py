@@ -8,13 +8,14 @@ from typing import Literal
 
 import torch
 
+from metarun.datasets.base import Dataset
 from metarun.datasets.class_folders import Entry, Fit, class_store, entries, tell_counts
-from metarun.downloads import download
-from metarun.entries import unpacked
-from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
-from metarun.files import data_dir
-from metarun.tracking import notes, say
+from metarun.reporting.console import inform
+from metarun.storage.cached_arrays import unpacked
+from metarun.storage.downloads import download
+from metarun.storage.files import data_dir
+from metarun.tasks.class_store import ClassStore
 
 SPECIES = re.compile(r"(\d{3})\..+")  # 001.Black_footed_Albatross
 ARCHIVE = "CUB_200_2011.tgz"
@@ -30,7 +31,7 @@ def split_of(number: int) -> str:
     return ("train", "validation", "train", "test")[(number - 1) % 4]
 
 
-class Cub:
+class Cub(Dataset):
     """CUB-200-2011 below `root`: species folders, in a zip or not, or the authors' archive.
 
     None: that archive, downloaded to METARUN_DATA/cub where it is not there yet.
@@ -79,7 +80,7 @@ class Cub:
             )
         md5 = MD5 if archive.name == ARCHIVE else None  # what a user packed has another name
         tell = f"check and unpack {archive} into the cache"
-        return species(entries(unpacked(archive, "cub", lambda: say(notes, tell), md5)))
+        return species(entries(unpacked(archive, "cub", lambda: inform(tell), md5)))
 
     def _root(self) -> Path:
         return Path(self.root).expanduser() if self.root else self._downloaded()

@@ -17,14 +17,15 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from metarun import images
+from metarun.datasets import images
+from metarun.datasets.base import Dataset
 from metarun.datasets.class_folders import Fit
 from metarun.datasets.torchvision_files import Labelled, obtained
-from metarun.entries import mapped
-from metarun.episodes import ClassStore
 from metarun.errors import ConfigError
-from metarun.files import data_dir, encoded
-from metarun.tracking import Bar
+from metarun.reporting.console import Bar
+from metarun.storage.cached_arrays import mapped
+from metarun.storage.files import data_dir, encoded
+from metarun.tasks.class_store import ClassStore
 
 BLOCK = 256  # images decoded before they are put in place
 
@@ -46,7 +47,7 @@ Name = Literal[
 ]
 
 
-class FromTorchvision:
+class FromTorchvision(Dataset):
     """The set `name`, its classes split into train, validation and test; see the module's docstring.
 
     `classes`: how many classes each split has. `root`: where torchvision keeps its files; None:

@@ -24,8 +24,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metarun.episodes import SPLITS, ClassStore
+from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.source import SPLITS
 
 BLOCK = 20  # classes drawn from one generator; a block is always drawn whole
 STROKES, SUBSTROKES, CONTROLS, SAMPLES = 4, 3, 6, 20  # the most s and b; p; points on a sub-stroke
@@ -34,7 +36,7 @@ STROKES, SUBSTROKES, CONTROLS, SAMPLES = 4, 3, 6, 20  # the most s and b; p; poi
 DTYPE = torch.float64
 
 
-class Glyphs:
+class Glyphs(Dataset):
     """Procedurally drawn characters: nothing to download, and as many classes as one likes.
 
     A class depends on the seed, its split and its index alone, so asking for more keeps the first.

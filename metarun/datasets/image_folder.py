@@ -8,17 +8,18 @@ from typing import Literal
 
 import torch
 
+from metarun.datasets.base import Dataset
 from metarun.datasets.class_folders import Entry, Fit, Unreadable, class_store, entries
-from metarun.episodes import ClassStore
+from metarun.datasets.images import visible
 from metarun.errors import ConfigError, DataError
-from metarun.files import encoded
-from metarun.images import visible
-from metarun.tracking import notes, say
+from metarun.reporting.console import inform
+from metarun.storage.files import encoded
+from metarun.tasks.class_store import ClassStore
 
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 
-class ImageFolder:
+class ImageFolder(Dataset):
     """Images of any size and mode below `root`, a folder or a zip; a class is a folder's name.
 
     Where `root` has a folder `train`, its classes are those to train on, and `val` and `test` hold
@@ -112,8 +113,7 @@ class ImageFolder:
         }
         if tells:  # once, though every split comes here
             counts = "/".join(str(len(parts[split])) for split in SPLIT_FOLDERS)
-            say(
-                notes,
+            inform(
                 f"{self.root}: {len(order)} classes split {counts} into train, validation and test by "
                 f"dataset.seed={self.seed}",
             )

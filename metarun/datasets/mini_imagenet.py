@@ -15,9 +15,10 @@ from typing import ClassVar, Literal
 
 import torch
 
+from metarun.datasets.base import Dataset
 from metarun.datasets.class_folders import Entry, Fit, class_store, entries, tell_counts
-from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
+from metarun.tasks.class_store import ClassStore
 
 WNID = re.compile(r"n\d{8}")
 PICKLES = (".pkl", ".pickle", ".npz", ".npy")
@@ -34,7 +35,7 @@ def class_split(name: str = "mini_imagenet") -> dict[str, list[str]]:
     return parts
 
 
-class MiniImageNet:
+class MiniImageNet(Dataset):
     """miniImageNet below `root`, in any of the layouts people have it in.
 
     A class is a WordNet id: the name of the folder an image is in, or what the CSV files say of

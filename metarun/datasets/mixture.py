@@ -12,11 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metarun.episodes import ClassStore, Geometry
+from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, naming_part
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import EpisodeShape
 
 
-class Mixture:
+class Mixture(Dataset):
     """Tasks of the `datasets` named in `parts`, each drawn as often as its weight there says.
 
     All images are brought to one `size` and number of `channels`; None: the largest of the parts.
@@ -48,16 +50,16 @@ class Mixture:
         self.weights = parts
         self.datasets = {name: datasets[name] for name in parts}
         self.size, self.channels = size, channels
-        self.wanted: tuple[int, int, int] | None = None  # the shape of a model that is tested
+        self.wanted: tuple[int, ...] | None = None  # the shape of a model that is tested
 
-    def shaped(self, item_shape: tuple[int, int, int]) -> Mixture:
+    def reshaped(self, item_shape: tuple[int, ...]) -> Mixture:
         """The same with images of this shape: each part's are converted once, from its own pixels."""
         twin = copy.copy(self)
         twin.wanted = item_shape
         return twin
 
     @property
-    def item_shape(self) -> tuple[int, int, int]:
+    def item_shape(self) -> tuple[int, ...]:
         if self.wanted:
             return self.wanted
         most = [max(sizes) for sizes in zip(*(d.item_shape for d in self.datasets.values()), strict=True)]
@@ -65,7 +67,7 @@ class Mixture:
         return (self.channels or most[0], height, width)
 
     @property
-    def drawings(self) -> bool:
+    def drawings(self) -> bool:  # type: ignore[override]
         return all(getattr(dataset, "drawings", False) for dataset in self.datasets.values())
 
     def split(
@@ -78,7 +80,7 @@ class Mixture:
                 store = dataset.split(name)
             if not isinstance(store, ClassStore):
                 raise ConfigError(f"dataset.parts: {part} is no dataset of classes; leave it out")
-            stores[part] = store.converted(self.item_shape)
+            stores[part] = store.resized(self.item_shape)
         return MixtureStore(stores, list(self.weights.values()), f"mixture {name}", device)
 
 
@@ -95,7 +97,7 @@ class MixtureStore(ClassStore):
             f"{store.fingerprint} {weight}" for store, weight in zip(stores.values(), weights, strict=True)
         ]
         super().__init__(
-            torch.cat([store.images for store in stores.values()]),
+            torch.cat([store.items for store in stores.values()]),
             [count for store in stores.values() for count in store.counts.tolist()],
             [f"{part}: {each}" for part, store in stores.items() for each in store.names],
             name,
@@ -103,21 +105,21 @@ class MixtureStore(ClassStore):
             fingerprint=hashlib.sha256(" ".join(marks).encode()).hexdigest(),
         )
         self.parts = dict(stores)
-        self.parts = self.with_images(self.images).parts
+        self.parts = self.with_items(self.items).parts
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.weights /= self.weights.max()  # whose sum is finite
         sizes = torch.tensor([len(store.names) for store in stores.values()])
         self.owners = torch.arange(len(sizes)).repeat_interleave(sizes)  # of each class, its part
 
-    def check(self, geometry: Geometry) -> None:
+    def check(self, shape: EpisodeShape) -> None:
         for part in self.parts.values():
-            part.check(geometry)
+            part.check(shape)
 
-    def with_images(self, images: Tensor, host_for: torch.device | None = None) -> ClassStore:
-        twin = super().with_images(images, host_for)
-        pieces = images.split([sum(store.counts.tolist()) for store in self.parts.values()])
+    def with_items(self, items: Tensor, host_for: torch.device | None = None) -> ClassStore:
+        twin = super().with_items(items, host_for)
+        pieces = items.split([sum(store.counts.tolist()) for store in self.parts.values()])
         twin.parts = {
-            part: store.with_images(piece, host_for)
+            part: store.with_items(piece, host_for)
             for (part, store), piece in zip(self.parts.items(), pieces, strict=True)
         }
         return twin

@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metarun.archives import Archive, Folder
-from metarun.downloads import download
-from metarun.entries import mapped
-from metarun.episodes import ClassStore
+from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, DataError
-from metarun.files import data_dir, encoded
-from metarun.tracking import Bar
+from metarun.reporting.console import Bar
+from metarun.storage.archives import Archive, Folder
+from metarun.storage.cached_arrays import mapped
+from metarun.storage.downloads import download
+from metarun.storage.files import data_dir, encoded
+from metarun.tasks.class_store import ClassStore
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 MD5 = {
@@ -83,7 +84,7 @@ def _digest(name: str) -> str:
     return hashlib.sha256(encoded(name)).hexdigest()
 
 
-class Omniglot:
+class Omniglot(Dataset):
     """The three splits of Omniglot, bright ink (255) on a dark ground (0)."""
 
     drawings = True

@@ -8,21 +8,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metarun.episodes import Draw, Episodes, Geometry
+from metarun.datasets.base import Dataset
 from metarun.errors import DataError
+from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.objectives import REGRESSION
+from metarun.tasks.source import Draw, EpisodeSource
+from metarun.tasks.spec import TaskSpec
 
 Range = tuple[float, float]
 
 
-class Sinusoid:
+class Sinusoid(Dataset):
     """Tasks y = amplitude * sin(x + phase) to be learned from K points.
 
     Amplitude in [0.1, 5], phase in [0, pi] and x in [-5, 5], all uniform; the loss is the mean
     squared error. Tasks are continuous, so splits differ only in their random numbers.
     """
-
-    drawings = False
-    outputs = 1  # values a regression model predicts; a dataset of classes has no such attribute
 
     def __init__(
         self,
@@ -34,8 +35,8 @@ class Sinusoid:
         self.amplitude, self.phase, self.x = amplitude, phase, x
 
     @property
-    def item_shape(self) -> tuple[int, ...]:
-        return (1,)
+    def spec(self) -> TaskSpec:
+        return TaskSpec(item_shape=(1,), objective=REGRESSION, outputs=1)
 
     def split(
         self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
@@ -43,21 +44,19 @@ class Sinusoid:
         return SinusoidSource(self, name, device)
 
 
-class SinusoidSource:
-    """An EpisodeSource of sinusoids: one way, one output."""
-
-    item_shape = (1,)
+class SinusoidSource(EpisodeSource):
+    """Tasks of sinusoids: one way, one output."""
 
     def __init__(self, settings: Sinusoid, split: str, device: torch.device | str) -> None:
         self.settings, self.device = settings, device
-        self.split = split
+        self.spec, self.name = settings.spec, f"sinusoid {split}"
         self.fingerprint = f"sinusoid {split} {settings.amplitude} {settings.phase} {settings.x}"
 
-    def check(self, geometry: Geometry) -> None:
-        if geometry.ways != 1:
-            raise DataError(f"ways={geometry.ways}: a regression task has one way; set ways=1")
+    def check(self, shape: EpisodeShape) -> None:
+        if shape.ways != 1:
+            raise DataError(f"ways={shape.ways}: a regression task has one way; set ways=1")
 
-    def draw(self, tasks: int, geometry: Geometry, generator: torch.Generator) -> Draw:
+    def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
         """Amplitudes [T, 1, 1], phases [T, 1, 1] and points [T, K+Q, 1]."""
 
         def uniform(bounds: Range, points: int) -> Tensor:
@@ -65,17 +64,16 @@ class SinusoidSource:
             numbers = torch.rand(tasks, points, 1, generator=generator, device=generator.device)
             return low + (high - low) * numbers
 
-        points = geometry.shots + geometry.queries
+        points = shape.shots + shape.queries
         return (
             uniform(self.settings.amplitude, 1),
             uniform(self.settings.phase, 1),
             uniform(self.settings.x, points),
         )
 
-    def gather(self, draw: Draw, geometry: Geometry) -> Episodes:
+    def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
         amplitude, phase, x = (tensor.to(self.device) for tensor in draw)
         y = amplitude * torch.sin(x + phase)  # [T, K+Q, 1]
-        sizes = [geometry.shots, geometry.queries]
+        sizes = [shape.shots, shape.queries]
         (support_x, query_x), (support_y, query_y) = x.split(sizes, 1), y.split(sizes, 1)
-        classes = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
-        return Episodes(support_x, support_y, query_x, query_y, classes)
+        return Episodes(support_x, support_y, query_x, query_y, objective=self.spec.objective)

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from metarun.downloads import fetch
 from metarun.errors import DataError
-from metarun.locks import once
+from metarun.storage.downloads import fetch
+from metarun.storage.locks import once
 
 
 class Labelled(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.lowering import Params
+from metarun.nn.per_task import Params
 
 
 class Adam(InnerLoop):

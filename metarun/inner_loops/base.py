@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError
-from metarun.lowering import Params
+from metarun.nn.per_task import Params, flatten
 
 Loss = Callable[[Params, int], Tensor]  # (weights, step) -> each task's loss, [T]
 
@@ -93,3 +93,13 @@ def refuse_learned(inner_loop: InnerLoop, reason: str) -> None:
 def rows(meta: Tensor, p: Tensor) -> Tensor:
     """Meta-parameters [*shape] for weights [T, *shape]; of a head, as many rows as the task has ways."""
     return meta[: p.shape[1]]
+
+
+def with_proximal_term(loss: Loss, start: Params, strength: float) -> Loss:
+    """The loss plus strength/2 ||weights - start||^2, for each task."""
+    origin = flatten(start)  # [T, P]
+
+    def regularised(params: Params, step: int) -> Tensor:
+        return loss(params, step) + 0.5 * strength * (flatten(params) - origin).square().sum(1)
+
+    return regularised

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.inner_loops.base import InnerLoop, Loss, PerWeight, rows
-from metarun.lowering import Params
+from metarun.nn.per_task import Params
 
 
 class MetaCurvature(InnerLoop):

@@ -8,7 +8,7 @@ import torch
 
 from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop, Loss, PerWeight, rows
-from metarun.lowering import Params
+from metarun.nn.per_task import Params
 
 
 class MetaSGD(InnerLoop):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.lowering import Params, flatten, unflatten
+from metarun.nn.per_task import Params, flatten, unflatten
 
 
 class LSTMCell(nn.LSTMCell):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from metarun.inner_loops.base import InnerLoop, Loss
-from metarun.lowering import Params
+from metarun.nn.per_task import Params
 
 
 class SGD(InnerLoop):

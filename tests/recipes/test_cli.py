@@ -14,7 +14,7 @@ import torch
 from conftest import TINY
 
 import metarun as package
-from metarun.checkpoint import FORMAT
+from metarun.training.checkpoint import FORMAT
 
 
 def typed(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

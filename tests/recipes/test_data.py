@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from metarun import cli
+from metarun.config.paths import CONF
 
 
 def test_what_there_is(metarun):
     done = metarun("data")
-    for path in (cli.CONF / "dataset").glob("*.yaml"):
+    for path in (CONF / "dataset").glob("*.yaml"):
         assert path.stem in done.stdout
     assert "licence: MIT" in done.stdout
 
@@ -115,7 +115,7 @@ def test_only_what_was_made_of_the_named_files_is_removed(metarun, tmp_path: Pat
 
 
 def test_every_dataset_says_what_it_holds_where_it_is_from_and_its_licence():
-    for path in (cli.CONF / "dataset").glob("*.yaml"):
+    for path in (CONF / "dataset").glob("*.yaml"):
         text = path.read_text()
         for fact in ("classes", "images", "from", "licence"):
             assert f"\n# {fact}: " in text, (path.name, fact)

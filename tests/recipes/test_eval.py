@@ -14,12 +14,12 @@ from conftest import TINY
 from PIL import Image
 from rich.console import Console
 
-from metarun import plots
 from metarun.commands.cells import Cell
 from metarun.commands.evaluate import comparisons, table_of, with_the_best
 from metarun.commands.models import Model
-from metarun.episodes import Geometry
-from metarun.evaluation import Result
+from metarun.reporting import plots
+from metarun.tasks.episodes import EpisodeShape
+from metarun.training.evaluation import Result
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +180,12 @@ def test_models_of_one_kind_are_told_apart_by_their_place(metarun, runs: Path, t
 def test_the_table_fits_eighty_columns_with_long_names_and_reasons(monkeypatch):
     console = Console(width=80)
     monkeypatch.setattr("metarun.commands.evaluate.console", console)
-    result = Result(Geometry(20, 1, 5), "accuracy", torch.ones(4), torch.ones(4), "same", False, 1.0)
+    result = Result(EpisodeShape(20, 1, 5), "accuracy", torch.ones(4), torch.ones(4), "same", False, 1.0)
     cells = []
     for name in ("gnn", "baseline_plus_plus", "metaoptnet run last a_folder_of_a_long_name"):
         model = Model(name, Path(name), None, None)  # type: ignore[arg-type]
-        cells.append(Cell(model, result.geometry, None, None, "glyphs", result))  # type: ignore[arg-type]
-        cells.append(Cell(model, result.geometry, None, None, "glyphs", reason="a reason of many words " * 4))  # type: ignore[arg-type]
+        cells.append(Cell(model, result.shape, None, None, "glyphs", result))  # type: ignore[arg-type]
+        cells.append(Cell(model, result.shape, None, None, "glyphs", reason="a reason of many words " * 4))  # type: ignore[arg-type]
     with console.capture() as captured:
         console.print(table_of(cells, "title"))
     lines = captured.get().splitlines()
@@ -198,9 +198,9 @@ def test_of_many_models_the_best_stands_beside_the_others():
     cells = []
     for name, mean in means.items():
         scores = torch.full((4,), mean)
-        result = Result(Geometry(5, 1, 5), "accuracy", scores, scores, "same", False, 0.0)
+        result = Result(EpisodeShape(5, 1, 5), "accuracy", scores, scores, "same", False, 0.0)
         model = Model(name, Path(name), None, None)  # type: ignore[arg-type]
-        cells.append(Cell(model, result.geometry, None, None, "glyphs", result))  # type: ignore[arg-type]
+        cells.append(Cell(model, result.shape, None, None, "glyphs", result))  # type: ignore[arg-type]
     pairs = comparisons(cells)
     assert len(pairs) == 10
     shown = with_the_best(pairs, cells)

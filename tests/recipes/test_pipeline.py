@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from metarun import checkpoint
+from metarun.training import checkpoint
 
 SMALL = [
     "dataset.train_classes=60",

@@ -15,11 +15,12 @@ import torch
 from conftest import TINY
 from omegaconf import OmegaConf
 
-from metarun import checkpoint, cli
-from metarun.locks import locked
+from metarun.config.paths import CONF
+from metarun.storage.locks import locked
+from metarun.training import checkpoint
 
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "learning_curve.png", "result.json"}
-ALGORITHMS = sorted(path.stem for path in (cli.CONF / "algorithm").glob("*.yaml"))
+ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
 CLASSIFIERS = [
     "protonet",
     "matching",

@@ -11,6 +11,7 @@ import pytest
 import references
 import torch
 from engines import engine_of
+from metarun.algorithms.proximal import IMAML, MinibatchProx
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -27,17 +28,14 @@ from metarun.algorithms.meta_networks import MetaNet
 from metarun.algorithms.metaoptnet import MetaOptNet
 from metarun.algorithms.pretrain import Pretrain
 from metarun.algorithms.protonet import ProtoNet
-from metarun.algorithms.proximal import IMAML, MinibatchProx
 from metarun.algorithms.r2d2 import R2D2
 from metarun.algorithms.relation import RelationNet
 from metarun.algorithms.reptile import Reptile
 from metarun.algorithms.snail import SNAIL
 from metarun.algorithms.versa import Versa
 from metarun.backbones.conv4 import Conv4
-from metarun.backbones.layers import FiLM, StepNorm
 from metarun.backbones.mlp import MLP
 from metarun.backbones.omniglot_cnn import OmniglotCNN
-from metarun.episodes import Episodes, Geometry
 from metarun.errors import ConfigError
 from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.base import InnerLoop, PerWeight
@@ -46,9 +44,11 @@ from metarun.inner_loops.meta_curvature import MetaCurvature
 from metarun.inner_loops.meta_sgd import MetaSGD
 from metarun.inner_loops.recurrent import LearnedOptimizer, MetaLSTM
 from metarun.inner_loops.sgd import SGD
-from metarun.lowering import Lowering, run_on_tasks
-from metarun.objectives import task_loss
-from metarun.shared import runs_at_once
+from metarun.nn.layers import FiLM, StepNorm
+from metarun.nn.per_task import TaskBatching, run_on_tasks
+from metarun.nn.shared_weights import runs_at_once
+from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.objectives import task_loss
 
 SHAPE = (1, 16, 16)
 RATE = 0.1
@@ -566,14 +566,14 @@ def difference(algorithm: Algorithm, episodes: Episodes, direction: Gradient, h:
     return (losses[0] - losses[1]) / (2 * h)
 
 
-@pytest.mark.parametrize("lowering", ["grouped", "unfold", "vmap", "loop"])
+@pytest.mark.parametrize("batching", ["grouped", "unfold", "vmap", "loop"])
 @pytest.mark.parametrize("name", PER_TASK)
-def test_every_lowering_gives_the_same_meta_gradient(name: str, lowering: str):
+def test_every_lowering_gives_the_same_meta_gradient(name: str, batching: str):
     algorithm = METHODS[name].build(BACKBONES["conv4"](), 2)
     episodes = episodes_of()
     expected = METHODS[name].reference(algorithm, episodes, 2)
     assert (
-        relative_error(gradient(algorithm, episodes, lowering=lowering), expected) < METHODS[name].tolerance
+        relative_error(gradient(algorithm, episodes, batching=batching), expected) < METHODS[name].tolerance
     )
 
 
@@ -582,7 +582,7 @@ def test_all_tasks_in_one_pass_give_the_same_meta_gradient(name: str):
     """As on a GPU, where feature maps are not channels-last: only batch norm knows of tasks."""
     algorithm = METHODS[name].build(BACKBONES["conv4"](), 1)
     episodes = episodes_of()
-    assert runs_at_once(algorithm.backbone, episodes.support_x, Lowering(channels_last=False))
+    assert runs_at_once(algorithm.backbone, episodes.support_x, TaskBatching(channels_last=False))
     expected = METHODS[name].reference(algorithm, episodes, 1)
     found = gradient(algorithm, episodes, channels_last=False)
     assert relative_error(found, expected) < METHODS[name].tolerance
@@ -781,19 +781,19 @@ def test_any_network_gives_what_the_loop_gives(name: str):
     params = {n: p.detach() + 0.1 * torch.randn(3, *p.shape) for n, p in module.named_parameters()}
     x = torch.rand(3, 5, *SHAPE)
     torch.testing.assert_close(
-        run_on_tasks(module, params, x), run_on_tasks(module, params, x, Lowering("loop"))
+        run_on_tasks(module, params, x), run_on_tasks(module, params, x, TaskBatching("loop"))
     )
 
 
 def test_items_that_are_no_images():
-    """A vector or a sequence of vectors, [L, F], through the grouped lowering."""
+    """A vector or a sequence of vectors, [L, F], through the grouped batching."""
     for shape in ((5,), (4, 5)):
         module = MLP(shape, hidden=(6, 6))
         params = {n: p.detach() + 0.1 * torch.randn(3, *p.shape) for n, p in module.named_parameters()}
         x = torch.rand(3, 7, *shape)
         torch.testing.assert_close(
-            run_on_tasks(module, params, x, Lowering("grouped")),
-            run_on_tasks(module, params, x, Lowering("loop")),
+            run_on_tasks(module, params, x, TaskBatching("grouped")),
+            run_on_tasks(module, params, x, TaskBatching("loop")),
         )
 
 
@@ -849,4 +849,4 @@ def test_regression_uses_the_mean_squared_error():
 
 
 def test_geometry_reads_like_the_field():
-    assert str(Geometry(5, 1, 15)) == "5-way 1-shot"
+    assert str(EpisodeShape(5, 1, 15)) == "5-way 1-shot"

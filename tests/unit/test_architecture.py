@@ -17,12 +17,12 @@ FORBIDDEN = {
     "hydra",
     "omegaconf",
     "metarun.datasets",
-    "metarun.trainer",
+    "metarun.training.trainer",
     "metarun.commands",
-    "metarun.config",
-    "metarun.build",
-    "metarun.hardware",
-    "metarun.tracking",
+    "metarun.config.schema",
+    "metarun.config.build",
+    "metarun.training.hardware",
+    "metarun.reporting.console",
 }
 FILES = {"errors", "files", "locks", "downloads", "archives", "entries"}  # these know of no other room
 HYDRA_ROOMS = {"cli", "commands", "config", "build", "explain", "sweep", "checkpoint"}

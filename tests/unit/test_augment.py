@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metarun.augment import Augment
-from metarun.episodes import ClassStore, Geometry, sample
+from metarun.datasets.augment import Augment
 from metarun.errors import ConfigError
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.sampling import sample
 
 IMAGES = torch.rand(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
 STILL = [0.5] * 7  # no rotation, no mirror, no shift, no change of colour
@@ -62,10 +64,10 @@ def test_settings_that_cannot_be():
 def test_a_store_changes_each_image_by_numbers_of_its_draw():
     pixels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     store = ClassStore(pixels, [10] * 4, list("abcd"), "test")
-    geometry = Geometry(2, 1, 3)
-    plain = sample(store, 2, geometry, torch.Generator().manual_seed(1))
+    shape = EpisodeShape(2, 1, 3)
+    plain = sample(store, 2, shape, torch.Generator().manual_seed(1))
     store.augment = Augment()
-    first, again = (sample(store, 2, geometry, torch.Generator().manual_seed(1)) for _ in range(2))
+    first, again = (sample(store, 2, shape, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first.support_x, again.support_x)
     assert torch.equal(first.classes, plain.classes)  # the same tasks
     assert not torch.equal(first.support_x, plain.support_x)

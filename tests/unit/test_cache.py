@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_image_datasets import NAMES, picture, tree
 
-from metarun import cache, locks
 from metarun.datasets.image_folder import ImageFolder
-from metarun.entries import mapped
 from metarun.errors import DataError
+from metarun.storage import cache, locks
+from metarun.storage.cached_arrays import mapped
 
 
 @pytest.fixture(autouse=True)

@@ -10,23 +10,25 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from metarun import cli
-from metarun.build import build_algorithm, build_hardware, instantiate
-from metarun.config import check, register_frames
+from metarun.cli.overrides import arrange
+from metarun.config.build import build_algorithm, build_hardware, instantiate
+from metarun.config.check import check
+from metarun.config.paths import CONF
+from metarun.config.schema import register_frames
 from metarun.errors import ConfigError
 
 GROUPS = ("dataset", "algorithm", "backbone", "inner_loop", "hardware")
-FILES = sorted(cli.CONF.rglob("*.yaml"))
-OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((cli.CONF / group).glob("*.yaml"))]
+FILES = sorted(CONF.rglob("*.yaml"))
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
 def composed(command: str, *words: str) -> DictConfig:
     register_frames()
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return compose(command, cli.arrange(command, list(words)))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(command, arrange(command, list(words)))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(cli.CONF)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_yaml_opens_with_its_command(path: Path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
     assert lines[0].startswith("# metarun "), lines[0]

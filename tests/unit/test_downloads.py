@@ -17,10 +17,10 @@ import torchvision.datasets as sets
 from PIL import Image
 from test_image_datasets import mnist_files
 
-from metarun import downloads
 from metarun.datasets.cifar import CifarFS
 from metarun.datasets.from_torchvision import FromTorchvision
 from metarun.errors import DataError
+from metarun.storage import downloads
 
 
 class Server(ThreadingHTTPServer):

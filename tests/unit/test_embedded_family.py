@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metarun.algorithms import mann
 from metarun.algorithms.baseline import Baseline, SimpleShot
 from metarun.algorithms.cnaps import CNAPs
-from metarun.algorithms.embedded import Embedded
+from metarun.algorithms.feature_method import FeatureMethod
 from metarun.algorithms.gnn import GNN
 from metarun.algorithms.matching import MatchingNet
 from metarun.algorithms.meta_networks import MetaNet
@@ -22,17 +22,17 @@ from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.r2d2 import R2D2, logistic_regression, ridge_regression
 from metarun.algorithms.relation import RelationNet
 from metarun.algorithms.snail import SNAIL
+from metarun.algorithms.svm import crammer_singer_dual
 from metarun.algorithms.versa import Versa
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.backbones.wide_resnet import WideResNet
-from metarun.episodes import Episodes
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
-from metarun.lowering import Lowering
-from metarun.quadratic import crammer_singer_dual
+from metarun.nn.per_task import TaskBatching
+from metarun.tasks.episodes import Episodes
 
-EMBEDDED = [name for name, m in METHODS.items() if isinstance(m.build(MLP(SHAPE, (4,)), 1), Embedded)]
+EMBEDDED = [name for name, m in METHODS.items() if isinstance(m.build(MLP(SHAPE, (4,)), 1), FeatureMethod)]
 
 
 class Numbers(nn.Module):
@@ -422,7 +422,7 @@ class Halves(nn.Module):
 def test_cnaps_scales_each_task_by_itself(build, channels_last: bool):
     """Whatever the network does with its batch, in evaluation and in training."""
     algorithm = CNAPs(build(), (1, 16, 16), width=4)
-    algorithm.lowering = Lowering(channels_last=channels_last)
+    algorithm.lowering = TaskBatching(channels_last=channels_last)
     for generator in algorithm.film:
         nn.init.normal_(generator.size)
     x, y = torch.rand(3, 4, 1, 16, 16), torch.arange(4).expand(3, 4)

@@ -14,13 +14,13 @@ from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.reptile import Reptile
 from metarun.backbones.conv4 import Conv4
-from metarun.engine import Engine
-from metarun.episodes import Episodes
 from metarun.errors import TrainingError
-from metarun.hardware import Hardware
 from metarun.inner_loops.sgd import SGD
-from metarun.measure import peak_bytes
-from metarun.trainer import load_optimizer
+from metarun.tasks.episodes import Episodes
+from metarun.training.hardware import Hardware
+from metarun.training.memory import peak_bytes
+from metarun.training.step import Engine
+from metarun.training.trainer import load_optimizer
 
 SHAPE = (1, 16, 16)
 
@@ -55,9 +55,9 @@ def losses(name: str, **hardware) -> list[float]:
     found = []
     torch.manual_seed(2)  # Reptile's order
     for _ in range(4):
-        engine.window.zero_()
+        engine.running_totals.zero_()
         engine.step()
-        loss, score = engine.window.tolist()
+        loss, score = engine.running_totals.tolist()
         assert 0 <= score <= 5
         found.append(loss)
     return found
@@ -66,8 +66,8 @@ def losses(name: str, **hardware) -> list[float]:
 WAYS_TO_RUN = {
     "two tasks at once": {"tasks_at_once": 2},
     "chosen": {"tasks_at_once": "auto"},
-    "loop": {"lowering": "loop"},
-    "unfold": {"lowering": "unfold"},
+    "loop": {"batching": "loop"},
+    "unfold": {"batching": "unfold"},
     "channels first": {"channels_last": False},
     "traced": {"compile": "auto"},
 }
@@ -164,7 +164,7 @@ def test_out_of_memory_halves_the_tasks_at_once_and_goes_on():
         "out of memory: going on with 3 tasks at once",
         "out of memory: going on with 2 tasks at once",
     ]
-    torch.testing.assert_close(engine.window, expected.window)
+    torch.testing.assert_close(engine.running_totals, expected.window)
     torch.testing.assert_close(engine.algorithm.scale, expected.algorithm.scale)
 
 
@@ -240,5 +240,5 @@ def test_a_captured_step_gives_the_losses_of_an_eager_one(name: str):
         for _ in range(10):
             engine.step()
         assert (engine.graph is not None) == graph
-        found.append(engine.window.tolist())
+        found.append(engine.running_totals.tolist())
     assert found[1] == pytest.approx(found[0], rel=1e-6)

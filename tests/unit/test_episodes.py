@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from metarun.datasets.sinusoid import Sinusoid
-from metarun.episodes import DRAW_BLOCK, ClassStore, Episodes, Geometry, sample, split_draw, training_draws
 from metarun.errors import DataError
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.sampling import DRAW_BLOCK, sample, training_draws
+from metarun.tasks.source import split_draw
 
 COUNTS = [5, 9, 4, 6]
 
@@ -24,7 +27,7 @@ def store(counts: list[int] = COUNTS) -> ClassStore:
 
 
 def drawn(tasks: int = 300, seed: int = 0) -> Episodes:
-    return sample(store(), tasks, Geometry(3, 1, 3), torch.Generator().manual_seed(seed))
+    return sample(store(), tasks, EpisodeShape(3, 1, 3), torch.Generator().manual_seed(seed))
 
 
 def identity(x: Tensor) -> Tensor:
@@ -66,16 +69,16 @@ def test_the_generator_decides():
 
 
 @pytest.mark.parametrize(
-    ("geometry", "message"),
+    ("shape", "message"),
     [
-        (Geometry(5, 1, 1), "ways=5: made up has 4 classes; lower ways to at most 4"),
-        (Geometry(2, 2, 3), "class 'class 2' of made up has 4"),
+        (EpisodeShape(5, 1, 1), "ways=5: made up has 4 classes; lower ways to at most 4"),
+        (EpisodeShape(2, 2, 3), "class 'class 2' of made up has 4"),
     ],
 )
-def test_impossible_geometries_are_refused(geometry: Geometry, message: str):
+def test_impossible_geometries_are_refused(shape: EpisodeShape, message: str):
     with pytest.raises(DataError, match=message):
-        store().check(geometry)
-    store().check(Geometry(4, 1, 3))
+        store().check(shape)
+    store().check(EpisodeShape(4, 1, 3))
 
 
 def test_the_fingerprint_tells_data_apart():
@@ -84,8 +87,8 @@ def test_the_fingerprint_tells_data_apart():
 
 
 def test_the_parts_of_a_draw_are_even_and_the_whole():
-    geometry = Geometry(3, 1, 3)
-    draw = store().draw(7, geometry, torch.Generator().manual_seed(0))
+    shape = EpisodeShape(3, 1, 3)
+    draw = store().draw(7, shape, torch.Generator().manual_seed(0))
     parts = list(split_draw(draw, 3))
     assert [len(part[0]) for part in parts] == [3, 2, 2]
     for whole, *pieces in zip(draw, *parts, strict=True):
@@ -93,10 +96,10 @@ def test_the_parts_of_a_draw_are_even_and_the_whole():
 
 
 def test_what_is_drawn_at_an_iteration_depends_on_the_seed_and_the_iteration_alone():
-    geometry = Geometry(3, 1, 3)
+    shape = EpisodeShape(3, 1, 3)
 
     def drawn(seed: int, start: int, count: int) -> list[Tensor]:
-        draws = training_draws(store(), 2, geometry, seed, start)
+        draws = training_draws(store(), 2, shape, seed, start)
         return [torch.cat([t.flatten() for t in draw]) for draw in itertools.islice(draws, count)]
 
     whole = drawn(0, 0, 2 * DRAW_BLOCK)
@@ -109,12 +112,12 @@ def test_what_is_drawn_at_an_iteration_depends_on_the_seed_and_the_iteration_alo
 
 def test_sinusoids_are_what_the_paper_says():
     source = Sinusoid().split("train")
-    geometry = Geometry(1, 10, 10)
-    draw = source.draw(5000, geometry, torch.Generator().manual_seed(0))
+    shape = EpisodeShape(1, 10, 10)
+    draw = source.draw(5000, shape, torch.Generator().manual_seed(0))
     amplitude, phase, x = draw
     for values, low, high in ((amplitude, 0.1, 5.0), (phase, 0.0, torch.pi), (x, -5.0, 5.0)):
         assert low <= values.min() < low + 0.05 * (high - low)
         assert high >= values.max() > high - 0.05 * (high - low)
-    episodes = source.gather(draw, geometry)
+    episodes = source.gather(draw, shape)
     torch.testing.assert_close(episodes.query_y[7, 3], amplitude[7, 0] * torch.sin(x[7, 13] + phase[7, 0]))
     assert episodes.support_x.shape == episodes.support_y.shape == (5000, 10, 1)

@@ -13,12 +13,12 @@ from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.reptile import Reptile
 from metarun.backbones.conv4 import Conv4
 from metarun.datasets.glyphs import Glyphs
-from metarun.episodes import Geometry
-from metarun.evaluation import Result, evaluate, fixed_draws, interval, paired_difference
-from metarun.hardware import Hardware
 from metarun.inner_loops.sgd import SGD
+from metarun.tasks.episodes import EpisodeShape
+from metarun.training.evaluation import Result, evaluate, fixed_draws, interval, paired_difference
+from metarun.training.hardware import Hardware
 
-GEOMETRY = Geometry(3, 1, 2)
+GEOMETRY = EpisodeShape(3, 1, 2)
 CPU = Hardware("cpu")
 
 
@@ -66,7 +66,7 @@ def test_evaluating_changes_nothing_in_the_algorithm_or_the_random_state(source)
 def test_random_inner_loops_evaluate_the_same_twice(source):
     """Reptile's mini-batches are drawn from a seed of the evaluation's own."""
     algorithm = Reptile(Conv4((1, 28, 28), width=8), SGD(0.1, 3, order=1), 3, batch=2)
-    results = [evaluate(algorithm, source, Geometry(3, 2, 2), 20, 0, CPU) for _ in range(2)]
+    results = [evaluate(algorithm, source, EpisodeShape(3, 2, 2), 20, 0, CPU) for _ in range(2)]
     assert torch.equal(results[0].losses, results[1].losses)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from metarun import cli
+from metarun.config.paths import CONF
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -22,6 +22,6 @@ def test_the_documents_have_the_tables_and_the_tables_every_method():
     family = load()
     assert family.table() in (DOCS / "gradient_based.md").read_text()
     assert family.feature_table() in (DOCS / "feature_based.md").read_text()
-    options = {path.stem for path in (cli.CONF / "algorithm").glob("*.yaml")}
+    options = {path.stem for path in (CONF / "algorithm").glob("*.yaml")}
     assert options == set(family.METHODS) | set(family.FEATURES)
     assert not set(family.METHODS) & set(family.FEATURES)

@@ -11,12 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from metarun import archives, downloads
-from metarun.archives import Archive, Folder
-from metarun.downloads import download
-from metarun.entries import mapped
 from metarun.errors import DataError
-from metarun.files import atomic_write, cache_dir, data_dir
+from metarun.storage import archives, downloads
+from metarun.storage.archives import Archive, Folder
+from metarun.storage.cached_arrays import mapped
+from metarun.storage.downloads import download
+from metarun.storage.files import atomic_write, cache_dir, data_dir
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 MD5 = hashlib.md5(BODY).hexdigest()

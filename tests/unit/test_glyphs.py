@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from metarun.datasets.glyphs import BLOCK, STROKES, Glyphs, draw_tokens, render, sample_types
-from metarun.episodes import Geometry, sample
 from metarun.errors import ConfigError
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.sampling import sample
 
 
 def small(**settings):
@@ -83,7 +84,7 @@ def test_as_hard_as_omniglot_for_nearest_neighbours_in_pixels():
 
 
 def nearest_neighbour_accuracy(store):
-    episodes = sample(store, 400, Geometry(5, 1, 5), torch.Generator().manual_seed(0))
+    episodes = sample(store, 400, EpisodeShape(5, 1, 5), torch.Generator().manual_seed(0))
     distances = torch.cdist(episodes.query_x.flatten(2), episodes.support_x.flatten(2))  # [T, N*Q, N]
     return (distances.argmin(-1) == episodes.query_y).float().mean().item()
 

@@ -8,18 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from engines import engine_of
+from metarun.algorithms.proximal import IMAML, MinibatchProx, conjugate_gradient
 from torch import Tensor, nn
 
 from metarun.algorithms.cavia import CAVIA
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.maml_plus_plus import MAMLPlusPlus
 from metarun.algorithms.pretrain import Pretrain
-from metarun.algorithms.proximal import IMAML, MinibatchProx, conjugate_gradient
 from metarun.algorithms.reptile import Reptile
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
-from metarun.engine import Clip
-from metarun.episodes import Episodes
 from metarun.errors import ConfigError
 from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.base import InnerLoop
@@ -28,8 +26,10 @@ from metarun.inner_loops.meta_curvature import MetaCurvature
 from metarun.inner_loops.meta_sgd import MetaSGD
 from metarun.inner_loops.recurrent import LearnedOptimizer, MetaLSTM, preprocessed
 from metarun.inner_loops.sgd import SGD
-from metarun.lowering import run_on_tasks
-from metarun.measure import peak_bytes
+from metarun.nn.per_task import run_on_tasks
+from metarun.tasks.episodes import Episodes
+from metarun.training.memory import peak_bytes
+from metarun.training.step import Clip
 
 INNER_LOOPS: dict[str, Callable[[], InnerLoop]] = {
     "sgd": lambda: SGD(0.1, 2),
@@ -156,11 +156,11 @@ def test_the_losses_of_all_steps_are_annealed_as_in_the_papers_code():
     """From equal weights to the last alone; the others keep 3 % of 1/steps until the annealing ends."""
     algorithm = MAMLPlusPlus(MLP((6,)), SGD(0.1, 5), 3, multi_step_loss=10)
     for epoch in range(10):
-        algorithm.advance(epoch)
+        algorithm.on_step_start(epoch)
         others = max(1 / 5 - epoch * (1 / 5 / 10), 0.03 / 5)
         last = min(1 / 5 + epoch * (4 / 5 / 10), 1 - 4 * 0.03 / 5)
         torch.testing.assert_close(algorithm.loss_weights, torch.tensor([others] * 4 + [last]))
-    assert algorithm.advance(10)
+    assert algorithm.on_step_start(10)
     episodes = vectors()
     torch.testing.assert_close(algorithm.meta_loss(episodes), MAML.meta_loss(algorithm, episodes))
 
@@ -178,7 +178,7 @@ def test_annealed_runs_are_the_same_however_a_step_is_run(compile):
         run = []
         for iteration in range(7):
             engine.step()
-            run.append(engine.window[0].item())
+            run.append(engine.running_totals[0].item())
             assert bool(engine.lowered) == (how is not False)
             assert algorithm.inner_loop.order == (1 if iteration < 2 else 2)
         losses.append(run)
@@ -351,8 +351,8 @@ def test_averages_of_steps_in_bf16_and_where_they_cannot_be_kept():
     assert algorithm.norms[0].mean.dtype == torch.float32
     assert algorithm.norms[0].mean.isfinite().all()
     for lowering in ("vmap", "loop"):
-        engine = engine_of(algorithm, images(), lowering=lowering)
-        with pytest.raises(ConfigError, match=r"needs a backbone that is a chain .*hardware\.lowering=auto"):
+        engine = engine_of(algorithm, images(), batching=batching)
+        with pytest.raises(ConfigError, match=r"needs a backbone that is a chain .*hardware\.batching=auto"):
             engine.step()
     with pytest.raises(ConfigError, match="has no batch norm"):
         MAMLPlusPlus(MLP((6,)), SGD(0.1, 2), 3, step_statistics=True)

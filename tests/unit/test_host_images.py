@@ -10,18 +10,20 @@ import torch
 from torch.optim import SGD as OuterSGD
 
 from metarun.algorithms.protonet import ProtoNet
-from metarun.augment import Augment
 from metarun.backbones.conv4 import Conv4
-from metarun.build import build_source
+from metarun.config.build import build_source
+from metarun.datasets.augment import Augment
 from metarun.datasets.glyphs import Glyphs
 from metarun.datasets.mixture import Mixture, MixtureStore
 from metarun.datasets.sinusoid import Sinusoid
-from metarun.engine import Engine
-from metarun.episodes import ClassStore, Geometry, fetched_ahead, sample, training_draws
-from metarun.evaluation import evaluate
-from metarun.hardware import Hardware
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.sampling import fetched_ahead, sample, training_draws
+from metarun.training.evaluation import evaluate
+from metarun.training.hardware import Hardware
+from metarun.training.step import Engine
 
-GEOMETRY = Geometry(3, 1, 2)
+GEOMETRY = EpisodeShape(3, 1, 2)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -44,7 +46,7 @@ def losses(store: ClassStore, device: str) -> list[float]:
     found = []
     for _ in range(20):  # over the end of a block of draws
         engine.step()
-        found.append(engine.window[0].item())
+        found.append(engine.running_totals[0].item())
     assert engine.graph is None or store.host_for is None
     assert any("host memory" in note for note in notes) == (device == "cuda" and store.host_for is not None)
     return found

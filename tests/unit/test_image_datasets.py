@@ -15,15 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from metarun import cli
+from metarun.config.paths import CONF
 from metarun.datasets import mini_imagenet
 from metarun.datasets.cifar import FC100, CifarFS, labels
 from metarun.datasets.from_torchvision import SETS, FromTorchvision
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
-from metarun.entries import mapped
-from metarun.episodes import Geometry, sample
 from metarun.errors import ConfigError, DataError
+from metarun.storage.cached_arrays import mapped
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.sampling import sample
 
 NAMES = [f"class {i}" for i in range(8)]
 
@@ -354,7 +355,7 @@ def test_the_real_cifar(test_data: Path, tmp_path: Path, dataset, layout: str):
     # Of the 50,000 training images, as everyone normalises by them; those of all are within 0.0003 of these.
     torch.testing.assert_close(mean, torch.tensor([0.5071, 0.4865, 0.4409]).double(), atol=5e-4, rtol=0)
     torch.testing.assert_close(spread, torch.tensor([0.2673, 0.2564, 0.2762]).double(), atol=5e-4, rtol=0)
-    episodes = sample(parts[0], 2, Geometry(5, 1, 3), torch.Generator().manual_seed(0))
+    episodes = sample(parts[0], 2, EpisodeShape(5, 1, 3), torch.Generator().manual_seed(0))
     assert episodes.support_x.shape == (2, 5, 3, 32, 32)
 
 
@@ -508,7 +509,7 @@ def test_every_yaml_of_torchvision_names_a_set_there_is():
     import torchvision.datasets
 
     options = {
-        path.stem for path in (cli.CONF / "dataset").glob("*.yaml") if "from_torchvision" in path.read_text()
+        path.stem for path in (CONF / "dataset").glob("*.yaml") if "from_torchvision" in path.read_text()
     }
     assert options == set(SETS)
     for kind, parts in SETS.values():

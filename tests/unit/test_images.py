@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metarun import images
+from metarun.datasets import images
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
 

@@ -17,8 +17,8 @@ from metarun.datasets import cub
 from metarun.datasets.cub import Cub, split_of
 from metarun.datasets.mini_imagenet import MiniImageNet, class_split
 from metarun.datasets.tiered_imagenet import TieredImageNet
-from metarun.entries import unpacked
 from metarun.errors import ConfigError, DataError
+from metarun.storage.cached_arrays import unpacked
 
 SPLITS = ("train", "validation", "test")
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from metarun import fused
-from metarun.lowering import Lowering, pooled_first, run_on_tasks
+from metarun.nn import double_backward
+from metarun.nn.per_task import TaskBatching, pooled_first, run_on_tasks
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -30,12 +30,15 @@ def vector(seed: int, size: int = 3) -> Tensor:
 def test_batch_norm_and_its_first_and_second_derivatives(layout: str, affine: bool):
     x, w, b = images(layout), vector(1), vector(2)
     inputs = (x, w, b) if affine else (x, None, None)
-    mine, theirs = fused.batch_norm(*inputs, 1e-5), F.batch_norm(x, None, None, *inputs[1:], True, eps=1e-5)
+    mine, theirs = (
+        double_backward.batch_norm(*inputs, 1e-5),
+        F.batch_norm(x, None, None, *inputs[1:], True, eps=1e-5),
+    )
     torch.testing.assert_close(mine, theirs)
     checked = tuple(t for t in inputs if t is not None)
 
     def squared(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-        return fused.batch_norm(x, w, b, 1e-5).square()
+        return double_backward.batch_norm(x, w, b, 1e-5).square()
 
     assert gradcheck(squared, checked)
     assert gradgradcheck(squared, checked)
@@ -50,16 +53,16 @@ def test_max_pool_and_its_first_and_second_derivatives(settings: tuple, layout: 
     x = images(layout, channels)
     kernel, stride, padding, dilation, ceil = settings
     expected = F.max_pool2d(x, kernel, stride, padding, dilation, ceil)
-    torch.testing.assert_close(fused.max_pool(x, *settings), expected)
-    assert gradcheck(lambda x: fused.max_pool(x, *settings), (x,))
-    assert gradgradcheck(lambda x: fused.max_pool(x, *settings).pow(3), (x,))
+    torch.testing.assert_close(double_backward.max_pool(x, *settings), expected)
+    assert gradcheck(lambda x: double_backward.max_pool(x, *settings), (x,))
+    assert gradgradcheck(lambda x: double_backward.max_pool(x, *settings).pow(3), (x,))
 
 
 def test_feature_maps_stay_channels_last_through_both_backward_passes():
     """One tensor in another layout is correct but several times slower."""
     x = images("channels_last")
-    pooled = fused.max_pool(
-        fused.batch_norm(x, vector(1), vector(2), 1e-5), (2, 2), (2, 2), (0, 0), (1, 1), False
+    pooled = double_backward.max_pool(
+        double_backward.batch_norm(x, vector(1), vector(2), 1e-5), (2, 2), (2, 2), (0, 0), (1, 1), False
     )
     (g,) = torch.autograd.grad(pooled.pow(3).sum(), x, create_graph=True)
     (h,) = torch.autograd.grad(g.pow(3).sum(), x)
@@ -77,10 +80,10 @@ def test_linear_and_its_first_and_second_derivatives(biased: bool):
     inputs = (x, w, b) if biased else (x, w)
 
     def squared(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return fused.linear(x, w, b).square()
+        return double_backward.linear(x, w, b).square()
 
     expected = torch.stack([F.linear(x[t], w[t], b[t] if biased else None) for t in range(2)])
-    torch.testing.assert_close(fused.linear(*inputs, *([] if biased else [None])), expected)
+    torch.testing.assert_close(double_backward.linear(*inputs, *([] if biased else [None])), expected)
     assert gradcheck(squared, inputs)
     assert gradgradcheck(squared, inputs)
 
@@ -100,5 +103,5 @@ def test_convolutions_of_every_kind(settings: dict, how: str, channels_last: boo
     module = nn.Sequential(nn.Conv2d(2, 4, 3, **settings), nn.LeakyReLU(), nn.Flatten()).double()
     params = {name: torch.randn(3, *p.shape).double() for name, p in module.named_parameters()}
     x = torch.randn(3, 2, 2, 8, 9).double()
-    expected = run_on_tasks(module, params, x, Lowering("loop"))
-    torch.testing.assert_close(run_on_tasks(module, params, x, Lowering(how, channels_last)), expected)
+    expected = run_on_tasks(module, params, x, TaskBatching("loop"))
+    torch.testing.assert_close(run_on_tasks(module, params, x, TaskBatching(how, channels_last)), expected)

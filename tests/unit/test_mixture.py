@@ -8,17 +8,19 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from metarun.build import build_dataset
-from metarun.config import check_node
+from metarun.config.build import build_dataset
+from metarun.config.check import check_node
 from metarun.datasets.glyphs import Glyphs
 from metarun.datasets.mixture import Mixture
 from metarun.datasets.sinusoid import Sinusoid
-from metarun.episodes import ClassStore, Geometry, sample
 from metarun.errors import ConfigError, DataError, naming_part
-from metarun.evaluation import Result, interval, mean_of
-from metarun.images import converted
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.resize import converted
+from metarun.tasks.sampling import sample
+from metarun.training.evaluation import Result, interval, mean_of
 
-GEOMETRY = Geometry(3, 1, 2)
+GEOMETRY = EpisodeShape(3, 1, 2)
 
 
 class Flat:
@@ -71,11 +73,11 @@ def test_its_parts_are_the_datasets_themselves_on_the_same_memory():
 
 def test_a_task_that_one_of_them_cannot_give_is_refused_by_name():
     store = mixture().split("train")
-    store.check(Geometry(4, 1, 4))
+    store.check(EpisodeShape(4, 1, 4))
     with pytest.raises(DataError, match="flat 50 train has 4 classes"):
-        store.check(Geometry(5, 1, 1))
+        store.check(EpisodeShape(5, 1, 1))
     with pytest.raises(DataError, match="of flat 200 train has 5"):
-        store.check(Geometry(2, 1, 5))
+        store.check(EpisodeShape(2, 1, 5))
 
 
 @pytest.mark.parametrize(

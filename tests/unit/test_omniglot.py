@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from metarun import downloads
 from metarun.datasets import omniglot
 from metarun.datasets.omniglot import MD5, Omniglot, characters, class_split
 from metarun.errors import ConfigError, DataError
+from metarun.storage import downloads
 
 BACKGROUND, EVALUATION = MD5
 SIZES = {"maml": (1100, 100, 423), "vinyals": (1028, 172, 423), "lake": (792, 172, 659)}

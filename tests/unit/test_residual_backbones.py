@@ -16,13 +16,13 @@ from torchvision.models import resnet18
 
 from metarun.algorithms.cavia import CAVIA
 from metarun.algorithms.protonet import ProtoNet
-from metarun.backbones.layers import Residual
 from metarun.backbones.resnet12 import DropBlock, ResNet12
 from metarun.backbones.resnet18 import ResNet18
 from metarun.backbones.wide_resnet import WideResNet
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
-from metarun.lowering import Lowering, is_groupable, run_on_tasks
+from metarun.nn.layers import Residual
+from metarun.nn.per_task import TaskBatching, is_groupable, run_on_tasks
 
 SHAPE = (1, 16, 16)
 NETWORKS = {
@@ -100,14 +100,14 @@ def test_every_lowering_is_the_loop_to_second_order(float64: None, name: str, ho
     x = torch.rand(3, 4, *SHAPE)
     start = own_weights(network, 3)
 
-    def derivatives(lowering: Lowering) -> list[Tensor]:
+    def derivatives(batching: TaskBatching) -> list[Tensor]:
         params = {n: p.clone().requires_grad_() for n, p in start.items()}
-        y = run_on_tasks(network, params, x, lowering)
+        y = run_on_tasks(network, params, x, batching)
         first = torch.autograd.grad(y.pow(3).sum(), list(params.values()), create_graph=True)
         length = sum(g.square().sum() for g in first)
         return [y, *first, *torch.autograd.grad(length, list(params.values()))]
 
-    for mine, plain in zip(derivatives(Lowering(how)), derivatives(Lowering("loop")), strict=True):
+    for mine, plain in zip(derivatives(TaskBatching(how)), derivatives(TaskBatching("loop")), strict=True):
         assert (mine - plain).norm() <= 1e-10 * max(plain.norm(), 1)
 
 
@@ -135,7 +135,7 @@ def test_a_traced_gradient_is_the_references(float64: None):
 def test_methods_that_change_layers_reach_into_residual_blocks(float64: None, method: str):
     algorithm = METHODS[method].build(PLAIN["resnet12"](), 2)
     episodes = episodes_of()
-    grads = [gradient(algorithm, episodes, lowering=how) for how in ("grouped", "loop")]
+    grads = [gradient(algorithm, episodes, batching=how) for how in ("grouped", "loop")]
     assert relative_error(*grads) < 1e-10
 
 
@@ -157,7 +157,7 @@ def test_a_residual_block_of_any_kind():
     for module in (network, unknown):
         params, x = own_weights(module, 3), torch.rand(3, 5, 1, 3, 3)
         found = run_on_tasks(module, params, x)
-        torch.testing.assert_close(found, run_on_tasks(module, params, x, Lowering("loop")))
+        torch.testing.assert_close(found, run_on_tasks(module, params, x, TaskBatching("loop")))
 
 
 # Random layers
@@ -213,13 +213,13 @@ def test_tasks_drop_places_of_their_own(how: str, channels_last: bool):
     found = []
     for _ in range(2):
         torch.manual_seed(1)
-        found.append(run_on_tasks(network, params, x, Lowering(how, channels_last)))
+        found.append(run_on_tasks(network, params, x, TaskBatching(how, channels_last)))
     assert torch.equal(*found)
     zero = [(task == 0).float() for task in found[0]]
     for a, b in ((0, 1), (0, 2), (1, 2)):  # no more alike than chance: about half of the places are dropped
         assert abs(torch.corrcoef(torch.stack([zero[a].flatten(), zero[b].flatten()]))[0, 1]) < 0.15
     network.eval()
-    assert torch.equal(*run_on_tasks(network, params, x, Lowering(how))[:2])
+    assert torch.equal(*run_on_tasks(network, params, x, TaskBatching(how))[:2])
 
 
 def test_a_trace_draws_anew_every_time():

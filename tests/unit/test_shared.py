@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from metarun.backbones.conv4 import Conv4
-from metarun.backbones.layers import StepNorm, move_average
 from metarun.backbones.resnet12 import DropBlock, ResNet12
-from metarun.lowering import Lowering
-from metarun.shared import run_shared, runs_at_once
+from metarun.nn.layers import StepNorm, move_average
+from metarun.nn.per_task import TaskBatching
+from metarun.nn.shared_weights import run_shared, runs_at_once
 
-FIRST = Lowering(channels_last=False)
+FIRST = TaskBatching(channels_last=False)
 
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -33,9 +33,9 @@ def by_loop(network: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("lowering", [FIRST, Lowering(channels_last=True)])
+@pytest.mark.parametrize("batching", [FIRST, TaskBatching(channels_last=True)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_one_pass_is_the_loop(name: str, lowering: Lowering, training: bool):
+def test_one_pass_is_the_loop(name: str, batching: TaskBatching, training: bool):
     """Outputs, gradients and running averages, after two batches; in any memory layout."""
     network = NETWORKS[name]().train(training)
     channels = 1 if "one" in name else 3
@@ -43,7 +43,7 @@ def test_one_pass_is_the_loop(name: str, lowering: Lowering, training: bool):
     for _ in range(2):
         x = torch.randn(3, 5, channels, 16, 16)
         x, again = x.clone().requires_grad_(), x.requires_grad_()
-        y, expected = run_shared(network, x, lowering), by_loop(reference, again)
+        y, expected = run_shared(network, x, batching), by_loop(reference, again)
         torch.testing.assert_close(y, expected)
         weights = torch.randn_like(y)
         (y * weights).sum().backward()
@@ -87,12 +87,12 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("network", "training", "lowering", "expected"),
+    ("network", "training", "batching", "expected"),
     [
         (NETWORKS["conv4"](), True, FIRST, True),
-        (NETWORKS["conv4"](), True, Lowering(), False),  # a CPU is faster one by one
-        (NETWORKS["conv4"](), True, Lowering("loop", channels_last=False), False),
-        (NETWORKS["conv4"](), False, Lowering(), False),
+        (NETWORKS["conv4"](), True, TaskBatching(), False),  # a CPU is faster one by one
+        (NETWORKS["conv4"](), True, TaskBatching("loop", channels_last=False), False),
+        (NETWORKS["conv4"](), False, TaskBatching(), False),
         (NETWORKS["conv4"](), False, FIRST, True),
         (NETWORKS["conv4, batch"](), False, FIRST, True),
         (Conv4((3, 16, 16), norm="layer"), True, FIRST, True),
@@ -103,8 +103,8 @@ class Mixed(nn.Module):
         (nn.Sequential(StepNorm(3, 1, 0, 1e-5)), True, FIRST, False),
     ],
 )
-def test_when_tasks_run_at_once(network: nn.Module, training: bool, lowering: Lowering, expected: bool):
-    assert runs_at_once(network.train(training), torch.zeros(2, 5, 3, 16, 16), lowering) is expected
+def test_when_tasks_run_at_once(network: nn.Module, training: bool, batching: TaskBatching, expected: bool):
+    assert runs_at_once(network.train(training), torch.zeros(2, 5, 3, 16, 16), batching) is expected
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,1 @@
+"""The command line: arguments, Hydra, error messages and sweeps."""

@@ -1,0 +1,154 @@
+"""The command line: argv -> command -> Hydra -> the command's function.
+
+Torch is not imported here, so that help and mistakes in the command line are answered quickly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import metarun
+from metarun.cli.overrides import arrange, fail
+from metarun.config.paths import CONF
+
+COMMANDS = {
+    "train": "metarun.commands.train",
+    "eval": "metarun.commands.evaluate",
+    "adapt": "metarun.commands.adapt",
+    "data": "metarun.commands.data",
+}
+
+HELP = """\
+metarun {version}: meta-learning experiments from the command line
+
+  metarun train  [group=option ...] [key=value ...] [-m]   meta-train an algorithm
+  metarun eval   checkpoint=RUN [ways=[5,20] shots=[1,5]]  evaluate checkpoints on a grid of tasks
+  metarun adapt  checkpoint=RUN [support=FOLDER query=FOLDER]  adapt to a new task, also of your own images
+  metarun data   [dataset=NAME]                            what data there is; prepare and look at one
+
+A first result in two minutes, without any download:
+  metarun train
+  metarun eval checkpoint=outputs/...        the run's folder, as `train` prints it
+
+More to type:
+  metarun train algorithm=maml dataset=omniglot ways=20 shots=5
+  metarun train -m algorithm=maml,protonet seed=0,1          a sweep over all combinations
+  metarun train --help                       every group, option and setting
+  metarun train --cfg job                    the whole config, without running it
+"""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 1 a bad value, 2 bad usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP.format(version=metarun.__version__), end="")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"metarun {metarun.__version__}")
+        sys.exit(0)
+    name, *rest = arguments
+    if name in ("-sc", "--shell-completion"):
+        name, rest = completed_command(), arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
+        fail(f"{name!r} is not a command; {hint}", status=2)
+    run(name, rest)
+    sys.exit(0)
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Compose the command's config and run it; mistakes end in one line on standard error."""
+    import hydra
+
+    from metarun.config.schema import register_frames
+
+    register_frames()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is told by name
+    sys.argv = [f"metarun {name}", *arrange(name, arguments)]
+    sys.path.append(os.getcwd())  # for a user's own classes
+    # Let errors come here whole, to be told in one line each; `HYDRA_FULL_ERROR=1` shows them raw.
+    raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    def task(cfg: Any) -> Any:
+        return guarded(name, cfg, raw)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
+    except BrokenPipeError:  # such as `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if raw:
+            raise
+        fail(explained(error, name), status=1)
+
+
+def guarded(name: str, cfg: Any, raw: bool) -> Any:
+    """The command's result; a mistake ends the program, or in a sweep this job alone."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    try:
+        return importlib.import_module(COMMANDS[name]).run(cfg)
+    except KeyboardInterrupt:
+        remove_notes(Path(HydraConfig.get().runtime.output_dir))
+        raise
+    except Exception as error:
+        if raw:
+            raise
+        message = explained(error, name)
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        remove_notes(folder)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            from metarun.cli.sweep import record_failure
+
+            print(f"metarun: error: {message}", file=sys.stderr)
+            return record_failure(folder, message)
+        fail(message, status=1)
+
+
+def explained(error: Exception, name: str) -> str:
+    """One line for a mistake; a fault of ours goes on with its traceback."""
+    from metarun.cli.explain import explain
+
+    message = explain(error, name, sys.argv[1:])
+    if message is None:
+        raise error
+    return message
+
+
+def remove_notes(folder: Path) -> None:
+    """Remove the config's notes from a folder that holds nothing else, and what that leaves empty."""
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {".hydra"}:
+        return
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty
+        for empty in (folder.resolve(), folder.resolve().parent):
+            if empty != Path.cwd():
+                empty.rmdir()
+
+
+def completed_command() -> str:
+    """The command on the line being completed, taken out of it: Hydra knows of no subcommands."""
+    line = os.environ.get("COMP_LINE", "")
+    for name in COMMANDS:
+        before, found, after = line.partition(f" {name} ")
+        if found:
+            os.environ["COMP_LINE"] = f"{before} {after}"
+            point = int(os.environ.get("COMP_POINT", len(line)))
+            os.environ["COMP_POINT"] = str(point - len(name) - 1)
+            return name
+    return "train"

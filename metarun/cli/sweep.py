@@ -1,0 +1,111 @@
+"""A sweep's closing table: a Hydra callback, so that it works with every launcher."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.table import Table
+from rich.text import Text
+
+from metarun.reporting.console import print_line
+
+Row = dict[str, Any]
+
+
+class SweepTable(Callback):
+    """Prints one row a job when a multirun ends, and saves sweep.csv beside the jobs."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.began = time.time()
+        folder = Path(config.hydra.sweep.dir)
+        if (folder / "0" / "last.pt").exists():  # its table would be lost
+            message = f"{folder}: this folder already holds a sweep; choose another hydra.sweep.dir"
+            print(f"metarun: error: {message}", file=sys.stderr)
+            sys.exit(1)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from metarun.reporting.console import console
+        from metarun.storage.files import write_csv
+
+        folder = Path(config.hydra.sweep.dir)
+        # Not those of an earlier sweep into the same folder.
+        found = [*folder.glob("*/result.json"), *folder.glob("*/failure.json")]  # what failed counts
+        new = [path for path in found if path.stat().st_mtime >= self.began - 1]
+        paths = sorted(new, key=job_number)
+        results = {path.parent.name: json.loads(path.read_text()) for path in paths}
+        if not results:
+            return
+        write_csv(folder / "sweep.csv", [row_of(job, result) for job, result in results.items()])
+        console.print(table_of(results, str(folder)))
+        print_line(f"saved {folder / 'sweep.csv'}")
+        if any("error" in result for result in results.values()):
+            sys.exit(1)
+
+
+def record_failure(folder: Path, message: str) -> float:
+    """Note a job that failed, so that the sweep goes on and its table tells.
+
+    Beside what another run may have left in the folder, which stays.
+    """
+    from metarun.storage.files import write_json
+
+    overrides = list(HydraConfig.get().overrides.task)
+    write_json(folder / "failure.json", {"overrides": overrides, "error": message})
+    return math.nan
+
+
+def job_number(path: Path) -> tuple[int, str]:
+    name = path.parent.name
+    return (int(name), "") if name.isdigit() else (1 << 30, name)
+
+
+def typed(result: Row) -> dict[str, str]:
+    """The settings a job was given, by key."""
+    pairs = (override.lstrip("+").partition("=") for override in result["overrides"])
+    return {key: value for key, _, value in pairs if key != "pairing"}
+
+
+def row_of(job: str, result: Row) -> Row:
+    """Everything about a job, for sweep.csv; accuracies in [0, 1]."""
+    row: Row = {"job": job, **typed(result)}
+    if "error" in result:
+        return row | {"error": result["error"]}
+    for split in ("validation", "test"):
+        if split in result:
+            row[f"{split} {result['metric']}"] = result[split]["mean"]
+            row[f"{split} interval"] = result[split]["interval"]
+    best = result["validation"]["iteration"]
+    return row | {"best iteration": best, "seconds": result["seconds"], "checkpoint": result["checkpoint"]}
+
+
+def table_of(results: dict[str, Row], folder: str) -> Table:
+    """What differs between the jobs, and what came out."""
+    from metarun.tasks.objectives import metric_named
+
+    settings = {job: typed(result) for job, result in results.items()}
+    keys = list(dict.fromkeys(key for own in settings.values() for key in own))
+    swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]
+    table = Table(title=f"{len(results)} jobs in {folder}")
+    for heading in ("job", *swept, "validation", "test", "seconds"):
+        table.add_column(heading, overflow="fold")
+    for job, result in results.items():
+        cells = [job, *(settings[job].get(key, "") for key in swept)]
+        if "error" in result:
+            table.add_row(*cells, Text(result["error"], style="red"))
+            continue
+        figures = [
+            metric_named(result["metric"]).show_interval(result[split]["mean"], result[split]["interval"])
+            if split in result
+            else ""
+            for split in ("validation", "test")
+        ]
+        table.add_row(*cells, *figures, f"{result['seconds']:.0f}")
+    return table

@@ -1,0 +1,1 @@
+"""Typed settings, their checks, and the objects they describe."""

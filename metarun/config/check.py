@@ -1,0 +1,219 @@
+"""The check of a config before anything heavy is loaded.
+
+Every node with a `_target_` is checked against that class's own signature and type hints, so that a user's
+class is checked like metarun's, without a schema to write.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any, Literal, Union
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from metarun.config.schema import FRAMES
+from metarun.errors import ConfigError, first_line
+
+# What the builder passes to a node's class, so that the config must not.
+SUPPLIED = {
+    "dataset": {"datasets"},
+    "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes"},
+    "backbone": {"item_shape"},
+    "optimizer": {"params"},
+    "scheduler": {"optimizer"},
+}
+# What each group's class must be. By name: torch is imported only when there is something to check.
+KINDS = {
+    "dataset": "metarun.datasets.base.Dataset",
+    "algorithm": "metarun.algorithms.base.Algorithm",
+    "backbone": "torch.nn.Module",
+    "augment": "metarun.datasets.augment.Augment",
+    "inner_loop": "metarun.inner_loops.base.InnerLoop",
+    "hardware": "metarun.training.hardware.Hardware",
+    "optimizer": "torch.optim.Optimizer",
+    "scheduler": "torch.optim.lr_scheduler.LRScheduler",
+}
+POSITIVE = ("inner_loop.rate", "backbone.width", "backbone.hidden", "algorithm.width")  # of nodes
+MOST = (1 << 63) - 1
+NORMS = ("batch", "running", "group", "layer", "instance", "none")
+
+
+def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
+    """Raise ConfigError for the first setting that does not work, or where `complete` that is not set."""
+    frame = FRAMES[command]
+    known = [each.name for each in fields(frame)]
+    for key in map(str, cfg):
+        if key not in known:
+            raise ConfigError(f"{key}: there is no such setting{did_you_mean(key, known)}")
+    if complete and (missing := sorted(OmegaConf.missing_keys(cfg))):
+        raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command line")
+    check_bounds(cfg, frame)
+    for key in POSITIVE:
+        check_positive(key, value_of(cfg, key))
+    if "norm" in cfg and cfg.norm not in NORMS:
+        raise ConfigError(f"norm={cfg.norm}: must be one of {', '.join(NORMS)}")
+    if "split" in cfg:
+        from metarun.tasks.source import SPLITS  # imports torch
+
+        if cfg.split not in SPLITS:
+            raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
+    if "optimizer" in cfg and not OmegaConf.is_dict(cfg.optimizer):
+        raise ConfigError(f"optimizer={cfg.optimizer}: set optimizer._target_ and its settings instead")
+    for path in map(str, cfg):
+        if OmegaConf.is_dict(cfg[path]) and "_target_" in cfg[path]:
+            check_node(path, cfg[path])
+
+
+def check_bounds(cfg: DictConfig, frame: type, prefix: str = "") -> None:
+    """Check the numbers of a frame, and of the frames in it, against the bounds that their fields state."""
+    for each in fields(frame):
+        key, value = f"{prefix}{each.name}", cfg.get(each.name)
+        if each.default_factory is not MISSING and OmegaConf.is_dict(value):
+            check_bounds(value, each.default_factory, f"{key}.")  # type: ignore[arg-type]
+        elif "least" in each.metadata:
+            check_number(key, value, each.metadata["least"])
+        elif "positive" in each.metadata:
+            check_positive(key, value)
+
+
+def check_positive(key: str, number: Any) -> None:
+    if isinstance(number, (int, float)) and not 0 < number < math.inf:  # also NaN
+        raise ConfigError(f"{key}={number}: must be above 0 and finite")
+
+
+def value_of(cfg: DictConfig, key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    group, _, name = key.rpartition(".")
+    node = cfg.get(group) if group else cfg
+    return node.get(name) if OmegaConf.is_dict(node) else None
+
+
+def check_number(key: str, value: Any, least: int) -> None:
+    if OmegaConf.is_list(value) and not value:
+        raise ConfigError(f"{key}=[]: must name at least one number")
+    for number in list(value) if OmegaConf.is_list(value) else [value]:
+        if number is not None and not (matches(number, int) and least <= number <= MOST):
+            raise ConfigError(f"{key}={number}: must be a whole number of at least {least}")
+
+
+def check_node(path: str, node: DictConfig) -> None:
+    """Check a `_target_` node's settings against the signature of its class.
+
+    The datasets that a dataset is made of (its `settings`) are checked in the same way.
+    """
+    group = path.partition(".")[0]
+    try:
+        cls = get_class(node._target_)
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+        raise ConfigError(f"{path}._target_={node._target_}: cannot be imported ({reason})") from None
+    check_kind(path, group, cls)
+    parameters = inspect.signature(cls).parameters
+    supplied = SUPPLIED.get(group, set())
+    if "datasets" in supplied & parameters.keys():
+        for name, part in node.get("settings", {}).items():
+            if not (OmegaConf.is_dict(part) and "_target_" in part):
+                raise ConfigError(f"{path}.settings.{name}: is not a dataset")
+            check_node(f"{path}.settings.{name}", part)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    allowed = [name for name in parameters if name not in supplied]
+    hints = type_hints(cls)
+    settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    for key, value in settings.items():
+        if key.startswith("_") or value == "???":
+            continue
+        if key in supplied:
+            raise ConfigError(f"{path}.{key} is set by metarun and cannot be chosen")
+        if key not in allowed:
+            raise ConfigError(
+                f"{path}.{key}: {cls.__name__} has no setting {key!r}{did_you_mean(key, allowed)}"
+            )
+        if not matches(value, hints.get(key, Any)):
+            raise ConfigError(f"{path}.{key}={value}: must be {describe(hints[key])}")
+    for name in allowed:
+        if parameters[name].default is inspect.Parameter.empty and name not in settings:
+            raise ConfigError(f"{path}.{name} is not set; add {path}.{name}=VALUE")
+
+
+def type_hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except Exception:  # hints that name what was never imported
+        return {}
+
+
+def check_kind(path: str, group: str, cls: type) -> None:
+    """Refuse a class that is not what its group holds: a checkpoint's config must not call at will."""
+    if group not in KINDS:
+        raise ConfigError(f"{path}._target_: no group of this name is built from a class")
+    module, _, name = KINDS[group].rpartition(".")
+    if not issubclass(cls, getattr(importlib.import_module(module), name)):
+        raise ConfigError(f"{path}._target_: {cls.__name__} is not a {KINDS[group]}")
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a plain value fits a type hint; hints that are not understood accept anything."""
+    if hint is Any:
+        return True
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, types.UnionType):
+        return any(matches(value, argument) for argument in arguments)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        if arguments[-1:] == (Ellipsis,):
+            return all(matches(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(matches, value, arguments))
+    if origin is dict:
+        return isinstance(value, dict) and all(matches(item, arguments[1]) for item in value.values())
+    if origin in (list, typing.get_origin(typing.Sequence[int])):
+        return isinstance(value, (list, tuple)) and all(matches(item, arguments[0]) for item in value)
+    if isinstance(hint, type):  # an object: only a node with its own `_target_` can become one
+        return isinstance(value, (hint, dict))
+    return True
+
+
+def describe(hint: Any) -> str:
+    """A type hint in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        plain = [a for a in arguments if not isinstance(a, type) or a.__module__ == "builtins"]
+        return " or ".join(map(describe, plain or arguments))
+    if hint in (None, type(None)):
+        return "null"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in words:
+        return words[hint]
+    if origin is dict:
+        return f"names, each with {describe(arguments[1])}: 'KEY={{a:1,b:2}}', in quotes"
+    kinds = " and ".join(sorted({describe(a) for a in arguments if a is not Ellipsis}))
+    return f"a list of {kinds}" if arguments else str(hint)
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or what there is."""
+    known = list(known)
+    if close := difflib.get_close_matches(str(word), known, n=1):
+        return f"; did you mean {close[0]!r}?"
+    return f"; it has {', '.join(known)}" if known else ""

@@ -1,0 +1,9 @@
+"""Where metarun's own config files are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# Inside the package in a wheel, beside it in a checkout or an editable install.
+CONF = next((p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()), PACKAGE / "conf")

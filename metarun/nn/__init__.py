@@ -1,0 +1,1 @@
+"""Networks that are run on many tasks at once."""

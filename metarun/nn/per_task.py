@@ -1,0 +1,262 @@
+"""One network, T tasks, each task with its own weights, in one forward pass.
+
+A backbone is written for one task. Here it meets T sets of weights, by one of four exact
+lowerings (the same result to rounding):
+
+- `grouped`: the tasks lie side by side in the channel dimension, so that a convolution with
+  T groups and a batch norm over T*C channels serve all tasks at once. For chains of the
+  layers in `GROUPED`, and of residual blocks of these.
+- `unfold`: the same, with a convolution as one batched matrix product of unfolded patches.
+- `vmap`: the forward pass alone is vectorised over tasks. For any network.
+- `loop`: one task after another. The plain reference.
+
+Differentiate outside, `autograd.grad(losses.sum(), params)`: tasks share no weights, so the
+gradient of the sum is each task's own. Never put `torch.func.grad` inside `vmap` around fused
+batch norm: its second derivative is silently wrong (functorch issue 534).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metarun.nn import double_backward
+from metarun.nn.layers import Residual
+
+Params = dict[str, Tensor]  # each [T, *shape]: every task's own copy of the weights
+
+
+@dataclass(frozen=True)
+class TaskBatching:
+    """How T tasks are run at once; `auto` means what was fastest where it was measured.
+
+    `channels_last` keeps feature maps in that memory layout. On a CPU normalising and pooling
+    are then several times faster (docs/speed.md).
+    """
+
+    how: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto"
+    channels_last: bool | Literal["auto"] = "auto"
+
+    def is_channels_last(self, on: torch.device) -> bool:
+        """Whether feature maps have that layout on a device."""
+        return on.type != "cuda" if self.channels_last == "auto" else self.channels_last
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the chosen memory layout."""
+        return double_backward.channels_last(images) if self.is_channels_last(images.device) else images
+
+
+AUTO = TaskBatching()
+
+
+@runtime_checkable
+class OnTasks(Protocol):
+    """A layer that brings its own grouped form."""
+
+    def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:
+        """x [B, T*C, H, W] (or [T, B, features]) by the layer's weights `own`, [T, *shape] each."""
+
+
+def flatten(params: Params) -> Tensor:
+    """All weights of T tasks in one row each, [T, P]."""
+    return torch.cat([p.flatten(1) for p in params.values()], 1)
+
+
+def unflatten(rows: Tensor, like: Params) -> Params:
+    """Rows [T, P] as weights of the names and shapes of `like`."""
+    parts = rows.split([p[0].numel() for p in like.values()], 1)
+    return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts, strict=True)}
+
+
+def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBatching = AUTO) -> Tensor:
+    """`module` on x [T, B, *item] with weights params [T, *shape]: [T, B, *out]."""
+    how = batching.how
+    if how in ("auto", "grouped", "unfold") and is_groupable(module):
+        return run_grouped(module, params, x, batching)
+    if how != "loop":
+        return torch.vmap(lambda p, one: functional_call(module, p, (one,)), randomness="different")(
+            params, x
+        )
+    tasks = [{name: p[t] for name, p in params.items()} for t in range(len(x))]
+    return torch.stack([functional_call(module, p, (one,)) for p, one in zip(tasks, x, strict=True)])
+
+
+# The grouped batching. Images travel as [B, T*C, H, W] and vectors as [T, B, features].
+
+
+def is_groupable(module: nn.Module) -> bool:
+    """Whether this is a chain of layers that all have a grouped form, none of them used twice."""
+    every = list(leaves(module))
+    known = all(isinstance(layer, OnTasks) or (type(layer) in GROUPED and plain(layer)) for layer in every)
+    once = len({id(layer) for layer in every}) == len(every)
+    return isinstance(module, nn.Sequential) and known and once
+
+
+def leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a chain, of its residual blocks their branches'."""
+    for _, layer in layers(module):
+        if type(layer) is Residual:
+            yield from leaves(layer.body)
+            yield from leaves(layer.shortcut)
+        else:
+            yield layer
+
+
+def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers of nested nn.Sequentials in order, by name."""
+    if type(module).forward is not nn.Sequential.forward:
+        yield prefix.removesuffix("."), module
+        return
+    for name, child in module._modules.items():
+        assert child is not None
+        yield from layers(child, f"{prefix}{name}.")
+
+
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """A layer's setting for height and width."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def plain(layer: nn.Module) -> bool:
+    """Whether the layer has only the options its grouped form knows."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if isinstance(layer, nn.Flatten):
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    if isinstance(layer, nn.GroupNorm):
+        return layer.affine
+    if isinstance(layer, nn.MaxPool2d):
+        return not layer.return_indices
+    return True
+
+
+def run_grouped(module: nn.Module, params: Params, x: Tensor, batching: TaskBatching) -> Tensor:
+    tasks = len(x)
+    if is_image := x.dim() == 5:
+        x = x.transpose(0, 1).flatten(1, 2)  # [B, T*C, H, W]
+        x = batching.laid_out(x)
+    x, is_image = run_chain(layers(module), params, x, is_image, tasks, batching)
+    return x.unflatten(1, (tasks, -1)).transpose(0, 1) if is_image else x
+
+
+def run_chain(
+    chain: Iterator[tuple[str, nn.Module]],
+    params: Params,
+    x: Tensor,
+    is_image: bool,
+    tasks: int,
+    batching: TaskBatching,
+) -> tuple[Tensor, bool]:
+    """What layers, by name, make of x, and whether that still is an image."""
+    for name, layer in pooled_first(list(chain)):
+        if type(layer) is Residual:
+            body, shortcut = layers(layer.body, f"{name}.body."), layers(layer.shortcut, f"{name}.shortcut.")
+            y, _ = run_chain(body, params, x, is_image, tasks, batching)
+            x, is_image = run_chain(shortcut, params, x, is_image, tasks, batching)
+            x = x + y
+            continue
+        if is_image and isinstance(layer, nn.Flatten):
+            x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]
+        own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
+        if isinstance(layer, OnTasks):
+            x = layer.on_tasks(own, x, tasks)
+            continue
+        unfolds = batching.how == "unfold" and isinstance(layer, nn.Conv2d) and layer.groups == 1
+        x = (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
+    return x, is_image
+
+
+def pooled_first(chain: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The chain with every max pooling before the ReLU that it follows: the same, on fewer numbers."""
+    for i in range(1, len(chain)):
+        if type(chain[i][1]) is nn.MaxPool2d and type(chain[i - 1][1]) is nn.ReLU:
+            chain[i - 1], chain[i] = chain[i], chain[i - 1]
+    return chain
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, B, in], weight [T, out, in], bias [T, out]: [T, B, out]."""
+    return double_backward.linear(x, weight, bias)
+
+
+def _linear(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    return grouped_linear(x, own["weight"], own.get("bias"))
+
+
+def _conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    assert isinstance(layer, nn.Conv2d)
+    bias = own["bias"].flatten() if "bias" in own else None
+    weight = own["weight"].flatten(0, 1)  # [T*out, in/groups, k, k]
+    groups = tasks * layer.groups
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
+
+
+def _unfolded_conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    """Patches [T, C*k*k, B*H*W] times weights [T, out, C*k*k]: one batched matrix product."""
+    assert isinstance(layer, nn.Conv2d)
+    assert not isinstance(layer.padding, str)
+    (pad_h, pad_w), (dilation_h, dilation_w) = pair(layer.padding), pair(layer.dilation)
+    x = F.pad(x, (pad_w, pad_w, pad_h, pad_h)).unflatten(1, (tasks, -1))  # [B, T, C, H, W]
+    for dim, size, step, gap in zip(
+        (3, 4), pair(layer.kernel_size), pair(layer.stride), (dilation_h, dilation_w), strict=True
+    ):
+        x = x.unfold(dim, gap * (size - 1) + 1, step)
+    patches = x[..., ::dilation_h, ::dilation_w]  # [B, T, C, H, W, k, k]
+    batch, _, _, height, width = patches.shape[:5]
+    columns = patches.permute(1, 2, 5, 6, 0, 3, 4).reshape(tasks, -1, batch * height * width)
+    weight = own["weight"].flatten(2)  # [T, out, C*k*k]
+    y = (
+        torch.bmm(weight, columns)
+        if "bias" not in own
+        else torch.baddbmm(own["bias"].unsqueeze(2), weight, columns)
+    )
+    return y.unflatten(2, (batch, height, width)).permute(2, 0, 1, 3, 4).flatten(1, 2)  # [B, T*out, H, W]
+
+
+def _batch_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    """Batch statistics of each task by itself: its channels are its own."""
+    assert isinstance(layer, nn.BatchNorm2d)
+    weight, bias = (own[key].flatten() if key in own else None for key in ("weight", "bias"))
+    return double_backward.batch_norm(x, weight, bias, layer.eps)
+
+
+def _max_pool2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    assert isinstance(layer, nn.MaxPool2d)
+    kernel, stride, padding = pair(layer.kernel_size), pair(layer.stride), pair(layer.padding)
+    return double_backward.max_pool(x, kernel, stride, padding, pair(layer.dilation), layer.ceil_mode)
+
+
+def _group_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    assert isinstance(layer, nn.GroupNorm)
+    weight, bias = (own[key].flatten() for key in ("weight", "bias"))
+    return F.group_norm(x, tasks * layer.num_groups, weight, bias, layer.eps)
+
+
+def _flatten(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    return x.flatten(2)
+
+
+def _unchanged(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
+    """A layer without weights that treats channels alike; a random one draws for each by itself."""
+    return layer(x)
+
+
+GROUPED: dict[type[nn.Module], Callable[[nn.Module, Params, Tensor, int], Tensor]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.BatchNorm2d: _batch_norm,
+    nn.GroupNorm: _group_norm,
+    nn.MaxPool2d: _max_pool2d,
+    nn.Flatten: _flatten,
+}
+UNCHANGED: tuple[type[nn.Module], ...] = (
+    *(nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh, nn.Identity),
+    *(nn.Dropout, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+)
+GROUPED |= dict.fromkeys(UNCHANGED, _unchanged)

@@ -1,0 +1,1 @@
+"""Console output, progress bars, metric logs and plots."""

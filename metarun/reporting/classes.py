@@ -1,0 +1,94 @@
+"""Which classes are taken for which: a confusion matrix, and the figures of each class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from metarun.reporting import plots
+from metarun.reporting.console import console
+from metarun.storage.files import write_csv
+
+SHOWN = 10  # classes listed on screen, the worst first
+DRAWN = 40  # classes of which a matrix can still be read
+
+
+def class_rows(confusion: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Precision, recall and F1 of each class that occurs, and the class it is most often taken for.
+
+    Args:
+        confusion: [classes, classes], how many examples of class i were predicted as class j.
+        names: of the classes.
+    """
+    rows = []
+    predicted = confusion.sum(0).tolist()
+    for i, name in enumerate(names):
+        own = confusion[i].tolist()
+        queries, right = sum(own), own[i]
+        if not queries:
+            continue
+        other = max((j for j in range(len(own)) if j != i), key=own.__getitem__, default=i)
+        rows.append(
+            {
+                "class": name,
+                "queries": queries,
+                "precision": right / predicted[i] if predicted[i] else 0.0,
+                "recall": right / queries,
+                "f1": 2 * right / (queries + predicted[i]),
+                "most often taken for": names[other] if other != i and own[other] else "",
+            }
+        )
+    return rows
+
+
+def class_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The classes with the lowest F1 first."""
+    worst = sorted(rows, key=lambda row: row["f1"])[:SHOWN]
+    caption = f"the {SHOWN} classes with the lowest F1 of {len(rows)}" if len(rows) > SHOWN else None
+    table = Table(title=title, caption=caption)
+    for heading in ("class", "queries", "precision", "recall", "f1", "most often taken for"):
+        left = heading in ("class", "most often taken for")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    for row in worst:
+        figures = (f"{100 * row[key]:.1f} %" for key in ("precision", "recall", "f1"))
+        table.add_row(Text(row["class"]), str(row["queries"]), *figures, Text(row["most often taken for"]))
+    return table
+
+
+def report_classes(confusion: Tensor, names: Sequence[str], title: str, folder: Path) -> list[str]:
+    """Print the table of classes; save it, the matrix and, for up to 40 classes, its picture.
+
+    Args:
+        confusion: [classes, classes], how many examples of class i were predicted as class j.
+        names: of the classes.
+        title: what the figures are of; files are called by it.
+        folder: where to save.
+
+    Returns:
+        The names of the files.
+    """
+    rows = class_rows(confusion, names)
+    console.print(class_table(rows, Text(title)))  # type: ignore[arg-type]
+    stem = re.sub(r"[^\w.-]+", "_", title).strip("_")
+    files = [f"classes_{stem}.csv", f"confusion_{stem}.csv"]
+    write_csv(folder / files[0], rows)
+    there = [i for i, name in enumerate(names) if confusion[i].any() or confusion[:, i].any()]
+    matrix = confusion[there][:, there]
+    kept = [names[i] for i in there]
+    write_csv(
+        folder / files[1],
+        [
+            {"class": name, **{f"as {other}": count for other, count in zip(kept, row, strict=True)}}
+            for name, row in zip(kept, matrix.tolist(), strict=True)
+        ],
+    )
+    if len(kept) <= DRAWN:
+        files.append(f"confusion_{stem}.png")
+        plots.confusion_matrix(matrix, kept, title, folder / files[-1])
+    return files

@@ -1,0 +1,106 @@
+"""Downloads: gone on with where they stopped, tried again, and verified before they count."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from metarun.errors import DataError
+from metarun.storage.files import CHUNK, md5_sum
+from metarun.storage.locks import once
+
+TIMEOUT = 30.0  # seconds without a byte before a connection counts as lost
+TRIES = 3
+PAUSE = 1.0  # seconds before the second try; one more before each later one
+
+
+def download(url: str, path: Path, md5: str) -> None:
+    """Fetch `url` to `path` unless it exists. Raises DataError, saying how to do it by hand.
+
+    What arrives is kept in `path`.part, from which a later try goes on, in this call or the next.
+    `path` itself appears only once the md5 sum is right.
+    """
+    once(path, lambda: path.exists() or None, lambda: _download(url, path, md5), "METARUN_DATA")
+
+
+def _download(url: str, path: Path, md5: str) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        fetch(url, part)
+    except OSError as error:
+        raise DataError(
+            f"cannot download {url}: {_reason(error)}; check the network, or put that file at {path} yourself"
+        ) from error
+    found = md5_sum(part)
+    if found != md5:
+        part.unlink()
+        raise DataError(
+            f"{url} gave a file with md5 sum {found} where {md5} is right; it was deleted: "
+            f"try again later, or put the right file at {path} yourself"
+        )
+    os.replace(part, path)
+
+
+def fetch(url: str, part: Path) -> None:
+    """All of `url` in `part`, going on from what is there; tried again where that may help.
+
+    Raises OSError.
+    """
+    for tried in range(1, TRIES + 1):
+        try:
+            return _receive(url, part)
+        except (OSError, http.client.HTTPException) as error:  # OSError covers urllib's own
+            status = 500
+            if isinstance(error, urllib.error.HTTPError):
+                status = error.code
+                error.close()  # it is the response as well
+            if tried == TRIES or (status < 500 and status not in (408, 416, 429)):
+                raise error if isinstance(error, OSError) else ConnectionError(_reason(error)) from error
+            if status == 416:  # what is there is no beginning of the file: start over
+                part.unlink(missing_ok=True)
+            time.sleep(PAUSE * tried)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        return str(error.reason)  # without urllib's brackets around it
+    return str(error) or type(error).__name__
+
+
+def _receive(url: str, part: Path) -> None:
+    """Fetch `url` to `part`, going on from what is there where the server can."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "metarun"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+        if response.status != 206:  # the whole file, asked for or not
+            have = 0
+        total = None if response.length is None else have + response.length
+        with open(part, "ab" if have else "wb") as file, _bytes_bar() as bar:
+            task = bar.add_task(f"download {url.rpartition('/')[2]}", completed=have, total=total)
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                have += len(chunk)
+                bar.update(task, completed=have)
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and have < total:  # urllib takes a closed connection for the end
+        raise ConnectionError(f"the connection was lost after {have:,} of {total:,} bytes")
+
+
+def _bytes_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))

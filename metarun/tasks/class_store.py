@@ -1,0 +1,207 @@
+"""The items of one split, grouped by class, from which episodes are drawn by index arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metarun.errors import DataError
+from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.resize import resized
+from metarun.tasks.source import Draw, EpisodeSource, Fetched
+from metarun.tasks.spec import TaskSpec
+
+PADDING = 0  # the token id that fills a sequence up to the length of the longest
+
+
+class Augmentation(Protocol):
+    """A random change of training items, such as shifts and flips of images."""
+
+    numbers: int  # uniform random numbers in [0, 1) that each item needs
+
+    def __call__(self, items: Tensor, numbers: Tensor) -> Tensor:
+        """Items [B, *item], each changed by its numbers [B, numbers]."""
+
+
+def pixels(items: Tensor) -> Tensor:
+    """Images of bytes as float32 in [0, 1]."""
+    return items.float().div_(255)
+
+
+def numbers(items: Tensor) -> Tensor:
+    """Rows of numbers as float32."""
+    return items.float()
+
+
+def tokens(items: Tensor) -> Tensor:
+    """Token ids as int64; `PADDING` after the end of a sequence (see `padding_mask`)."""
+    return items.long()
+
+
+def padded(sequences: Sequence[Tensor]) -> Tensor:
+    """Sequences of token ids [length] of unequal lengths as items [items, L] for a class store."""
+    return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=PADDING)
+
+
+def padding_mask(ids: Tensor) -> Tensor:
+    """True where token ids [..., L] are tokens, False where they are padding."""
+    return ids != PADDING
+
+
+class ClassStore(EpisodeSource):
+    """The items of one split, of any type and shape, grouped by class and kept on a device.
+
+    An episode batch is index arithmetic on the device, without worker processes and without Python code for
+    each item.
+
+    Args:
+        items: [items, *stored], the items of a class next to each other: pixels as uint8, token ids as
+            int32, rows of numbers as float.
+        counts: the number of items of each class, in order.
+        names: the classes' names, in order.
+        name: what messages call this split, such as "omniglot test".
+        device: where the items are kept.
+        fingerprint: identifies the items, where that is known already; None: it is computed from them.
+        decode: stored items [..., *stored] to what a network takes [..., *item]: `pixels`, `tokens`,
+            `numbers`, or a function of yours.
+
+    Raises:
+        ValueError: where the counts do not fit the items or the names.
+    """
+
+    def __init__(
+        self,
+        items: Tensor,
+        counts: Sequence[int],
+        names: Sequence[str],
+        name: str,
+        device: torch.device | str = "cpu",
+        fingerprint: str | None = None,
+        decode: Callable[[Tensor], Tensor] = pixels,
+    ) -> None:
+        if sum(counts) != len(items) or len(counts) != len(names):
+            raise ValueError(
+                f"{len(items)} items, {sum(counts)} counted, {len(counts)} classes, {len(names)} names"
+            )
+        self.name = name
+        self.names = list(names)
+        digest = hashlib.sha256(f"{self.names} {list(counts)}".encode())
+        digest.update(fingerprint.encode() if fingerprint else _bytes_of(items))
+        self.fingerprint = digest.hexdigest()
+        self.decode = decode
+        self.spec = spec_of(items, decode, len(names))
+        self.smallest_class, self.largest_class = min(counts), max(counts)
+        self.items = items.to(device)
+        self.counts = torch.tensor(counts, device=device)
+        self.starts = self.counts.cumsum(0) - self.counts
+        self.augment: Augmentation | None = None  # of training items
+        self.parts: dict[str, ClassStore] = {}  # type: ignore[assignment]
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        return self.spec.item_shape
+
+    def check(self, shape: EpisodeShape) -> None:
+        if shape.ways < 2:
+            raise DataError(
+                f"ways={shape.ways}: classification needs at least 2 classes; set ways to 2 or more"
+            )
+        if shape.ways > len(self.names):
+            raise DataError(
+                f"ways={shape.ways}: {self.name} has {len(self.names)} classes; "
+                f"lower ways to at most {len(self.names)}"
+            )
+        if (wanted := shape.shots + shape.queries) > self.smallest_class:
+            smallest = self.names[int(self.counts.argmin())]
+            raise DataError(
+                f"shots={shape.shots} and queries={shape.queries} need {wanted} examples a class: "
+                f"class {smallest!r} of {self.name} has {self.smallest_class}; lower shots or queries"
+            )
+
+    def with_items(self, items: Tensor, host_for: torch.device | None = None) -> ClassStore:
+        """The same classes on other items, and on their device.
+
+        The fingerprint stays: the same choices still name the same examples.
+
+        Args:
+            items: [items, *stored], in the same order.
+            host_for: None, or the device that fetched items are copied to while `items` stay in host memory.
+        """
+        twin = copy.copy(self)
+        twin.items, twin.host_for = items, host_for
+        twin.spec = spec_of(items, self.decode, len(self.names), self.spec)
+        twin.counts, twin.starts = self.counts.to(items.device), self.starts.to(items.device)
+        return twin
+
+    def resized(self, item_shape: tuple[int, ...]) -> ClassStore:
+        """The same images in another size and number of channels."""
+        return self.with_items(resized(self.items, item_shape), self.host_for)
+
+    def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:
+        """Random numbers [T, classes]: a task's ways are the classes that have its largest.
+
+        The largest of independent uniform numbers are a uniform choice without replacement.
+        """
+        return torch.rand(tasks, len(self.names), generator=generator, device=generator.device)
+
+    def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
+        """Classes [T, N] and items [T, N, K+Q], both without replacement, and random numbers."""
+        device = generator.device
+        classes = self.class_keys(tasks, generator).topk(shape.ways).indices  # [T, N]
+        keys = torch.rand(tasks, shape.ways, self.largest_class, generator=generator, device=device)
+        if self.smallest_class < self.largest_class:
+            absent = torch.arange(self.largest_class, device=device) >= self.counts.to(device)[classes, None]
+            keys = keys.masked_fill(absent, -1.0)
+        items = keys.topk(shape.shots + shape.queries).indices  # [T, N, K+Q]
+        if self.augment is None:
+            return classes, items
+        size = *items.shape, self.augment.numbers
+        return classes, items, torch.rand(*size, generator=generator, device=device)
+
+    def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
+        classes, items, *random = draw if isinstance(draw, Fetched) else self.fetch(draw)
+        x = self.decode(items)  # [T, N, K+Q, *item]
+        if self.augment is not None:
+            x = self.augment(x.flatten(0, 2), random[0].flatten(0, 2)).view(x.shape)
+        y = torch.arange(shape.ways, device=x.device).expand(len(x), -1)  # [T, N]
+        support_x, query_x = x.split([shape.shots, shape.queries], dim=2)
+        return Episodes(
+            support_x=support_x.flatten(1, 2),
+            support_y=y.repeat_interleave(shape.shots, dim=1),
+            query_x=query_x.flatten(1, 2),
+            query_y=y.repeat_interleave(shape.queries, dim=1),
+            classes=classes,
+            objective=self.spec.objective,
+        )
+
+    def fetch(self, draw: Draw) -> Fetched:
+        """The draw with its items [T, N, K+Q, *stored] in place of their numbers, on the device."""
+        classes, places, *random = (tensor.to(self.items.device) for tensor in draw)
+        rows = self.starts[classes].unsqueeze(-1) + places  # [T, N, K+Q]
+        if self.host_for is None:
+            return Fetched((classes, self.items[rows], *random))
+        # Into pinned memory, from which a GPU copies without the host waiting for it.
+        pinned = self.host_for.type == "cuda"
+        stored = self.items.shape[1:]
+        items = torch.empty(*rows.shape, *stored, dtype=self.items.dtype, pin_memory=pinned)
+        torch.index_select(self.items, 0, rows.flatten(), out=items.view(-1, *stored))
+        return Fetched(each.to(self.host_for, non_blocking=pinned) for each in (classes, items, *random))
+
+
+def spec_of(
+    items: Tensor, decode: Callable[[Tensor], Tensor], classes: int, like: TaskSpec | None = None
+) -> TaskSpec:
+    """The spec of classification on items, as `decode` gives them; with the objective of `like`."""
+    one = decode(items[:1])
+    spec = TaskSpec(tuple(one.shape[1:]), classes=classes, item_dtype=one.dtype)
+    return spec if like is None else replace(spec, objective=like.objective)
+
+
+def _bytes_of(items: Tensor) -> memoryview:
+    return items.contiguous().numpy(force=True).data

@@ -1,0 +1,201 @@
+"""Batches of tasks: what an algorithm learns from.
+
+Shape legend, here and everywhere: T tasks, N ways, K shots, Q queries a class, S support and B query
+examples of a task (N*K and N*Q where classes are of equal size), C channels, H and W image size.
+`*item` is the shape of one example: `C, H, W` for an image, `L` for token ids, `F` for a row of numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from metarun.tasks.objectives import CLASSIFICATION, Objective, PerTask
+
+#: T tasks' examples [T, B, *item] to outputs [T, B, N], each task by its own weights.
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class EpisodeShape:
+    """The size of a task: N ways, K shots and Q queries a class. A regression task has one way."""
+
+    ways: int
+    shots: int
+    queries: int
+
+    def __str__(self) -> str:
+        return f"{self.ways}-way {self.shots}-shot"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model made of the queries of T tasks.
+
+    Args:
+        loss: the loss of each task [T], whose mean training minimises; or that mean itself, where a
+            method's loss is not a sum over tasks.
+        scores: each metric's score of each task [T], by the metric's name; without a graph.
+        outputs: the outputs for the queries [T, B, N], where there are any.
+    """
+
+    loss: Tensor
+    scores: Mapping[str, Tensor]
+    outputs: Tensor | None = None
+
+
+class Tasks(ABC):
+    """A batch of T tasks on one device, which carry their own objective.
+
+    The extension point for a new kind of task. An inner loop asks for the support loss of given weights at
+    each of its steps, the outer loop for the loss and the scores on the queries; neither looks at the data.
+    So a task may also make its data with the weights it is given, as an environment does.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """T, the number of tasks."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """How many numbers a network predicts for an example: the ways, or the values of a regression."""
+
+    @abstractmethod
+    def support_loss(self, model: Model, step: int) -> Tensor:
+        """The loss [T] that an inner loop minimises.
+
+        Args:
+            model: the network with the weights that each task has at this step.
+            step: the number of the inner step, from 0.
+        """
+
+    @abstractmethod
+    def query(self, model: Model, loss: PerTask | None = None) -> Outcome:
+        """The loss and the scores of a model on the queries.
+
+        Args:
+            model: the network with each task's adapted weights.
+            loss: (outputs, targets) -> [T], where a method minimises another loss than the tasks' own.
+        """
+
+    def to(self, dtype: torch.dtype) -> Tasks:
+        """The same tasks with floating point numbers of `dtype`."""
+        return self
+
+    def parts(self) -> Sequence[Tasks]:
+        """Batches that each have one shape and can be run at once; this one alone, for most."""
+        return [self]
+
+
+@dataclass(frozen=True)
+class Episodes(Tasks):
+    """T tasks of one shape with labelled support and query examples.
+
+    Args:
+        support_x: [T, S, *item].
+        support_y: class numbers [T, S] int64 in [0, N), or values [T, S, V].
+        query_x: [T, B, *item].
+        query_y: [T, B] or [T, B, V].
+        classes: [T, N] int64, the classes of the split that a task's ways are; None for a regression.
+        objective: the loss and the metrics.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+    classes: Tensor | None = None
+    objective: Objective = CLASSIFICATION
+
+    def __len__(self) -> int:
+        return len(self.support_x)
+
+    @property
+    def outputs(self) -> int:
+        return self.support_y.shape[-1] if self.classes is None else self.classes.shape[1]
+
+    @property
+    def ways(self) -> int:
+        """N. ValueError for a regression, which has no classes."""
+        if self.classes is None:
+            raise ValueError("these tasks have no classes")
+        return self.classes.shape[1]
+
+    def support_loss(self, model: Model, step: int) -> Tensor:
+        return self.objective.loss(model(self.support_x), self.support_y)
+
+    def query(self, model: Model, loss: PerTask | None = None) -> Outcome:
+        return self.outcome(model(self.query_x), loss)
+
+    def outcome(self, outputs: Tensor, loss: PerTask | Tensor | None = None) -> Outcome:
+        """The outcome of outputs [T, B, N] for the queries.
+
+        Args:
+            outputs: the outputs for `query_x`.
+            loss: the loss itself, or (outputs, targets) -> [T]; None: the objective's.
+        """
+        if not isinstance(loss, Tensor):
+            loss = (loss or self.objective.loss)(outputs, self.query_y)
+        given = outputs.detach()
+        scores = {metric.name: metric.score(given, self.query_y) for metric in self.objective.metrics}
+        return Outcome(loss, scores, outputs)
+
+    def joined(self) -> Episodes:
+        """The same tasks with support and query examples together as their support."""
+        x, y = torch.cat([self.support_x, self.query_x], 1), torch.cat([self.support_y, self.query_y], 1)
+        return replace(self, support_x=x, support_y=y)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Episodes:
+        """The same tasks with every tensor replaced by `function(tensor)`."""
+        names = ("support_x", "support_y", "query_x", "query_y", "classes")
+        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
+
+    def to(self, dtype: torch.dtype) -> Episodes:
+        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+@dataclass(frozen=True)
+class UnequalEpisodes(Tasks):
+    """T tasks whose ways, shots or queries differ, as in Meta-Dataset; `tasks` holds each as a batch of one.
+
+    They are run one after another, without padding: an example that is only padding would change the
+    statistics of batch norm, and with them the result.
+    """
+
+    tasks: tuple[Episodes, ...]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def outputs(self) -> int:
+        return max(task.outputs for task in self.tasks)
+
+    def parts(self) -> Sequence[Episodes]:
+        return self.tasks
+
+    def to(self, dtype: torch.dtype) -> UnequalEpisodes:
+        return UnequalEpisodes(tuple(task.to(dtype) for task in self.tasks))
+
+    def support_loss(self, model: Model, step: int) -> Tensor:
+        raise TypeError("tasks of unequal shapes have no common support; run each of parts()")
+
+    def query(self, model: Model, loss: PerTask | None = None) -> Outcome:
+        raise TypeError("tasks of unequal shapes have no common queries; run each of parts()")
+
+
+def run_parts(run: Callable[[Tasks], Outcome], tasks: Tasks) -> Outcome:
+    """`run(part)` of each part of the tasks, as one outcome of all of them."""
+    parts = tasks.parts()
+    outcomes = [run(part) for part in parts]
+    if len(outcomes) == 1:
+        return outcomes[0]
+    losses = [one.loss.expand(len(part)) for one, part in zip(outcomes, parts, strict=True)]
+    scores = {name: torch.cat([one.scores[name] for one in outcomes]) for name in outcomes[0].scores}
+    return Outcome(torch.cat(losses), scores)

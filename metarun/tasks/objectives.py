@@ -1,0 +1,206 @@
+"""What a task asks for: a loss to minimise and the metrics that are reported.
+
+T tasks, B examples of each, N classes. Every function here maps outputs and targets of T tasks to one
+number for each task, [T]:
+
+- classification: outputs are logits [T, B, N], targets class numbers [T, B] in [0, N);
+- regression: outputs and targets are both [T, B, V], V numbers an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metarun.errors import ConfigError
+
+PerTask = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> [T]
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of each task, and how it is compared and shown.
+
+    Args:
+        name: the name in `metrics=[...]`, in tables and in result files.
+        score: (outputs, targets) -> scores [T].
+        title: the name in pictures.
+        higher_is_better: the direction in which one score is better than another.
+        percent: whether a score in [0, 1] is shown as a percentage.
+        chance: the score of guessing among N classes, where there is one to draw beside results.
+    """
+
+    name: str
+    score: PerTask
+    title: str
+    higher_is_better: bool = True
+    percent: bool = False
+    chance: Callable[[int], float] | None = None
+
+    @property
+    def scale(self) -> int:
+        """What a score is multiplied by before it is shown."""
+        return 100 if self.percent else 1
+
+    @property
+    def label(self) -> str:
+        """The title with its unit, for the axis of a picture."""
+        return f"{self.title}, %" if self.percent else self.title
+
+    def is_better(self, score: float, than: float) -> bool:
+        return score > than if self.higher_is_better else score < than
+
+    def show(self, score: float, digits: int | None = None) -> str:
+        """A score for people, such as "91.5 %"."""
+        if self.percent:
+            return f"{100 * score:.{1 if digits is None else digits}f} %"
+        return f"{score:.{3 if digits is None else digits}f}"
+
+    def show_interval(self, mean: float, half: float, signed: bool = False) -> str:
+        """A mean and half of its 95 % interval for people, such as "91.46 ± 1.10 %"."""
+        sign = "+" if signed else ""
+        if self.percent:
+            return f"{100 * mean:{sign}.2f} ± {100 * half:.2f} %"
+        digits = ".4f" if abs(mean) < 1e4 else ".1e"  # a diverged run must not widen the table
+        return f"{mean:{sign}{digits}} ± {half:{digits}}"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a kind of task, and its metrics.
+
+    Args:
+        loss: (outputs, targets) -> the loss of each task [T]: a mean over its examples. Papers that sum
+            over classes instead need another step size (docs/protocols.md).
+        metrics: the metrics that are computed and reported; the first decides which checkpoint is best.
+        available: all metrics that can be chosen.
+    """
+
+    loss: PerTask
+    metrics: tuple[Metric, ...]
+    available: tuple[Metric, ...]
+
+    def choosing(self, names: Sequence[str] | None) -> Objective:
+        """The same objective reporting the metrics of these names; None: those it reports by default.
+
+        Raises:
+            ConfigError: for a name that is not available, or no or repeated names.
+        """
+        if names is None:
+            return self
+        known = {metric.name: metric for metric in self.available}
+        if unknown := [name for name in names if name not in known]:
+            raise ConfigError(f"metrics: these tasks have no {unknown[0]!r}; choose from {', '.join(known)}")
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"metrics={list(names)}: name at least one metric, and each only once")
+        return replace(self, metrics=tuple(known[name] for name in names))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of each task, [T]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(1)
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The share of right predictions of each task, [T]."""
+    return (logits.argmax(-1) == targets).float().mean(1)
+
+
+def confusion(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many examples of class i were predicted as class j, [T, N, N]."""
+    ways = logits.shape[-1]
+    cells = targets * ways + logits.argmax(-1)  # [T, B]
+    counts = torch.zeros(len(targets), ways * ways, dtype=torch.float64, device=logits.device)
+    return counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=counts.dtype)).view(-1, ways, ways)
+
+
+def balanced_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean recall over the classes that occur among a task's targets, [T]."""
+    counts = confusion(logits, targets)
+    sizes = counts.sum(2)  # [T, N]
+    recalls = counts.diagonal(dim1=1, dim2=2) / sizes.clamp_min(1)
+    return (recalls.sum(1) / (sizes > 0).sum(1)).float()
+
+
+def macro_f1(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean F1 score over the classes that occur among a task's targets or predictions, [T]."""
+    counts = confusion(logits, targets)
+    sizes = counts.sum(2) + counts.sum(1)  # true and predicted, [T, N]
+    f1 = 2 * counts.diagonal(dim1=1, dim2=2) / sizes.clamp_min(1)
+    return (f1.sum(1) / (sizes > 0).sum(1)).float()
+
+
+def calibration_error(logits: Tensor, targets: Tensor) -> Tensor:
+    """Expected calibration error of each task, [T] (Guo, Pleiss, Sun and Weinberger 2017, equation 3).
+
+    With 15 bins of equal width. A task has few queries, and so the error of each bin is an average over few
+    examples: compare it only between runs with the same number of queries.
+    """
+    confidence, predicted = logits.float().softmax(-1).max(-1)  # [T, B]
+    gap = (predicted == targets).float() - confidence
+    # Bins are (0, 1/15], (1/15, 2/15], ...
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    sums = torch.zeros(len(gap), CALIBRATION_BINS, device=gap.device).scatter_add_(1, bins, gap)
+    return sums.abs().sum(1) / targets.shape[1]
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of each task, [T]."""
+    return _same_shape(F.mse_loss, outputs, targets)
+
+
+def mean_absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean absolute error of each task, [T]."""
+    return _same_shape(F.l1_loss, outputs, targets)
+
+
+def _same_shape(error: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+    if outputs.shape != targets.shape:
+        raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape")
+    return error(outputs, targets, reduction="none").flatten(1).mean(1)
+
+
+def r_squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of the targets' variance that is explained, a mean over the V values of an example, [T]."""
+    residual = (outputs - targets).square().sum(1)  # [T, V]
+    total = (targets - targets.mean(1, keepdim=True)).square().sum(1)
+    return (1 - residual / total).mean(1)
+
+
+ACCURACY = Metric("accuracy", accuracy, "accuracy", percent=True, chance=lambda ways: 1 / ways)
+MSE = Metric("mse", mean_squared_error, "mean squared error", higher_is_better=False)
+
+CLASSIFICATION = Objective(
+    cross_entropy,
+    metrics=(ACCURACY,),
+    available=(
+        ACCURACY,
+        Metric(
+            "balanced_accuracy", balanced_accuracy, "balanced accuracy", True, True, lambda ways: 1 / ways
+        ),
+        Metric("macro_f1", macro_f1, "macro F1", percent=True),
+        Metric("ece", calibration_error, "expected calibration error", higher_is_better=False, percent=True),
+        Metric("nll", cross_entropy, "negative log-likelihood", higher_is_better=False),
+    ),
+)
+REGRESSION = Objective(
+    mean_squared_error,
+    metrics=(MSE,),
+    available=(
+        MSE,
+        Metric("mae", mean_absolute_error, "mean absolute error", higher_is_better=False),
+        Metric("r2", r_squared, "R squared"),
+    ),
+)
+
+
+def metric_named(name: str) -> Metric:
+    """A metric by its name in a result file, for showing its scores."""
+    known = {metric.name: metric for each in (CLASSIFICATION, REGRESSION) for metric in each.available}
+    return known[name]

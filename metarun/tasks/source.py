@@ -1,0 +1,81 @@
+"""Where tasks come from: one split of a dataset, from which batches of tasks are drawn."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from metarun.tasks.episodes import EpisodeShape, Tasks
+from metarun.tasks.objectives import Objective
+from metarun.tasks.spec import TaskSpec
+
+SPLITS = ("train", "validation", "test")
+
+#: The random choices that name a batch of tasks: small tensors, whose first dimension is T.
+Draw = tuple[Tensor, ...]
+
+
+class Fetched(tuple[Tensor, ...]):
+    """A draw whose items have been looked up already: (classes, items, ...), T first in each."""
+
+    __slots__ = ()
+
+
+class EpisodeSource(ABC):
+    """One split of a dataset on a device; the extension point for a new kind of data.
+
+    Drawing is separate from gathering, so that the random choices alone identify a batch of tasks:
+    evaluation hashes them, training is stateless, and two checkpoints can be given the same tasks.
+
+    Attributes:
+        spec: the kind of its tasks.
+        name: what messages call this split, such as "omniglot test".
+        fingerprint: identifies the data that choices refer to.
+        names: the classes' names, in order; empty where there are no classes.
+        parts: the sources of several datasets by their names, where this one mixes them; else empty.
+        host_for: the device that fetched items are copied to, where items stay in host memory; else None.
+    """
+
+    spec: TaskSpec
+    name: str
+    fingerprint: str
+    names: Sequence[str] = ()
+    parts: Mapping[str, EpisodeSource] = {}
+    host_for: torch.device | None = None
+
+    @abstractmethod
+    def check(self, shape: EpisodeShape) -> None:
+        """Raise DataError where the split cannot give tasks of this shape."""
+
+    @abstractmethod
+    def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
+        """Choose `tasks` tasks.
+
+        Args:
+            tasks: T.
+            shape: the ways, shots and queries of each.
+            generator: the only source of randomness; the tensors are on its device.
+        """
+
+    @abstractmethod
+    def gather(self, draw: Draw, shape: EpisodeShape) -> Tasks:
+        """The tasks that choices name, on the source's device; index arithmetic, without randomness."""
+
+    def reporting(self, objective: Objective) -> EpisodeSource:
+        """The same source with the loss and the metrics of another objective."""
+        twin = copy.copy(self)
+        twin.spec = replace(self.spec, objective=objective)
+        twin.parts = {name: part.reporting(objective) for name, part in self.parts.items()}
+        return twin
+
+
+def split_draw(draw: Draw, tasks_at_once: int) -> Iterator[Draw]:
+    """The same tasks, at most `tasks_at_once` at a time, in parts as even as possible."""
+    parts = math.ceil(len(draw[0]) / tasks_at_once)
+    yield from (type(draw)(part) for part in zip(*(x.tensor_split(parts) for x in draw), strict=True))

@@ -1,0 +1,1 @@
+"""The outer loop, evaluation, checkpoints and the hardware they run on."""

@@ -1,0 +1,262 @@
+"""Scores over many tasks, their confidence intervals, and paired comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from metarun.algorithms.base import Algorithm
+from metarun.tasks.episodes import Episodes, EpisodeShape, Outcome, Tasks, run_parts
+from metarun.tasks.objectives import Metric
+from metarun.tasks.sampling import EVALUATION_BLOCK, fixed_draws
+from metarun.tasks.source import Draw, EpisodeSource, split_draw
+from metarun.training.hardware import Hardware
+from metarun.training.memory import peak_bytes
+
+INSTANCE_TASKS = 10  # tasks at once, where examples are seen one by one
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What to evaluate on: `episodes` fixed tasks of a shape, which depend on the seed and the data alone."""
+
+    shape: EpisodeShape
+    episodes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores of one algorithm on fixed tasks.
+
+    Args:
+        shape: the shape of the tasks.
+        metrics: the metrics that were computed, the main one first.
+        scores: each metric's score of each task [episodes], on the CPU, by the metric's name.
+        losses: [episodes].
+        episodes_hash: identifies the tasks: results with the same hash can be compared task by task.
+        uses_query_statistics: whether the queries of a task were predicted with each other's statistics.
+        seconds: how long it took.
+        parts: the results by dataset, where there were several.
+        confusion: [classes, classes] int64, how many queries of class i were predicted as class j; where it
+            was asked for.
+    """
+
+    shape: EpisodeShape
+    metrics: tuple[Metric, ...]
+    scores: Mapping[str, Tensor]
+    losses: Tensor
+    episodes_hash: str
+    uses_query_statistics: bool
+    seconds: float
+    parts: Mapping[str, Result] = field(default_factory=dict)
+    confusion: Tensor | None = None
+
+    @property
+    def metric(self) -> Metric:
+        """The main metric."""
+        return self.metrics[0]
+
+    @property
+    def episodes(self) -> int:
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        return self.losses.mean().item()
+
+    @property
+    def mean(self) -> float:
+        """The mean of the main metric."""
+        return self.mean_of(self.metric)
+
+    @property
+    def interval(self) -> float:
+        """Half of the 95 % interval of the main metric's mean."""
+        return self.interval_of(self.metric)
+
+    def mean_of(self, metric: Metric) -> float:
+        return self.scores[metric.name].mean().item()
+
+    def interval_of(self, metric: Metric) -> float:
+        """Half of the 95 % interval of the mean; of a mean over datasets, from the intervals of each."""
+        if self.parts:
+            halves = (part.interval_of(metric) for part in self.parts.values())
+            return math.hypot(*halves) / len(self.parts)
+        return interval(self.scores[metric.name])
+
+
+def interval(values: Tensor) -> float:
+    """Half of the 95 % confidence interval of the mean over tasks: 1.96 s / sqrt(n); NaN for one task."""
+    if len(values) < 2:
+        return math.nan
+    return 1.96 * values.double().std().item() / math.sqrt(len(values))
+
+
+def paired_difference(a: Result, b: Result, metric: Metric) -> tuple[float, float]:
+    """The mean of a's score minus b's on the same tasks, and half of its 95 % interval."""
+    if a.episodes_hash != b.episodes_hash:
+        raise ValueError("results on different episodes cannot be paired")
+    difference = a.scores[metric.name] - b.scores[metric.name]
+    return difference.mean().item(), interval(difference)
+
+
+@contextmanager
+def evaluating(algorithm: Algorithm, hardware: Hardware, seed: int) -> Iterator[None]:
+    """In evaluation mode, without gradients, on random numbers of `seed`; afterwards all is as before."""
+    training = algorithm.training
+    algorithm.eval()
+    try:
+        with hardware.forked_random(), torch.no_grad(), hardware.compute():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        algorithm.train(training)
+
+
+def adapted_outcome(algorithm: Algorithm, tasks: Tasks, dtype: torch.dtype) -> Outcome:
+    """Adapt to each task's support and predict its queries, with outputs in `dtype`."""
+
+    def run(part: Tasks) -> Outcome:
+        predict = partial(algorithm.predict, algorithm.adapt(part))
+        return part.query(lambda x: predict(x).to(dtype), algorithm.loss)
+
+    return run_parts(run, tasks)
+
+
+def evaluate(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    settings: EvalSettings,
+    hardware: Hardware,
+    advance: Callable[[int], object] = lambda count: None,
+    confusion: bool = False,
+) -> Result:
+    """Adapt to fixed tasks and score their queries.
+
+    The algorithm is left in the mode it was in, and the global random state as it was.
+
+    Args:
+        algorithm: the algorithm, on the hardware's device.
+        source: the split. Where it mixes datasets, the result is the mean over as many tasks of each.
+        settings: the tasks.
+        hardware: where to compute.
+        advance: called with n after every n tasks.
+        confusion: whether to count which class is taken for which.
+    """
+    if source.parts:
+        results = {
+            name: evaluate(algorithm, part, settings, hardware, advance, confusion)
+            for name, part in source.parts.items()
+        }
+        return mean_of(results)
+    shape = settings.shape
+    source.check(shape)
+    began = time.perf_counter()
+    digest = hashlib.sha256(f"{source.fingerprint} {shape}".encode())
+    outcomes: list[Outcome] = []
+    counts = ClassCounts(len(source.names), hardware.device) if confusion and source.names else None
+    at_once = 0
+
+    def judge(draw: Draw, counts: ClassCounts | None = None) -> Outcome:
+        tasks = source.gather(draw, shape).to(hardware.dtype)
+        outcome = adapted_outcome(algorithm, tasks, hardware.dtype)
+        if counts is not None and isinstance(tasks, Episodes) and outcome.outputs is not None:
+            counts.add(tasks, outcome.outputs)
+        return Outcome(outcome.loss, outcome.scores)
+
+    def tasks_at_once(draw: Draw) -> int:
+        one = next(split_draw(draw, 1))
+        with hardware.forked_random():
+            return hardware.tasks_at_once(
+                EVALUATION_BLOCK, lambda: peak_bytes(lambda: judge(one), hardware.device)
+            )
+
+    with evaluating(algorithm, hardware, settings.seed):
+        for draw in fixed_draws(source, shape, settings.episodes, settings.seed):
+            for tensor in draw:
+                digest.update(tensor.numpy().tobytes())
+            at_once = at_once or tasks_at_once(draw)
+            for part in split_draw(draw, at_once):
+                outcomes.append(judge(part, counts))
+                advance(len(part[0]))
+    metrics = source.spec.objective.metrics
+    return Result(
+        shape=shape,
+        metrics=metrics,
+        scores={m.name: torch.cat([one.scores[m.name] for one in outcomes]).cpu() for m in metrics},
+        losses=torch.cat([one.loss for one in outcomes]).cpu(),
+        episodes_hash=digest.hexdigest()[:16],
+        uses_query_statistics=algorithm.uses_query_statistics,
+        seconds=time.perf_counter() - began,
+        confusion=None if counts is None else counts.total.cpu(),
+    )
+
+
+class ClassCounts:
+    """How many queries of each class of a split were predicted as each class.
+
+    Args:
+        classes: the number of classes of the split.
+        device: where to count.
+    """
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.total = torch.zeros(classes, classes, dtype=torch.long, device=device)
+
+    def add(self, tasks: Episodes, outputs: Tensor) -> None:
+        """Count the predictions that outputs [T, B, N] make for the tasks' queries."""
+        assert tasks.classes is not None
+        true = tasks.classes.gather(1, tasks.query_y)  # [T, B], classes of the split
+        predicted = tasks.classes.gather(1, outputs.argmax(-1))
+        cells = (true * len(self.total) + predicted).flatten()
+        self.total += torch.bincount(cells, minlength=self.total.numel()).view_as(self.total)
+
+
+def instance_scores(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    settings: EvalSettings,
+    hardware: Hardware,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Tensor:
+    """Accuracy at a class's first, second, ... appearance, [episodes, K + Q], of a method that has it."""
+    shape = settings.shape
+    source.check(shape)
+    scores = []
+    with evaluating(algorithm, hardware, settings.seed):
+        for draw in fixed_draws(source, shape, settings.episodes, settings.seed):
+            length = shape.ways * (shape.shots + shape.queries)
+            orders = torch.rand(len(draw[0]), length, dtype=torch.float32).argsort(1)
+            for part in split_draw((*draw, orders), INSTANCE_TASKS):
+                tasks = source.gather(part[:-1], shape).to(hardware.dtype)
+                scores.append(algorithm.by_instance(tasks, part[-1].to(hardware.device)))  # type: ignore[operator]
+                advance(len(tasks))
+    return torch.cat(scores).cpu()
+
+
+def mean_of(results: Mapping[str, Result]) -> Result:
+    """One result of those of several datasets, each on as many tasks."""
+    one, *_ = results.values()
+    hashes = " ".join(result.episodes_hash for result in results.values())
+    return Result(
+        shape=one.shape,
+        metrics=one.metrics,
+        scores={
+            metric.name: torch.cat([result.scores[metric.name] for result in results.values()])
+            for metric in one.metrics
+        },
+        losses=torch.cat([result.losses for result in results.values()]),
+        episodes_hash=hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        uses_query_statistics=one.uses_query_statistics,
+        seconds=sum(result.seconds for result in results.values()),
+        parts=results,
+    )

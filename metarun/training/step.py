@@ -1,0 +1,274 @@
+"""One outer step on this hardware: in chunks of tasks, compiled, as one CUDA graph.
+
+Whatever is chosen, the episodes are the same, and the arithmetic is to rounding
+(tests/unit/test_engine.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from metarun.algorithms.base import Algorithm
+from metarun.errors import TrainingError, first_line
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import EpisodeShape, run_parts
+from metarun.tasks.sampling import fetched_ahead, training_draws
+from metarun.tasks.source import Draw, EpisodeSource, Fetched, split_draw
+from metarun.training.compiled import Gradient, GradientOfDraw, MetaLoss, can_trace, traced_gradient
+from metarun.training.hardware import Hardware
+from metarun.training.memory import peak_bytes
+
+WARM_UP = 3  # eager steps before a CUDA graph is captured, as PyTorch asks
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Gradient clipping of the meta-gradient: by value, and by global norm."""
+
+    value: float | None = None
+    norm: float | None = None
+
+    def apply(self, params: Sequence[Tensor]) -> None:
+        if self.value is not None:
+            nn.utils.clip_grad_value_(params, self.value)
+        if self.norm is not None:
+            nn.utils.clip_grad_norm_(params, self.norm)
+
+
+class OuterStep:
+    """Outer steps on this hardware: the meta-gradient of a meta-batch, and one step of the optimizer.
+
+    Args:
+        algorithm: on the hardware's device.
+        optimizer: of the algorithm's parameters.
+        source: the training split.
+        shape: the shape of a task.
+        meta_batch: tasks of a step.
+        seed: of the tasks that are drawn.
+        hardware: how many tasks to run at once, compilation, CUDA graphs.
+        clip: gradient clipping, if any.
+
+    Attributes:
+        running_totals: sums over tasks of the loss and of each metric since they were last set to zero,
+            float64 [1 + metrics], on the device.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        optimizer: Optimizer,
+        source: EpisodeSource,
+        shape: EpisodeShape,
+        meta_batch: int,
+        seed: int,
+        hardware: Hardware,
+        clip: Clip | None = None,
+    ) -> None:
+        self.algorithm, self.optimizer, self.source = algorithm, optimizer, source
+        self.shape, self.meta_batch, self.seed = shape, meta_batch, seed
+        self.hardware, self.clip = hardware, clip
+        self.metrics = source.spec.objective.metrics
+        self.params = [p for p in algorithm.parameters() if p.requires_grad]
+        self.running_totals = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=hardware.device)
+        self.at_once = self.most_at_once = meta_batch  # the latter is lowered when memory runs out
+        self.traced: dict[int, GradientOfDraw] = {}  # by number of tasks; other numbers are run eagerly
+        self.say: Callable[[str], object] = lambda text: None
+        self.iteration = 0
+        self.draws: Iterator[Draw] = iter(())
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.static_draw: Draw = ()  # the inputs of the graph
+        self.capturing = False
+        self.eager_steps_left: int | None = None  # before a capture; None: there will be none
+
+    def prepare(self, start: int, say: Callable[[str], object] = lambda text: None) -> None:
+        """Choose how to run from iteration `start` on; call it within `hardware.compute()`.
+
+        Args:
+            start: the next iteration.
+            say: called with each decision that a user should know.
+        """
+        self.say, self.iteration = say, start
+        self.algorithm.on_step_start(start)
+        self.traced.clear()
+        # Before memory is measured: an earlier graph holds memory of its own.
+        self.graph, self.static_draw = None, ()
+        self.optimizer.zero_grad()
+        self.draws = self.draws_from(start)
+        bytes_of_one = functools.cache(self.bytes_of_one_task)
+        static, on_gpu = self.source.spec.static, self.hardware.device.type == "cuda"
+        self.at_once = self.hardware.tasks_at_once(self.most_at_once, bytes_of_one)
+        self.capturing = False
+        on_host = self.host_store() is not None
+        wants_graph = self.hardware.graph and on_gpu and static and not on_host
+        if on_gpu and on_host:  # a graph cannot be captured beside the thread that fetches
+            say("items stay in host memory, each meta-batch is copied ahead of its step; no CUDA graph")
+        self.eager_steps_left = WARM_UP if wants_graph else None
+        if self.at_once < self.meta_batch:
+            say(f"{self.at_once} of {self.meta_batch} tasks at once")
+        if not static:
+            return
+        if self.hardware.compile is True or (
+            can_trace(self.algorithm) and self.hardware.traces(bytes_of_one)
+        ):
+            self.trace(compiles=self.hardware.compile is True)
+
+    def draws_from(self, start: int) -> Iterator[Draw]:
+        store = self.host_store()
+        device = "cpu" if store else self.hardware.device
+        draws = training_draws(self.source, self.meta_batch, self.shape, self.seed, start, device)
+        return fetched_ahead(draws, store) if store else draws
+
+    def host_store(self) -> ClassStore | None:
+        """The source, where its images stay in host memory."""
+        source = self.source
+        return source if isinstance(source, ClassStore) and source.host_for is not None else None
+
+    def bytes_of_one_task(self) -> int:
+        """Measured on a copy, so that weights, averages and random numbers stay as they are."""
+        draw = next(split_draw(next(self.draws_from(0)), 1))
+        twin = copy.deepcopy(self.algorithm)
+        params = [p for p in twin.parameters() if p.requires_grad]
+        with self.hardware.forked_random():
+            return peak_bytes(lambda: self.meta_gradient(twin.meta_loss, params, draw), self.hardware.device)
+
+    # one step
+
+    def step(self) -> None:
+        """One outer step on the next meta-batch; nothing is read back from the device."""
+        if self.algorithm.on_step_start(self.iteration):
+            self.prepare(self.iteration, self.say)
+        self.iteration += 1
+        draw = next(self.draws)
+        if self.graph is not None:
+            self.replay(draw)
+        elif self.eager_steps_left == 0:
+            self.capture(draw)
+        else:
+            self.eager_step(draw)
+            if self.eager_steps_left:
+                self.eager_steps_left -= 1
+
+    def eager_step(self, draw: Draw) -> None:
+        self.backward(draw)
+        self.optimizer.step()
+
+    def backward(self, draw: Draw) -> None:
+        """The meta-gradient into each weight's `.grad`; half as many tasks at once where memory runs out."""
+        while True:
+            try:
+                grads, figures = self.summed_gradient(draw)
+                break
+            except torch.OutOfMemoryError as error:
+                if self.capturing:
+                    raise  # what was captured so far would stay in the graph
+                failed = first_line(error)
+            self.halve(failed)
+        for p, grad in zip(self.params, grads, strict=True):
+            # Optimizers expect the weight's own layout; bounds are put in place, on no tensor that two share.
+            fits = grad is None or (grad.stride() == p.stride() and not self.clip)
+            p.grad = grad if fits else torch.empty_like(p).copy_(grad)  # type: ignore[arg-type]
+        if self.clip:
+            self.clip.apply(self.params)
+        self.running_totals += figures
+
+    def halve(self, reason: str) -> None:
+        if self.at_once == 1:
+            raise TrainingError(
+                f"out of memory with one task at a time ({reason}); "
+                "lower shots, queries, ways or inner_loop.steps"
+            )
+        self.at_once = self.most_at_once = (self.at_once + 1) // 2
+        if self.hardware.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"out of memory: continuing with {self.at_once} tasks at once")
+
+    def summed_gradient(self, draw: Draw) -> Gradient:
+        """Over chunks of tasks; the same gradient however many there are at once."""
+        total: Gradient | None = None
+        store = self.host_store()
+        for chunk in split_draw(draw, self.at_once):
+            if store and not isinstance(chunk, Fetched):  # the whole draw did not fit beside the one before
+                chunk = store.fetch(chunk)
+            part = self.traced.get(len(chunk[0]), self.eager_gradient)(chunk)
+            total = part if total is None else add(total, part)
+        assert total is not None
+        return total
+
+    def eager_gradient(self, draw: Draw) -> Gradient:
+        return self.meta_gradient(self.algorithm.meta_loss, self.params, draw)
+
+    def meta_gradient(self, meta_loss: MetaLoss, params: Sequence[Tensor], draw: Draw) -> Gradient:
+        """These tasks' share of the meta-batch's gradient, and the sums of their losses and scores."""
+        tasks = self.source.gather(draw, self.shape).to(self.hardware.dtype)
+        outcome = run_parts(meta_loss, tasks)
+        loss, count = outcome.loss.mean(), len(tasks)
+        share = loss if count == self.meta_batch else loss * (count / self.meta_batch)
+        grads = torch.autograd.grad(share, params, allow_unused=True)
+        scores = [outcome.scores[metric.name].mean().to(loss.dtype) for metric in self.metrics]
+        return list(grads), torch.stack([loss.detach(), *scores]).double() * count
+
+    # one CUDA graph
+
+    def capture(self, draw: Draw) -> None:
+        """Record sampling, gradient and optimizer as one graph; eager, and said why, where that fails."""
+        self.eager_steps_left = None
+        self.static_draw = tuple(tensor.clone() for tensor in draw)
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()
+        self.capturing = True
+        torch.cuda.synchronize(self.hardware.device)
+        try:
+            with torch.cuda.graph(graph):
+                self.backward(self.static_draw)
+                if self.hardware.captures_optimizer(self.optimizer):
+                    self.optimizer.step()
+        except Exception as error:
+            reason = first_line(error.__context__ or error)  # ending a failed capture raises anew
+            self.say(f"no CUDA graph, steps run one kernel after another: {reason}")
+            self.capturing = False
+            self.eager_step(draw)
+            return
+        self.capturing = False
+        self.graph = graph
+        self.replay(draw)
+
+    def replay(self, draw: Draw) -> None:
+        assert self.graph is not None
+        for static, fresh in zip(self.static_draw, draw, strict=True):
+            static.copy_(fresh)
+        self.graph.replay()
+        if not self.hardware.captures_optimizer(self.optimizer):
+            self.optimizer.step()
+
+    # the gradient from a trace
+
+    def trace(self, compiles: bool) -> None:
+        """Trace, and compile, the gradient for each size of chunk; run eagerly where that fails."""
+        began = time.perf_counter()
+        draw = next(self.draws_from(0))
+        try:
+            for chunk in split_draw(draw, self.at_once):
+                if len(chunk[0]) not in self.traced:
+                    self.traced[len(chunk[0])] = traced_gradient(
+                        self.algorithm, self.meta_gradient, chunk, self.hardware, compiles
+                    )
+        except Exception as error:
+            self.traced.clear()
+            if compiles:
+                self.say(f"not compiled, continuing without: {first_line(error)}")
+        else:
+            if compiles:
+                self.say(f"compiled in {time.perf_counter() - began:.0f} s")
+
+
+def add(a: Gradient, b: Gradient) -> Gradient:
+    grads = [y if x is None else x if y is None else x + y for x, y in zip(a[0], b[0], strict=True)]
+    return grads, a[1] + b[1]

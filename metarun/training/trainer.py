@@ -1,0 +1,238 @@
+"""The outer loop: sample, backward, step; validate, checkpoint and log on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from metarun.algorithms.base import Algorithm
+from metarun.errors import TrainingError
+from metarun.reporting.console import Bar
+from metarun.reporting.progress import live_line, validation_line
+from metarun.reporting.tracker import Tracker
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.source import EpisodeSource
+from metarun.training import checkpoint
+from metarun.training.evaluation import EvalSettings, evaluate
+from metarun.training.hardware import Hardware
+from metarun.training.interrupts import hold_interrupts
+from metarun.training.step import Clip, OuterStep
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings of the outer loop; an iteration is one outer step.
+
+    Args:
+        iterations: outer steps in all.
+        meta_batch: tasks of an outer step.
+        shape: the shape of a training task.
+        validation: the fixed validation tasks.
+        validation_every, checkpoint_every, log_every: in iterations.
+        seed: of the training tasks.
+        clip: gradient clipping, if any.
+    """
+
+    iterations: int
+    meta_batch: int
+    shape: EpisodeShape
+    validation: EvalSettings
+    validation_every: int
+    checkpoint_every: int
+    log_every: int
+    seed: int
+    clip: Clip | None = None
+
+
+@dataclass
+class Best:
+    """The best validation so far, by the main metric."""
+
+    iteration: int
+    score: float
+    interval: float
+    metric: str
+
+
+class Trainer:
+    """Meta-trains an algorithm; its whole state is in `last.pt`, so that a killed run resumes bit-exactly."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        train: EpisodeSource,
+        validation: EpisodeSource,
+        settings: TrainSettings,
+        hardware: Hardware,
+        folder: Path,
+        record: Mapping[str, Any],  # of plain values, which go into every checkpoint
+    ) -> None:
+        self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
+        self.train_source, self.validation_source = train, validation
+        self.settings, self.hardware, self.folder, self.record = settings, hardware, folder, record
+        self.metrics = train.spec.objective.metrics
+        self.outer_step = OuterStep(
+            algorithm,
+            optimizer,
+            train,
+            settings.shape,
+            settings.meta_batch,
+            settings.seed,
+            hardware,
+            settings.clip,
+        )
+        self.tasks = 0  # that the running totals are of
+        self.iteration = 0
+        self.saved_at = 0  # the iteration that last.pt holds
+        self.seconds = 0.0  # of training so far, over all sessions
+        self.best: Best | None = None
+
+    # state
+
+    def state(self) -> dict[str, Any]:
+        cuda = self.hardware.device.type == "cuda"
+        return checkpoint.to_cpu(
+            {
+                **self.record,
+                "iteration": self.iteration,
+                "seconds": self.seconds,
+                "best": vars(self.best) if self.best else None,
+                "algorithm": self.algorithm.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                "random": torch.get_rng_state(),
+                "cuda_random": torch.cuda.get_rng_state(self.hardware.device) if cuda else None,
+                "running_totals": self.outer_step.running_totals,
+                "tasks": self.tasks,
+            }
+        )
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.saved_at = self.iteration
+        self.best = Best(**state["best"]) if state["best"] else None
+        self.algorithm.load_state_dict(state["algorithm"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["random"])
+        if state["cuda_random"] is not None and self.hardware.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"], self.hardware.device)
+        self.outer_step.running_totals.copy_(state["running_totals"])
+        self.tasks = state["tasks"]
+
+    # the loop
+
+    def run(self, tracker: Tracker) -> None:
+        """Train to `settings.iterations`.
+
+        KeyboardInterrupt after Ctrl-C and a save; TrainingError for a loss that is not finite.
+        """
+        settings = self.settings
+        self.algorithm.train()
+        began = time.perf_counter() - self.seconds
+        bar = Bar("train", settings.iterations, start=self.iteration)
+        with bar, hold_interrupts() as interrupts, self.hardware.compute():
+            self.outer_step.prepare(self.iteration, bar.line)
+            while self.iteration < settings.iterations and not interrupts:
+                self.step()
+                self.seconds = time.perf_counter() - began
+                if self.due(settings.log_every):
+                    self.log_running_totals(tracker)
+                if self.due(settings.validation_every):
+                    self.validate(tracker, bar)
+                if self.due(settings.checkpoint_every):
+                    self.save("last.pt", tracker)
+                new = self.due(settings.log_every) or self.due(settings.validation_every)
+                bar.advance(1, live_line(tracker.rows, self.metrics[0]) if new else None)
+        if interrupts and self.iteration < settings.iterations:
+            self.save("last.pt", tracker)
+            raise KeyboardInterrupt
+
+    def due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.iteration == self.settings.iterations
+
+    def step(self) -> None:
+        self.outer_step.step()
+        self.tasks += self.settings.meta_batch
+        if self.scheduler:
+            self.scheduler.step()
+        self.iteration += 1
+
+    def log_running_totals(self, tracker: Tracker) -> None:
+        """Log the averages since the last row. TrainingError where the loss is not finite."""
+        loss, *scores = (self.outer_step.running_totals / self.tasks).tolist()
+        self.outer_step.running_totals.zero_()
+        self.tasks = 0
+        if not math.isfinite(loss):
+            raise TrainingError(self.not_finite("the training loss"))
+        row = {
+            "iteration": self.iteration,
+            "split": "train",
+            "loss": loss,
+            **{metric.name: score for metric, score in zip(self.metrics, scores, strict=True)},
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "seconds": round(self.seconds, 2),
+        }
+        tracker.log(row)
+
+    def validate(self, tracker: Tracker, bar: Bar) -> None:
+        """Score the fixed validation tasks; the best model so far becomes best.pt."""
+        result = evaluate(self.algorithm, self.validation_source, self.settings.validation, self.hardware)
+        if not math.isfinite(result.loss):
+            raise TrainingError(self.not_finite("the validation loss"))
+        main = result.metric
+        row = {
+            "iteration": self.iteration,
+            "split": "validation",
+            "loss": result.loss,
+            **{metric.name: result.mean_of(metric) for metric in result.metrics},
+            "interval": result.interval,
+            **{f"{main.name} {name}": part.mean for name, part in result.parts.items()},
+            "seconds": round(self.seconds, 2),
+        }
+        tracker.log(row)
+        bar.line(validation_line(tracker.rows, main))
+        if self.best is None or main.is_better(result.mean, than=self.best.score):
+            self.best = Best(self.iteration, result.mean, result.interval, main.name)
+            self.save("best.pt", tracker)
+
+    def save(self, name: str, tracker: Tracker) -> None:
+        """Write a checkpoint; one with weights that are not finite never replaces a good one."""
+        if not all(p.isfinite().all() for p in self.algorithm.parameters()):
+            raise TrainingError(self.not_finite("a weight"))
+        tracker.sync()
+        checkpoint.save(self.folder / name, self.state())
+        if name == "last.pt":
+            self.saved_at = self.iteration
+
+    def not_finite(self, what: str) -> str:
+        kept = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]
+        where = f"the last good checkpoint is {self.folder / kept[-1]}" if kept else "nothing was saved yet"
+        rates = "inner_loop.rate or optimizer.lr" if hasattr(self.algorithm, "inner_loop") else "optimizer.lr"
+        return f"{what} is no longer finite at iteration {self.iteration}; {where}; lower {rates}"
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what was learned, and keep what belongs to this machine: the state may come from another."""
+    machine = ("fused", "capturable", "foreach")
+    own = [dict(group) for group in optimizer.param_groups]
+    groups = [
+        saved | {key: group[key] for key in machine if key in group}
+        for saved, group in zip(state["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        rate = float(group["lr"])
+        is_tensor = isinstance(before["lr"], torch.Tensor)
+        group["lr"] = before["lr"].fill_(rate) if is_tensor else rate
