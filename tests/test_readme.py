@@ -38,9 +38,14 @@ def test_every_command_of_the_documents_composes(words: list[str]):
         check(compose(command, first), command)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\((docs/[^)]+)\)", README))))
-def test_what_the_readme_links_to_exists(name: str):
-    assert (ROOT / name).stat().st_size > 500
+LINKS = {
+    page.parent / name for page in PAGES for name in re.findall(r"\]\(([^):#]+)\)", page.read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize("path", sorted(LINKS), ids=lambda path: path.name)
+def test_linked_files_exist(path: Path):
+    assert path.stat().st_size > 500
 
 
 def test_the_table_of_options_is_what_there_is():
