@@ -1,4 +1,4 @@
-"""The README's commands are understood, what it shows exists, and its errors are word for word."""
+"""The commands in the documents compose, linked files exist, and errors are quoted word for word."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from metarun.config.schema import register_frames
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = [README, *(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [path.read_text("utf-8") for path in PAGES]
+BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    """Every `metarun ...` in a bash block."""
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
+    """Every `metarun ...` in a bash block; a backslash at the end of a line continues it."""
+    blocks = "\n".join(text for document in DOCUMENTS for text in BASH.findall(document))
+    lines = blocks.replace("\\\n", " ").splitlines()
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [shlex.split(part)[1:] for part in parts if part.startswith("metarun ")]
+    return [shlex.split(part, comments=True)[1:] for part in parts if part.startswith("metarun ")]
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_of_the_readme_composes(words: list[str]):
+def test_every_command_of_the_documents_composes(words: list[str]):
     command, *rest = words
     overrides = [word for word in arrange(command, rest) if not word.startswith("-")]
     register_frames()
@@ -37,9 +40,14 @@ def test_every_command_of_the_readme_composes(words: list[str]):
         check(compose(command, first), command)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\((docs/[^)]+)\)", README))))
-def test_what_the_readme_links_to_exists(name: str):
-    assert (ROOT / name).stat().st_size > 500
+LINKS = {
+    page.parent / name for page in PAGES for name in re.findall(r"\]\(([^):#]+)\)", page.read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize("path", sorted(LINKS), ids=lambda path: path.name)
+def test_linked_files_exist(path: Path):
+    assert path.stat().st_size > 500
 
 
 def test_the_table_of_options_is_what_there_is():
