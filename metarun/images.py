@@ -15,6 +15,7 @@ from torch import Tensor
 from metarun.errors import ConfigError, DataError, first_line
 
 Ink = Literal["dark", "light"]
+Fit = Literal["pad", "crop", "stretch"]
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
@@ -65,12 +66,16 @@ def require_folder(folder: Path) -> None:
         raise DataError(f"{folder}: is a file; name the folder that holds the images")
 
 
-UNASKED = ("Thumbs.db", "desktop.ini", "__MACOSX")  # what systems leave in folders
+UNASKED = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # files that operating systems add
+
+
+def is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in UNASKED
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, in order of name, without what systems leave there unasked."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in UNASKED)
+    """The files and folders in a folder, sorted by name, without hidden ones and those of `UNASKED`."""
+    return sorted(path for path in folder.iterdir() if is_visible(path.name))
 
 
 def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
@@ -86,7 +91,8 @@ def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()
-            return flatten(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return flatten(image)
     except UnidentifiedImageError:
         raise DataError(f"{name}: is not an image; remove it from the folder") from None
     except MemoryError:
@@ -122,10 +128,16 @@ def to_batch(images: Sequence[Image.Image], item_shape: tuple[int, ...]) -> Tens
     """Pixels [B, C, H, W] in [0, 1] of the model's size; padded to its proportions, not stretched."""
     if len(item_shape) != 3:
         raise ConfigError(f"this checkpoint's items have shape {tuple(item_shape)}: it cannot take images")
+    return torch.from_numpy(np.stack([to_array(image, item_shape) for image in images])).float() / 255
+
+
+def to_array(image: Image.Image, item_shape: tuple[int, ...], how: Fit = "pad") -> np.ndarray:
+    """An image in mode L or RGB as a uint8 array of shape `item_shape`, [C, H, W]; `how` as in `fit`."""
     channels, height, width = item_shape
-    batch = [fit(image.convert("L" if channels == 1 else "RGB"), height, width) for image in images]
-    pixels = torch.from_numpy(np.stack(batch)).float() / 255  # [B, H, W] or [B, H, W, C]
-    return pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which would copy it
+    pixels = fit(image, height, width, how)  # [H, W] or [H, W, C]
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to grey, as in Pillow's mode L
@@ -148,9 +160,7 @@ def converted(pixels: Tensor, item_shape: tuple[int, ...]) -> Tensor:
     return result
 
 
-def fit(
-    image: Image.Image, height: int, width: int, how: Literal["pad", "crop", "stretch"] = "pad"
-) -> np.ndarray:
+def fit(image: Image.Image, height: int, width: int, how: Fit = "pad") -> np.ndarray:
     """Resize to the height and width with antialiasing.
 
     `pad` keeps everything, with the ground's colour around it; `crop` keeps the middle; `stretch`

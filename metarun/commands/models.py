@@ -99,10 +99,10 @@ def built_for(node: DictConfig, trained: DictConfig) -> Any:
     """
     dataset = build_dataset(node)
     wanted, there = shape_of_model(trained), tuple(dataset.item_shape)
-    if wanted == there or len(wanted) != 3 or not hasattr(dataset, "shaped"):
-        return dataset
-    say_converted(dataset_name(trained), there, wanted)
-    return dataset.shaped(wanted)
+    reshaped = dataset if wanted == there or len(wanted) != 3 else dataset.reshaped(wanted)
+    if reshaped is not dataset:
+        say_converted(dataset_name(trained), there, wanted)
+    return reshaped
 
 
 def shape_of_model(trained: DictConfig) -> tuple[int, ...]:

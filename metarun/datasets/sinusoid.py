@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from metarun.datasets.base import Dataset, Split
 from metarun.episodes import Draw, Episodes, Geometry
 from metarun.errors import DataError
 
 Range = tuple[float, float]
 
 
-class Sinusoid:
+class Sinusoid(Dataset):
     """Tasks y = amplitude * sin(x + phase) to be learned from K points.
 
-    Amplitude in [0.1, 5], phase in [0, pi] and x in [-5, 5], all uniform; the loss is the mean
-    squared error. Tasks are continuous, so splits differ only in their random numbers.
+    The loss is the mean squared error. There are infinitely many tasks, so splits differ only in their
+    random numbers.
+
+    Args:
+        amplitude, phase, x: the least and the largest value of each; values are drawn uniformly.
     """
 
-    drawings = False
-    outputs = 1  # values a regression model predicts; a dataset of classes has no such attribute
+    outputs = 1  # how many values a regression model predicts; datasets of classes lack this attribute
 
     def __init__(
         self,
@@ -37,18 +39,16 @@ class Sinusoid:
     def item_shape(self) -> tuple[int, ...]:
         return (1,)
 
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> SinusoidSource:
+    def split(self, name: Split, device: torch.device | str = "cpu") -> SinusoidSource:
         return SinusoidSource(self, name, device)
 
 
 class SinusoidSource:
     """An EpisodeSource of sinusoids: one way, one output."""
 
-    item_shape = (1,)
+    item_shape: tuple[int, ...] = (1,)
 
-    def __init__(self, settings: Sinusoid, split: str, device: torch.device | str) -> None:
+    def __init__(self, settings: Sinusoid, split: Split, device: torch.device | str) -> None:
         self.settings, self.device = settings, device
         self.split = split
         self.fingerprint = f"sinusoid {split} {settings.amplitude} {settings.phase} {settings.x}"
