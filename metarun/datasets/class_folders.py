@@ -1,4 +1,4 @@
-"""Images in class folders, in folders or zips: found, decoded once in parallel, memory-mapped ever after."""
+"""Images in class folders, in folders or zips: decoded once, into a memory-mapped cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from metarun.files import encoded, read_regular
 from metarun.tracking import Bar, notes, say
 
 BLOCK = 256  # images decoded before they are written: bounds the memory
-VERSION = 2  # counts changes of what is decoded
+VERSION = 2  # of the decoding: with another one, images are decoded again
 
 
 class Entry(NamedTuple):
@@ -39,6 +39,7 @@ class Entry(NamedTuple):
         return f"{self.path}: {self.member}" if self.archive else str(self.path)
 
     def read(self) -> bytes:
+        """The file's content. Raises DataError."""
         if self.archive:
             return self.archive.read(self.member)
         try:
@@ -50,12 +51,15 @@ class Entry(NamedTuple):
 
     @property
     def own_name(self) -> tuple[str, ...]:
-        """The file's name and its folder's: what is the same wherever a zip was unpacked to."""
+        """The names of its folder and of itself: they do not depend on where a zip was unpacked."""
         return self.parts[-2:]
 
 
 def entries(root: Path) -> list[Entry]:
-    """Every file below a folder, also in zips there, or in a zip; sorted. DataError where there is none."""
+    """Every file in a zip or below a folder, also in zips there, sorted by path.
+
+    Of files that are there twice, packed and unpacked, one is left. Raises DataError if there are no files.
+    """
     if not root.exists():
         raise DataError(f"dataset.root={root}: no such folder")
     if root.is_file() and root.suffix.lower() != ".zip":
@@ -68,10 +72,10 @@ def entries(root: Path) -> list[Entry]:
 
 
 def once_each(files: list[Entry]) -> list[Entry]:
-    """The files without those of a zip that are also beside it, unpacked from it or in a copy of it.
+    """The files without those of a zip that are also in a folder or in another zip.
 
-    A task's support and query must not share an image. A file is taken for the same where its folder's
-    name, its own, its size and its CRC-32 sum are.
+    A task's support and query must not share an image. Two files are the same if their folders' names,
+    their names, sizes and CRC-32 checksums are.
     """
     packed = [entry for entry in files if entry.archive]
     if not packed:
@@ -80,8 +84,8 @@ def once_each(files: list[Entry]) -> list[Entry]:
     loose: dict[tuple[str, ...], list[Entry]] = {}
     for entry in kept:
         loose.setdefault(entry.own_name, []).append(entry)
-    first: dict[tuple[object, ...], Entry] = {}  # of the zips
-    twice: dict[Path, list[Path]] = {}  # where the same files are, by zip
+    first: dict[tuple[object, ...], Entry] = {}  # the first packed file with some name and checksum
+    twice: dict[Path, list[Path]] = {}  # by zip, where else its files are
     for entry in packed:
         stamp = entry.archive.stamp(entry.member)  # type: ignore[union-attr]
         twin = next((each for each in loose.get(entry.own_name, []) if _has(each, stamp)), None)
@@ -96,7 +100,7 @@ def once_each(files: list[Entry]) -> list[Entry]:
 
 
 def _has(entry: Entry, stamp: tuple[int, int]) -> bool:
-    """Whether a file's size and CRC-32 sum are these."""
+    """Whether `stamp` is the file's size and CRC-32 checksum."""
     try:
         return os.stat(entry.path).st_size == stamp[0] and zlib.crc32(entry.read()) == stamp[1]
     except (OSError, DataError):
@@ -196,7 +200,7 @@ def class_store(
 
 
 def note_counts(store: ClassStore, least: int, most: int) -> ClassStore:
-    """The store of a known benchmark, and a note where it has more or fewer images a class than that."""
+    """The store of a known benchmark; print a note if its classes have more or fewer images than there."""
     smallest, largest = store.smallest_class, store.largest_class
     if smallest < least or largest > most:
         there, right = (
@@ -208,10 +212,10 @@ def note_counts(store: ClassStore, least: int, most: int) -> ClassStore:
 
 
 def _identity(path: Path) -> str:
-    """Changes when the file is written again."""
+    """A text that changes when the file is written again."""
     try:
         status = os.stat(path)
-    except OSError as error:  # such as a link to nowhere, which `decode` names
+    except OSError as error:  # such as a dangling link, which `decode` reports
         return f"{os.path.abspath(path)}\0{error.strerror}"
     return f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
 

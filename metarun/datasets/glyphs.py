@@ -61,13 +61,12 @@ class Glyphs(ImageDataset):
         size: int = 28,
         seed: int = 0,
     ) -> None:
-        at_least(8, size=size)
-        at_least(1, train_classes=train_classes, validation_classes=validation_classes)
-        at_least(1, test_classes=test_classes)
-        at_least(2, images_per_class=images_per_class)
-        at_least(0, seed=seed)
         super().__init__(size, channels=1)
         self.classes = {"train": train_classes, "validation": validation_classes, "test": test_classes}
+        at_least(0, seed=seed)
+        at_least(1, **{f"{split}_classes": count for split, count in self.classes.items()})
+        at_least(2, images_per_class=images_per_class)
+        at_least(8, size=size)
         self.images_per_class, self.seed = images_per_class, seed
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:

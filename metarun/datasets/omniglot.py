@@ -52,12 +52,12 @@ def characters() -> list[Character]:
 def class_split(classes: Classes) -> dict[Split, list[str]]:
     """The names of the characters of each split, sorted.
 
-    - `lake`, by alphabet (792/172/659): test is the evaluation set's 20 alphabets, as the authors
-      meant; validation is five of the background set's 30, the ones `vinyals` holds out: Armenian,
+    - `lake`, by alphabet (792/172/659): test has the evaluation set's 20 alphabets, as the authors
+      intended; validation has five of the background set's 30, the same as in `vinyals`: Armenian,
       Bengali, Early_Aramaic, Hebrew and Mkhedruli_(Georgian).
-    - `vinyals` (1,028/172/423): see omniglot_vinyals.txt; by alphabet but for Gurmukhi.
-    - `maml` (1,100/100/423): characters at random whatever their alphabet, as Finn et al. 2017 do.
-      They published no list; here it is the order of the SHA-256 digests of the names.
+    - `vinyals` (1,028/172/423): see omniglot_vinyals.txt; by alphabet except for Gurmukhi.
+    - `maml` (1,100/100/423): random characters of all alphabets, as in Finn et al. 2017. They published
+      no list; here the order is that of `by_digest`.
     """
     if classes == "maml":
         order = by_digest(character.name for character in characters())
@@ -66,10 +66,10 @@ def class_split(classes: Classes) -> dict[Split, list[str]]:
             "validation": sorted(order[1100:1200]),
             "test": sorted(order[1200:]),
         }
+    by_piece = {"lake": "images_evaluation", "vinyals": None}[classes]
     parts: dict[Split, list[str]] = {"train": [], "validation": [], "test": []}
     for character in characters():
-        evaluation = classes == "lake" and character.piece == "images_evaluation"
-        parts["test" if evaluation else character.vinyals].append(character.name)
+        parts["test" if character.piece == by_piece else character.vinyals].append(character.name)
     return parts
 
 
@@ -168,12 +168,8 @@ class Omniglot(ImageDataset):
 
 def pieces_in(folder: Path) -> dict[str, Path]:
     """The pieces that are in a folder; a zip is preferred to a folder, because it is listed faster."""
-    zips = {piece: folder / f"{piece}.zip" for piece in MD5}
-    return {
-        piece: path if path.is_file() else folder / piece
-        for piece, path in zips.items()
-        if path.is_file() or (folder / piece).is_dir()
-    }
+    paths = ((piece, folder / name) for piece in MD5 for name in (piece, f"{piece}.zip"))
+    return {piece: path for piece, path in paths if path.exists()}
 
 
 def drawings_of(piece: str, path: Path) -> dict[str, list[Entry]]:

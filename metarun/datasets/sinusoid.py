@@ -44,7 +44,7 @@ class Sinusoid(Dataset):
 
 
 class SinusoidSource:
-    """An EpisodeSource of sinusoids: one way, one output."""
+    """Episodes of sinusoids, with one way and one output."""
 
     item_shape: tuple[int, ...] = (1,)
 
