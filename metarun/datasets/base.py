@@ -1,27 +1,142 @@
-"""Stand-in until the datasets branch is merged."""
+"""The base classes of datasets, and what several datasets share: class splits by digest, range checks."""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
+from metarun.datasets.images import Fit
+from metarun.errors import ConfigError
+from metarun.storage.files import encoded
+from metarun.tasks.class_store import ClassStore
 from metarun.tasks.source import EpisodeSource
 from metarun.tasks.spec import TaskSpec
 
 Split = Literal["train", "validation", "test"]
+Unreadable = Literal["stop", "skip"]
 
 
 class Dataset(ABC):
-    drawings: bool = False
+    """A dataset with three splits: derive from this class to add your own, and name it in a YAML file.
+
+    The constructor takes settings as keyword arguments and only stores them: files are read by `split`,
+    because a dataset is also built to find out the shape of its items. Every setting has a type hint, which
+    the configuration is checked against before the constructor is called; the constructor itself checks
+    ranges and raises ConfigError ("dataset.SETTING=VALUE: what is wrong, and what to choose").
+    """
+
+    drawings: bool = False  # bright strokes on a dark ground; `adapt` converts a user's images to that
+
+    @property
+    @abstractmethod
+    def spec(self) -> TaskSpec:
+        """The kind of its tasks: the shape of an example, the objective; known without reading a file."""
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """The shape of one example, (C, H, W) for images."""
+        return self.spec.item_shape
+
+    @abstractmethod
+    def split(self, name: Split, device: torch.device | str = "cpu") -> EpisodeSource:
+        """One split, from which episodes are drawn.
+
+        Args:
+            name: "train", "validation" or "test". No class is in two of them.
+            device: where the examples are stored and episodes are gathered.
+
+        Returns:
+            A `ClassStore` for uint8 images grouped by class, or any other `EpisodeSource`.
+
+        Raises:
+            DataError: files are missing, damaged or not what the dataset expects. The message is one line
+                that names the file or folder and says how to fix it.
+        """
+
+    def reshaped(self, item_shape: tuple[int, ...]) -> Dataset:
+        """This dataset with items of another shape [C, H, W], if it can convert them itself, else itself.
+
+        It is called where a trained model is evaluated on a dataset of another shape. The images of a
+        dataset that returns itself are converted afterwards.
+        """
+        return self
+
+
+class ImageDataset(Dataset):
+    """Square images of `size` pixels a side.
+
+    Args:
+        size: height and width in pixels, at least 1.
+        channels: 3 for RGB, 1 for grey.
+        fit: how an image that is not square is made square, see `metarun.datasets.images.fit`.
+
+    Raises:
+        ConfigError: `size` is out of range.
+    """
+
+    unreadable: Unreadable | None = None  # None: stop, and the dataset has no such setting
+    invert: ClassVar[bool] = False  # whether to exchange black and white when files are decoded
+    threaded: ClassVar[bool] = True  # whether several threads decode files
+
+    def __init__(self, size: int, channels: int = 3, fit: Fit = "pad") -> None:
+        at_least(1, size=size)
+        self.size, self.channels, self.fit = size, channels, fit
 
     @property
     def spec(self) -> TaskSpec:
-        return TaskSpec(tuple(self.item_shape))  # type: ignore[attr-defined]
+        return TaskSpec(item_shape=(self.channels, self.size, self.size))
 
-    @abstractmethod
-    def split(self, name: Split, device: torch.device | str = "cpu") -> EpisodeSource: ...
 
-    def reshaped(self, item_shape: tuple[int, ...]) -> Dataset:
-        return self
+def at_least(least: int, **settings: int | Sequence[int]) -> None:
+    """Raise ConfigError for a setting that is not a whole number of at least `least`, or a list of those."""
+    for name, value in settings.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(type(number) is not int or number < least for number in numbers):  # a bool is an int, too
+            many = "whole numbers" if numbers is value else "a whole number"
+            raise ConfigError(f"dataset.{name}={value!r}: choose {many} of at least {least}")
+
+
+def by_digest(names: Iterable[str], seed: str = "") -> list[str]:
+    """The names in the order of the SHA-256 digests of the seed followed by the name.
+
+    The order looks random, depends on nothing else and is the same everywhere, so a class split that
+    follows it can be repeated by anyone.
+    """
+    return sorted(names, key=lambda name: hashlib.sha256(encoded(seed + name)).digest())
+
+
+def split_by_digest(
+    names: Iterable[str], sizes: tuple[int, int, int], seed: str = ""
+) -> dict[Split, list[str]]:
+    """Classes split at random but repeatably, each split sorted by name.
+
+    Args:
+        names: of all classes.
+        sizes: how many classes to train on, to validate on and to test on. In the order of `by_digest` the
+            first are tested on, the next are for validation.
+        seed: another one gives another split.
+    """
+    train, validation, test = sizes
+    order, held_out = by_digest(names, seed), validation + test
+    return {
+        "train": sorted(order[held_out : held_out + train]),
+        "validation": sorted(order[test:held_out]),
+        "test": sorted(order[:test]),
+    }
+
+
+def select(store: ClassStore, names: Sequence[str]) -> tuple[Tensor, list[int]]:
+    """The images [images, C, H, W] of the classes `names` of a store, in that order, and each one's count."""
+    images = dict(zip(store.names, store.items.split(store.counts.tolist()), strict=True))
+    chosen = [images[name] for name in names]
+    return torch.cat(chosen), [len(each) for each in chosen]
+
+
+def and_more(missing: Sequence[str]) -> str:
+    """The first of some names and how many more there are, for a message."""
+    return missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1:,} more"

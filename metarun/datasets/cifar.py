@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from metarun.datasets.base import Dataset
-from metarun.datasets.class_folders import Entry, class_store, entries, tell_counts
+from metarun.datasets.base import ImageDataset, Split, and_more
+from metarun.datasets.class_folders import Entry, class_store, entries, note_counts
 from metarun.datasets.torchvision_files import obtained
 from metarun.errors import DataError
 from metarun.storage.cached_arrays import mapped
 from metarun.storage.files import data_dir
 from metarun.tasks.class_store import ClassStore
 
-SHAPE = (3, 32, 32)
-
 
 class Label(NamedTuple):
     name: str
     superclass: str
-    cifar_fs: str  # the split it is in
-    fc100: str
+    cifar_fs: str  # its split in CIFAR-FS
+    fc100: str  # its split in FC100
 
 
 @cache
@@ -35,39 +33,39 @@ def labels() -> list[Label]:
     return [Label(*line.split()) for line in lines if not line.startswith("#")]
 
 
-class Cifar100(Dataset):
+class Cifar100(ImageDataset):
     """A class split of CIFAR-100, 600 images of 3x32x32 a class.
 
-    `root`: a folder (or zip) below which there are folders with the classes' names, in zips or not,
-    whatever the folders above them are called; None: torchvision's download.
+    Args:
+        root: a folder or zip below which there are folders named after the classes, in zips or not. The
+            folders above them may have any name. None: torchvision's download.
+        download: whether CIFAR-100 may be downloaded.
     """
 
-    drawings = False
-    item_shape = SHAPE
-    name: Literal["cifar_fs", "fc100"]
+    name: ClassVar[str]  # cifar_fs or fc100
 
     def __init__(self, *, root: str | None = None, download: bool = True) -> None:
+        super().__init__(size=32)
         self.root, self.download = root, download
-        self._files: dict[str, list[Entry]] | None = None
 
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> ClassStore:
-        """The classes of one split, sorted by name. Raises DataError where images are missing or damaged."""
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
+        """The classes of one split, sorted by name. Raises DataError if images are missing or damaged."""
         wanted = sorted(label.name for label in labels() if getattr(label, self.name) == name)
         title = f"{self.name} {name}"
         if self.root is None:
             return self._downloaded(title, wanted, device)
-        if self._files is None:
-            self._files = class_files(Path(self.root).expanduser())
         if missing := [each for each in wanted if each not in self._files]:
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DataError(
-                f"dataset.root={self.root}: no images of {missing[0]}{others}, of the {len(wanted)} classes "
+                f"dataset.root={self.root}: no images of {and_more(missing)}, of the {len(wanted)} classes "
                 f"of {title}: every class needs a folder of its name there, or leave dataset.root out"
             )
         files = {each: self._files[each] for each in wanted}
-        return tell_counts(class_store(title, files, Path(self.root), SHAPE, device), 600, 600)
+        return note_counts(class_store(self, title, files, Path(self.root), device), 600, 600)
+
+    @cached_property
+    def _files(self) -> dict[str, list[Entry]]:
+        assert self.root is not None
+        return class_files(Path(self.root).expanduser())
 
     def _downloaded(self, title: str, wanted: list[str], device: torch.device | str) -> ClassStore:
         numbers = {label.name: number for number, label in enumerate(labels())}
@@ -81,12 +79,11 @@ class Cifar100(Dataset):
                 counts.append(len(own))
             return {"counts": counts}
 
-        kept_as = title.replace(" ", "-")
-        digest = hashlib.sha256(b"torchvision 1").hexdigest()[:24]  # the 1 counts changes of what is kept
-        content, made = mapped(f"{kept_as}-{digest}", build, f"{kept_as} torchvision")
-        return ClassStore(
-            content.view(-1, *SHAPE), made["counts"], wanted, title, device, fingerprint=made["sha256"]
-        )
+        cached_as = title.replace(" ", "-")
+        digest = hashlib.sha256(b"torchvision 1").hexdigest()[:24]  # 1: the version of the entry's content
+        content, made = mapped(f"{cached_as}-{digest}", build, f"{cached_as} torchvision")
+        images = content.view(-1, *self.item_shape)
+        return ClassStore(images, made["counts"], wanted, title, device, fingerprint=made["sha256"])
 
 
 class CifarFS(Cifar100):
@@ -102,7 +99,7 @@ class FC100(Cifar100):
 
 
 def class_files(root: Path) -> dict[str, list[Entry]]:
-    """Images by the name of the folder they are in, where that is one of the classes."""
+    """Images in folders named after one of the 100 classes, by that name."""
     names = {label.name for label in labels()}
     found: dict[str, list[Entry]] = {}
     for entry in entries(root):
@@ -112,7 +109,7 @@ def class_files(root: Path) -> dict[str, list[Entry]]:
 
 
 def cifar100(download: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """All 60,000 images [60000, 3, 32, 32] uint8 and their class numbers, as torchvision verifies them."""
+    """All 60,000 images [60000, 3, 32, 32] uint8 and their class numbers, verified by torchvision."""
     from torchvision.datasets import CIFAR100
 
     folder = data_dir() / "cifar100"

@@ -1,4 +1,4 @@
-"""Images in class folders, in folders or zips: found, decoded once in parallel, memory-mapped ever after."""
+"""Images in class folders, in folders or zips: decoded once, into a memory-mapped cache."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from metarun.datasets import images
+from metarun.datasets.base import ImageDataset
 from metarun.errors import DataError
 from metarun.reporting.console import Bar, inform
 from metarun.storage.archives import Archive
@@ -22,10 +23,8 @@ from metarun.storage.cached_arrays import mapped
 from metarun.storage.files import encoded, read_regular
 from metarun.tasks.class_store import ClassStore
 
-Fit = Literal["pad", "crop", "stretch"]
-Unreadable = Literal["stop", "skip"]
 BLOCK = 256  # images decoded before they are written: bounds the memory
-VERSION = 2  # counts changes of what is decoded
+VERSION = 2  # of the decoding: with another one, images are decoded again
 
 
 class Entry(NamedTuple):
@@ -40,6 +39,7 @@ class Entry(NamedTuple):
         return f"{self.path}: {self.member}" if self.archive else str(self.path)
 
     def read(self) -> bytes:
+        """The file's content. Raises DataError."""
         if self.archive:
             return self.archive.read(self.member)
         try:
@@ -51,12 +51,15 @@ class Entry(NamedTuple):
 
     @property
     def own_name(self) -> tuple[str, ...]:
-        """The file's name and its folder's: what is the same wherever a zip was unpacked to."""
+        """The names of its folder and of itself: they do not depend on where a zip was unpacked."""
         return self.parts[-2:]
 
 
 def entries(root: Path) -> list[Entry]:
-    """Every file below a folder, also in zips there, or in a zip; sorted. DataError where there is none."""
+    """Every file in a zip or below a folder, also in zips there, sorted by path.
+
+    Of files that are there twice, packed and unpacked, one is left. Raises DataError if there are no files.
+    """
     if not root.exists():
         raise DataError(f"dataset.root={root}: no such folder")
     if root.is_file() and root.suffix.lower() != ".zip":
@@ -69,10 +72,10 @@ def entries(root: Path) -> list[Entry]:
 
 
 def once_each(files: list[Entry]) -> list[Entry]:
-    """The files without those of a zip that are also beside it, unpacked from it or in a copy of it.
+    """The files without those of a zip that are also in a folder or in another zip.
 
-    A task's support and query must not share an image. A file is taken for the same where its folder's
-    name, its own, its size and its CRC-32 sum are.
+    A task's support and query must not share an image. Two files are the same if their folders' names,
+    their names, sizes and CRC-32 checksums are.
     """
     packed = [entry for entry in files if entry.archive]
     if not packed:
@@ -81,8 +84,8 @@ def once_each(files: list[Entry]) -> list[Entry]:
     loose: dict[tuple[str, ...], list[Entry]] = {}
     for entry in kept:
         loose.setdefault(entry.own_name, []).append(entry)
-    first: dict[tuple[object, ...], Entry] = {}  # of the zips
-    twice: dict[Path, list[Path]] = {}  # where the same files are, by zip
+    first: dict[tuple[object, ...], Entry] = {}  # the first packed file with some name and checksum
+    twice: dict[Path, list[Path]] = {}  # by zip, where else its files are
     for entry in packed:
         stamp = entry.archive.stamp(entry.member)  # type: ignore[union-attr]
         twin = next((each for each in loose.get(entry.own_name, []) if _has(each, stamp)), None)
@@ -97,7 +100,7 @@ def once_each(files: list[Entry]) -> list[Entry]:
 
 
 def _has(entry: Entry, stamp: tuple[int, int]) -> bool:
-    """Whether a file's size and CRC-32 sum are these."""
+    """Whether `stamp` is the file's size and CRC-32 checksum."""
     try:
         return os.stat(entry.path).st_size == stamp[0] and zlib.crc32(entry.read()) == stamp[1]
     except (OSError, DataError):
@@ -108,48 +111,57 @@ def _order(entry: Entry) -> tuple[tuple[str, ...], str]:
     return entry.parts, str(entry.path)
 
 
-def _below(folder: Path, parts: tuple[str, ...], above: set[Path]) -> Iterator[Entry]:
-    """Links to folders are followed, unless they lead back to where they are."""
-    real = folder.resolve()
+def _below(folder: Path, parts: tuple[str, ...], above: set[str]) -> Iterator[Entry]:
+    """The files below a folder. Links to folders are followed, unless they lead to one of those `above`."""
+    real = os.path.realpath(folder)
     if real in above:
         return
-    for path in images.visible(folder):
-        if path.is_dir():
-            yield from _below(path, (*parts, path.name), above | {real})
+    with os.scandir(folder) as listing:
+        found = [each for each in listing if images.is_visible(each.name)]
+    for each in found:
+        path = folder / each.name
+        if os.path.isdir(each) if each.is_symlink() else each.is_dir():
+            yield from _below(path, (*parts, each.name), above | {real})
         elif path.suffix.lower() == ".zip":
             yield from _in_zip(path, (*parts, path.stem))
         else:
-            yield Entry((*parts, path.name), path)
+            yield Entry((*parts, each.name), path)
 
 
 def _in_zip(path: Path, parts: tuple[str, ...]) -> Iterator[Entry]:
-    archive, unasked = Archive(path), set(images.UNASKED)
+    archive = Archive(path)
     for member in archive.names():
         names = tuple(member.split("/"))
-        if "/." not in f"/{member}" and unasked.isdisjoint(names):
+        if all(map(images.is_visible, names)):
             yield Entry((*parts, *names), path, archive, member)
 
 
 def class_store(
+    dataset: ImageDataset,
     title: str,
     classes: Mapping[str, Sequence[Entry]],
     root: Path,
-    item_shape: tuple[int, int, int],
-    device: torch.device | str,
-    fit: Fit = "pad",
-    unreadable: Unreadable | None = None,
-    kept_as: str = "",
+    device: torch.device | str = "cpu",
+    cached_as: str = "",
 ) -> ClassStore:
-    """The classes' images below `root`, decoded into the cache where these very files are not there yet.
+    """The images of some classes, decoded into the cache unless the same files are there already.
 
-    `unreadable`: stop at a file that is no image (DataError), or leave it out and say so; None: stop, for
-    the dataset has no such setting. `kept_as`: what the cache calls them, DATASET-SPLIT; as the title
-    where it is empty.
+    Args:
+        dataset: says how to decode: item shape, fit, what to do about unreadable files, and so on.
+        title: the name of the store in messages, such as "cub train".
+        classes: the image files of each class, by name.
+        root: the folder or zip that the files are below.
+        device: where the images are stored.
+        cached_as: the name in the cache, DATASET-SPLIT; by default made of the title.
+
+    Raises:
+        DataError: a file cannot be decoded, or a class has no images.
     """
     files = [entry for name in classes for entry in classes[name]]
-    kept_as = kept_as or title.replace(" ", "-")
+    cached_as = cached_as or title.replace(" ", "-")
     source = os.path.abspath(root.expanduser())
-    settings = f"{VERSION} {item_shape} {fit} {unreadable or 'stop'}"
+    settings = f"{VERSION} {dataset.item_shape} {dataset.fit} {dataset.unreadable or 'stop'}"
+    settings += " inverted" if dataset.invert else ""
     digest = hashlib.sha256(settings.encode())
     for name, own in classes.items():
         digest.update(encoded(f"\0{name}\0{len(own)}"))
@@ -158,12 +170,12 @@ def class_store(
         digest.update(encoded(f"\0{entry.member}\0{identity(entry.path)}"))
 
     def build(write: Callable[[bytes], object]) -> dict[str, list[int]]:
-        skipped: list[int] = []  # by number, for two files may have one path below the root
+        skipped: list[int] = []  # by number, because two files may have the same path below the root
         with ThreadPoolExecutor(os.cpu_count()) as pool, Bar(f"decode {title}", len(files), "images") as bar:
+            run = pool.map if dataset.threaded else map
             for start in range(0, len(files), BLOCK):
                 block = files[start : start + BLOCK]
-                decoded = pool.map(lambda one: decode(one, item_shape, fit, unreadable), block)
-                for number, pixels in enumerate(decoded, start):
+                for number, pixels in enumerate(run(partial(decode, dataset), block), start):
                     if pixels is None:
                         skipped.append(number)
                     else:
@@ -173,21 +185,22 @@ def class_store(
             raise DataError(f"{title}: none of its {len(files)} files is an image that can be read")
         return {"skipped": skipped}
 
-    what = f"{kept_as} {settings} {source}"
-    bytes_, made = mapped(f"{kept_as}-{digest.hexdigest()[:24]}", build, what, source)
+    what = f"{cached_as} {settings} {source}"
+    content, made = mapped(f"{cached_as}-{digest.hexdigest()[:24]}", build, what, source)
     skipped = set(made["skipped"])
     if skipped:
         inform(f"{title}: {len(skipped)} unreadable files left out, such as {files[min(skipped)]}")
     numbers = iter(range(len(files)))
     counts = [sum(next(numbers) not in skipped for _ in own) for own in classes.values()]
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
-        raise DataError(f"{title}: class {empty[0]!r} has no images; add some, or take the class out")
+        raise DataError(f"{title}: class {empty[0]!r} has no images; add some, or remove the class")
     shown = [encoded(name).decode("utf-8", "backslashreplace") for name in classes]
-    return ClassStore(bytes_.view(-1, *item_shape), counts, shown, title, device, fingerprint=made["sha256"])
+    images = content.view(-1, *dataset.item_shape)
+    return ClassStore(images, counts, shown, title, device, fingerprint=made["sha256"])
 
 
-def tell_counts(store: ClassStore, least: int, most: int) -> ClassStore:
-    """The store of a known benchmark, and a note where it has more or fewer images a class than that."""
+def note_counts(store: ClassStore, least: int, most: int) -> ClassStore:
+    """The store of a known benchmark; print a note if its classes have more or fewer images than there."""
     smallest, largest = store.smallest_class, store.largest_class
     if smallest < least or largest > most:
         there, right = (
@@ -199,24 +212,22 @@ def tell_counts(store: ClassStore, least: int, most: int) -> ClassStore:
 
 
 def _identity(path: Path) -> str:
-    """Changes when the file is written again."""
+    """A text that changes when the file is written again."""
     try:
         status = os.stat(path)
-    except OSError as error:  # such as a link to nowhere, which `decode` names
+    except OSError as error:  # such as a dangling link, which `decode` reports
         return f"{os.path.abspath(path)}\0{error.strerror}"
     return f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
-def decode(
-    entry: Entry, item_shape: tuple[int, int, int], fit: Fit, unreadable: Unreadable | None
-) -> bytes | None:
-    """An image as channels x height x width bytes; None where it may be skipped."""
+def decode(dataset: ImageDataset, entry: Entry) -> bytes | None:
+    """An image as C x H x W bytes; None if it cannot be read and may be skipped, else DataError."""
     try:
         image = images.read(io.BytesIO(entry.read()), str(entry))
     except DataError as error:
-        if unreadable == "skip":
+        if dataset.unreadable == "skip":
             return None
-        raise DataError(f"{error}, or set dataset.unreadable=skip" if unreadable else str(error)) from error
-    channels, height, width = item_shape
-    pixels = images.fit(image.convert("L" if channels == 1 else "RGB"), height, width, fit)
-    return (pixels if channels == 1 else pixels.transpose(2, 0, 1)).tobytes()
+        advice = ", or set dataset.unreadable=skip" if dataset.unreadable else ""
+        raise DataError(f"{error}{advice}") from error
+    pixels = images.to_array(image, dataset.item_shape, dataset.fit)
+    return (255 - pixels if dataset.invert else pixels).tobytes()

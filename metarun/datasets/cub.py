@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from metarun.datasets.base import Dataset
-from metarun.datasets.class_folders import Entry, Fit, class_store, entries, tell_counts
-from metarun.errors import ConfigError, DataError
+from metarun.datasets.base import ImageDataset, Split, and_more
+from metarun.datasets.class_folders import Entry, class_store, entries, note_counts
+from metarun.datasets.images import Fit
+from metarun.errors import DataError
 from metarun.reporting.console import inform
 from metarun.storage.cached_arrays import unpacked
 from metarun.storage.downloads import download
@@ -23,52 +24,48 @@ URL = f"https://data.caltech.edu/records/65de6-vp158/files/{ARCHIVE}"
 MD5 = "97eceeb196236b17998738112f37df78"
 
 
-def split_of(number: int) -> str:
-    """The split of species 1 to 200: every second one, then every fourth.
+def split_of(number: int) -> Split:
+    """The split of one of the species 1 to 200: of four in a row, two are for training.
 
     100, 50 and 50, as Chen et al. 2019 ("A Closer Look at Few-shot Classification") list them.
     """
-    return ("train", "validation", "train", "test")[(number - 1) % 4]
+    order: tuple[Split, ...] = ("train", "validation", "train", "test")
+    return order[(number - 1) % 4]
 
 
-class Cub(Dataset):
-    """CUB-200-2011 below `root`: species folders, in a zip or not, or the authors' archive.
+class Cub(ImageDataset):
+    """CUB-200-2011.
 
-    None: that archive, downloaded to METARUN_DATA/cub where it is not there yet.
+    Args:
+        root: a folder or zip with the species folders somewhere below it, the authors' archive, or a folder
+            with that archive. None: the archive, downloaded to METARUN_DATA/cub if it is not there yet.
+        size, fit: pixels a side, and how photographs are made square.
+        download: whether the archive may be downloaded.
+
+    Raises:
+        ConfigError: `size` is out of range.
     """
-
-    drawings = False
 
     def __init__(
         self, *, root: str | None = None, size: int = 84, fit: Fit = "crop", download: bool = True
     ) -> None:
-        if size < 1:
-            raise ConfigError(f"dataset.size={size}: choose a whole number of pixels, such as 84")
-        self.root, self.size, self.fit, self.download = root, size, fit, download
-        self._files: dict[int, list[Entry]] | None = None
+        super().__init__(size, fit=fit)
+        self.root, self.download = root, download
 
-    @property
-    def item_shape(self) -> tuple[int, int, int]:
-        return (3, self.size, self.size)
-
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> ClassStore:
-        """The species of one split, in the authors' order. Raises DataError, saying what is missing."""
-        if self._files is None:
-            self._files = self._find()
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
+        """The species of one split, in the authors' order. Raises DataError if some are missing."""
         wanted = [number for number in range(1, 201) if split_of(number) == name]
-        if missing := [number for number in wanted if number not in self._files]:
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        if missing := [f"{number:03}" for number in wanted if number not in self._files]:
             raise DataError(
-                f"dataset.root={self.root}: no photographs of species {missing[0]:03}{others}, "
+                f"dataset.root={self.root}: no photographs of species {and_more(missing)}, "
                 f"of the {len(wanted)} {name} species; put {URL} there, or leave dataset.root out"
             )
         classes = {self._files[number][0].parts[-2]: self._files[number] for number in wanted}
-        store = class_store(f"cub {name}", classes, self._root(), self.item_shape, device, self.fit)
-        return tell_counts(store, 41, 60)
+        return note_counts(class_store(self, f"cub {name}", classes, self._root(), device), 41, 60)
 
-    def _find(self) -> dict[int, list[Entry]]:
+    @cached_property
+    def _files(self) -> dict[int, list[Entry]]:
+        """The photographs of each species, by its number."""
         root = self._root()
         archive = root if root.name.endswith((".tgz", ".tar.gz", ".tar")) else root / ARCHIVE
         if found := {} if archive == root else species(entries(root)):
@@ -78,9 +75,9 @@ class Cub(Dataset):
                 f"dataset.root={self.root}: has neither species folders nor {ARCHIVE}; "
                 f"put {URL} there, or leave dataset.root out"
             )
-        md5 = MD5 if archive.name == ARCHIVE else None  # what a user packed has another name
-        tell = f"check and unpack {archive} into the cache"
-        return species(entries(unpacked(archive, "cub", lambda: inform(tell), md5)))
+        md5 = MD5 if archive.name == ARCHIVE else None  # an archive of another name was packed by the user
+        work = f"check and unpack {archive} into the cache"
+        return species(entries(unpacked(archive, "cub", lambda: inform(work), md5)))
 
     def _root(self) -> Path:
         return Path(self.root).expanduser() if self.root else self._downloaded()
@@ -97,7 +94,7 @@ class Cub(Dataset):
 
 
 def species(files: list[Entry]) -> dict[int, list[Entry]]:
-    """Photographs by the number of the species whose folder they are in."""
+    """The photographs in species folders, by the species' number."""
     found: dict[int, list[Entry]] = {}
     for entry in files:
         name = SPECIES.fullmatch(entry.parts[-2]) if len(entry.parts) > 1 else None

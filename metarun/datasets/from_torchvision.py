@@ -1,8 +1,7 @@
 """torchvision's downloadable image sets as few-shot datasets, through one adapter.
 
-Few of them have a class split in the literature that everyone uses; here the classes are ordered
-by the SHA-256 digests of their names and cut at the numbers the YAML gives, the first of them to
-test on. The rule and the numbers are all there is to it, so that anyone can repeat it.
+Few of them have a class split that the literature agrees on. Here the classes are split by the digests of
+their names, see `split_by_digest`, into as many classes as the YAML file says: anyone can repeat that.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
 from metarun.datasets import images
-from metarun.datasets.base import Dataset
-from metarun.datasets.class_folders import Fit
+from metarun.datasets.base import ImageDataset, Split, at_least, select, split_by_digest
+from metarun.datasets.images import Fit
 from metarun.datasets.torchvision_files import Labelled, obtained
 from metarun.errors import ConfigError
 from metarun.reporting.console import Bar
@@ -27,9 +27,9 @@ from metarun.storage.cached_arrays import mapped
 from metarun.storage.files import data_dir, encoded
 from metarun.tasks.class_store import ClassStore
 
-BLOCK = 256  # images decoded before they are put in place
+BLOCK = 256  # images submitted to the decoding threads at a time
 
-# name: torchvision's class, and the settings of the parts that together are the whole set
+# By name: torchvision's class, and the settings of the parts that the whole set consists of.
 SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "aircraft": ("FGVCAircraft", [{"split": "trainval"}, {"split": "test"}]),
     "cifar10": ("CIFAR10", [{"train": True}, {"train": False}]),
@@ -47,14 +47,19 @@ Name = Literal[
 ]
 
 
-class FromTorchvision(Dataset):
-    """The set `name`, its classes split into train, validation and test; see the module's docstring.
+class FromTorchvision(ImageDataset):
+    """One of torchvision's image sets, its classes split as the module's docstring says.
 
-    `classes`: how many classes each split has. `root`: where torchvision keeps its files; None:
-    METARUN_DATA/torchvision.
+    Args:
+        name: which set.
+        classes: how many classes to train on, to validate on and to test on.
+        size, channels, fit: the images' size, grey or colour, and how they are made square.
+        root: the folder with torchvision's files. None: METARUN_DATA/torchvision.
+        download: whether missing files may be downloaded.
+
+    Raises:
+        ConfigError: `size` or `classes` are out of range.
     """
-
-    drawings = False
 
     def __init__(
         self,
@@ -67,60 +72,38 @@ class FromTorchvision(Dataset):
         root: str | None = None,
         download: bool = True,
     ) -> None:
-        if name not in SETS:
-            raise ConfigError(f"dataset.name={name}: choose one of {', '.join(SETS)}")
-        if size < 1 or min(classes) < 1:
-            raise ConfigError(f"dataset.size={size}, dataset.classes={list(classes)}: must be at least 1")
-        self.name, self.classes, self.size, self.channels = name, tuple(classes), size, channels
-        self.fit, self.root, self.download = fit, root, download
+        super().__init__(size, channels, fit)
+        at_least(1, classes=list(classes))
+        self.name, self.classes, self.root, self.download = name, classes, root, download
 
-    @property
-    def item_shape(self) -> tuple[int, int, int]:
-        return (self.channels, self.size, self.size)
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
+        """The classes of one split, sorted by name.
 
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> ClassStore:
-        """The classes of one split, sorted by name. Raises DataError where the set cannot be had."""
+        Raises DataError if the files are missing or damaged, ConfigError if there are too few classes.
+        """
         root = os.path.abspath(Path(self.root).expanduser()) if self.root else None
-        key = f"1 {self.item_shape} {self.fit} {root}"  # the 1 counts changes of what is decoded
+        key = f"1 {self.item_shape} {self.fit} {root}"  # 1: the version of the entry's content
         entry = f"{self.name}-{hashlib.sha256(encoded(key)).hexdigest()[:24]}"
-        content, made = mapped(
-            entry, self._build, f"{self.name} {key}"
-        )  # all classes; a split is some of them
-        names, counts = made["names"], made["counts"]
-        wanted = self._chosen(names, name)
-        parts = dict(zip(names, content.view(-1, *self.item_shape).split(counts), strict=True))
-        chosen = torch.cat([parts[each] for each in wanted])
-        return ClassStore(
-            chosen,
-            [len(parts[each]) for each in wanted],
-            wanted,
-            f"{self.name} {name}",
-            device,
-            fingerprint=made["sha256"],
-        )
+        content, made = mapped(entry, self._build, f"{self.name} {key}")  # all classes; a split has some
+        images, sha256 = content.view(-1, *self.item_shape), made["sha256"]
+        whole = ClassStore(images, made["counts"], made["names"], self.name, fingerprint=sha256)
+        wanted = self._chosen(whole.names, name)
+        chosen, counts = select(whole, wanted)
+        return ClassStore(chosen, counts, wanted, f"{self.name} {name}", device, fingerprint=sha256)
 
-    def _chosen(self, names: list[str], split: str) -> list[str]:
-        train, validation, test = self.classes
+    def _chosen(self, names: Sequence[str], split: Split) -> list[str]:
         if sum(self.classes) > len(names):
             raise ConfigError(
                 f"dataset.classes={list(self.classes)}: {self.name} has {len(names)} classes in all"
             )
-        order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-        cuts = {
-            "test": order[:test],
-            "validation": order[test : test + validation],
-            "train": order[test + validation : test + validation + train],
-        }
-        return sorted(cuts[split])
+        return split_by_digest(names, self.classes)[split]
 
     def _build(self, write: Callable[[bytes], object]) -> dict[str, Any]:
-        """Every image, class after class."""
+        """Write the images of every class, one class after the other; the classes' names and counts."""
         parts = self._parts()
         total = sum(len(part) for part in parts)
-        pixels = torch.empty(total, *self.item_shape, dtype=torch.uint8)
-        labels = torch.empty(total, dtype=torch.long)
+        pixels = np.empty((total, *self.item_shape), np.uint8)
+        labels = np.empty(total, np.int64)
         with ThreadPoolExecutor(os.cpu_count()) as pool, Bar(f"decode {self.name}", total, "images") as bar:
             for place, (image, label) in enumerate(_items(parts, pool, self._pixels)):
                 pixels[place], labels[place] = image, label
@@ -130,14 +113,12 @@ class FromTorchvision(Dataset):
         counts = []
         for number in numbers:
             own = pixels[labels == number]
-            write(own.numpy().tobytes())
+            write(own.tobytes())
             counts.append(len(own))
         return {"names": [str(titles[number]) for number in numbers], "counts": counts}
 
-    def _pixels(self, image: Image.Image) -> torch.Tensor:
-        flat = images.flatten(image).convert("L" if self.channels == 1 else "RGB")
-        array = torch.from_numpy(images.fit(flat, self.size, self.size, self.fit).copy())
-        return array.unsqueeze(0) if self.channels == 1 else array.permute(2, 0, 1)
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        return images.to_array(images.flatten(image), self.item_shape, self.fit)
 
     def _parts(self) -> list[Labelled]:
         kind, settings = SETS[self.name]
@@ -147,12 +128,12 @@ class FromTorchvision(Dataset):
 
 
 def _items(
-    parts: list[Labelled], pool: ThreadPoolExecutor, pixels: Callable[[Image.Image], torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """Every image, decoded by several threads, and its class, in order."""
+    parts: list[Labelled], pool: ThreadPoolExecutor, pixels: Callable[[Image.Image], np.ndarray]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Every image and the number of its class, in order, decoded by several threads."""
     for part in parts:
 
-        def load(index: int, part: Labelled = part) -> tuple[torch.Tensor, int]:
+        def load(index: int, part: Labelled = part) -> tuple[np.ndarray, int]:
             image, label = part[index]
             return pixels(image), int(label)
 

@@ -1,8 +1,8 @@
-"""Glyphs: handwritten characters of alphabets nobody has seen, drawn on the spot.
+"""Glyphs: procedurally generated characters that look handwritten, no download.
 
-How a character comes about follows B. Lake, R. Salakhutdinov and J. Tenenbaum, "Human-level
-concept learning through probabilistic program induction" (Science, 2015), the generative story
-told of Omniglot. A class, a character type, is one to four pen strokes, each made of sub-strokes,
+The generative model follows B. Lake, R. Salakhutdinov and J. Tenenbaum, "Human-level
+concept learning through probabilistic program induction" (Science, 2015), the model of
+Omniglot. A class, a character type, is one to four pen strokes, each made of sub-strokes,
 with relations between strokes; an example, a token, is the type drawn again by an unsteady hand.
 Departures from the paper: nothing is learned from human drawings, so there is no library of
 strokes to draw on and every number here is set by hand; sub-strokes are arcs, straight or bent up
@@ -11,7 +11,7 @@ to a full turn; a stroke may also cross an earlier one; the affine change also r
 Shape legend: c classes, e examples of each, s strokes of a character, b sub-strokes of a stroke,
 p control points of a sub-stroke, n points on a stroke, i images, m points on all ink of an image,
 h and w pixels. A vector is (x, y), y downwards. Where a character has fewer strokes or
-sub-strokes, the absent ones have length nought: they lie where ink is already and leave none.
+sub-strokes, the absent ones have length zero: they are where ink is already and add none.
 """
 
 from __future__ import annotations
@@ -19,30 +19,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError
+from metarun.datasets.base import ImageDataset, Split, at_least
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.source import SPLITS
 
 BLOCK = 20  # classes drawn from one generator; a block is always drawn whole
-STROKES, SUBSTROKES, CONTROLS, SAMPLES = 4, 3, 6, 20  # the most s and b; p; points on a sub-stroke
-# Double precision, and always on the CPU: rounding, which differs between machines and numbers of
-# threads, is then too small to show in a grey level, and the same settings give the same images.
+STROKES, SUBSTROKES, CONTROLS, SAMPLES = 4, 3, 6, 20  # the largest s and b; p; points on a sub-stroke
+# Double precision, and always on the CPU: rounding errors differ between machines and numbers of threads,
+# and are then too small to change a grey level, so the same settings give the same images.
 DTYPE = torch.float64
 
 
-class Glyphs(Dataset):
-    """Procedurally drawn characters: nothing to download, and as many classes as one likes.
+class Glyphs(ImageDataset):
+    """Procedurally generated characters, with any number of classes.
 
-    A class depends on the seed, its split and its index alone, so asking for more keeps the first.
+    A class depends only on the seed, its split and its index, so that with more classes the first ones stay
+    the same.
+
+    Args:
+        train_classes, validation_classes, test_classes: classes of each split, at least 1.
+        images_per_class: at least 2.
+        size: pixels a side, at least 8.
+        seed: another one gives other characters.
+
+    Raises:
+        ConfigError: a setting is out of range.
     """
 
-    drawings = True  # bright ink on a dark ground: the polarity of a user's images matters
+    drawings = True
 
     def __init__(
         self,
@@ -54,32 +62,26 @@ class Glyphs(Dataset):
         size: int = 28,
         seed: int = 0,
     ) -> None:
+        super().__init__(size, channels=1)
         self.classes = {"train": train_classes, "validation": validation_classes, "test": test_classes}
-        self.images_per_class, self.size, self.seed = images_per_class, size, seed
-        counts = {f"{split}_classes": (count, 1) for split, count in self.classes.items()}
-        others = {"images_per_class": (images_per_class, 2), "size": (size, 8), "seed": (seed, 0)}
-        for setting, (value, least) in (counts | others).items():
-            if type(value) is not int or value < least:  # bool is an int too, and True no number
-                raise ConfigError(f"{setting}={value!r}: glyphs needs a whole number of at least {least}")
+        at_least(0, seed=seed)
+        at_least(1, **{f"{split}_classes": count for split, count in self.classes.items()})
+        at_least(2, images_per_class=images_per_class)
+        at_least(8, size=size)
+        self.images_per_class, self.seed = images_per_class, seed
 
-    @property
-    def item_shape(self) -> tuple[int, int, int]:
-        return (1, self.size, self.size)
-
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> ClassStore:
-        """Draw the images of one split; they then live on `device`."""
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
+        """Draw the images of one split and store them on `device`."""
         count = self.classes[name]
         blocks = [self._draw_block(name, block) for block in range(math.ceil(count / BLOCK))]
         images = torch.cat(blocks)[:count].flatten(0, 1)
         names = [f"{name} {index}" for index in range(count)]
         return ClassStore(images, [self.images_per_class] * count, names, f"glyphs {name}", device)
 
-    def _draw_block(self, name: str, block: int) -> Tensor:
-        """The images [c, e, 1, h, w] of one block of classes, out of random numbers of its own."""
+    def _draw_block(self, name: Split, block: int) -> Tensor:
+        """The images [c, e, 1, h, w] of one block of classes, from random numbers of its own."""
         stream = 1_000_003 * self.seed + len(SPLITS) * block + SPLITS.index(name)
-        generator = torch.Generator().manual_seed(stream % 2**32)  # all it would look at
+        generator = torch.Generator().manual_seed(stream % 2**32)  # the generator ignores higher bits
         strokes, pens = draw_tokens(sample_types(BLOCK, generator), self.images_per_class, generator)
         images = render(strokes.flatten(0, 1), pens.flatten(), self.size)
         return images.view(BLOCK, self.images_per_class, *self.item_shape)
@@ -87,24 +89,24 @@ class Glyphs(Dataset):
 
 @dataclass(frozen=True)
 class CharacterTypes:
-    """What stays the same whenever a character is drawn; the unit is about a long straight line."""
+    """What all drawings of a character share; the unit of length is about a long straight line."""
 
-    lengths: Tensor  # [c, s, b] how large the sub-strokes are, nought where absent
+    lengths: Tensor  # [c, s, b] how large the sub-strokes are, zero where absent
     substrokes: Tensor  # [c, s, b, p, 2] control points, each sub-stroke from its own start
     earlier: Tensor  # [c, s] int64: the stroke that this one is placed by; the first has none
     joints: Tensor  # [c, s, 2] how far along the earlier stroke, and along this one, the two meet
-    gaps: Tensor  # [c, s, 2] what lies between them there; nought unless the stroke stands free
+    gaps: Tensor  # [c, s, 2] the offset between them there; zero unless the stroke stands free
     sizes: Tensor  # [c] the character's longer side as a part of the image's
 
 
 def sample_types(classes: int, generator: torch.Generator) -> CharacterTypes:
-    """Make up `classes` characters."""
+    """Sample `classes` characters."""
     strokes = _choose((classes, 1), (1, 2, 3, 4), (0.2, 0.37, 0.29, 0.14), generator)  # [c, 1]
-    # a character of one stroke has more sub-strokes, or it would often be a mere line
+    # a character of one stroke has more sub-strokes, otherwise it would often be just a line
     alone = _choose((classes, STROKES), (1, 2, 3), (0.05, 0.4, 0.55), generator)
     among = _choose((classes, STROKES), (1, 2, 3), (0.48, 0.36, 0.16), generator)
     present = torch.where(strokes == 1, alone, among) * (torch.arange(STROKES) < strokes)  # [c, s]
-    # the more there is to write, the larger it is written
+    # characters with more strokes are larger
     sizes = 0.46 + 0.04 * present.sum(1) + 0.09 * _normal((classes,), generator)
     return CharacterTypes(
         *_sample_substrokes(present, generator),
@@ -122,11 +124,11 @@ def _sample_substrokes(present: Tensor, generator: torch.Generator) -> tuple[Ten
     # between sub-strokes it goes on smoothly or makes a corner
     corners = _choose(shape, (0.0, 1.6, 2.4), (0.4, 0.4, 0.2), generator)
     corners = _left_or_right(corners + 0.15 * _normal(shape, generator), generator)
-    # hands start rightwards or downwards; each stroke of a character another way, lest it retrace one
+    # hands start rightwards or downwards; each stroke of a character another way, to avoid retracing
     ways, weights = torch.tensor([0.0, 0.8, 1.6, 2.2, 3.1], dtype=DTYPE), torch.tensor([6, 2, 6, 3, 1])
     keys = _uniform((len(present), len(ways)), generator).log() / weights  # the largest: a weighted choice
     corners[..., 0] = ways[keys.topk(STROKES).indices] + 0.1 * _normal(shape[:2], generator)
-    headings = corners.cumsum(-1) + turns.cumsum(-1) - turns  # [c, s, b] in which each sets off
+    headings = corners.cumsum(-1) + turns.cumsum(-1) - turns  # [c, s, b] the direction each starts in
 
     dots = (_uniform(shape[:2], generator) < 0.08) & (torch.arange(STROKES) > 0)  # [c, s]
     lengths = torch.where(dots[..., None], 0.07, 0.35 + 0.65 * _uniform(shape, generator))
@@ -135,7 +137,7 @@ def _sample_substrokes(present: Tensor, generator: torch.Generator) -> tuple[Ten
     steps = CONTROLS - 1
     middles = (torch.arange(steps) + 0.5) / steps
     angles = headings[..., None] + turns[..., None] * middles  # [c, s, b, p-1]
-    strides = lengths * (1 + 0.3 * turns.abs()) / steps  # or what goes round would come out small
+    strides = lengths * (1 + 0.3 * turns.abs()) / steps  # otherwise round strokes would be small
     moves = torch.stack([angles.cos(), angles.sin()], -1) * strides[..., None, None]
     return lengths, torch.nn.functional.pad(moves.cumsum(-2), (0, 0, 1, 0))
 
@@ -149,7 +151,7 @@ def _sample_relations(present: Tensor, generator: torch.Generator) -> tuple[Tens
     least = torch.tensor([[0.25, 0.25], [0.25, 0.25], [0.25, 0.0], [0.0, 0.0], [1.0, 0.0]])
     most = torch.tensor([[0.75, 0.75], [0.75, 0.75], [0.75, 0.0], [0.0, 0.0], [1.0, 0.0]])
     joints = least[kinds] + (most - least)[kinds] * _uniform((*shape, 2), generator)
-    # a stroke ends where the last of its sub-strokes that are there does
+    # a stroke ends where the last of its present sub-strokes ends
     joints = joints * torch.stack([present.gather(1, earlier), present], -1) / SUBSTROKES
     # a free stroke stands to the right of the earlier one, below it, to the left or above
     angles = _choose(shape, (0.0, 1.6, 3.1, 4.7), (0.4, 0.3, 0.1, 0.2), generator)
@@ -163,13 +165,13 @@ def draw_tokens(types: CharacterTypes, examples: int, generator: torch.Generator
     classes, strokes, substrokes, controls, _ = types.substrokes.shape
     each = (classes, examples)
     stretch = 1 + 0.13 * _normal((*each, strokes, substrokes, 1, 2), generator)
-    # the longer the way, the less sure the hand
+    # the longer the stroke, the less steady the hand
     unsteady = 0.05 * types.lengths[:, None, ..., None, None]  # [c, 1, s, b, 1, 1]
     tremble = unsteady * _normal((*each, strokes, substrokes, controls, 2), generator)
     paths = types.substrokes[:, None] * stretch + tremble  # [c, e, s, b, p, 2]
     paths = paths - paths[..., :1, :]
     ends = paths[..., -1, :]
-    paths = paths + (ends.cumsum(-2) - ends)[..., None, :]  # each sub-stroke goes on from the last
+    paths = paths + (ends.cumsum(-2) - ends)[..., None, :]  # each sub-stroke starts where the last one ends
     curves = (_spline(controls, SAMPLES) @ paths).flatten(3, 4)  # [c, e, s, n, 2]
     curves = _join(curves, types, generator).flatten(2, 3)  # [c, e, s*n, 2]
 
@@ -182,7 +184,7 @@ def draw_tokens(types: CharacterTypes, examples: int, generator: torch.Generator
 
 
 def _join(curves: Tensor, types: CharacterTypes, generator: torch.Generator) -> Tensor:
-    """Move each stroke of [c, e, s, n, 2] to where its relation to an earlier one puts it."""
+    """Move each stroke of [c, e, s, n, 2] to the place given by its relation to an earlier one."""
     classes, examples, strokes, points, _ = curves.shape
     joints = types.joints[:, None] + 0.03 * _normal((classes, examples, strokes, 2), generator)
     index = (joints.clamp(0, 1) * (points - 1)).round().long()  # [c, e, s, 2]
@@ -233,14 +235,14 @@ def render(strokes: Tensor, pens: Tensor, size: int) -> Tensor:
     points, pixels = points / pens, pixels / pens  # lengths are now in pens
     across, down = ((points[..., axis, None] - pixels).square_().mul_(-0.5).exp_() for axis in (0, 1))
     ink = down.mT @ across * (spacing[:, None, None] / pens / math.sqrt(2 * math.pi))  # [i, h, w]
-    # along a line it is 1; full ink from a half on, so that strokes side by side hardly swell
+    # along a line it is 1; half of that counts as full ink, so that adjacent strokes do not become wider
     return ((2 * ink).clamp_(max=1) * 255).round_().to(torch.uint8)
 
 
 def _evenly_spaced(strokes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`count` points [i, m, 2] evenly spaced along the strokes [i, s, n, 2], and their spacing [i]."""
     starts, moves = strokes[..., :-1, :].flatten(1, 2), strokes.diff(dim=-2).flatten(1, 2)
-    lengths = moves.norm(dim=-1)  # [i, s*(n-1)], nought for what is absent, which gets no points
+    lengths = moves.norm(dim=-1)  # [i, s*(n-1)], zero for absent strokes, which get no points
     reached = lengths.cumsum(-1)
     spacing = reached[:, -1] / count
     wanted = spacing[:, None] * (torch.arange(count) + 0.5)  # [i, m]

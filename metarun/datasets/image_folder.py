@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from metarun.datasets.base import Dataset
-from metarun.datasets.class_folders import Entry, Fit, Unreadable, class_store, entries
-from metarun.datasets.images import visible
+from metarun.datasets.base import ImageDataset, Split, Unreadable, split_by_digest
+from metarun.datasets.class_folders import Entry, class_store, entries
+from metarun.datasets.images import Fit, visible
 from metarun.errors import ConfigError, DataError
 from metarun.reporting.console import inform
-from metarun.storage.files import encoded
 from metarun.tasks.class_store import ClassStore
 
-SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("val", "validation", "valid"),
+    "test": ("test",),
+}
 
 
-class ImageFolder(Dataset):
-    """Images of any size and mode below `root`, a folder or a zip; a class is a folder's name.
+class ImageFolder(ImageDataset):
+    """Images of any size and mode in class folders.
 
-    Where `root` has a folder `train`, its classes are those to train on, and `val` and `test` hold
-    the others. Else the classes below `root` are split by a rule: in the order of the SHA-256
-    digests of the seed and their names, the share `test` is tested on, the share `validation`
-    after them is for validation, and the rest is trained on.
+    If `root` has a folder `train`, the training classes are in it and the others in folders `val` and
+    `test`. Otherwise the classes directly below `root` are split by the digests of their names, see
+    `split_by_digest`.
+
+    Args:
+        root: a folder or a zip.
+        size, channels, fit: the images' size, grey or colour, and how they are made square.
+        unreadable: "stop" raises DataError at a file that is not an image, "skip" leaves it out with a
+            warning.
+        validation, test: the shares of the classes to validate and to test on, above 0 and less than 1
+            together; used where `root` has no folder `train`.
+        seed: another one gives another split.
+
+    Raises:
+        ConfigError: `size` or the shares are out of range.
     """
-
-    drawings = False
 
     def __init__(
         self,
@@ -42,46 +53,32 @@ class ImageFolder(Dataset):
         test: float = 0.2,
         seed: int = 0,
     ) -> None:
-        if size < 1:
-            raise ConfigError(f"dataset.size={size}: choose a whole number of pixels, such as 84")
+        super().__init__(size, channels, fit)
         if min(validation, test) <= 0 or validation + test >= 1:
             raise ConfigError(
-                f"dataset.validation={validation}, dataset.test={test}: shares above 0, under 1 together"
+                f"dataset.validation={validation}, dataset.test={test}: choose shares above 0 that are less "
+                "than 1 together"
             )
-        self.root, self.size, self.channels = root, size, channels
-        self.fit, self.unreadable = fit, unreadable
+        self.root, self.unreadable = root, unreadable
         self.shares, self.seed = (validation, test), seed
-        self._classes: dict[str, dict[str, list[Entry]]] | None = None
+        self._classes: dict[Split, dict[str, list[Entry]]] | None = None
 
-    @property
-    def item_shape(self) -> tuple[int, int, int]:
-        return (self.channels, self.size, self.size)
-
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> ClassStore:
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """One split, its classes sorted by name. Raises DataError, naming the file or folder."""
         if self._classes is None:
-            self._classes = self._find(tells=name == "train")
-        title = f"{Path(self.root).name} {name}"
-        return class_store(
-            title,
-            self._classes[name],
-            Path(self.root),
-            self.item_shape,
-            device,
-            self.fit,
-            self.unreadable,
-            kept_as=f"image_folder-{name}",
-        )
+            self._classes = self._find(announce=name == "train")
+        root = Path(self.root)
+        title, cached_as = f"{root.name} {name}", f"image_folder-{name}"
+        return class_store(self, title, self._classes[name], root, device, cached_as)
 
-    def _find(self, tells: bool) -> dict[str, dict[str, list[Entry]]]:
+    def _find(self, announce: bool) -> dict[Split, dict[str, list[Entry]]]:
+        """The images of each split by class; `announce` the rule by which classes are split."""
         root = Path(self.root).expanduser()
         files, root = unwrapped(entries(root), root)
         tops = {entry.parts[0] for entry in files}
         if not set(SPLIT_FOLDERS["train"]) & tops:
-            return self._by_rule(classes_of(files, 0, root), tells)
-        found = {}
+            return self._by_rule(classes_of(files, 0, root), announce)
+        found: dict[Split, dict[str, list[Entry]]] = {}
         for split, names in SPLIT_FOLDERS.items():
             own = [entry for entry in files if entry.parts[0] in names]
             if not own:
@@ -94,34 +91,32 @@ class ImageFolder(Dataset):
             if shared := sorted(found["train"].keys() & found[split].keys()):
                 raise DataError(
                     f"dataset.root={root}: class {shared[0]!r} is in train and in {split}; "
-                    "few-shot splits have classes of their own"
+                    "a class must be in one split only"
                 )
         return found
 
-    def _by_rule(self, classes: dict[str, list[Entry]], tells: bool) -> dict[str, dict[str, list[Entry]]]:
-        order = sorted(classes, key=lambda name: hashlib.sha256(encoded(f"{self.seed} {name}")).digest())
-        if len(order) < 6:
+    def _by_rule(
+        self, classes: dict[str, list[Entry]], announce: bool
+    ) -> dict[Split, dict[str, list[Entry]]]:
+        count = len(classes)
+        if count < 6:
             raise DataError(
-                f"dataset.root={self.root}: has {len(order)} classes; at least 6 are needed for three splits "
+                f"dataset.root={self.root}: has {count} classes; at least 6 are needed for three splits "
                 "of two or more"
             )
-        validation, test = (max(2, round(share * len(order))) for share in self.shares)
-        parts = {
-            "test": order[:test],
-            "validation": order[test : test + validation],
-            "train": order[test + validation :],
-        }
-        if tells:  # once, though every split comes here
-            counts = "/".join(str(len(parts[split])) for split in SPLIT_FOLDERS)
+        validation, test = (max(2, round(share * count)) for share in self.shares)
+        sizes = (max(count - validation - test, 0), validation, test)
+        if announce:
             inform(
-                f"{self.root}: {len(order)} classes split {counts} into train, validation and test by "
-                f"dataset.seed={self.seed}",
+                f"{self.root}: {count} classes split {'/'.join(map(str, sizes))} into train, validation and "
+                f"test by dataset.seed={self.seed}",
             )
-        return {split: {name: classes[name] for name in sorted(parts[split])} for split in parts}
+        parts = split_by_digest(classes, sizes, f"{self.seed} ")
+        return {split: {name: classes[name] for name in names} for split, names in parts.items()}
 
 
 def unwrapped(files: list[Entry], root: Path) -> tuple[list[Entry], Path]:
-    """The files without folders that hold nothing but one more folder, such as a zip is often made with."""
+    """The files and the root without outer folders that only contain one folder, as many zips have."""
     while len({entry.parts[0] for entry in files}) == 1 and min(len(entry.parts) for entry in files) > 2:
         root = root / files[0].parts[0]
         files = [entry._replace(parts=entry.parts[1:]) for entry in files]
@@ -129,11 +124,14 @@ def unwrapped(files: list[Entry], root: Path) -> tuple[list[Entry], Path]:
 
 
 def classes_of(files: list[Entry], depth: int, root: Path) -> dict[str, list[Entry]]:
-    """Files by the folder at a depth of their path, sorted. DataError for stray files and empty folders."""
+    """Files by the name of the folder at index `depth` of their path, sorted.
+
+    Raises DataError for files that are not in such a folder and for folders without files.
+    """
     classes: dict[str, list[Entry]] = {}
     for entry in files:
         if len(entry.parts) < depth + 2:
-            raise DataError(f"{entry}: lies beside the class folders; move it into one, or away")
+            raise DataError(f"{entry}: is beside the class folders; move it into one, or away")
         classes.setdefault(entry.parts[depth], []).append(entry)
     above = {root.joinpath(*entry.parts[:depth]) for entry in files}
     for folder in above:

@@ -1,4 +1,4 @@
-"""A user's own images: folders read, any size and mode, made into what a model was trained on."""
+"""Image files of any size and mode: folders of them, decoding, and conversion to a model's shape."""
 
 from __future__ import annotations
 
@@ -8,33 +8,41 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from metarun.errors import ConfigError, DataError, first_line
 
 Ink = Literal["dark", "light"]
+Fit = Literal["pad", "crop", "stretch"]
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Each sub-folder's files, by class name, sorted. DataError where they cannot make a task."""
+    """The files of each sub-folder, by its name, sorted. DataError if a task cannot be made of them."""
     require_folder(folder)
     if stray := [path for path in visible(folder) if path.is_file()]:
         raise DataError(
-            f"{stray[0]}: lies beside the class folders; {folder} must hold one sub-folder a class"
+            f"{stray[0]}: is beside the class folders; {folder} must have one sub-folder for each class"
         )
     classes = {path.name: visible(path) for path in visible(folder)}
     for name, files in classes.items():
         if not files:
             raise DataError(f"{folder / name}: this class has no images; add some or remove the folder")
     if len(classes) < 2:
-        raise DataError(f"{folder}: has {len(classes)} class folders; at least 2 are needed to tell apart")
+        raise DataError(f"{folder}: has {len(classes)} class folders; at least 2 are needed")
     return classes
 
 
 def query_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int | None]]:
-    """The images to predict and their classes where sub-folders tell them, else None."""
+    """The images to predict, and the index of each one's class, None where no sub-folder names it.
+
+    Args:
+        folder: an image, or a folder of images, of sub-folders named after classes, or of both.
+        classes: the names of the support's classes.
+
+    Raises:
+        DataError: a sub-folder is not named after a class, or there are no images.
+    """
     if folder.is_file():
         return [folder], [None]
     require_folder(folder)
@@ -44,7 +52,7 @@ def query_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[
         if path.is_dir():
             if path.name not in classes:
                 raise DataError(
-                    f"{path}: is no class of the support ({', '.join(classes)}); "
+                    f"{path}: is not a class of the support ({', '.join(classes)}); "
                     "rename it, or put its images directly into the query folder"
                 )
             inside = visible(path)
@@ -65,39 +73,50 @@ def require_folder(folder: Path) -> None:
         raise DataError(f"{folder}: is a file; name the folder that holds the images")
 
 
-UNASKED = ("Thumbs.db", "desktop.ini", "__MACOSX")  # what systems leave in folders
+ADDED = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # by operating systems
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file of this name counts: it is neither hidden nor added by an operating system."""
+    return not name.startswith(".") and name not in ADDED
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, in order of name, without what systems leave there unasked."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in UNASKED)
+    """The visible files and folders in a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if is_visible(path.name))
 
 
 def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
-    """An image upright and without transparency, in mode L or RGB. DataError where it is none.
+    """Decode an image, upright and without transparency, to mode L or RGB.
 
-    `name` is what messages call it where it is not a path.
+    Args:
+        file: a path, or an open file.
+        name: the name of an open file in messages.
+
+    Raises:
+        DataError: it is not an image, or damaged.
     """
     name = name or str(file)
     if isinstance(file, Path) and file.is_dir():
         raise DataError(f"{file}: is a folder; images belong directly into a class folder")
     if isinstance(file, Path) and file.exists() and not file.is_file():
-        raise DataError(f"{file}: is no regular file; remove it")  # reading a pipe would wait for ever
+        raise DataError(f"{file}: is not a regular file; remove it")  # reading a pipe would block
     try:
         with Image.open(file) as image:
             image.load()
-            return flatten(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return flatten(image)
     except UnidentifiedImageError:
-        raise DataError(f"{name}: is not an image; remove it from the folder") from None
+        raise DataError(f"{name}: is not an image; replace or remove it") from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except Exception as error:  # Pillow raises exceptions of many types for damaged files
         why = first_line(error)
         raise DataError(f"{name}: cannot be read as an image ({why}); replace or remove it") from None
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Mode L or RGB: 16 bits to 8, palettes and CMYK to RGB, transparency onto a ground."""
+    """Convert to mode L or RGB: 16 bits to 8, palettes and CMYK to RGB, transparency to a background."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 65535 if image.mode != "F" else max(float(values.max()), 1e-9)
@@ -106,62 +125,52 @@ def flatten(image: Image.Image) -> Image.Image:
         return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, contrasting_ground(image))
-        return Image.alpha_composite(ground, image).convert("RGB")
+        background = Image.new("RGBA", image.size, contrasting_background(image))
+        return Image.alpha_composite(background, image).convert("RGB")
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
-def contrasting_ground(image: Image.Image) -> str:
-    """White, or black where what is not transparent is light: what is drawn must stay visible."""
+def contrasting_background(image: Image.Image) -> str:
+    """White, or black if the opaque pixels are light, so that they stay visible."""
     levels = np.asarray(image.convert("L"), dtype=np.float64)
     opacity = np.asarray(image.getchannel("A"), dtype=np.float64)
     return "black" if (levels * opacity).sum() > 127 * max(opacity.sum(), 1.0) else "white"
 
 
 def to_batch(images: Sequence[Image.Image], item_shape: tuple[int, ...]) -> Tensor:
-    """Pixels [B, C, H, W] in [0, 1] of the model's size; padded to its proportions, not stretched."""
+    """Images as pixels [B, C, H, W] in [0, 1], padded to the proportions of `item_shape`, [C, H, W].
+
+    Raises ConfigError if `item_shape` is not that of images.
+    """
     if len(item_shape) != 3:
-        raise ConfigError(f"this checkpoint's items have shape {tuple(item_shape)}: it cannot take images")
+        raise ConfigError(f"this checkpoint's items have shape {tuple(item_shape)}: it does not take images")
+    return torch.from_numpy(np.stack([to_array(image, item_shape) for image in images])).float() / 255
+
+
+def to_array(image: Image.Image, item_shape: tuple[int, ...], how: Fit = "pad") -> np.ndarray:
+    """An image in mode L or RGB as a uint8 array of shape `item_shape`, [C, H, W]; `how` as in `fit`."""
     channels, height, width = item_shape
-    batch = [fit(image.convert("L" if channels == 1 else "RGB"), height, width) for image in images]
-    pixels = torch.from_numpy(np.stack(batch)).float() / 255  # [B, H, W] or [B, H, W, C]
-    return pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which would copy it
+    pixels = fit(image, height, width, how)  # [H, W] or [H, W, C]
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to grey, as in Pillow's mode L
-BLOCK = 1024  # images converted at a time
+def fit(image: Image.Image, height: int, width: int, how: Fit = "pad") -> np.ndarray:
+    """An image of mode L or RGB resized with antialiasing, as a uint8 array [H, W] or [H, W, 3].
 
-
-def converted(pixels: Tensor, item_shape: tuple[int, ...]) -> Tensor:
-    """Images [B, C, H, W] uint8 in another size, antialiased and stretched to it, and in grey or colour."""
-    if tuple(pixels.shape[1:]) == tuple(item_shape):
-        return pixels
-    channels, *size = item_shape
-    result = torch.empty(len(pixels), *item_shape, dtype=torch.uint8, device=pixels.device)
-    for source, target in zip(pixels.split(BLOCK), result.split(BLOCK), strict=True):
-        block = source.float()
-        if channels < block.shape[1]:
-            block = (block * block.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
-        if list(block.shape[2:]) != size:
-            block = F.interpolate(block, size, mode="bilinear", antialias=True)
-        target.copy_(block.round_().clamp_(0, 255))  # grey goes into every channel
-    return result
-
-
-def fit(
-    image: Image.Image, height: int, width: int, how: Literal["pad", "crop", "stretch"] = "pad"
-) -> np.ndarray:
-    """Resize to the height and width with antialiasing.
-
-    `pad` keeps everything, with the ground's colour around it; `crop` keeps the middle; `stretch`
-    changes the proportions.
+    Args:
+        image: of any size.
+        height, width: in pixels.
+        how: what to do if the proportions differ. "pad" keeps the whole image and fills the rest with the
+            colour of its border, "crop" keeps the middle, "stretch" changes the proportions.
     """
     if how == "stretch" or (image.width, image.height) == (width, height):
         return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     if how == "crop":
         return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-    ground = tuple(int(value) for value in np.atleast_1d(border_level(image)))
-    colour = ground if len(ground) > 1 else ground[0]
+    border = tuple(int(value) for value in np.atleast_1d(border_level(image)))
+    colour = border if len(border) > 1 else border[0]
     side = max(image.width / width, image.height / height)
     size = (max(round(image.width / side), 1), max(round(image.height / side), 1))
     canvas = Image.new(image.mode, (width, height), colour)
@@ -171,22 +180,22 @@ def fit(
 
 
 def border_level(image: Image.Image) -> np.ndarray:
-    """The median grey level, or colour, of an image's outermost pixels: what it is drawn on."""
+    """The median grey level, or colour, of an image's outermost pixels, which are mostly background."""
     pixels = np.asarray(image)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     return np.median(border, axis=0)
 
 
 def ink_of(images: Sequence[Image.Image]) -> Ink:
-    """Whether drawings are dark on light or light on dark, by the ground most of them have."""
+    """Whether drawings are dark on light or light on dark, judged by the background of most of them."""
     levels = [float(border_level(image.convert("L"))) for image in images]
     return "dark" if np.median(levels) > 127 else "light"
 
 
 def as_drawings(batch: Tensor, ink: Ink) -> Tensor:
-    """Drawings as Omniglot and glyphs hold them: bright ink on a dark ground, each at full contrast.
+    """Drawings [B, C, H, W] in the form of Omniglot and glyphs: bright ink on a dark ground, full contrast.
 
-    Thin strokes of a large image fade when it is made small, so each image's range is stretched.
+    Downscaling a large image makes thin strokes fade, so the range of each image is stretched to [0, 1].
     """
     batch = 1 - batch if ink == "dark" else batch
     low, high = batch.amin((1, 2, 3), keepdim=True), batch.amax((1, 2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""miniImageNet, from files a user has: nobody may hand it out.
+"""miniImageNet: not redistributable, so users supply their own copy.
 
 100 classes of ImageNet with 600 images each (Vinyals et al. 2016), split 64, 16 and 20 by Ravi and
 Larochelle (2017).
@@ -9,15 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import re
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, cast
 
 import torch
 
-from metarun.datasets.base import Dataset
-from metarun.datasets.class_folders import Entry, Fit, class_store, entries, tell_counts
-from metarun.errors import ConfigError, DataError
+from metarun.datasets.base import ImageDataset, Split, and_more
+from metarun.datasets.class_folders import Entry, class_store, entries, note_counts
+from metarun.datasets.images import Fit
+from metarun.errors import DataError
 from metarun.tasks.class_store import ClassStore
 
 WNID = re.compile(r"n\d{8}")
@@ -25,89 +26,78 @@ PICKLES = (".pkl", ".pickle", ".npz", ".npy")
 
 
 @cache
-def class_split(name: str = "mini_imagenet") -> dict[str, list[str]]:
+def class_split(name: str = "mini_imagenet") -> dict[Split, list[str]]:
     """The WordNet ids of each split, sorted."""
-    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    parts: dict[Split, list[str]] = {"train": [], "validation": [], "test": []}
     for line in Path(__file__).with_name(f"{name}_classes.txt").read_text("utf-8").splitlines():
         if not line.startswith("#"):
             wnid, split = line.split()
-            parts[split].append(wnid)
+            parts[cast(Split, split)].append(wnid)
     return parts
 
 
-class MiniImageNet(Dataset):
-    """miniImageNet below `root`, in any of the layouts people have it in.
+class MiniImageNet(ImageDataset):
+    """miniImageNet, in any of the common layouts.
 
-    A class is a WordNet id: the name of the folder an image is in, or what the CSV files say of
-    its file name, or what that begins with. Images of another size are stretched to `size`,
-    as in the authors' preparation.
+    An image's class is a WordNet id: the name of its folder, or the label of its file name in the CSV
+    files, or the beginning of the file name.
+
+    Args:
+        root: the folder or zip with the images, see `layouts`.
+        size, fit: pixels a side, and how images of another size are resized; by default they are stretched,
+            as in the authors' preparation.
+
+    Raises:
+        ConfigError: `size` is out of range.
     """
 
-    drawings = False
     name: ClassVar[str] = "mini_imagenet"
-    a_class: ClassVar[tuple[int, int]] = (600, 600)  # images of each
+    images_per_class: ClassVar[tuple[int, int]] = (600, 600)  # the least and the most
     layouts: ClassVar[str] = (
         "it may hold train, val and test folders of class folders named by WordNet id (n01532829), or one "
         "folder of all images and train.csv, val.csv and test.csv, or zips of either"
     )
 
     def __init__(self, *, root: str, size: int = 84, fit: Fit = "stretch") -> None:
-        if size < 1:
-            raise ConfigError(f"dataset.size={size}: choose a whole number of pixels, such as 84")
-        self.root, self.size, self.fit = root, size, fit
-        self._files: dict[str, list[Entry]] | None = None
-        self._lists: set[str] = set()  # the CSV files that are there
+        super().__init__(size, fit=fit)
+        self.root = root
+        self._lists: set[str] = set()  # names of the CSV files found
 
-    @property
-    def item_shape(self) -> tuple[int, int, int]:
-        return (3, self.size, self.size)
-
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> ClassStore:
-        """The classes of one split, by WordNet id. Raises DataError, saying what is missing."""
-        if self._files is None:
-            self._files = self._find()
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
+        """The classes of one split, sorted by WordNet id. Raises DataError if some are missing."""
         wanted = class_split(self.name)[name]
         if missing := [wnid for wnid in wanted if wnid not in self._files]:
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            own = {"validation": "val"}.get(name, name) + ".csv"
-            lacks = self._lists and own not in self._lists
-            why = f"{own} is missing beside {min(self._lists)}, so " if lacks else ""
+            own = "val.csv" if name == "validation" else f"{name}.csv"
+            unlisted = self._lists and own not in self._lists
+            why = f"{own} is missing beside {min(self._lists)}, so " if unlisted else ""
             raise DataError(
-                f"dataset.root={self.root}: {why}no images of class {missing[0]}{others}, "
+                f"dataset.root={self.root}: {why}no images of class {and_more(missing)}, "
                 f"of the {len(wanted)} {name} classes; {self.layouts}"
             )
-        store = class_store(
-            f"{self.name} {name}",
-            {wnid: self._files[wnid] for wnid in wanted},
-            Path(self.root),
-            self.item_shape,
-            device,
-            self.fit,
-        )
-        return tell_counts(store, *self.a_class)
+        classes = {wnid: self._files[wnid] for wnid in wanted}
+        store = class_store(self, f"{self.name} {name}", classes, Path(self.root), device)
+        return note_counts(store, *self.images_per_class)
 
-    def _find(self) -> dict[str, list[Entry]]:
+    @cached_property
+    def _files(self) -> dict[str, list[Entry]]:
+        """The images of each class, by WordNet id."""
         files = entries(Path(self.root).expanduser())
         listed = self._listed(files)
         found: dict[str, list[Entry]] = {}
-        seen = set()
         for entry in files:
-            name = entry.parts[-1]
             if (wnid := self._class_of(entry, listed)) is not None:
                 found.setdefault(wnid, []).append(entry)
-                seen.add(name)
-        if listed and (lacking := sorted(listed.keys() - seen)):
+        seen = {entry.parts[-1] for images in found.values() for entry in images}
+        if missing := sorted(listed.keys() - seen):
             raise DataError(
-                f"dataset.root={self.root}: {lacking[0]} is in a CSV file and not among the images "
-                f"({len(lacking):,} of {len(listed):,} such); {self.layouts}"
+                f"dataset.root={self.root}: {missing[0]} is in a CSV file and not among the images "
+                f"({len(missing):,} of {len(listed):,} such); {self.layouts}"
             )
         pickles = [entry for entry in files if entry.parts[-1].lower().endswith(PICKLES)]
         if pickles and not found:
             raise DataError(
-                f"{pickles[0]}: a pickle, which could run any program when read, so metarun reads none; "
-                "get or export the images themselves, as class folders of files"
+                f"{pickles[0]}: a pickle, which could run any program when read, so metarun does not read "
+                "it; get or export the images themselves, as class folders of files"
             )
         return found
 
@@ -124,13 +114,13 @@ class MiniImageNet(Dataset):
         return start.group() if start else None
 
     def _listed(self, files: list[Entry]) -> dict[str, str]:
-        """What the CSV files say: file name to WordNet id."""
+        """The WordNet id of each file name in the CSV files."""
         listed: dict[str, str] = {}
         for entry in files:
             if entry.parts[-1] not in ("train.csv", "val.csv", "test.csv"):
                 continue
             self._lists.add(entry.parts[-1])
-            text = entry.read().decode("utf-8-sig", "replace")  # spreadsheets put a mark before it
+            text = entry.read().decode("utf-8-sig", "replace")  # spreadsheets write a byte order mark
             try:
                 reader = csv.DictReader(io.StringIO(text))
                 rows = list(reader)

@@ -1,4 +1,4 @@
-"""Several datasets at once: each task is of one of them."""
+"""Several datasets at once: the classes of a task are all from one of them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset
+from metarun.datasets.base import Dataset, Split, at_least
 from metarun.errors import ConfigError, naming_part
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.spec import TaskSpec
 
 
 class Mixture(Dataset):
-    """Tasks of the `datasets` named in `parts`, each drawn as often as its weight there says.
+    """Tasks of several datasets, whose images are all converted to one shape.
 
-    All images are brought to one `size` and number of `channels`; None: the largest of the parts.
+    Args:
+        datasets: the datasets, by name.
+        parts: the names of those to use, and how often a task is drawn from each, as weights.
+        settings: the configuration that `datasets` were built from.
+        size: pixels a side. None: the largest height and width of the parts.
+        channels: 1 or 3. None: the largest of the parts.
+
+    Raises:
+        ConfigError: `parts` is empty, or has a name, a weight or a dataset that cannot be used.
     """
 
     def __init__(
         self,
         *,
-        datasets: Mapping[str, Any],
+        datasets: Mapping[str, Dataset],
         parts: dict[str, float],
-        settings: dict[str, Any] | None = None,  # what `datasets` were built from
+        settings: dict[str, Any] | None = None,
         size: int | None = None,
         channels: Literal[1, 3] | None = None,
     ) -> None:
@@ -45,41 +54,39 @@ class Mixture(Dataset):
                 raise ConfigError(f"dataset.parts.{name}={weight}: a weight must be above 0 and finite")
             if len(datasets[name].item_shape) != 3:
                 raise ConfigError(f"dataset.parts: {name} has no images; leave it out")
-        if size is not None and size < 1:
-            raise ConfigError(f"dataset.size={size}: choose a whole number of pixels, such as 32")
+        if size is not None:
+            at_least(1, size=size)
         self.weights = parts
         self.datasets = {name: datasets[name] for name in parts}
         self.size, self.channels = size, channels
-        self.wanted: tuple[int, ...] | None = None  # the shape of a model that is tested
+        self.shape: tuple[int, ...] | None = None  # chosen by `reshaped`
 
     def reshaped(self, item_shape: tuple[int, ...]) -> Mixture:
-        """The same with images of this shape: each part's are converted once, from its own pixels."""
+        """The mixture with images of this shape; each part's are converted once, from the originals."""
         twin = copy.copy(self)
-        twin.wanted = item_shape
+        twin.shape = item_shape
         return twin
 
     @property
-    def item_shape(self) -> tuple[int, ...]:
-        if self.wanted:
-            return self.wanted
+    def spec(self) -> TaskSpec:
+        if self.shape:
+            return TaskSpec(self.shape)
         most = [max(sizes) for sizes in zip(*(d.item_shape for d in self.datasets.values()), strict=True)]
         height, width = (self.size or each for each in most[1:])
-        return (self.channels or most[0], height, width)
+        return TaskSpec((self.channels or most[0], height, width))
 
     @property
     def drawings(self) -> bool:  # type: ignore[override]
-        return all(getattr(dataset, "drawings", False) for dataset in self.datasets.values())
+        return all(dataset.drawings for dataset in self.datasets.values())
 
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> MixtureStore:
-        """The classes of all parts. Raises what a part's own `split` does."""
+    def split(self, name: Split, device: torch.device | str = "cpu") -> MixtureStore:
+        """The classes of all parts. Raises what a part's `split` raises, with its settings' full names."""
         stores = {}
         for part, dataset in self.datasets.items():
             with naming_part(part, inspect.signature(type(dataset)).parameters):
                 store = dataset.split(name)
             if not isinstance(store, ClassStore):
-                raise ConfigError(f"dataset.parts: {part} is no dataset of classes; leave it out")
+                raise ConfigError(f"dataset.parts: {part} is not a dataset of classes; leave it out")
             stores[part] = store.resized(self.item_shape)
         return MixtureStore(stores, list(self.weights.values()), f"mixture {name}", device)
 
@@ -87,7 +94,11 @@ class Mixture(Dataset):
 class MixtureStore(ClassStore):
     """The classes of several stores of one item shape, one store after the other.
 
-    `parts` are the stores themselves, on the same memory.
+    Args:
+        stores: by the name of their dataset. They become `parts`, whose images share the memory of all.
+        weights: how often a task is drawn from each store.
+        name: what error messages call the split.
+        device: where the images are stored.
     """
 
     def __init__(
@@ -107,9 +118,9 @@ class MixtureStore(ClassStore):
         self.parts = dict(stores)
         self.parts = self.with_items(self.items).parts
         self.weights = torch.tensor(weights, dtype=torch.float64)
-        self.weights /= self.weights.max()  # whose sum is finite
+        self.weights /= self.weights.max()  # the sum of large weights could overflow
         sizes = torch.tensor([len(store.names) for store in stores.values()])
-        self.owners = torch.arange(len(sizes)).repeat_interleave(sizes)  # of each class, its part
+        self.owners = torch.arange(len(sizes)).repeat_interleave(sizes)  # the part of each class
 
     def check(self, shape: EpisodeShape) -> None:
         for part in self.parts.values():
@@ -125,7 +136,7 @@ class MixtureStore(ClassStore):
         return twin
 
     def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:
-        """Random numbers [T, classes], negative for the classes of other datasets than the task's own."""
+        """Random numbers [T, classes], negative for the classes of all datasets but the task's."""
         keys = super().class_keys(tasks, generator)
         part = torch.multinomial(self.weights.to(keys.device), tasks, replacement=True, generator=generator)
         return keys.masked_fill(self.owners.to(keys.device) != part[:, None], -1.0)

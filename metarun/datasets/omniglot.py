@@ -6,40 +6,33 @@ induction", Science 2015; https://github.com/brendenlake/omniglot, MIT licence.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-from collections import defaultdict
-from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError, DataError
-from metarun.reporting.console import Bar
-from metarun.storage.archives import Archive, Folder
-from metarun.storage.cached_arrays import mapped
+from metarun.datasets.base import ImageDataset, Split, and_more, by_digest, select
+from metarun.datasets.class_folders import Entry, class_store, entries
+from metarun.errors import DataError
 from metarun.storage.downloads import download
-from metarun.storage.files import data_dir, encoded
+from metarun.storage.files import data_dir
 from metarun.tasks.class_store import ClassStore
+from metarun.tasks.source import SPLITS
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 MD5 = {
     "images_background": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-CHOICES = {"classes": ("maml", "vinyals", "lake"), "rotations": ("train", "all", "none")}
+Classes = Literal["maml", "vinyals", "lake"]
+TURNED = {"train": ("train",), "all": SPLITS, "none": ()}  # splits with rotated drawings, by `rotations`
 
 
 class Character(NamedTuple):
     name: str  # Alphabet/characterNN
     piece: str  # images_background or images_evaluation
-    vinyals: str  # train, validation or test in the split of Vinyals et al. 2016
+    vinyals: Split  # its split in Vinyals et al. 2016
 
 
 @cache
@@ -49,117 +42,101 @@ def characters() -> list[Character]:
     for line in Path(__file__).with_name("omniglot_vinyals.txt").read_text("utf-8").splitlines():
         if line.startswith("#"):
             continue
-        piece, alphabet, numbers, part = line.split()
+        piece, alphabet, numbers, split = line.split()
         first, last = map(int, numbers.split("-"))
         for number in range(first, last + 1):
-            found.append(Character(f"{alphabet}/character{number:02}", f"images_{piece}", part))
+            name = f"{alphabet}/character{number:02}"
+            found.append(Character(name, f"images_{piece}", cast(Split, split)))
     return sorted(found)
 
 
-def class_split(classes: str) -> dict[str, list[str]]:
-    """The names of the characters to train on, for validation and to test, each sorted.
+def class_split(classes: Classes) -> dict[Split, list[str]]:
+    """The names of the characters of each split, sorted.
 
-    - `lake`, by alphabet (792/172/659): test is the evaluation set's 20 alphabets, as the authors
-      meant; validation is five of the background set's 30, the ones `vinyals` holds out: Armenian,
+    - `lake`, by alphabet (792/172/659): test has the evaluation set's 20 alphabets, as the authors
+      intended; validation has five of the background set's 30, the same as in `vinyals`: Armenian,
       Bengali, Early_Aramaic, Hebrew and Mkhedruli_(Georgian).
-    - `vinyals` (1,028/172/423): see omniglot_vinyals.txt; by alphabet but for Gurmukhi.
-    - `maml` (1,100/100/423): characters at random whatever their alphabet, as Finn et al. 2017 do.
-      They published no list; here it is the order of the SHA-256 digests of the names.
+    - `vinyals` (1,028/172/423): see omniglot_vinyals.txt; by alphabet except for Gurmukhi.
+    - `maml` (1,100/100/423): random characters of all alphabets, as in Finn et al. 2017. They published
+      no list; here the order is that of `by_digest`.
     """
     if classes == "maml":
-        order = sorted((character.name for character in characters()), key=_digest)
+        order = by_digest(character.name for character in characters())
         return {
             "train": sorted(order[:1100]),
             "validation": sorted(order[1100:1200]),
             "test": sorted(order[1200:]),
         }
-    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    by_piece = {"lake": "images_evaluation", "vinyals": None}[classes]
+    parts: dict[Split, list[str]] = {"train": [], "validation": [], "test": []}
     for character in characters():
-        evaluation = classes == "lake" and character.piece == "images_evaluation"
-        parts["test" if evaluation else character.vinyals].append(character.name)
+        parts["test" if character.piece == by_piece else character.vinyals].append(character.name)
     return parts
 
 
-def _digest(name: str) -> str:
-    return hashlib.sha256(encoded(name)).hexdigest()
+class Omniglot(ImageDataset):
+    """The three splits of Omniglot, bright ink (255) on a dark ground (0).
 
+    Args:
+        root: a folder that holds images_background and images_evaluation, each as a zip or as a folder, or
+            that holds a folder `omniglot` with them. None: the authors' zips, downloaded to
+            METARUN_DATA/omniglot if they are not there yet.
+        classes: which classes each split has, see `class_split`.
+        rotations: the splits in which the drawings rotated by 90, 180 and 270 degrees are classes of their
+            own: the training split, all or none.
+        size: pixels a side.
+        download: whether missing files may be downloaded.
 
-class Omniglot(Dataset):
-    """The three splits of Omniglot, bright ink (255) on a dark ground (0)."""
+    Raises:
+        ConfigError: `size` is out of range.
+    """
 
     drawings = True
+    invert = True  # in the files ink is 0
+    threaded = False  # several threads are slower: passing the GIL on costs more than these small files
 
     def __init__(
         self,
         *,
         root: str | None = None,
-        classes: Literal["maml", "vinyals", "lake"] = "maml",
+        classes: Classes = "maml",
         rotations: Literal["train", "all", "none"] = "train",
         size: int = 28,
         download: bool = True,
     ) -> None:
-        """Only notes the settings; `split` reads files. Raises ConfigError.
+        super().__init__(size, channels=1, fit="stretch")
+        self.root, self.classes, self.rotations, self.download = root, classes, rotations, download
 
-        `root`: a folder that holds images_background and images_evaluation, each as a zip or as the
-        folder in it, or that holds a folder `omniglot` that does; None: upstream's zips, downloaded
-        to METARUN_DATA/omniglot where they are not there yet. `rotations`: in which splits the
-        drawings turned by 90, 180 and 270 degrees are classes of their own.
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
+        """The classes of one split, sorted by name, rotated ones ('@90' and so on) after the others.
+
+        Raises DataError if files are missing or damaged.
         """
-        for setting, value in (("classes", classes), ("rotations", rotations)):
-            if value not in CHOICES[setting]:
-                raise ConfigError(f"dataset.{setting}={value!r}: choose one of {', '.join(CHOICES[setting])}")
-        if not isinstance(size, int) or size < 1:
-            raise ConfigError(f"dataset.size={size}: choose a whole number of pixels, such as 28")
-        self.root = root
-        self.classes = classes
-        self.rotations = rotations
-        self.size = size
-        self.download = download
-        self._decoded: dict[str, Any] | None = None
-
-    @property
-    def item_shape(self) -> tuple[int, int, int]:
-        return (1, self.size, self.size)
-
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> ClassStore:
-        """The classes of one split, sorted by name, turned ones ('@90' and so on) after the others.
-
-        Raises DataError where files are missing or damaged.
-        """
-        if self._decoded is None:
-            self._decoded = self._load()
-        images, counts, names = _choose(self._decoded, class_split(self.classes)[name])
-        if self.rotations == "all" or (self.rotations == "train" and name == "train"):
+        names = class_split(self.classes)[name]
+        images, counts = select(self._characters, names)
+        if name in TURNED[self.rotations]:
             images = torch.cat([images.rot90(turn, (-2, -1)) for turn in range(4)])  # counterclockwise
             names = names + [f"{each}@{degrees}" for degrees in (90, 180, 270) for each in names]
             counts = counts * 4
         return ClassStore(images, counts, names, f"omniglot {name}", device)
 
-    def _load(self) -> dict[str, Any]:
-        """All characters, as `decode` gives them, from the cache where these very files are in it."""
-        sources = self._sources()
-        identities = "\n".join(source.identity() for source in sources.values())
-        # The 1 counts changes of what `decode` does.
-        settings = f"1 {self.size}"
+    @cached_property
+    def _characters(self) -> ClassStore:
+        """All 1,623 characters, sorted by name."""
+        pieces = self._pieces()
+        found: dict[str, list[Entry]] = {}
+        for piece, path in pieces.items():
+            found |= drawings_of(piece, path)
+        classes = {character.name: found[character.name] for character in characters()}
+        folder = next(iter(pieces.values())).parent
+        return class_store(self, "omniglot", classes, folder)
 
-        def build(write: Callable[[bytes], object]) -> dict[str, Any]:
-            decoded = decode(sources, self.size)
-            write(decoded.pop("images").numpy().tobytes())
-            return decoded
-
-        source = os.path.commonpath([os.path.abspath(each.path) for each in sources.values()])
-        name = f"omniglot-{_digest(settings + identities)[:24]}"
-        content, made = mapped(name, build, f"omniglot {settings} {source}", source)
-        return made | {"images": content.view(-1, *self.item_shape)}
-
-    def _sources(self) -> dict[str, Archive | Folder]:
-        """Where the two pieces are; downloads them where that is allowed. Raises DataError."""
+    def _pieces(self) -> dict[str, Path]:
+        """The zips or folders of the two pieces, downloaded if that is allowed. Raises DataError."""
         if self.root is not None:
-            return self._sources_below(Path(self.root).expanduser())
+            return self._pieces_below(Path(self.root).expanduser())
         folder = data_dir() / "omniglot"
-        missing = [piece for piece in MD5 if _source(folder, piece) is None]
+        missing = [piece for piece in MD5 if piece not in pieces_in(folder)]
         wanted = " and ".join(f"{piece}.zip" for piece in missing)
         if missing and not self.download:
             raise DataError(
@@ -170,18 +147,18 @@ class Omniglot(Dataset):
             try:
                 download(f"{URL}/{piece}.zip", folder / f"{piece}.zip", MD5[piece])
             except DataError as error:
-                raise DataError(f"{error} (Omniglot lacks {wanted} there)") from error
-        return _found(folder)
+                raise DataError(f"{error} (Omniglot needs {wanted} there)") from error
+        return pieces_in(folder)
 
-    def _sources_below(self, root: Path) -> dict[str, Archive | Folder]:
+    def _pieces_below(self, root: Path) -> dict[str, Path]:
         for folder in (root, root / "omniglot"):
-            if found := _found(folder):
+            if found := pieces_in(folder):
                 if len(found) == len(MD5):
                     return found
-                there, lacking = next(iter(found)), next(piece for piece in MD5 if piece not in found)
+                there, missing = next(iter(found)), next(piece for piece in MD5 if piece not in found)
                 raise DataError(
-                    f"dataset.root={self.root}: {there} is in {folder}, but {lacking} is not, as a zip or as "
-                    f"a folder: put {URL}/{lacking}.zip there, or leave dataset.root out"
+                    f"dataset.root={self.root}: {there} is in {folder}, but {missing} is not, as a zip or as "
+                    f"a folder: put {URL}/{missing}.zip there, or leave dataset.root out"
                 )
         raise DataError(
             f"dataset.root={self.root}: neither images_background nor images_evaluation, as a zip or as a "
@@ -190,72 +167,27 @@ class Omniglot(Dataset):
         )
 
 
-def _source(folder: Path, piece: str) -> Archive | Folder | None:
-    """One piece in a folder; a zip goes before a folder, for its listing is quicker."""
-    if (folder / f"{piece}.zip").is_file():
-        return Archive(folder / f"{piece}.zip")
-    return Folder(folder / piece) if (folder / piece).is_dir() else None
+def pieces_in(folder: Path) -> dict[str, Path]:
+    """The pieces that are in a folder; a zip is preferred to a folder, because it is listed faster."""
+    paths = ((piece, folder / name) for piece in MD5 for name in (piece, f"{piece}.zip"))
+    return {piece: path for piece, path in paths if path.exists()}
 
 
-def _found(folder: Path) -> dict[str, Archive | Folder]:
-    pieces = {piece: _source(folder, piece) for piece in MD5}
-    return {piece: source for piece, source in pieces.items() if source is not None}
+def drawings_of(piece: str, path: Path) -> dict[str, list[Entry]]:
+    """The drawings of each character of a piece, by name.
 
-
-def _choose(decoded: dict[str, Any], names: list[str]) -> tuple[Tensor, list[int], list[str]]:
-    """Images [images, 1, size, size] and counts of the named classes, in their order, and the names."""
-    images = dict(zip(decoded["names"], decoded["images"].split(decoded["counts"]), strict=True))
-    chosen = [images[name] for name in names]
-    return torch.cat(chosen), [len(each) for each in chosen], names
-
-
-def decode(sources: dict[str, Archive | Folder], size: int) -> dict[str, Any]:
-    """Read every drawing: `images` [images, 1, size, size] uint8, `counts` and `names` of the classes.
-
-    Sorted by the name of the class, then of the file. Raises DataError for a character without
-    drawings, one that is not Omniglot's, and a drawing that cannot be read.
+    Raises DataError if a character is missing, or if there is one that Omniglot does not have.
     """
-    members = {piece: _members(piece, source) for piece, source in sources.items()}
-    pixels, counts = bytearray(), []
-    # One thread: two are slower, since each drawing is too small to be worth letting go of the GIL.
-    with Bar("decode Omniglot", len(characters()), "characters") as bar:
-        for character in characters():
-            files = members[character.piece][character.name]
-            for file in files:
-                pixels += _pixels(sources[character.piece], file, size)
-            counts.append(len(files))
-            bar.advance()
-    images = 255 - torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 1, size, size)  # upstream's ink is 0
-    return {"images": images, "counts": counts, "names": [character.name for character in characters()]}
-
-
-def _members(piece: str, source: Archive | Folder) -> dict[str, list[str]]:
-    """The drawings of each character, by its name. Raises DataError unless all are there and no other."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for file in source.names():
-        parts = file.split("/")
-        hidden = any(part.startswith((".", "__")) for part in parts)  # macOS adds __MACOSX/ and ._*
-        if len(parts) > 2 and file.endswith(".png") and not hidden:
-            found["/".join(parts[-3:-1])].append(file)
+    found: dict[str, list[Entry]] = {}
+    for entry in entries(path):
+        if len(entry.parts) > 2 and entry.parts[-1].endswith(".png"):
+            found.setdefault("/".join(entry.parts[-3:-1]), []).append(entry)
     wanted = [character.name for character in characters() if character.piece == piece]
     if missing := [name for name in wanted if name not in found]:
-        others = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise DataError(
-            f"{source.path} has no drawings of {missing[0]}{others}, of {len(wanted)} characters: "
+            f"{path} has no drawings of {and_more(missing)}, of {len(wanted)} characters: "
             f"get {URL}/{piece}.zip again"
         )
-    if foreign := sorted(set(found) - set(wanted)):
-        raise DataError(f"{source.path} has {foreign[0]}, which is no character of {piece}: take it out")
+    if foreign := sorted(found.keys() - set(wanted)):
+        raise DataError(f"{path} has {foreign[0]}, which is not a character of {piece}: remove it")
     return found
-
-
-def _pixels(source: Archive | Folder, file: str, size: int) -> bytes:
-    """One drawing as size * size grey values. Raises DataError."""
-    content = source.read(file)
-    try:
-        # As grey, since Pillow never antialiases 1-bit images; Lanczos keeps strokes bright and their
-        # edges smooth at 28 pixels (Bilinear dims them, Box leaves steps).
-        image = Image.open(io.BytesIO(content)).convert("L")
-        return image.resize((size, size), Image.Resampling.LANCZOS).tobytes()
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise DataError(f"{source.path}: {file} is not an image that can be read: get it again") from error

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset
+from metarun.datasets.base import Dataset, Split
 from metarun.errors import DataError
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import REGRESSION
@@ -21,8 +20,11 @@ Range = tuple[float, float]
 class Sinusoid(Dataset):
     """Tasks y = amplitude * sin(x + phase) to be learned from K points.
 
-    Amplitude in [0.1, 5], phase in [0, pi] and x in [-5, 5], all uniform; the loss is the mean
-    squared error. Tasks are continuous, so splits differ only in their random numbers.
+    The loss is the mean squared error. There are infinitely many tasks, so splits differ only in their
+    random numbers.
+
+    Args:
+        amplitude, phase, x: the least and the largest value of each; values are drawn uniformly.
     """
 
     def __init__(
@@ -38,16 +40,14 @@ class Sinusoid(Dataset):
     def spec(self) -> TaskSpec:
         return TaskSpec(item_shape=(1,), objective=REGRESSION, outputs=1)
 
-    def split(
-        self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
-    ) -> SinusoidSource:
+    def split(self, name: Split, device: torch.device | str = "cpu") -> SinusoidSource:
         return SinusoidSource(self, name, device)
 
 
 class SinusoidSource(EpisodeSource):
-    """Tasks of sinusoids: one way, one output."""
+    """Tasks of sinusoids, with one way and one output."""
 
-    def __init__(self, settings: Sinusoid, split: str, device: torch.device | str) -> None:
+    def __init__(self, settings: Sinusoid, split: Split, device: torch.device | str) -> None:
         self.settings, self.device = settings, device
         self.spec, self.name = settings.spec, f"sinusoid {split}"
         self.fingerprint = f"sinusoid {split} {settings.amplitude} {settings.phase} {settings.x}"

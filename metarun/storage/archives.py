@@ -1,4 +1,4 @@
-"""Folders and zips read in place; tar archives unpacked, safely and to their end."""
+"""Zips read in place; tar archives unpacked, safely and to their end."""
 
 from __future__ import annotations
 
@@ -14,45 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 from metarun.errors import DataError, first_line
-from metarun.storage.files import CHUNK, add_bytes, encoded, read_regular
+from metarun.storage.files import CHUNK, add_bytes, encoded
 
 MEMBER_LIMIT = 64 << 20  # bytes one archive member may unpack to
-
-
-class Folder:
-    """The files below a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def identity(self) -> str:
-        """Changes when a file comes, goes, or is written again."""
-        digest = hashlib.sha256(encoded(str(self.path.resolve())))
-        for name in self.names():
-            try:
-                status = os.stat(f"{self.path}/{name}")  # with 32,460 files, pathlib's cost shows
-            except OSError as error:
-                raise self._unreadable(name, error) from error
-            digest.update(encoded(f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}"))
-        return digest.hexdigest()
-
-    def names(self) -> list[str]:
-        """Paths relative to the folder, with forward slashes, sorted."""
-        found = []
-        for folder, _, files in os.walk(self.path):
-            inner = Path(folder).relative_to(self.path).as_posix()
-            found += files if inner == "." else [f"{inner}/{file}" for file in files]
-        return sorted(found)
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one file. Raises DataError."""
-        try:
-            return read_regular(self.path / name)
-        except OSError as error:
-            raise self._unreadable(name, error) from error
-
-    def _unreadable(self, name: str, error: OSError) -> DataError:
-        return DataError(f"cannot read {self.path / name} ({error.strerror}): get it again")
 
 
 class Archive:
@@ -60,11 +24,6 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    def identity(self) -> str:
-        """Changes when the zip is written again."""
-        status = self.path.stat()
-        return f"{self.path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
 
     def names(self) -> list[str]:
         """Members that are files, sorted. Raises DataError, also for a name that leads out of the zip.

@@ -131,13 +131,13 @@ def cut_off(folder: Path) -> str:
 def stray(folder: Path) -> str:
     draw(folder, dark=True)
     (folder / "support/image.png").write_bytes(b"")
-    return "lies beside the class folders"
+    return "is beside the class folders"
 
 
 def unknown_query_class(folder: Path) -> str:
     draw(folder, dark=True)
     (folder / "query/gamma").rename(folder / "query/delta")
-    return "query/delta: is no class of the support"
+    return "query/delta: is not a class of the support"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ BAD_VALUES = {
     "ways=41": "ways=41: glyphs train has 40 classes; lower ways to at most 40",
     "shots=10 queries=11": "need 21 images a class",
     "validation.ways=11": "glyphs validation has 10 classes",
-    "dataset.train_classes=0": "glyphs needs a whole number of at least 1",
+    "dataset.train_classes=0": "choose a whole number of at least 1",
     "dataset=sinusoid backbone=conv4": "backbone=conv4 takes images",
     "dataset=sinusoid algorithm=protonet": "classifies and cannot regress",
     "dataset=sinusoid algorithm=maml ways=2": "a regression task has one way",

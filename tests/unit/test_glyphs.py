@@ -103,5 +103,7 @@ def nearest_neighbour_accuracy(store):
     ],
 )
 def test_settings_refused(setting, value):
-    with pytest.raises(ConfigError, match=rf"^{setting}={value!r}: glyphs needs .* at least \d+$"):
+    with pytest.raises(
+        ConfigError, match=rf"^dataset\.{setting}={value!r}: choose a whole number of at least \d$"
+    ):
         Glyphs(**{setting: value})

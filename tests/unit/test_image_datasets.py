@@ -162,7 +162,7 @@ BROKEN_TREES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such folder"),
     "an empty folder": (lambda root: (shutil.rmtree(root), root.mkdir()), "has no files"),
     "an empty class": (lambda root: (root / "empty").mkdir(), "empty: this class has no images"),
-    "a stray file": (lambda root: picture(root / "stray.png", 1), "stray.png: lies beside the class folders"),
+    "a stray file": (lambda root: picture(root / "stray.png", 1), "stray.png: is beside the class folders"),
     "few classes": (
         lambda root: [shutil.rmtree(root / name) for name in NAMES[:3]],
         "has 5 classes; at least 6",

@@ -49,6 +49,16 @@ def test_a_camera_held_sideways_is_turned_upright(tmp_path: Path):
     assert image.size == (16, 8)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "gif", "bmp"])
+def test_an_image_can_be_used_after_its_file_was_closed(tmp_path: Path, suffix: str):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(RAMP).resize((32, 32)).save(path)
+    image = images.read(path)
+    path.unlink()
+    assert images.to_array(image, (3, 8, 8)).shape == (3, 8, 8)
+    assert np.abs(images.to_array(image, (1, 8, 8))[0].astype(int) - RAMP).mean() < 16
+
+
 def test_proportions_are_kept_and_the_ground_filled(tmp_path: Path):
     wide = Image.new("L", (40, 10), 255)
     batch = images.to_batch([wide, Image.new("L", (3, 50), 0)], (1, 20, 20))

@@ -10,26 +10,29 @@ from PIL import Image
 
 from metarun.config.build import build_dataset
 from metarun.config.check import check_node
+from metarun.datasets.base import Dataset, Split
 from metarun.datasets.glyphs import Glyphs
 from metarun.datasets.mixture import Mixture
 from metarun.datasets.sinusoid import Sinusoid
-from metarun.errors import ConfigError, DataError, naming_part
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
-from metarun.tasks.resize import converted
 from metarun.tasks.sampling import sample
+from metarun.errors import ConfigError, DataError, naming_part
 from metarun.training.evaluation import Result, interval, mean_of
+from metarun.tasks.resize import converted
 
 GEOMETRY = EpisodeShape(3, 1, 2)
 
 
-class Flat:
+class Flat(Dataset):
     """Images of one level; `count` classes of `each` images."""
+
+    item_shape: tuple[int, ...] = ()
 
     def __init__(self, level: int, count: int, each: int, item_shape: tuple[int, int, int]) -> None:
         self.level, self.count, self.each, self.item_shape = level, count, each, item_shape
 
-    def split(self, name: str, device: torch.device | str = "cpu") -> ClassStore:
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         images = torch.full((self.count * self.each, *self.item_shape), self.level, dtype=torch.uint8)
         names = [str(i) for i in range(self.count)]
         return ClassStore(images, [self.each] * self.count, names, f"flat {self.level} {name}", device)
@@ -63,10 +66,10 @@ def test_its_parts_are_the_datasets_themselves_on_the_same_memory():
     part = store.parts["light"]
     assert (part.fingerprint, part.names) == (alone.fingerprint, alone.names)
     assert torch.equal(part.images, alone.images)
-    assert part.images.untyped_storage().data_ptr() == store.images.untyped_storage().data_ptr()
+    assert part.images.untyped_storage().data_ptr() == store.items.untyped_storage().data_ptr()
     assert store.parts["dark"].images.unique().tolist() == [50]
     assert store.fingerprint != mixture({"dark": 1.0, "light": 1.0}).split("test").fingerprint
-    grey = store.converted((1, 4, 4))
+    grey = store.resized((1, 4, 4))
     assert grey.item_shape == (1, 4, 4) == grey.parts["dark"].item_shape
     assert grey.parts["light"].fingerprint == part.fingerprint
 
@@ -110,9 +113,9 @@ def test_weights_whose_sum_is_infinite_are_as_good_as_others():
 class Noise(Flat):
     """Images of which conversion back and forth leaves nothing."""
 
-    def split(self, name: str, device: torch.device | str = "cpu") -> ClassStore:
+    def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         store = super().split(name, device)
-        return store.with_images(torch.randint(0, 255, store.images.shape, dtype=torch.uint8))
+        return store.with_items(torch.randint(0, 255, store.items.shape, dtype=torch.uint8))
 
 
 def test_each_part_is_converted_once_from_its_own_pixels():
@@ -120,7 +123,7 @@ def test_each_part_is_converted_once_from_its_own_pixels():
     parts = {"fine": Noise(1, 4, 3, (1, 8, 8)), "large": Noise(2, 4, 3, (3, 16, 16))}
     dataset = Mixture(datasets=parts, parts={"fine": 1.0, "large": 1.0})
     assert dataset.item_shape == (3, 16, 16)
-    shaped = dataset.shaped((1, 8, 8))
+    shaped = dataset.reshaped((1, 8, 8))
     assert (shaped.item_shape, dataset.item_shape) == ((1, 8, 8), (3, 16, 16))
     torch.manual_seed(0)
     own = parts["fine"].split("test").images

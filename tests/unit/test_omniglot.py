@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from metarun.datasets import omniglot
+from metarun.storage import downloads
+from metarun.datasets import class_folders, omniglot
 from metarun.datasets.omniglot import MD5, Omniglot, characters, class_split
 from metarun.errors import ConfigError, DataError
-from metarun.storage import downloads
 
 BACKGROUND, EVALUATION = MD5
 SIZES = {"maml": (1100, 100, 423), "vinyals": (1028, 172, 423), "lake": (792, 172, 659)}
@@ -149,11 +149,11 @@ def test_every_drawing_is_with_its_class(imitation, tmp_path, kind):
     for split in SPLITS:
         store = dataset.split(split)
         assert store.item_shape == dataset.item_shape == (1, 28, 28)
-        assert store.images.dtype == torch.uint8 and store.name == f"omniglot {split}"
+        assert store.items.dtype == torch.uint8 and store.name == f"omniglot {split}"
         assert store.names == class_split("maml")[split]
         assert store.counts.tolist() == [DRAWINGS] * len(store.names)
         expected = [(numbers[name], number) for name in store.names for number in range(DRAWINGS)]
-        assert [bits(image) for image in store.images] == expected
+        assert [bits(image) for image in store.items] == expected
 
 
 def test_rotations_are_new_classes(imitation):
@@ -182,13 +182,31 @@ def test_the_cache_is_used_until_the_files_change(imitation, changed, monkeypatc
     root = changed(BACKGROUND, lambda name, content: (name, content))
     first = Omniglot(root=str(root), size=4).split("test")
     with monkeypatch.context() as patch:
-        patch.setattr(omniglot, "decode", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(class_folders, "decode", lambda *_: pytest.fail("decoded again"))
         assert Omniglot(root=str(root), size=4, classes="lake").split("test").names
         assert Omniglot(root=str(root), size=4).split("test").fingerprint == first.fingerprint
         with pytest.raises(pytest.fail.Exception):
             Omniglot(root=str(root), size=5).split("test")
     changed(BACKGROUND, lambda name, content: (name, drawing(0, 0)))
     assert Omniglot(root=str(root), size=4).split("test").fingerprint != first.fingerprint
+
+
+def test_a_folder_with_a_changed_drawing_is_read_again(imitation, tmp_path):
+    for piece in MD5:
+        with zipfile.ZipFile(imitation / f"{piece}.zip") as archive:
+            archive.extractall(tmp_path / "unpacked")
+    root = tmp_path / "unpacked"
+    fingerprints = [Omniglot(root=str(imitation), size=4).split("test").fingerprint]
+    fingerprints.append(Omniglot(root=str(root), size=4).split("test").fingerprint)
+    assert fingerprints[0] == fingerprints[1]  # of the pixels, wherever they come from
+    name = class_split("maml")["test"][0]
+    (character,) = root.glob(f"*/{name}")
+    file = min(character.iterdir())
+    file.write_bytes(drawing(2047, 1))
+    assert Omniglot(root=str(root), size=4).split("test").fingerprint not in fingerprints
+    file.unlink()
+    file.symlink_to(tmp_path / "nowhere")
+    assert str(file) in failing(root=str(root))
 
 
 def test_a_damaged_cache_is_mended(imitation, tmp_path):
@@ -202,7 +220,7 @@ def test_a_damaged_cache_is_mended(imitation, tmp_path):
 
 def test_settings_are_checked_and_files_are_not():
     Omniglot(root="/nowhere")
-    for wrong in ({"classes": "mamal"}, {"rotations": "some"}, {"size": 0}, {"size": 28.5}):
+    for wrong in ({"size": 0}, {"size": 28.5}):
         with pytest.raises(ConfigError, match=f"dataset.{next(iter(wrong))}="):
             Omniglot(**wrong)
 
@@ -244,7 +262,7 @@ def test_a_character_of_no_alphabet(changed):
     assert "no drawings of Tengwar/character01 and 24 more" in failing(root=str(root))
     extra = f"{EVALUATION}/Klingon/character01/1.png"
     root = changed(EVALUATION, lambda name, content: (extra if "DS_Store" in name else name, content))
-    assert "Klingon/character01, which is no character of images_evaluation" in failing(root=str(root))
+    assert "Klingon/character01, which is not a character of images_evaluation" in failing(root=str(root))
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut"])
@@ -321,6 +339,22 @@ def real_root():
     return root
 
 
+@pytest.mark.parametrize(
+    ("classes", "rotations", "split", "fingerprint"),
+    [
+        ("maml", "train", "test", "9a15ca97eee29a0a"),
+        ("vinyals", "none", "validation", "48fcf30ce41f8baf"),
+        ("lake", "train", "train", "f0f04e8c5ccb80fc"),
+    ],
+)
+def test_the_fingerprints_of_the_real_data_stay_as_they_are(
+    real_root, classes, rotations, split, fingerprint
+):
+    """Episodes are named by them, so results are comparable only while they are the same."""
+    store = Omniglot(root=real_root, classes=classes, rotations=rotations).split(split)
+    assert store.fingerprint[:16] == fingerprint
+
+
 def test_the_real_data(real_root):
     for classes, sizes in SIZES.items():
         dataset = Omniglot(root=real_root, classes=classes, rotations="none")
@@ -333,5 +367,5 @@ def test_the_real_data(real_root):
             assert len(stores["train"].images) + len(stores["validation"].images) == 19_280
             assert len(stores["test"].images) == 13_180
     for store in stores.values():
-        assert 0.07 < store.images.float().mean() / 255 < 0.1  # ink is bright and little
-        assert (store.images.flatten(1).amax(1) > 200).float().mean() > 0.99  # strokes are not washed out
+        assert 0.07 < store.items.float().mean() / 255 < 0.1  # ink is bright and little
+        assert (store.items.flatten(1).amax(1) > 200).float().mean() > 0.99  # strokes are not washed out
