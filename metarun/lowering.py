@@ -17,9 +17,10 @@ batch norm: its second derivative is silently wrong (functorch issue 534).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ from metarun import fused
 from metarun.backbones.layers import Residual
 
 Params = dict[str, Tensor]  # each [T, *shape]: every task's own copy of the weights
+Chain = list[tuple[str, nn.Module]]  # layers in the order in which they run, by name
+State = TypeVar("State")  # what passes along a chain
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def unflatten(rows: Tensor, like: Params) -> Params:
 def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowering = AUTO) -> Tensor:
     """`module` on x [T, B, *item] with weights params [T, *shape]: [T, B, *out]."""
     how = lowering.how
-    if how in ("auto", "grouped", "unfold") and is_groupable(module):
+    if how in ("auto", "grouped", "unfold") and x.dim() in (3, 5) and is_groupable(module):
         return run_grouped(module, params, x, lowering)
     if how != "loop":
         return torch.vmap(lambda p, one: functional_call(module, p, (one,)), randomness="different")(
@@ -92,20 +95,17 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowerin
 
 def is_groupable(module: nn.Module) -> bool:
     """Whether this is a chain of layers that all have a grouped form, none of them used twice."""
-    every = list(leaves(module))
+    every = leaves(module)
     known = all(isinstance(layer, OnTasks) or (type(layer) in GROUPED and plain(layer)) for layer in every)
     once = len({id(layer) for layer in every}) == len(every)
     return isinstance(module, nn.Sequential) and known and once
 
 
-def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a chain, of its residual blocks their branches'."""
-    for _, layer in layers(module):
-        if type(layer) is Residual:
-            yield from leaves(layer.body)
-            yield from leaves(layer.shortcut)
-        else:
-            yield layer
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """The layers of a chain and of its residual blocks' branches, in the order in which they run."""
+    found: list[nn.Module] = []
+    run_chain(module, None, lambda _, layer, __: found.append(layer), combine=lambda *_: None)
+    return found
 
 
 def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -136,43 +136,56 @@ def plain(layer: nn.Module) -> bool:
     return True
 
 
-def run_grouped(module: nn.Module, params: Params, x: Tensor, lowering: Lowering) -> Tensor:
-    tasks = len(x)
-    if is_image := x.dim() == 5:
-        x = x.transpose(0, 1).flatten(1, 2)  # [B, T*C, H, W]
-        x = lowering.laid_out(x)
-    x, is_image = run_chain(layers(module), params, x, is_image, tasks, lowering)
-    return x.unflatten(1, (tasks, -1)).transpose(0, 1) if is_image else x
-
-
 def run_chain(
-    chain: Iterator[tuple[str, nn.Module]],
-    params: Params,
-    x: Tensor,
-    is_image: bool,
-    tasks: int,
-    lowering: Lowering,
-) -> tuple[Tensor, bool]:
-    """What layers, by name, make of x, and whether that still is an image."""
-    for name, layer in pooled_first(list(chain)):
+    module: nn.Module,
+    x: State,
+    apply: Callable[[str, nn.Module, State], State],
+    order: Callable[[Chain], Chain] = list,
+    combine: Callable[[State, State], State] = operator.add,
+    prefix: str = "",
+) -> State:
+    """Run nested nn.Sequentials and Residuals: every interpreter of layers goes through this function.
+
+    Args:
+        module: the chain. Containers are opened; everything else is a layer.
+        x: the state that passes along the chain, a tensor or whatever `apply` and `combine` take.
+        apply: (name, layer, state) -> state, what one layer does. `name` is the layer's in `module`.
+        order: rearranges the layers of one chain, or of one branch, before they run.
+        combine: (body, shortcut) -> state, where the branches of a Residual meet. The body runs first,
+            so that random layers draw in the order of Residual.forward.
+        prefix: of the names, for a module that is part of another one ("body.").
+    """
+    for name, layer in order(list(layers(module, prefix))):
         if type(layer) is Residual:
-            body, shortcut = layers(layer.body, f"{name}.body."), layers(layer.shortcut, f"{name}.shortcut.")
-            y, _ = run_chain(body, params, x, is_image, tasks, lowering)
-            x, is_image = run_chain(shortcut, params, x, is_image, tasks, lowering)
-            x = x + y
-            continue
-        if is_image and isinstance(layer, nn.Flatten):
-            x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]
+            body = run_chain(layer.body, x, apply, order, combine, f"{name}.body.")
+            x = combine(body, run_chain(layer.shortcut, x, apply, order, combine, f"{name}.shortcut."))
+        else:
+            x = apply(name, layer, x)
+    return x
+
+
+def run_grouped(module: nn.Module, params: Params, x: Tensor, lowering: Lowering) -> Tensor:
+    """The lowerings `grouped` and `unfold` of x [T, B, features] or [T, B, C, H, W]: [T, B, *out]."""
+    tasks = len(x)
+
+    def apply(name: str, layer: nn.Module, x: Tensor) -> Tensor:
         own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
         if isinstance(layer, OnTasks):
-            x = layer.on_tasks(own, x, tasks)
-            continue
+            return layer.on_tasks(own, x, tasks)
         unfolds = lowering.how == "unfold" and isinstance(layer, nn.Conv2d) and layer.groups == 1
-        x = (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
-    return x, is_image
+        return (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
+
+    if x.dim() == 5:
+        x = lowering.laid_out(x.transpose(0, 1).flatten(1, 2))  # [B, T*C, H, W]
+    return by_task(run_chain(module, x, apply, pooled_first), tasks)
 
 
-def pooled_first(chain: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+def by_task(x: Tensor, tasks: int) -> Tensor:
+    """Feature maps [B, T*C, H, W] as [T, B, C, H, W]; vectors [T, B, features] as they are."""
+    return x.unflatten(1, (tasks, -1)).transpose(0, 1) if x.dim() == 4 else x
+
+
+def pooled_first(chain: Chain) -> Chain:
     """The chain with every max pooling before the ReLU that it follows: the same, on fewer numbers."""
     for i in range(1, len(chain)):
         if type(chain[i][1]) is nn.MaxPool2d and type(chain[i - 1][1]) is nn.ReLU:
@@ -239,7 +252,7 @@ def _group_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
 
 
 def _flatten(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    return x.flatten(2)
+    return by_task(x, tasks).flatten(2)
 
 
 def _unchanged(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:

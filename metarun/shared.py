@@ -9,14 +9,13 @@ feature maps stay in the caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.backbones.layers import Residual, move_average, normalises_batches, uses_batch_statistics
-from metarun.lowering import AUTO, Lowering, OnTasks, is_groupable, layers, leaves
+from metarun.backbones.layers import move_average, normalises_batches, uses_batch_statistics
+from metarun.lowering import AUTO, Lowering, OnTasks, is_groupable, leaves, run_chain
 
 
 def runs_at_once(module: nn.Module, x: Tensor, lowering: Lowering = AUTO) -> bool:
@@ -25,7 +24,7 @@ def runs_at_once(module: nn.Module, x: Tensor, lowering: Lowering = AUTO) -> boo
         return False
     if not uses_batch_statistics(module) and not (module.training and normalises_batches(module)):
         return True
-    every = list(leaves(module))
+    every = leaves(module)
     known = all(is_batch_norm(layer) or not normalises_batches(layer) for layer in every)
     once = len({id(layer) for layer in every}) == len(every)  # else its averages would take another order
     return known and once
@@ -46,22 +45,22 @@ def run_shared(module: nn.Module, x: Tensor, lowering: Lowering = AUTO) -> Tenso
     if y.dim() == 4 and is_groupable(module):  # its layers take any memory layout
         y = lowering.laid_out(y)
     alone = not module.training and not uses_batch_statistics(module)  # no example knows of another
-    y = module(y) if alone or tasks == 1 else run_chain(layers(module), y, tasks)
+    y = (
+        module(y)
+        if alone or tasks == 1
+        else run_chain(module, y, lambda _, layer, y: run_layer(layer, y, tasks))
+    )
     return y.unflatten(0, (-1, tasks)).transpose(0, 1)
 
 
-def run_chain(chain: Iterator[tuple[str, nn.Module]], x: Tensor, tasks: int) -> Tensor:
-    for _, layer in chain:
-        if type(layer) is Residual:
-            x = run_chain(layers(layer.body), x, tasks) + run_chain(layers(layer.shortcut), x, tasks)
-        elif is_batch_norm(layer) and (layer.training or layer.running_mean is None):
-            x = apart(batch_norm(layer, together(x, tasks), tasks), tasks)
-        elif isinstance(layer, OnTasks) and x.dim() == 4:
-            own = {name: p.expand(tasks, *p.shape) for name, p in layer.named_parameters()}
-            x = apart(layer.on_tasks(own, together(x, tasks), tasks), tasks)
-        else:
-            x = layer(x)
-    return x
+def run_layer(layer: nn.Module, x: Tensor, tasks: int) -> Tensor:
+    """A layer on x [B*T, ...], in which the statistics of each task are its own."""
+    if is_batch_norm(layer) and (layer.training or layer.running_mean is None):
+        return apart(batch_norm(layer, together(x, tasks), tasks), tasks)
+    if isinstance(layer, OnTasks) and x.dim() == 4:
+        own = {name: p.expand(tasks, *p.shape) for name, p in layer.named_parameters()}
+        return apart(layer.on_tasks(own, together(x, tasks), tasks), tasks)
+    return layer(x)
 
 
 def together(x: Tensor, tasks: int) -> Tensor:
