@@ -1,18 +1,21 @@
 """One network, T tasks, each task with its own weights, in one forward pass.
 
-A backbone is written for one task. Here it meets T sets of weights, by one of four exact
+A backbone is written for one task. It is run with T sets of weights by one of four exact
 lowerings (the same result to rounding):
 
-- `grouped`: the tasks lie side by side in the channel dimension, so that a convolution with
-  T groups and a batch norm over T*C channels serve all tasks at once. For chains of the
-  layers in `GROUPED`, and of residual blocks of these.
+- `grouped`: the tasks' channels are stacked, so that a convolution with T groups and a batch
+  norm over T*C channels serve all tasks at once. For chains of the layers in `GROUPED`, and of
+  residual blocks of these.
 - `unfold`: the same, with a convolution as one batched matrix product of unfolded patches.
 - `vmap`: the forward pass alone is vectorised over tasks. For any network.
 - `loop`: one task after another. The plain reference.
 
 Differentiate outside, `autograd.grad(losses.sum(), params)`: tasks share no weights, so the
-gradient of the sum is each task's own. Never put `torch.func.grad` inside `vmap` around fused
-batch norm: its second derivative is silently wrong (functorch issue 534).
+gradient of the sum is each task's own. Do not compute inner gradients by `torch.func.grad`
+inside `vmap`: if `autograd.grad` then differentiates through them, the result is wrong for batch
+norm with affine weights, and no error is raised. With PyTorch 2.14 the meta-gradient of two
+convolutions with batch norm was off by 60 % of its norm. The batching rule of batch norm's
+backward is at fault (functorch issue 534). Only the forward pass is therefore vectorised here.
 """
 
 from __future__ import annotations
@@ -37,17 +40,20 @@ State = TypeVar("State")  # what passes along a chain
 
 @dataclass(frozen=True)
 class Lowering:
-    """How T tasks are run at once; `auto` means what was fastest where it was measured.
+    """How T tasks are run at once.
 
-    `channels_last` keeps feature maps in that memory layout. On a CPU normalising and pooling
-    are then several times faster (docs/speed.md).
+    Args:
+        how: one of the lowerings of this module. "auto" is `grouped` for networks that have it and
+            `vmap` for others; so are "grouped" and "unfold" for networks without a grouped form.
+        channels_last: keep feature maps in that memory layout. On a CPU normalising and pooling are
+            then several times faster (docs/speed.md). "auto": on every device but CUDA.
     """
 
     how: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
 
     def is_channels_last(self, on: torch.device) -> bool:
-        """Whether feature maps have that layout on a device."""
+        """Whether feature maps are channels-last on the device `on`."""
         return on.type != "cuda" if self.channels_last == "auto" else self.channels_last
 
     def laid_out(self, images: Tensor) -> Tensor:
@@ -60,26 +66,44 @@ AUTO = Lowering()
 
 @runtime_checkable
 class OnTasks(Protocol):
-    """A layer that brings its own grouped form."""
+    """A layer with a method for T tasks at once, for layers that are not in `GROUPED`."""
 
     def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:
-        """x [B, T*C, H, W] (or [T, B, features]) by the layer's weights `own`, [T, *shape] each."""
+        """The layer's output for T tasks, of the layout of x.
+
+        Args:
+            own: the layer's weights by name, [T, *shape] each.
+            x: feature maps [B, T*C, H, W], or vectors [T, B, features].
+            tasks: T.
+        """
 
 
 def flatten(params: Params) -> Tensor:
-    """All weights of T tasks in one row each, [T, P]."""
+    """The weights [T, *shape] of T tasks as rows [T, P], P numbers in the order of `params`."""
     return torch.cat([p.flatten(1) for p in params.values()], 1)
 
 
 def unflatten(rows: Tensor, like: Params) -> Params:
-    """Rows [T, P] as weights of the names and shapes of `like`."""
+    """The inverse of `flatten`: rows [T, P] as weights of the names and shapes [T, *shape] of `like`."""
     parts = rows.split([p[0].numel() for p in like.values()], 1)
     return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts, strict=True)}
 
 
 def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowering = AUTO) -> Tensor:
-    """`module` on x [T, B, *item] with weights params [T, *shape]: [T, B, *out]."""
+    """Run one network with the weights of T tasks.
+
+    Args:
+        module: the network, written for examples [B, *item]. Its own weights are used only where
+            `params` has no weight of that name.
+        params: every task's weights by their names in `module`, [T, *shape] each.
+        x: each task's examples, [T, B, *item].
+        lowering: how tasks are run at once.
+
+    Returns:
+        [T, B, *out], differentiable twice with respect to `params` and `x`.
+    """
     how = lowering.how
+    # Maps and vectors are told apart by their number of dimensions, so other items are left to vmap.
     if how in ("auto", "grouped", "unfold") and x.dim() in (3, 5) and is_groupable(module):
         return run_grouped(module, params, x, lowering)
     if how != "loop":
@@ -90,11 +114,21 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowerin
     return torch.stack([functional_call(module, p, (one,)) for p, one in zip(tasks, x, strict=True)])
 
 
-# The grouped lowering. Images travel as [B, T*C, H, W] and vectors as [T, B, features].
+# The grouped lowering. Feature maps are [B, T*C, H, W] and vectors [T, B, features].
+#
+# Why tasks are in the channels: each task has weights of its own, and a convolution has no batch dimension
+# for weights, but it has groups. T groups over T*C channels are T convolutions in one call. Every other
+# layer for images works on each channel, or on a group of channels, independently. As a channel belongs to
+# one task, batch norm over T*C channels takes the statistics of each task separately, and pooling,
+# activations and dropout need no change. A linear layer has no groups; for vectors the tasks are therefore
+# the batch dimension of a batched matrix product.
 
 
 def is_groupable(module: nn.Module) -> bool:
-    """Whether this is a chain of layers that all have a grouped form, none of them used twice."""
+    """Whether this is a chain of layers that all have a grouped form, none of them used twice.
+
+    A layer used twice has one name among the parameters and two in the chain.
+    """
     every = leaves(module)
     known = all(isinstance(layer, OnTasks) or (type(layer) in GROUPED and plain(layer)) for layer in every)
     once = len({id(layer) for layer in every}) == len(every)
@@ -109,7 +143,7 @@ def leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers of nested nn.Sequentials in order, by name."""
+    """The layers of nested nn.Sequentials in order, by name; a Residual counts as one layer."""
     if type(module).forward is not nn.Sequential.forward:
         yield prefix.removesuffix("."), module
         return
@@ -186,7 +220,10 @@ def by_task(x: Tensor, tasks: int) -> Tensor:
 
 
 def pooled_first(chain: Chain) -> Chain:
-    """The chain with every max pooling before the ReLU that it follows: the same, on fewer numbers."""
+    """The chain with every max pooling moved before the ReLU that it follows.
+
+    The result is the same, as ReLU is monotonic, and ReLU then runs on a quarter of the numbers (2x2).
+    """
     for i in range(1, len(chain)):
         if type(chain[i][1]) is nn.MaxPool2d and type(chain[i - 1][1]) is nn.ReLU:
             chain[i - 1], chain[i] = chain[i], chain[i - 1]
@@ -211,7 +248,10 @@ def _conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
 
 
 def _unfolded_conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    """Patches [T, C*k*k, B*H*W] times weights [T, out, C*k*k]: one batched matrix product."""
+    """Patches [T, C*k*k, B*H*W] times weights [T, out, C*k*k]: one batched matrix product.
+
+    The patches take k*k times the memory of x. Meant for devices whose grouped convolution is slow.
+    """
     assert isinstance(layer, nn.Conv2d)
     assert not isinstance(layer.padding, str)
     (pad_h, pad_w), (dilation_h, dilation_w) = pair(layer.padding), pair(layer.dilation)
@@ -233,7 +273,7 @@ def _unfolded_conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Te
 
 
 def _batch_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    """Batch statistics of each task by itself: its channels are its own."""
+    """Batch norm over T*C channels: the statistics of each task, because a channel belongs to one task."""
     assert isinstance(layer, nn.BatchNorm2d)
     weight, bias = (own[key].flatten() if key in own else None for key in ("weight", "bias"))
     return fused.batch_norm(x, weight, bias, layer.eps)
@@ -256,7 +296,7 @@ def _flatten(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
 
 
 def _unchanged(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    """A layer without weights that treats channels alike; a random one draws for each by itself."""
+    """A layer without weights that acts on each channel independently (a random one draws per channel)."""
     return layer(x)
 
 
