@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.recurrent import LSTMCell, preprocessed
 from metarun.nn.layers import Residual, uses_batch_statistics
 from metarun.nn.learner import refuse_running_averages
-from metarun.nn.per_task import AUTO, Params, is_groupable, layers, run_on_tasks
+from metarun.nn.per_task import AUTO, Params, is_groupable, layers, run_chain, run_on_tasks
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.objectives import cross_entropy
 
@@ -146,34 +148,48 @@ class MetaNet(Algorithm):
 
 
 def augmented(network: nn.Module, fast: Params, x: Tensor) -> Tensor:
-    """The network on x [G, B, *item], each group with fast weights [G, *shape] beside the slow ones."""
-    chain = list(layers(network))
-    return torch.vmap(lambda weights, group: run_augmented(chain, weights, group), randomness="different")(
-        fast, x
-    )
+    """The network on x [G, B, *item], each group with fast weights [G, *shape] beside the slow ones.
+
+    `network` is a chain without residual blocks. Returns [G, B, *out].
+    """
+
+    def run(weights: Params, group: Tensor) -> Tensor:
+        return run_chain(network, Streams(group), partial(augmented_layer, weights)).joined()
+
+    return torch.vmap(run, randomness="different")(fast, x)
 
 
-def run_augmented(chain: list[tuple[str, nn.Module]], fast: Params, x: Tensor) -> Tensor:
-    streams = [x]  # slow, fast; one where they have been added
-    for name, layer in chain:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            x = joined(streams)
-            streams = [layer(x), without_bias(layer, fast[f"{name}.weight"], x)]
-        elif isinstance(layer, (*ACTIVATIONS, *NORMS)):
-            streams = [layer(stream) for stream in streams]
-            if isinstance(layer, ACTIVATIONS):
-                streams = [joined(streams)]
-        elif not isinstance(layer, nn.Identity):
-            streams = [layer(joined(streams))]
-    return joined(streams)
+@dataclass(frozen=True)
+class Streams:
+    """What slow and fast weights make of an input, apart; `fast` is None where they have been added.
+
+    Two cannot be added, which is what a residual block would have to do.
+    """
+
+    slow: Tensor
+    fast: Tensor | None = None
+
+    def joined(self) -> Tensor:
+        return self.slow if self.fast is None else self.slow + self.fast
+
+    def each(self, layer: nn.Module) -> Streams:
+        return Streams(layer(self.slow), None if self.fast is None else layer(self.fast))
+
+
+def augmented_layer(fast: Params, name: str, layer: nn.Module, x: Streams) -> Streams:
+    """One layer: weights part the streams, an activation joins them, and norms treat each alone."""
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        inputs = x.joined()
+        return Streams(layer(inputs), without_bias(layer, fast[f"{name}.weight"], inputs))
+    if isinstance(layer, ACTIVATIONS):
+        return Streams(x.each(layer).joined())
+    if isinstance(layer, (*NORMS, nn.Identity)):
+        return x.each(layer)
+    return Streams(layer(x.joined()))
 
 
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh)
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)
-
-
-def joined(streams: list[Tensor]) -> Tensor:
-    return streams[0] if len(streams) == 1 else streams[0] + streams[1]
 
 
 def without_bias(layer: nn.Conv2d | nn.Linear, weight: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """The quadratic program of a multi-class support vector machine, T at once and on the device.
 
-Batched solvers that are kept up either run one problem after another on the CPU (cvxpylayers) or
-read a convergence test back from the device at every step and cannot be part of a graph (qpth,
-which MetaOptNet's authors used). This one takes a fixed number of steps.
+An interior point method of plain PyTorch operations with a fixed number of steps. It reads no value back
+from the device, as a trace or a CUDA graph of the whole meta-gradient requires, and it needs no further
+dependency. qpth, which MetaOptNet's authors used, reads a convergence test back at every step. cvxpylayers
+hands general cone programs to solvers outside of PyTorch, since its version 1.0 also to solvers that run
+on a GPU.
 """
 
 from __future__ import annotations
@@ -18,14 +20,26 @@ STEP_SHARE = 0.99  # of the way to the boundary
 
 
 def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor:
-    """The dual solution a [T, S, N] for gram [T, S, S] and classes [T, S, N] as one-hot vectors.
+    """Solve the dual problem of Crammer and Singer's machine for T tasks.
 
     Minimises 1/2 sum_k a_k' K a_k - sum of a at each example's own class, subject to a <= penalty at the
     own class, a <= 0 at the others, and sum_k a = 0 (Crammer and Singer 2001; Lee et al. 2019,
-    equations 9 and 10), in float64. Machine weights are X' a.
+    equations 9 and 10).
 
-    The derivative with respect to `gram` is the solution's own. At the solution, the optimality conditions
-    F(a, K) = 0 give da = -(dF/da)^-1 dF/dK: one more Newton step, in which K alone is differentiated.
+    Args:
+        gram: K, inner products of the support examples, [T, S, S], float64.
+        classes: the examples' classes as one-hot vectors, [T, S, N].
+        penalty: C, above 0.
+
+    Returns:
+        a [T, S, N], float64. The machine's weights are X' a. Once differentiable with respect to `gram`.
+
+    The steps of the solver are not differentiated: that would keep all of its factorisations, and give the
+    derivative of an approximation. At the solution the optimality conditions F(a, K) = 0 hold for
+    every K, so da = -(dF/da)^-1 dF/dK (implicit function theorem). (dF/da)^-1 is the linear system of the
+    solver's last point, factorised as a constant, and K a is the only term of F that depends on K. So `step`
+    below has the value zero and the derivative -da. In dF/da, z / s is huge for bounds that are active,
+    which keeps their entries of a where they are, and about zero for the others.
     """
     shape = classes.shape
     gram = penalty * gram  # in units of C the bounds are 1
@@ -38,7 +52,15 @@ def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor
 
 
 def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Mehrotra's predictor and corrector for gram [T, S, S]: solution [T, P] and linear system's inverse.
+    """Mehrotra's predictor-corrector method (1992).
+
+    Args:
+        gram: K [T, S, S], for a penalty of 1.
+        own: 1 at each example's own class and 0 elsewhere, [T, P] with P = S * ways.
+        ways: N.
+
+    Returns:
+        The solution a [T, P], and the function r [T, P] -> da [T, P] with (dF/da) da = r at the solution.
 
     With slacks s, multipliers z of a <= own and v of the sums, the conditions are
     K a - own + z + A' v = 0,  A a = 0,  a + s = own,  s z = 0.
@@ -47,7 +69,7 @@ def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callab
     shots = size // ways
     hessian = torch.einsum("tij,kl->tikjl", gram, torch.eye(ways, dtype=own.dtype, device=own.device))
     hessian = hessian.reshape(tasks, size, size)
-    rounding = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # K may have no full rank
+    rounding = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # K may be singular
     a, v = torch.zeros_like(own), own.new_zeros(tasks, shots)
     s, z = torch.ones_like(own), torch.ones_like(own)
 
@@ -57,7 +79,7 @@ def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callab
     def spread(x: Tensor) -> Tensor:  # A' x, [T, S] -> [T, P]
         return x.repeat_interleave(ways, 1)
 
-    def solver(weights: Tensor):
+    def solver(weights: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(r, q) -> (da, dv) with (K + diag(weights)) da + A' dv = r and A da = q."""
         factor = torch.linalg.cholesky_ex(hessian + torch.diag_embed(weights + rounding)).L
         spreads = spread(torch.eye(shots, dtype=own.dtype, device=own.device)).mT  # [P, S], A'
@@ -89,7 +111,7 @@ def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callab
 
 @dataclass(frozen=True)
 class Newton:
-    """A point's linear system and its residuals."""
+    """The linear system and the residuals of the optimality conditions at one point (s, z > 0)."""
 
     solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     s: Tensor
@@ -99,7 +121,10 @@ class Newton:
     sums: Tensor
 
     def direction(self, complementarity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(da, dv, ds, dz) to where the residuals vanish to first order and s z is less by this much."""
+        """(da, dv, ds, dz) for which, to first order, residuals vanish and s z falls by `complementarity`.
+
+        ds and dz are eliminated first: z / s joins the diagonal of K.
+        """
         da, dv = self.solve(-self.dual + (complementarity - self.z * self.bound) / self.s, -self.sums)
         ds = -self.bound - da
         return da, dv, ds, -(complementarity + self.z * ds) / self.s
@@ -109,6 +134,6 @@ TINY = 1e-14  # slacks and multipliers stay positive, and their ratio finite
 
 
 def longest(x: Tensor, dx: Tensor) -> Tensor:
-    """How far x > 0 may go along dx until an entry is 0, at most 1; [T, 1]."""
+    """The largest step, at most 1, for which x + step * dx >= 0, with x > 0; [T, 1]."""
     steps = torch.where(dx < 0, -x / dx, torch.ones_like(x))
     return steps.amin(1, keepdim=True).clamp(max=1)

@@ -1,4 +1,4 @@
-"""What convolutional backbones share."""
+"""Layers and checks that convolutional backbones have in common."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ Norm = Literal["batch", "running", "group", "layer", "instance", "none"]
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
-    """A normalisation by name.
+    """A normalisation layer for maps [B, C, H, W], by name.
 
-    `batch`: statistics of the batch at hand, always; predictions are transductive.
-    `running`: running averages in evaluation (not for weights adapted per task).
-    `group` (8 groups), `layer`, `instance`: statistics of each image. `none`: identity.
+    Args:
+        norm: "batch": the statistics of the current batch, also in evaluation; predictions are transductive.
+            "running": running averages in evaluation (not for weights adapted per task).
+            "group" (8 groups), "layer", "instance": the statistics of each image. "none": the identity.
+        channels: C.
+
+    Raises:
+        ConfigError: for norm="group" if C is not a multiple of 8.
     """
     match norm:
         case "batch":
@@ -40,7 +45,7 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
 
 
 def normalises_batches(module: nn.Module) -> bool:
-    """Whether training normalises by the batch's statistics."""
+    """Whether training normalises by the batch's statistics: batch norm of any kind."""
     return any(
         getattr(part, "uses_batch_statistics", False) or isinstance(part, nn.modules.batchnorm._BatchNorm)
         for part in module.modules()
@@ -48,7 +53,7 @@ def normalises_batches(module: nn.Module) -> bool:
 
 
 def uses_batch_statistics(network: nn.Module) -> bool:
-    """Whether a prediction depends on the other examples beside it (transductive)."""
+    """Whether evaluation does so too: a prediction depends on the other examples (transductive)."""
     return any(
         getattr(module, "uses_batch_statistics", False)
         or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None)
@@ -57,7 +62,19 @@ def uses_batch_statistics(network: nn.Module) -> bool:
 
 
 def require_images(name: str, item_shape: tuple[int, ...], least: int = 1) -> tuple[int, int, int]:
-    """The item's channels, height and width; ConfigError where items are no images, or too small ones."""
+    """Check that items are images of sufficient size.
+
+    Args:
+        name: the backbone's name, for the message.
+        item_shape: [C, H, W] if items are images.
+        least: smallest height and width that the backbone takes.
+
+    Returns:
+        Channels, height and width.
+
+    Raises:
+        ConfigError: if items are not images, or are too small.
+    """
     if len(item_shape) != 3:
         raise ConfigError(
             f"backbone={name} takes images, and this dataset's items have shape {tuple(item_shape)}; "
@@ -73,7 +90,7 @@ def require_images(name: str, item_shape: tuple[int, ...], least: int = 1) -> tu
 
 
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
-    """One of a residual network: it keeps the image's size but for the stride, and has no bias."""
+    """A convolution of a residual network: without bias, padded so that only the stride changes the size."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
@@ -85,10 +102,10 @@ def initialise_convolutions(network: nn.Module) -> None:
 
 
 class Residual(nn.Module):
-    """body(x) + shortcut(x), the shortcut being x itself by default (He et al. 2016, equations 1 and 2).
+    """body(x) + shortcut(x); the shortcut is x itself by default (He et al. 2016, equations 1 and 2).
 
-    Branches that are plain layers, or nn.Sequentials of them, run on many tasks at once by the
-    fastest lowering (metarun.nn.per_task).
+    Branches that are layers with a grouped form, or nn.Sequentials of them, run on many tasks at once
+    in that form (metarun.nn.per_task).
     """
 
     def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
@@ -101,7 +118,7 @@ class Residual(nn.Module):
 
 
 def feature_count(network: nn.Module, item_shape: tuple[int, ...]) -> int:
-    """The number of features of one example, found by running one."""
+    """The number of features of one example of shape `item_shape`, found by running the network."""
     training = network.training
     with torch.no_grad():
         features = network.eval()(torch.zeros(2, *item_shape)).shape[1]
@@ -112,9 +129,15 @@ def feature_count(network: nn.Module, item_shape: tuple[int, ...]) -> int:
 class FiLM(nn.Module):
     """Channels scaled and shifted by a task's context (CAVIA, Zintgraf et al. 2019, equations 3 and 4).
 
-    The context is a vector of `size` zeros that each task adapts; what it does to the channels is
-    meta-learned. Vectors are only shifted, which equals a context appended to the input of
-    the linear layer before, whose number of `inputs` sets the range of the first weights.
+    The context starts as zeros and is adapted by each task; its effect on the channels is meta-learned.
+    Feature maps are scaled and shifted. Vectors are only shifted, which equals a context appended to the
+    input of the linear layer before.
+
+    Args:
+        channels: C, or the number of features of a vector.
+        size: numbers in the context.
+        inputs: for vectors, the number of inputs of the linear layer before; it sets the range of the
+            initial weights. None: for feature maps.
     """
 
     def __init__(self, channels: int, size: int, inputs: int | None = None) -> None:
@@ -135,7 +158,7 @@ class FiLM(nn.Module):
         return self.on_tasks(own, x, 1) if x.dim() == 4 else self.on_tasks(own, x.unsqueeze(0), 1)[0]
 
     def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
-        """x [B, T*C, H, W] or [T, B, features], by weights of each task."""
+        """x [B, T*C, H, W] or [T, B, features], by the weights `own` [T, *shape] of each task."""
         to = torch.einsum("tcn,tn->tc", own["weight"], own["context"])  # [T, C] or [T, 2C]
         if self.bias is None:
             return x + to.unsqueeze(1)
@@ -146,10 +169,20 @@ class FiLM(nn.Module):
 
 
 class StepNorm(nn.Module):
-    """Batch norm with statistics and affine weights of each inner step's own (MAML++, section 4).
+    """Batch norm with statistics and affine weights for each inner step (MAML++, section 4).
 
-    `step` says which rows are used. `statistics` > 0 keeps that many rows of running averages,
-    used in evaluation; training always normalises by the batch. 0: the batch's statistics always.
+    The attribute `step` is set before a forward pass and selects the rows.
+
+    Args:
+        channels: C.
+        affine: rows of affine weights, one for each step; or 1, the same for all steps.
+        statistics: rows of running averages, used in evaluation; training normalises by the batch. 0: no
+            averages, evaluation normalises by the batch too.
+        eps: added to variances.
+        momentum: share of a task's statistics in the averages, as in nn.BatchNorm2d.
+
+    Why on_tasks and forward differ: with T tasks in the channels, statistics per channel are statistics per
+    task, and the one set of averages [C], shared by all tasks, can be updated from all of them in order.
     """
 
     mean: Tensor
@@ -167,61 +200,70 @@ class StepNorm(nn.Module):
         self.eps, self.momentum, self.step = eps, momentum, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W], by the module's own weights; vmap and a loop over tasks come here.
+        """x [B, C, H, W] by the module's own weights. A loop over tasks and torch.vmap call this method.
 
-        Raises ConfigError where averages are to be kept, which is done for all tasks in one place.
+        Raises:
+            ConfigError: in training with averages, which `on_tasks` alone updates, for all tasks in one call.
+                Under vmap an update would write a tensor of every task into one buffer.
         """
         if self.training and not self.uses_batch_statistics:
             raise ConfigError(
                 "algorithm.step_statistics=true needs a backbone that is a chain of plain layers, and "
                 "hardware.batching=auto, grouped or unfold"
             )
-        weight, bias = (p[min(self.step, len(p) - 1)] for p in (self.weight, self.bias))
+        weight, bias = self.at_step(self.weight), self.at_step(self.bias)
         if self.uses_batch_statistics:
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)  # fused's has no vmap rule
         return self.by_averages(x, weight, bias)
 
     def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
-        """x [B, T*C, H, W], by weights [T, rows, C] of each task."""
-        row = min(self.step, own["weight"].shape[1] - 1)
-        weight, bias = own["weight"][:, row].flatten(), own["bias"][:, row].flatten()
-        if self.uses_batch_statistics:
-            return double_backward.batch_norm(x, weight, bias, self.eps)
-        if not self.training:
-            return self.by_averages(x, weight, bias)
-        self.keep(x.detach().to(self.mean.dtype), tasks)
+        """x [B, T*C, H, W] by weights [T, rows, C] of each task, and by each task's own statistics."""
+        weight, bias = (self.at_step(own[key], dim=1).flatten() for key in ("weight", "bias"))
+        if not self.uses_batch_statistics:
+            if not self.training:
+                return self.by_averages(x, weight, bias)
+            self.update_averages(x.detach().to(self.mean.dtype), tasks)
         return double_backward.batch_norm(x, weight, bias, self.eps)
+
+    def at_step(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """The row of the step at hand. Steps beyond the last row, of a longer test, use the last one."""
+        return rows.select(dim, min(self.step, rows.shape[dim] - 1))
 
     def by_averages(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x [B, T*C, H, W] normalised by the averages of the step, with weight and bias [T*C]."""
-        row, tasks = min(self.step, len(self.mean) - 1), len(weight) // self.mean.shape[1]
-        scale = weight * (self.variance[row].repeat(tasks) + self.eps).rsqrt()
-        shift = bias - self.mean[row].repeat(tasks) * scale
+        mean, variance = self.at_step(self.mean), self.at_step(self.variance)
+        tasks = len(weight) // len(mean)
+        scale = weight * (variance.repeat(tasks) + self.eps).rsqrt()
+        shift = bias - mean.repeat(tasks) * scale
         return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
 
     @torch.no_grad()
-    def keep(self, x: Tensor, tasks: int) -> None:
-        """Move the averages of the step towards each task's statistics, one task after the other.
+    def update_averages(self, x: Tensor, tasks: int) -> None:
+        """Move the averages of the step towards each task's statistics of x [B, T*C, H, W].
 
-        So that they do not depend on how many tasks run at once.
+        One task after the other, so that the averages do not depend on how many tasks run at once.
         """
-        row = min(self.step, len(self.mean) - 1)
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=1)
-        move_average(self.mean[row], mean.view(tasks, -1), self.momentum)
-        move_average(self.variance[row], variance.view(tasks, -1), self.momentum)
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=1)  # unbiased, as PyTorch's averages are
+        move_average(self.at_step(self.mean), mean.view(tasks, -1), self.momentum)
+        move_average(self.at_step(self.variance), variance.view(tasks, -1), self.momentum)
 
 
 def move_average(average: Tensor, towards: Tensor, share: float) -> None:
-    """What `average = (1 - share) * average + share * row` for each row of `towards` [T, C] comes to."""
+    """Update a running average [C] in place by each row of `towards` [T, C] in turn.
+
+    The same as `average = (1 - share) * average + share * row` in a loop over rows, but the number of
+    operations does not depend on T: row t is scaled down by the T - 1 - t rows that come after it.
+    """
     tasks = len(towards)
-    later = torch.arange(tasks - 1, -1, -1, device=towards.device)  # rows that come after each
+    later = torch.arange(tasks - 1, -1, -1, device=towards.device)
     shares = share * (1 - share) ** later.to(towards.dtype)
     average.mul_((1 - share) ** tasks)
-    average.add_((shares.unsqueeze(1) * towards).sum(0))  # a product of matrices would be rounded in bf16
+    # Not a product of matrices, which autocast would round to bf16.
+    average.add_((shares.unsqueeze(1) * towards).sum(0))
 
 
 def replace_layers(network: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Put `new(layer)` in the place of every layer for which it gives one."""
+    """Replace every layer of the network, in place, for which `new(layer)` is not None."""
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
             if (other := new(layer)) is not None:

@@ -1,4 +1,4 @@
-"""A network that is run with per-task weights: a backbone and a linear head."""
+"""A network with per-task weights: a backbone and a linear head."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from metarun.nn.per_task import AUTO, Params, grouped_linear, run_on_tasks
 
 
 class Learner(nn.Module):
-    """A backbone and a linear head; called with per-task weights.
+    """A backbone and a linear head, called with per-task weights.
 
-    `head="fixed"` learns one vector for each of `outputs` ways, as the papers do; a task with
-    fewer ways uses the first ones. `head="shared"` learns one vector that every way starts
-    from, so any number of ways can be met (UnicornMAML, Ye and Chao 2022).
+    Args:
+        backbone: a network for examples [B, *item] with an attribute `features`, the size of its output.
+        outputs: ways of a training task, or the number of values of a regression.
+        head: "fixed" learns one vector for each of `outputs` ways, as the papers do; a task with fewer ways
+            uses the first ones. "shared" learns one vector that every way starts from, so that a
+            task may have any number of ways (UnicornMAML, Ye and Chao 2022).
+
+    Raises:
+        ConfigError: if the backbone has running averages.
     """
 
     def __init__(self, backbone: nn.Module, outputs: int, head: Literal["fixed", "shared"] = "fixed") -> None:
@@ -28,9 +34,17 @@ class Learner(nn.Module):
         self.batching = AUTO
 
     def task_params(self, tasks: int, ways: int) -> Params:
-        """The meta-learned weights as T tasks' starting point, [T, *shape] each, without a copy.
+        """The meta-learned weights as the starting point of T tasks.
 
-        `ways` is the number of outputs the tasks need.
+        Args:
+            tasks: T.
+            ways: the number of outputs that the tasks need.
+
+        Returns:
+            Weights by name, [T, *shape] each; views of the module's parameters, without a copy.
+
+        Raises:
+            ConfigError: if a fixed head has fewer outputs.
         """
         self.check(ways)
         params: Params = dict(self.named_parameters())
@@ -42,12 +56,12 @@ class Learner(nn.Module):
         return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
 
     def check(self, ways: int, remedy: str = "algorithm.head=shared") -> None:
-        """Raise ConfigError where the head cannot have so many outputs, naming a setting that mends it."""
+        """Raise ConfigError if a fixed head has fewer outputs than `ways`; `remedy`: a setting that helps."""
         if not self.shares_head and ways > self.outputs:
             raise ConfigError(f"its fixed head has {self.outputs} ways, not {ways}; train with {remedy}")
 
     def forward(self, params: Params, x: Tensor) -> Tensor:
-        """Outputs [T, B, N] of examples [T, B, *item], each task by its own weights."""
+        """Outputs [T, B, N] of examples [T, B, *item], by the weights `params` [T, *shape] of each task."""
         return self.classify(params, self.embed(params, x))
 
     def embed(self, params: Params, x: Tensor) -> Tensor:
@@ -62,7 +76,10 @@ class Learner(nn.Module):
 
 
 def refuse_running_averages(backbone: nn.Module) -> None:
-    """Averages over tasks would leak from task to task: adapted networks use the batch's statistics."""
+    """Raise ConfigError if the backbone has running averages.
+
+    They would carry statistics from one task to the next, and they belong to the weights before adaptation.
+    """
     for module in backbone.modules():
         if getattr(module, "running_mean", None) is not None:
             raise ConfigError(

@@ -1,25 +1,29 @@
 """One network, T tasks, each task with its own weights, in one forward pass.
 
-A backbone is written for one task. Here it meets T sets of weights, by one of four exact
-lowerings (the same result to rounding):
+A backbone is written for one task. It is run with T sets of weights by one of four exact
+ways (the same result to rounding):
 
-- `grouped`: the tasks lie side by side in the channel dimension, so that a convolution with
-  T groups and a batch norm over T*C channels serve all tasks at once. For chains of the
-  layers in `GROUPED`, and of residual blocks of these.
+- `grouped`: the tasks' channels are stacked, so that a convolution with T groups and a batch
+  norm over T*C channels serve all tasks at once. For chains of the layers in `GROUPED`, and of
+  residual blocks of these.
 - `unfold`: the same, with a convolution as one batched matrix product of unfolded patches.
 - `vmap`: the forward pass alone is vectorised over tasks. For any network.
 - `loop`: one task after another. The plain reference.
 
 Differentiate outside, `autograd.grad(losses.sum(), params)`: tasks share no weights, so the
-gradient of the sum is each task's own. Never put `torch.func.grad` inside `vmap` around fused
-batch norm: its second derivative is silently wrong (functorch issue 534).
+gradient of the sum is each task's own. Do not compute inner gradients by `torch.func.grad`
+inside `vmap`: if `autograd.grad` then differentiates through them, the result is wrong for batch
+norm with affine weights, and no error is raised. With PyTorch 2.14 the meta-gradient of two
+convolutions with batch norm was off by 60 % of its norm. The batching rule of batch norm's
+backward is at fault (functorch issue 534). Only the forward pass is therefore vectorised here.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +34,26 @@ from metarun.nn import double_backward
 from metarun.nn.layers import Residual
 
 Params = dict[str, Tensor]  # each [T, *shape]: every task's own copy of the weights
+Chain = list[tuple[str, nn.Module]]  # layers in the order in which they run, by name
+State = TypeVar("State")  # what passes along a chain
 
 
 @dataclass(frozen=True)
 class TaskBatching:
-    """How T tasks are run at once; `auto` means what was fastest where it was measured.
+    """How T tasks are run at once.
 
-    `channels_last` keeps feature maps in that memory layout. On a CPU normalising and pooling
-    are then several times faster (docs/speed.md).
+    Args:
+        how: one of the ways of this module. "auto" is `grouped` for networks that have it and
+            `vmap` for others; so are "grouped" and "unfold" for networks without a grouped form.
+        channels_last: keep feature maps in that memory layout. On a CPU normalising and pooling are
+            then several times faster (docs/speed.md). "auto": on every device but CUDA.
     """
 
     how: Literal["auto", "grouped", "unfold", "vmap", "loop"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
 
     def is_channels_last(self, on: torch.device) -> bool:
-        """Whether feature maps have that layout on a device."""
+        """Whether feature maps are channels-last on the device `on`."""
         return on.type != "cuda" if self.channels_last == "auto" else self.channels_last
 
     def laid_out(self, images: Tensor) -> Tensor:
@@ -57,27 +66,45 @@ AUTO = TaskBatching()
 
 @runtime_checkable
 class OnTasks(Protocol):
-    """A layer that brings its own grouped form."""
+    """A layer with a method for T tasks at once, for layers that are not in `GROUPED`."""
 
     def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:
-        """x [B, T*C, H, W] (or [T, B, features]) by the layer's weights `own`, [T, *shape] each."""
+        """The layer's output for T tasks, of the layout of x.
+
+        Args:
+            own: the layer's weights by name, [T, *shape] each.
+            x: feature maps [B, T*C, H, W], or vectors [T, B, features].
+            tasks: T.
+        """
 
 
 def flatten(params: Params) -> Tensor:
-    """All weights of T tasks in one row each, [T, P]."""
+    """The weights [T, *shape] of T tasks as rows [T, P], P numbers in the order of `params`."""
     return torch.cat([p.flatten(1) for p in params.values()], 1)
 
 
 def unflatten(rows: Tensor, like: Params) -> Params:
-    """Rows [T, P] as weights of the names and shapes of `like`."""
+    """The inverse of `flatten`: rows [T, P] as weights of the names and shapes [T, *shape] of `like`."""
     parts = rows.split([p[0].numel() for p in like.values()], 1)
     return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts, strict=True)}
 
 
 def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBatching = AUTO) -> Tensor:
-    """`module` on x [T, B, *item] with weights params [T, *shape]: [T, B, *out]."""
+    """Run one network with the weights of T tasks.
+
+    Args:
+        module: the network, written for examples [B, *item]. Its own weights are used only where
+            `params` has no weight of that name.
+        params: every task's weights by their names in `module`, [T, *shape] each.
+        x: each task's examples, [T, B, *item].
+        batching: how tasks are run at once.
+
+    Returns:
+        [T, B, *out], differentiable twice with respect to `params` and `x`.
+    """
     how = batching.how
-    if how in ("auto", "grouped", "unfold") and is_groupable(module):
+    # Maps and vectors are told apart by their number of dimensions, so other items are left to vmap.
+    if how in ("auto", "grouped", "unfold") and x.dim() in (3, 5) and is_groupable(module):
         return run_grouped(module, params, x, batching)
     if how != "loop":
         return torch.vmap(lambda p, one: functional_call(module, p, (one,)), randomness="different")(
@@ -87,29 +114,36 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBat
     return torch.stack([functional_call(module, p, (one,)) for p, one in zip(tasks, x, strict=True)])
 
 
-# The grouped batching. Images travel as [B, T*C, H, W] and vectors as [T, B, features].
+# The grouped batching. Feature maps are [B, T*C, H, W] and vectors [T, B, features].
+#
+# Why tasks are in the channels: each task has weights of its own, and a convolution has no batch dimension
+# for weights, but it has groups. T groups over T*C channels are T convolutions in one call. Every other
+# layer for images works on each channel, or on a group of channels, independently. As a channel belongs to
+# one task, batch norm over T*C channels takes the statistics of each task separately, and pooling,
+# activations and dropout need no change. A linear layer has no groups; for vectors the tasks are therefore
+# the batch dimension of a batched matrix product.
 
 
 def is_groupable(module: nn.Module) -> bool:
-    """Whether this is a chain of layers that all have a grouped form, none of them used twice."""
-    every = list(leaves(module))
+    """Whether this is a chain of layers that all have a grouped form, none of them used twice.
+
+    A layer used twice has one name among the parameters and two in the chain.
+    """
+    every = leaves(module)
     known = all(isinstance(layer, OnTasks) or (type(layer) in GROUPED and plain(layer)) for layer in every)
     once = len({id(layer) for layer in every}) == len(every)
     return isinstance(module, nn.Sequential) and known and once
 
 
-def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a chain, of its residual blocks their branches'."""
-    for _, layer in layers(module):
-        if type(layer) is Residual:
-            yield from leaves(layer.body)
-            yield from leaves(layer.shortcut)
-        else:
-            yield layer
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """The layers of a chain and of its residual blocks' branches, in the order in which they run."""
+    found: list[nn.Module] = []
+    run_chain(module, None, lambda _, layer, __: found.append(layer), combine=lambda *_: None)
+    return found
 
 
 def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers of nested nn.Sequentials in order, by name."""
+    """The layers of nested nn.Sequentials in order, by name; a Residual counts as one layer."""
     if type(module).forward is not nn.Sequential.forward:
         yield prefix.removesuffix("."), module
         return
@@ -136,44 +170,60 @@ def plain(layer: nn.Module) -> bool:
     return True
 
 
-def run_grouped(module: nn.Module, params: Params, x: Tensor, batching: TaskBatching) -> Tensor:
-    tasks = len(x)
-    if is_image := x.dim() == 5:
-        x = x.transpose(0, 1).flatten(1, 2)  # [B, T*C, H, W]
-        x = batching.laid_out(x)
-    x, is_image = run_chain(layers(module), params, x, is_image, tasks, batching)
-    return x.unflatten(1, (tasks, -1)).transpose(0, 1) if is_image else x
-
-
 def run_chain(
-    chain: Iterator[tuple[str, nn.Module]],
-    params: Params,
-    x: Tensor,
-    is_image: bool,
-    tasks: int,
-    batching: TaskBatching,
-) -> tuple[Tensor, bool]:
-    """What layers, by name, make of x, and whether that still is an image."""
-    for name, layer in pooled_first(list(chain)):
+    module: nn.Module,
+    x: State,
+    apply: Callable[[str, nn.Module, State], State],
+    order: Callable[[Chain], Chain] = list,
+    combine: Callable[[State, State], State] = operator.add,
+    prefix: str = "",
+) -> State:
+    """Run nested nn.Sequentials and Residuals: every interpreter of layers goes through this function.
+
+    Args:
+        module: the chain. Containers are opened; everything else is a layer.
+        x: the state that passes along the chain, a tensor or whatever `apply` and `combine` take.
+        apply: (name, layer, state) -> state, what one layer does. `name` is the layer's in `module`.
+        order: rearranges the layers of one chain, or of one branch, before they run.
+        combine: (body, shortcut) -> state, where the branches of a Residual meet. The body runs first,
+            so that random layers draw in the order of Residual.forward.
+        prefix: of the names, for a module that is part of another one ("body.").
+    """
+    for name, layer in order(list(layers(module, prefix))):
         if type(layer) is Residual:
-            body, shortcut = layers(layer.body, f"{name}.body."), layers(layer.shortcut, f"{name}.shortcut.")
-            y, _ = run_chain(body, params, x, is_image, tasks, batching)
-            x, is_image = run_chain(shortcut, params, x, is_image, tasks, batching)
-            x = x + y
-            continue
-        if is_image and isinstance(layer, nn.Flatten):
-            x, is_image = x.unflatten(1, (tasks, -1)).transpose(0, 1), False  # [T, B, C, H, W]
+            body = run_chain(layer.body, x, apply, order, combine, f"{name}.body.")
+            x = combine(body, run_chain(layer.shortcut, x, apply, order, combine, f"{name}.shortcut."))
+        else:
+            x = apply(name, layer, x)
+    return x
+
+
+def run_grouped(module: nn.Module, params: Params, x: Tensor, batching: TaskBatching) -> Tensor:
+    """The ways `grouped` and `unfold` of x [T, B, features] or [T, B, C, H, W]: [T, B, *out]."""
+    tasks = len(x)
+
+    def apply(name: str, layer: nn.Module, x: Tensor) -> Tensor:
         own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
         if isinstance(layer, OnTasks):
-            x = layer.on_tasks(own, x, tasks)
-            continue
+            return layer.on_tasks(own, x, tasks)
         unfolds = batching.how == "unfold" and isinstance(layer, nn.Conv2d) and layer.groups == 1
-        x = (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
-    return x, is_image
+        return (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
+
+    if x.dim() == 5:
+        x = batching.laid_out(x.transpose(0, 1).flatten(1, 2))  # [B, T*C, H, W]
+    return by_task(run_chain(module, x, apply, pooled_first), tasks)
 
 
-def pooled_first(chain: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """The chain with every max pooling before the ReLU that it follows: the same, on fewer numbers."""
+def by_task(x: Tensor, tasks: int) -> Tensor:
+    """Feature maps [B, T*C, H, W] as [T, B, C, H, W]; vectors [T, B, features] as they are."""
+    return x.unflatten(1, (tasks, -1)).transpose(0, 1) if x.dim() == 4 else x
+
+
+def pooled_first(chain: Chain) -> Chain:
+    """The chain with every max pooling moved before the ReLU that it follows.
+
+    The result is the same, as ReLU is monotonic, and ReLU then runs on a quarter of the numbers (2x2).
+    """
     for i in range(1, len(chain)):
         if type(chain[i][1]) is nn.MaxPool2d and type(chain[i - 1][1]) is nn.ReLU:
             chain[i - 1], chain[i] = chain[i], chain[i - 1]
@@ -198,7 +248,10 @@ def _conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
 
 
 def _unfolded_conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    """Patches [T, C*k*k, B*H*W] times weights [T, out, C*k*k]: one batched matrix product."""
+    """Patches [T, C*k*k, B*H*W] times weights [T, out, C*k*k]: one batched matrix product.
+
+    The patches take k*k times the memory of x. Meant for devices whose grouped convolution is slow.
+    """
     assert isinstance(layer, nn.Conv2d)
     assert not isinstance(layer.padding, str)
     (pad_h, pad_w), (dilation_h, dilation_w) = pair(layer.padding), pair(layer.dilation)
@@ -220,7 +273,7 @@ def _unfolded_conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Te
 
 
 def _batch_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    """Batch statistics of each task by itself: its channels are its own."""
+    """Batch norm over T*C channels: the statistics of each task, because a channel belongs to one task."""
     assert isinstance(layer, nn.BatchNorm2d)
     weight, bias = (own[key].flatten() if key in own else None for key in ("weight", "bias"))
     return double_backward.batch_norm(x, weight, bias, layer.eps)
@@ -239,11 +292,11 @@ def _group_norm(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
 
 
 def _flatten(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    return x.flatten(2)
+    return by_task(x, tasks).flatten(2)
 
 
 def _unchanged(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
-    """A layer without weights that treats channels alike; a random one draws for each by itself."""
+    """A layer without weights that acts on each channel independently (a random one draws per channel)."""
     return layer(x)
 
 

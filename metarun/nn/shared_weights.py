@@ -1,67 +1,80 @@
 """One network whose weights are the same for T tasks, each task normalised by its own statistics.
 
-In `metarun.nn.per_task` every task has weights of its own. Here only the layers that look across a
-batch have to know of tasks: they see the tasks side by side in the channels, [B, T*C, H, W], which
-costs no copy where the examples of all tasks take turns in the batch and feature maps are not
-channels-last. Where they are, on a CPU, one task after another is up to three times as fast: its
-feature maps stay in the caches.
+In `metarun.nn.per_task` every task has weights of its own. Here the weights are shared, so all examples
+form one batch [B*T, ...], and only layers that compute statistics over a batch need to know
+which task an example belongs to. For these the tasks are moved into the channels, [B, T*C, H, W]:
+batch norm over T*C channels then takes the statistics of each task separately. Examples are in the
+order [B*T], not [T*B], because then this is a view without a copy unless feature maps are channels-last.
+With channels-last maps on a CPU, one task after another is up to three times as fast: a task's feature
+maps stay in the caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.nn.layers import Residual, move_average, normalises_batches, uses_batch_statistics
-from metarun.nn.per_task import AUTO, OnTasks, TaskBatching, is_groupable, layers, leaves
+from metarun.nn.layers import move_average, normalises_batches, uses_batch_statistics
+from metarun.nn.per_task import AUTO, OnTasks, TaskBatching, is_groupable, leaves, run_chain
 
 
 def runs_at_once(module: nn.Module, x: Tensor, batching: TaskBatching = AUTO) -> bool:
-    """Whether `run_shared` is to meet more than one task of x [T, B, *item] at once."""
+    """Whether several tasks of x [T, B, *item] may share one forward pass, `run_shared`.
+
+    They may not where it is slower (channels-last images), where it was turned off ("loop"), or where a
+    layer would mix the statistics of tasks: one that normalises batches and that `batch_norm` does not cover.
+    """
     if batching.how == "loop" or (x.dim() == 5 and batching.is_channels_last(x.device)):
         return False
     if not uses_batch_statistics(module) and not (module.training and normalises_batches(module)):
         return True
-    every = list(leaves(module))
+    every = leaves(module)
     known = all(is_batch_norm(layer) or not normalises_batches(layer) for layer in every)
-    once = len({id(layer) for layer in every}) == len(every)  # else its averages would take another order
+    # The averages of a layer that is used twice would be updated in another order than task by task.
+    once = len({id(layer) for layer in every}) == len(every)
     return known and once
 
 
 def is_batch_norm(layer: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether this is one that `batch_norm` does the work of."""
+    """Whether this is a layer that `batch_norm` computes: with momentum=None the average is another one."""
     return type(layer) is nn.BatchNorm2d and layer.momentum is not None
 
 
 def run_shared(module: nn.Module, x: Tensor, batching: TaskBatching = AUTO) -> Tensor:
-    """`module` on x [T, B, *item]: [T, B, *out]. Inside, examples are in the order [B*T].
+    """Run one network with the same weights on T tasks.
 
-    Forward hooks of batch norms and of containers are not called where several tasks are trained on.
+    Args:
+        module: the network. For T > 1 it must be one for which `runs_at_once` is true.
+        x: each task's examples, [T, B, *item].
+        batching: its memory layout is used.
+
+    Returns:
+        [T, B, *out]. In training, running averages are updated by the tasks in turn, as in a loop.
+
+    With T > 1 in training, forward hooks of batch norms and of containers are not called.
     """
     tasks = len(x)
     y = x.transpose(0, 1).flatten(0, 1)
-    if y.dim() == 4 and is_groupable(module):  # its layers take any memory layout
+    if y.dim() == 4 and is_groupable(module):  # other layers may expect contiguous maps, for .view()
         y = batching.laid_out(y)
-    alone = not module.training and not uses_batch_statistics(module)  # no example knows of another
-    y = module(y) if alone or tasks == 1 else run_chain(layers(module), y, tasks)
+    examples_are_independent = not module.training and not uses_batch_statistics(module)
+    if examples_are_independent or tasks == 1:
+        y = module(y)
+    else:
+        y = run_chain(module, y, lambda _, layer, x: run_layer(layer, x, tasks))
     return y.unflatten(0, (-1, tasks)).transpose(0, 1)
 
 
-def run_chain(chain: Iterator[tuple[str, nn.Module]], x: Tensor, tasks: int) -> Tensor:
-    for _, layer in chain:
-        if type(layer) is Residual:
-            x = run_chain(layers(layer.body), x, tasks) + run_chain(layers(layer.shortcut), x, tasks)
-        elif is_batch_norm(layer) and (layer.training or layer.running_mean is None):
-            x = apart(batch_norm(layer, together(x, tasks), tasks), tasks)
-        elif isinstance(layer, OnTasks) and x.dim() == 4:
-            own = {name: p.expand(tasks, *p.shape) for name, p in layer.named_parameters()}
-            x = apart(layer.on_tasks(own, together(x, tasks), tasks), tasks)
-        else:
-            x = layer(x)
-    return x
+def run_layer(layer: nn.Module, x: Tensor, tasks: int) -> Tensor:
+    """A layer on x [B*T, ...], in which the statistics of each task are its own."""
+    if is_batch_norm(layer) and (layer.training or layer.running_mean is None):
+        return apart(batch_norm(layer, together(x, tasks), tasks), tasks)
+    if isinstance(layer, OnTasks) and x.dim() == 4:
+        own = {name: p.expand(tasks, *p.shape) for name, p in layer.named_parameters()}
+        return apart(layer.on_tasks(own, together(x, tasks), tasks), tasks)
+    return layer(x)
 
 
 def together(x: Tensor, tasks: int) -> Tensor:
@@ -75,13 +88,19 @@ def apart(x: Tensor, tasks: int) -> Tensor:
 
 
 def batch_norm(layer: nn.BatchNorm2d, x: Tensor, tasks: int) -> Tensor:
-    """x [B, T*C, H, W] by the statistics of each task; running averages take the tasks in turn."""
+    """x [B, T*C, H, W] by the statistics of each task; running averages are updated by the tasks in turn.
+
+    Why not the layer itself: it has averages of C channels, and one update by statistics of all tasks'
+    examples together would be another average than T updates by each task's statistics. Training would
+    then depend on how many tasks run at once.
+    """
     weight, bias = (None if p is None else p.repeat(tasks) for p in (layer.weight, layer.bias))
     if layer.running_mean is None or layer.running_var is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, layer.eps)
     assert layer.momentum is not None and layer.num_batches_tracked is not None
     mean, variance = (average.repeat(tasks) for average in (layer.running_mean, layer.running_var))
-    y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, layer.eps)  # leaves x's statistics in them
+    # With a momentum of 1 the kernel replaces these copies by the statistics of x, which it computes anyway.
+    y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, layer.eps)
     move_average(layer.running_mean, mean.view(tasks, -1), layer.momentum)
     move_average(layer.running_var, variance.view(tasks, -1), layer.momentum)
     layer.num_batches_tracked += tasks

@@ -31,7 +31,7 @@ class Hardware:
     `tasks_at_once` splits a meta-batch into chunks whose gradients are added up: the same
     gradient, in less memory; `auto` measures one task. `compile` compiles the meta-gradient; `auto`
     only traces it, in half a second, and only for tiny tasks on a CPU, where Python takes the time;
-    `graph` captures an outer step as one CUDA graph (GPU). `lowering` and `channels_last` say
+    `graph` captures an outer step as one CUDA graph (GPU). `batching` and `channels_last` say
     how per-task weights are run (metarun.nn.per_task). `images` says where a split's images are kept:
     on the device, or in host memory, from which each meta-batch is copied.
     """

@@ -1,4 +1,4 @@
-"""How much memory a computation needs, found by doing it once."""
+"""How much memory a computation needs, measured by running it once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that were alive at once and made by `function`."""
+    """Run `function` and return the most bytes that tensors created by it occupied at one time.
+
+    Args:
+        function: the computation, called once; its result is dropped.
+        device: where it runs. On CUDA the allocator's own statistics are read, and its peak is reset; the
+            CPU's allocator has none, so there every operation is observed, which is slower.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -26,7 +32,11 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage from its making to its end."""
+    """Counts the bytes of every storage from its creation until it is freed.
+
+    `now` and `peak` are bytes. Storages that existed before count as zero; several tensors that share a
+    storage count once. Memory inside one operation (its workspace) is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,15 +47,15 @@ class LiveBytes(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for watch in self.watches:
-            watch.detach()
+            watch.detach()  # this counter has ended; tensors may live on
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # there is no compiling here, and the alternative imports the compiler: 1.5 s
+        return False  # True imports torch's compiler, 1.5 s, and nothing is compiled here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):  # not made here, unless known already
+            if isinstance(tensor, Tensor):  # created outside, or known already
                 self.follow(tensor.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -55,6 +65,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def follow(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count `size` bytes until the storage is freed, unless it is counted already."""
         key = storage._cdata
         if key in self.known:
             return
