@@ -153,7 +153,6 @@ def remove(entry: Kept) -> bool:
                     shutil.rmtree(entry.path)
                 else:
                     entry.path.unlink(missing_ok=True)
-                lock_path(place).unlink(missing_ok=True)  # who waits for it takes a new one
     except OSError as error:
         where = error.filename or entry.path
         raise DataError(f"{where}: cannot be removed ({error.strerror}); remove it yourself") from error

@@ -56,7 +56,10 @@ def run(cfg: DictConfig) -> float:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """While no other process trains in the folder: they would overwrite each other's checkpoints."""
+    """A context in which no other process trains in the folder, since they would overwrite checkpoints.
+
+    Raises ConfigError if another one does.
+    """
     place = folder / "run"
     with locked(place) as alone:
         if not alone:
@@ -67,7 +70,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows removes no open file, and it is nobody's then
+            with suppress(OSError):  # Windows deletes no open file; its lock is deleted on release
+                # Nobody waits for this lock, so it may be deleted: a run's folder holds no files but its own.
                 lock_path(place).unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -88,8 +89,9 @@ def test_only_what_metarun_made_is_ever_removed(tmp_path: Path, folder: Path):
     assert len(cache.kept()) == 3
     for each in cache.kept():
         assert cache.remove(each)
-    left = {path.name for path in folder.iterdir()}
-    assert left == {*strangers, f"link-{'0' * 24}"}
+    assert set(strangers) <= {path.name for path in folder.iterdir()}
+    left = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    assert left == {*strangers, f"link-{'0' * 24}"} - {f".cub-unpacked-{'0' * 24}.lock"}
     assert (tmp_path / "outside").read_text() == "precious"
     assert len(list(root.rglob("*.png"))) == 24
     assert not entry.path.exists()
@@ -119,7 +121,7 @@ def test_damaged_notes_are_none(folder: Path, text: str):
     assert entry.stale
     assert cache.damage(entry) == entry.stale
     assert cache.remove(entry)
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == [f".{name}.lock"]
 
 
 def test_what_cannot_be_removed_is_said(folder: Path):
@@ -138,24 +140,38 @@ def test_a_cache_folder_that_is_a_file(folder: Path):
         cache.kept()
 
 
-def test_who_waited_for_a_lock_that_was_removed_takes_a_new_one(folder: Path):
-    """Else it and the next one would work on one entry at once."""
-    pytest.importorskip("fcntl")
-    folder.mkdir()
+def test_who_waits_for_a_lock_says_so_and_gets_it(folder: Path):
+    """Only after a while, once, and on standard error; the lock file stays, for others may wait for it."""
     path, code = folder / "entry", "from metarun import locks; from pathlib import Path; import sys\n"
-    code += "print('waits', flush=True); lock = locks._lock(Path(sys.argv[1])); print('has', flush=True)\n"
-    code += "input()"
+    code += "locks.PATIENCE = 0.2; print('waits', flush=True)\n"
+    code += "print(locks.once(Path(sys.argv[1]), lambda: None, lambda: 'made'), flush=True)"
+    folder.mkdir()
+    words = [sys.executable, "-c", code, str(path)]
     with locks.locked(path) as alone:
         assert alone
-        words = [sys.executable, "-c", code, str(path)]
-        waiting = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        waiting = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert waiting.stdout and waiting.stdout.readline() == "waits\n"
-        time.sleep(0.5)
-        locks.lock_path(path).unlink()
-    assert waiting.stdout.readline() == "has\n"
+        assert waiting.stderr and waiting.stderr.readline() == (
+            f"waiting for another process that prepares {path} ...\n"
+        )
+        assert waiting.poll() is None
+        with locks.locked(path) as second:
+            assert not second
+    out, err = waiting.communicate(timeout=60)
+    assert (out, err) == ("made\n", "")
+    assert [each.name for each in folder.iterdir()] == [".entry.lock"]
     with locks.locked(path) as alone:
-        assert not alone
-    waiting.communicate("\n")
+        assert alone
+
+
+def test_where_there_are_no_locks_the_work_is_done_all_the_same(folder: Path, monkeypatch):
+    def fails(*args: object, **settings: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.FileLock, "acquire", fails)
+    assert locks.once(folder / "entry", lambda: None, lambda: "made") == "made"
+    with locks.locked(folder / "entry") as alone:
+        assert alone
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path):
@@ -175,7 +191,6 @@ def test_every_flipped_byte_is_found(tmp_path: Path):
 
 
 def test_an_entry_being_made_is_left_alone(folder: Path):
-    pytest.importorskip("fcntl")
     name = f"glyphs-{'0' * 24}"
     code = (
         "import time; from metarun.entries import mapped\n"
@@ -194,7 +209,7 @@ def test_an_entry_being_made_is_left_alone(folder: Path):
         process.kill()
         process.communicate()
     assert cache.remove(left)
-    assert os.listdir(folder) == []
+    assert os.listdir(folder) == [f".{name}.lock"]
 
 
 def test_sizes_for_people():

@@ -252,7 +252,6 @@ def test_a_damaged_entry_is_built_again(where):
 
 
 def test_an_entry_is_built_by_one_of_many_at_once():
-    pytest.importorskip("fcntl")
     build = Builder(pause=0.2)
     # A lock belongs to an opened file, so threads compete for it as processes do.
     with ThreadPoolExecutor(4) as pool:
