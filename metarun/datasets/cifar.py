@@ -12,7 +12,7 @@ import torch
 
 from metarun.datasets.class_folders import Entry, class_store, entries, tell_counts
 from metarun.datasets.torchvision_files import obtained
-from metarun.entries import mapped
+from metarun.entries import memmap_cached
 from metarun.episodes import ClassStore
 from metarun.errors import DataError
 from metarun.files import data_dir
@@ -82,7 +82,7 @@ class Cifar100:
 
         kept_as = title.replace(" ", "-")
         digest = hashlib.sha256(b"torchvision 1").hexdigest()[:24]  # the 1 counts changes of what is kept
-        content, made = mapped(f"{kept_as}-{digest}", build, f"{kept_as} torchvision")
+        content, made = memmap_cached(f"{kept_as}-{digest}", build, f"{kept_as} torchvision")
         return ClassStore(
             content.view(-1, *SHAPE), made["counts"], wanted, title, device, fingerprint=made["sha256"]
         )

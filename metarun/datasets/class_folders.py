@@ -16,7 +16,7 @@ import torch
 
 from metarun import images
 from metarun.archives import Archive
-from metarun.entries import mapped
+from metarun.entries import memmap_cached
 from metarun.episodes import ClassStore
 from metarun.errors import DataError
 from metarun.files import encoded, read_regular
@@ -174,7 +174,7 @@ def class_store(
         return {"skipped": skipped}
 
     what = f"{kept_as} {settings} {source}"
-    bytes_, made = mapped(f"{kept_as}-{digest.hexdigest()[:24]}", build, what, source)
+    bytes_, made = memmap_cached(f"{kept_as}-{digest.hexdigest()[:24]}", build, what, source)
     skipped = set(made["skipped"])
     if skipped:
         say(notes, f"{title}: {len(skipped)} unreadable files left out, such as {files[min(skipped)]}")

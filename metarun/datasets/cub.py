@@ -10,7 +10,7 @@ import torch
 
 from metarun.datasets.class_folders import Entry, Fit, class_store, entries, tell_counts
 from metarun.downloads import download
-from metarun.entries import unpacked
+from metarun.entries import extract_cached
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
 from metarun.files import data_dir
@@ -79,7 +79,7 @@ class Cub:
             )
         md5 = MD5 if archive.name == ARCHIVE else None  # what a user packed has another name
         tell = f"check and unpack {archive} into the cache"
-        return species(entries(unpacked(archive, "cub", lambda: say(notes, tell), md5)))
+        return species(entries(extract_cached(archive, "cub", lambda: say(notes, tell), md5)))
 
     def _root(self) -> Path:
         return Path(self.root).expanduser() if self.root else self._downloaded()

@@ -20,7 +20,7 @@ from PIL import Image
 from metarun import images
 from metarun.datasets.class_folders import Fit
 from metarun.datasets.torchvision_files import Labelled, obtained
-from metarun.entries import mapped
+from metarun.entries import memmap_cached
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError
 from metarun.files import data_dir, encoded
@@ -84,7 +84,7 @@ class FromTorchvision:
         root = os.path.abspath(Path(self.root).expanduser()) if self.root else None
         key = f"1 {self.item_shape} {self.fit} {root}"  # the 1 counts changes of what is decoded
         entry = f"{self.name}-{hashlib.sha256(encoded(key)).hexdigest()[:24]}"
-        content, made = mapped(
+        content, made = memmap_cached(
             entry, self._build, f"{self.name} {key}"
         )  # all classes; a split is some of them
         names, counts = made["names"], made["counts"]

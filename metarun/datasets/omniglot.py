@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metarun.archives import Archive, Folder
 from metarun.downloads import download
-from metarun.entries import mapped
+from metarun.entries import memmap_cached
 from metarun.episodes import ClassStore
 from metarun.errors import ConfigError, DataError
 from metarun.files import data_dir, encoded
@@ -150,7 +150,7 @@ class Omniglot:
 
         source = os.path.commonpath([os.path.abspath(each.path) for each in sources.values()])
         name = f"omniglot-{_digest(settings + identities)[:24]}"
-        content, made = mapped(name, build, f"omniglot {settings} {source}", source)
+        content, made = memmap_cached(name, build, f"omniglot {settings} {source}", source)
         return made | {"images": content.view(-1, *self.item_shape)}
 
     def _sources(self) -> dict[str, Archive | Folder]:

@@ -65,7 +65,7 @@ def folder_of_classes(root: Path) -> Path:
 
 def test_prepared_data_is_listed_verified_and_removed(metarun, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
-    assert "0 entries, 0 B" in metarun("data", "verify=true").stderr
+    assert "0 entries, 0 bytes" in metarun("data", "verify=true").stderr
     root = folder_of_classes(tmp_path / "mine")
     done = metarun("data", "dataset=image_folder", f"dataset.root={root}", "dataset.size=8", "ways=2")
     assert f"prepared data of image_folder: 3 entries, 6.9 kB, in {tmp_path / 'cache'}" in done.stderr

@@ -14,7 +14,7 @@ import pytest
 from metarun import archives, downloads
 from metarun.archives import Archive, Folder
 from metarun.downloads import download
-from metarun.entries import mapped
+from metarun.entries import memmap_cached
 from metarun.errors import DataError
 from metarun.files import atomic_write, cache_dir, data_dir
 
@@ -229,7 +229,7 @@ class Builder:
 
 
 def mapped_text(build):
-    content, made = mapped("entry", build)
+    content, made = memmap_cached("entry", build)
     assert made["names"] == ["a", "b"]
     return bytes(content.tolist())
 
@@ -265,7 +265,7 @@ def test_an_entry_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "taken"))
     build = Builder()
     with pytest.raises(DataError, match="METARUN_CACHE") as failure:
-        mapped("entry", build)
+        memmap_cached("entry", build)
     assert str(tmp_path / "taken") in one_line(failure)
     assert build.calls == 0  # said before the work, not after it
 

@@ -21,7 +21,7 @@ from metarun.datasets.cifar import FC100, CifarFS, labels
 from metarun.datasets.from_torchvision import SETS, FromTorchvision
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
-from metarun.entries import mapped
+from metarun.entries import memmap_cached
 from metarun.episodes import Geometry, sample
 from metarun.errors import ConfigError, DataError
 
@@ -243,10 +243,10 @@ def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache:
         write(b"de")
         return {"of": "letters"}
 
-    content, made = mapped("entry", build)
+    content, made = memmap_cached("entry", build)
     assert bytes(content.tolist()) == b"abcde"
     assert made["of"] == "letters"
-    mapped("entry", build)
+    memmap_cached("entry", build)
     assert len(built) == 1
 
     def fails(write):
@@ -254,23 +254,23 @@ def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache:
         raise RuntimeError("stopped half-way")
 
     with pytest.raises(RuntimeError):
-        mapped("other", fails)
+        memmap_cached("other", fails)
     with pytest.raises(DataError, match="nowhere: No such file"):  # not the cache's fault
-        mapped("other", lambda write: {"n": len(Path("nowhere").read_bytes())})
+        memmap_cached("other", lambda write: {"n": len(Path("nowhere").read_bytes())})
     assert {path.name for path in empty_cache.glob("[!.]*")} == {"entry", "entry.json"}
     (empty_cache / "entry.json").unlink()  # as if killed before the notes were written
-    mapped("entry", build)
+    memmap_cached("entry", build)
     assert len(built) == 2
 
 
 def test_two_processes_preparing_one_cache_do_the_work_once(tmp_path: Path, empty_cache: Path):
     """Also after one that was killed half-way."""
     code = (
-        "import sys, time; from metarun.entries import mapped\n"
+        "import sys, time; from metarun.entries import memmap_cached\n"
         "def build(write):\n"
         "    write(b'a'); print('building', flush=True); time.sleep(float(sys.argv[1])); write(b'b')\n"
         "    return {}\n"
-        "content, _ = mapped('entry', build); print(bytes(content.tolist()).decode())"
+        "content, _ = memmap_cached('entry', build); print(bytes(content.tolist()).decode())"
     )
     first = subprocess.Popen([sys.executable, "-c", code, "60"], stdout=subprocess.PIPE, text=True)
     assert first.stdout and first.stdout.readline() == "building\n"
@@ -537,5 +537,5 @@ def test_a_folder_around_the_classes_does_no_harm(tmp_path: Path):
 def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path, empty_cache: Path):
     empty_cache.mkdir()
     (empty_cache / ".[en]try.0123.tmp").write_bytes(b"half")
-    mapped("[en]try", lambda write: {"n": write(b"abc")})
+    memmap_cached("[en]try", lambda write: {"n": write(b"abc")})
     assert not list(empty_cache.glob("*.tmp")) + list(empty_cache.glob(".*.tmp"))
