@@ -25,13 +25,13 @@ MEMBER_COST = 512  # bytes a member counts for besides its content, so that mill
 
 
 class Folder:
-    """The files below a folder."""
+    """All files below a folder, named by their relative paths."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def identity(self) -> str:
-        """Changes when a file comes, goes, or is written again."""
+        """A digest that changes when a file is added, removed or written. Raises DataError."""
         digest = hashlib.sha256(encoded(str(self.path.resolve())))
         for name in self.names():
             try:
@@ -42,7 +42,7 @@ class Folder:
         return digest.hexdigest()
 
     def names(self) -> list[str]:
-        """Paths relative to the folder, with forward slashes, sorted."""
+        """The files' paths relative to the folder, with forward slashes, sorted."""
         found = []
         for folder, _, files in os.walk(self.path):
             inner = Path(folder).relative_to(self.path).as_posix()
@@ -61,13 +61,13 @@ class Folder:
 
 
 class Archive:
-    """The files in a zip, read in place: nothing is unpacked to disk."""
+    """The files in a zip, read in place: nothing is extracted to disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def identity(self) -> str:
-        """Changes when the zip is written again."""
+        """A string that changes when the zip is written again."""
         status = self.path.stat()
         return f"{self.path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
 
@@ -85,7 +85,7 @@ class Archive:
         return sorted({name for name in self._zip.namelist() if not name.endswith("/")})
 
     def read(self, name: str) -> bytes:
-        """The bytes of one member. Raises DataError."""
+        """The bytes of one member. Raises DataError if it is damaged or larger than MEMBER_LIMIT."""
         if self._zip.getinfo(name).file_size > MEMBER_LIMIT:
             raise self._damaged(f"{name} unpacks to more than {MEMBER_LIMIT:,} bytes")
         try:
@@ -96,7 +96,7 @@ class Archive:
             raise self._damaged(f"{name}: {first_line(error)}") from error
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """A member's size and CRC-32 sum, as the zip's own list has them."""
+        """A member's size in bytes and its CRC-32 sum, from the zip's directory."""
         member = self._zip.getinfo(name)
         return member.file_size, member.CRC
 
@@ -107,7 +107,7 @@ class Archive:
     def _zip(self) -> zipfile.ZipFile:
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for ever
-                raise self._damaged("it is no regular file")
+                raise self._damaged("it is not a regular file")
             return zipfile.ZipFile(self.path)
         except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
             raise self._damaged(first_line(error)) from error
@@ -256,7 +256,16 @@ def _naming(archive: Path) -> Iterator[None]:
 def tree_digest(
     folder: Path, contents: bool = False, advance: Callable[[int], object] = lambda count: None
 ) -> str:
-    """SHA-256 of the names and sizes below a folder, and of the bytes there where asked. OSError."""
+    """SHA-256 sum, in hexadecimal, of the names and sizes of all files below a folder.
+
+    Args:
+        folder: where to look.
+        contents: include the files' bytes.
+        advance: `advance(n)` is called after every n bytes.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     digest = hashlib.sha256()
     paths = sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
     for path in paths:

@@ -78,7 +78,7 @@ def fetch(url: str, part: Path) -> None:
                 error.close()  # it is the response as well
             if tried == TRIES or (status < 500 and status not in (408, 416, 429)):
                 raise error if isinstance(error, OSError) else ConnectionError(_reason(error)) from error
-            if status == 416:  # what is there is no beginning of the file: start over
+            if status == 416:  # what is there is not the beginning of this file: start over
                 part.unlink(missing_ok=True)
             time.sleep(PAUSE * tried)
 
@@ -90,11 +90,11 @@ def _reason(error: Exception) -> str:
 
 
 def _receive(url: str, part: Path) -> None:
-    """Fetch `url` to `part`, going on from what is there where the server can."""
+    """Download `url` to `part` in one attempt; resumes from what is there if the server supports ranges."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "metarun"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-        if response.status != 206:  # the whole file, asked for or not
+        if response.status != 206:  # the server sends the whole file, whatever was requested
             have = 0
         total = None if response.length is None else have + response.length
         with open(part, "ab" if have else "wb") as file, _bytes_bar() as bar:
@@ -105,7 +105,7 @@ def _receive(url: str, part: Path) -> None:
                 bar.update(task, completed=have)
             file.flush()
             os.fsync(file.fileno())
-    if total is not None and have < total:  # urllib takes a closed connection for the end
+    if total is not None and have < total:  # urllib reports a closed connection as the end of the file
         raise ConnectionError(f"the connection was lost after {have:,} of {total:,} bytes")
 
 

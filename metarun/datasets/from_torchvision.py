@@ -80,7 +80,7 @@ class FromTorchvision:
     def split(
         self, name: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
     ) -> ClassStore:
-        """The classes of one split, sorted by name. Raises DataError where the set cannot be had."""
+        """The classes of one split, sorted by name. Raises DataError if the files are missing."""
         root = os.path.abspath(Path(self.root).expanduser()) if self.root else None
         key = f"1 {self.item_shape} {self.fit} {root}"  # the 1 counts changes of what is decoded
         entry = f"{self.name}-{hashlib.sha256(encoded(key)).hexdigest()[:24]}"
