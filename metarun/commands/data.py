@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from rich.filesize import decimal
 from rich.table import Table
 
 from metarun.config.build import build_dataset, build_source, instantiate
@@ -61,7 +62,7 @@ def run(cfg: DictConfig) -> None:
 
 def verify(dataset: str | None) -> None:
     """Compare every prepared entry with the checksum noted when it was made. DataError where one differs."""
-    entries = cache.kept(dataset)
+    entries = cache.cache_entries(dataset)
     table = Table(title=f"prepared data of {dataset or 'all datasets'}")
     for heading in ("dataset", "split", "size", "state"):
         table.add_column(heading, overflow="fold")
@@ -70,7 +71,7 @@ def verify(dataset: str | None) -> None:
         for entry in entries:
             wrong = cache.damage(entry, bar.advance)
             bad += wrong.startswith("damaged")
-            table.add_row(entry.dataset, entry.split, cache.human(entry.size), wrong or "whole")
+            table.add_row(entry.dataset, entry.split, decimal(entry.size), wrong or "whole")
     console.print(table)
     inform(place(dataset))
     if bad:
@@ -90,19 +91,19 @@ def clean(dataset: str | None, root: str | None = None) -> None:
 
     Of a dataset only what was made from `root`, where that is given.
     """
-    for entry in cache.kept(dataset, root):
+    for entry in cache.cache_entries(dataset, root):
         if dataset or entry.stale:
             why = entry.stale or "asked for"
             done = "removed" if cache.remove(entry) else "kept, a run is at work on it:"
-            print_line(f"{done} {entry.path.name}, {cache.human(entry.size)} ({why})")
+            print_line(f"{done} {entry.path.name}, {decimal(entry.size)} ({why})")
     inform(place(dataset))
 
 
 def place(dataset: str | None = None) -> str:
     """How much prepared data there is, and where."""
-    entries = cache.kept(dataset)
+    entries = cache.cache_entries(dataset)
     whose = f" of {dataset}" if dataset else ""
-    size = cache.human(sum(entry.size for entry in entries))
+    size = decimal(sum(entry.size for entry in entries))
     return f"prepared data{whose}: {len(entries)} entries, {size}, in {cache_dir()}"
 
 
@@ -111,12 +112,12 @@ def catalogue() -> Table:
     table = Table(title="datasets", show_lines=True)
     for heading in ("dataset=", "what it is", "on this disk"):
         table.add_column(heading)
-    there = cache.kept()
+    there = cache.cache_entries()
     sources = HydraConfig.get().runtime.config_sources  # also a user's own, of --config-dir
     folders = [Path(source.path) / "dataset" for source in sources if source.schema == "file"]
     for path in sorted(path for folder in folders for path in folder.glob("*.yaml")):
         size = sum(entry.size for entry in there if entry.dataset == path.stem)
-        table.add_row(path.stem, described(path), cache.human(size) if size else "")
+        table.add_row(path.stem, described(path), decimal(size) if size else "")
     return table
 
 

@@ -77,7 +77,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows removes no open file, and it is nobody's then
+            with suppress(OSError):  # Windows deletes no open file; its lock is deleted on release
+                # Nobody waits for this lock, so it may be deleted: a run's folder holds no files but its own.
                 lock_path(place).unlink(missing_ok=True)
 
 

@@ -14,7 +14,7 @@ from metarun.datasets.base import ImageDataset, Split, and_more
 from metarun.datasets.class_folders import Entry, class_store, entries, note_counts
 from metarun.datasets.torchvision_files import obtained
 from metarun.errors import DataError
-from metarun.storage.cached_arrays import mapped
+from metarun.storage.cached_arrays import memmap_cached
 from metarun.storage.files import data_dir
 from metarun.tasks.class_store import ClassStore
 
@@ -81,7 +81,7 @@ class Cifar100(ImageDataset):
 
         cached_as = title.replace(" ", "-")
         digest = hashlib.sha256(b"torchvision 1").hexdigest()[:24]  # 1: the version of the entry's content
-        content, made = mapped(f"{cached_as}-{digest}", build, f"{cached_as} torchvision")
+        content, made = memmap_cached(f"{cached_as}-{digest}", build, f"{cached_as} torchvision")
         images = content.view(-1, *self.item_shape)
         return ClassStore(images, made["counts"], wanted, title, device, fingerprint=made["sha256"])
 

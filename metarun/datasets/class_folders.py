@@ -1,4 +1,4 @@
-"""Images in class folders, in folders or zips: decoded once, into a memory-mapped cache."""
+"""Images in class folders, in folders or zips: decoded once, into a memory-memmap_cached cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metarun.datasets.base import ImageDataset
 from metarun.errors import DataError
 from metarun.reporting.console import Bar, inform
 from metarun.storage.archives import Archive
-from metarun.storage.cached_arrays import mapped
+from metarun.storage.cached_arrays import memmap_cached
 from metarun.storage.files import encoded, read_regular
 from metarun.tasks.class_store import ClassStore
 
@@ -186,7 +186,7 @@ def class_store(
         return {"skipped": skipped}
 
     what = f"{cached_as} {settings} {source}"
-    content, made = mapped(f"{cached_as}-{digest.hexdigest()[:24]}", build, what, source)
+    content, made = memmap_cached(f"{cached_as}-{digest.hexdigest()[:24]}", build, what, source)
     skipped = set(made["skipped"])
     if skipped:
         inform(f"{title}: {len(skipped)} unreadable files left out, such as {files[min(skipped)]}")

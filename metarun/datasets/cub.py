@@ -13,7 +13,7 @@ from metarun.datasets.class_folders import Entry, class_store, entries, note_cou
 from metarun.datasets.images import Fit
 from metarun.errors import DataError
 from metarun.reporting.console import inform
-from metarun.storage.cached_arrays import unpacked
+from metarun.storage.cached_arrays import extract_cached
 from metarun.storage.downloads import download
 from metarun.storage.files import data_dir
 from metarun.tasks.class_store import ClassStore
@@ -77,7 +77,7 @@ class Cub(ImageDataset):
             )
         md5 = MD5 if archive.name == ARCHIVE else None  # an archive of another name was packed by the user
         work = f"check and unpack {archive} into the cache"
-        return species(entries(unpacked(archive, "cub", lambda: inform(work), md5)))
+        return species(entries(extract_cached(archive, "cub", lambda: inform(work), md5)))
 
     def _root(self) -> Path:
         return Path(self.root).expanduser() if self.root else self._downloaded()

@@ -23,7 +23,7 @@ from metarun.datasets.images import Fit
 from metarun.datasets.torchvision_files import Labelled, obtained
 from metarun.errors import ConfigError
 from metarun.reporting.console import Bar
-from metarun.storage.cached_arrays import mapped
+from metarun.storage.cached_arrays import memmap_cached
 from metarun.storage.files import data_dir, encoded
 from metarun.tasks.class_store import ClassStore
 
@@ -84,7 +84,9 @@ class FromTorchvision(ImageDataset):
         root = os.path.abspath(Path(self.root).expanduser()) if self.root else None
         key = f"1 {self.item_shape} {self.fit} {root}"  # 1: the version of the entry's content
         entry = f"{self.name}-{hashlib.sha256(encoded(key)).hexdigest()[:24]}"
-        content, made = mapped(entry, self._build, f"{self.name} {key}")  # all classes; a split has some
+        content, made = memmap_cached(
+            entry, self._build, f"{self.name} {key}"
+        )  # all classes; a split has some
         images, sha256 = content.view(-1, *self.item_shape), made["sha256"]
         whole = ClassStore(images, made["counts"], made["names"], self.name, fingerprint=sha256)
         wanted = self._chosen(whole.names, name)

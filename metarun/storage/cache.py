@@ -1,58 +1,61 @@
-"""What the cache folder holds: listed, verified and removed, one entry at a time."""
+"""The cache folder as a whole: its entries listed, verified and removed."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from metarun.config.paths import CONF
 from metarun.errors import DataError
 from metarun.storage.archives import tree_digest
+from metarun.storage.cached_arrays import Metadata, metadata_path, read_metadata
 from metarun.storage.files import add_bytes, cache_dir
-from metarun.storage.locks import lock_path, locked
-
-# What `mapped` and `unpacked` are called by. A stranger's file may be called so too: see `_entry`.
-NAME = re.compile(r"(\w+)-(?:.+-)?[0-9a-f]{24}")
-LEFT = re.compile(rf"\.({NAME.pattern})(?:\.json)?(?:\.[0-9a-f]{{32}})?\.tmp")
+from metarun.storage.locks import locked
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One entry of the cache: bytes or an unpacked archive, with its notes; or what a killed process left."""
+class CacheEntry:
+    """One entry of the cache (bytes or an extracted archive), or what a killed process left of one."""
 
-    path: Path
-    dataset: str
+    path: Path  # which need not exist: its metadata is written first
     size: int  # bytes
-    notes: dict[str, Any]
-    stale: str  # why it is of no more use; empty where it may be
-    made: float  # when, in seconds
+    metadata: Metadata
+    made: float  # when, in seconds since the epoch
+    stale: str = ""  # why it is no longer needed; empty if it may be
+
+    @property
+    def dataset(self) -> str:
+        return self.metadata["dataset"]
 
     @property
     def split(self) -> str:
-        """What it holds of the dataset, where its name tells."""
-        return "-".join(self.path.name.split("-")[1:-1]) or "all"
+        """The split of the dataset that it holds, "all" or "unpacked"."""
+        return self.metadata["split"]
 
 
-def kept(dataset: str | None = None, root: str | None = None) -> list[Kept]:
-    """The entries of one dataset, or of all, by name; of those made from files below `root`, where given."""
+def cache_entries(dataset: str | None = None, root: str | None = None) -> list[CacheEntry]:
+    """The entries of the cache, sorted by name. Files without metarun's metadata are not among them.
+
+    Args:
+        dataset: only entries of this dataset; None: of all.
+        root: only entries made from this path or from files below it; None: from any.
+
+    Raises:
+        DataError: the cache folder is a file.
+    """
     if cache_dir().exists() and not cache_dir().is_dir():
         raise DataError(f"{cache_dir()} is a file: set the variable METARUN_CACHE to a folder")
-    paths = sorted(cache_dir().iterdir()) if cache_dir().is_dir() else []
-    found = [entry for path in paths if (entry := _entry(path)) and dataset in (None, entry.dataset)]
+    files = sorted(cache_dir().glob("*.json")) if cache_dir().is_dir() else []
+    found = [entry for file in files if (entry := _entry(file)) and dataset in (None, entry.dataset)]
     newest: dict[str, float] = {}
     for entry in found:
-        if what := entry.notes.get("what"):
-            newest[what] = max(newest.get(what, 0.0), entry.made)
-    judged = [_judged(entry, newest) for entry in found]
-    return [entry for entry in judged if root is None or _is_below(entry.notes.get("source", ""), root)]
+        key = entry.metadata["key"]
+        newest[key] = max(newest.get(key, 0.0), entry.made)
+    found = [replace(entry, stale=_stale(entry, newest)) for entry in found]
+    return [entry for entry in found if root is None or _is_below(entry.metadata["source"], root)]
 
 
 def _is_below(path: str, root: str) -> bool:
@@ -60,71 +63,48 @@ def _is_below(path: str, root: str) -> bool:
     return path == above or path.startswith(os.path.join(above, ""))
 
 
-def _entry(path: Path) -> Kept | None:
-    """An entry that metarun surely made: its notes say so, or for a file its lock does."""
-    name = NAME.fullmatch(path.name) or LEFT.fullmatch(path.name)
-    if name is None or path.is_symlink():
-        return None
-    notes, dataset = _notes(path), _own_name(path.name).partition("-")[0]
-    locks = lock_path(path.with_name(_own_name(path.name)))
-    if not notes and not (path.is_file() and dataset in known() and locks.is_file()):
+def _entry(file: Path) -> CacheEntry | None:
+    """The entry whose metadata is in `file`; None if it is another program's file."""
+    path = file.with_name(file.name.removesuffix(".json"))
+    metadata = read_metadata(path)
+    if metadata is None or path.is_symlink():
         return None
     try:
         files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-        size = sum(each.stat().st_size for each in files)
-        return Kept(path, dataset, size, notes, "", path.stat().st_mtime)
-    except OSError:  # removed in this moment, by another process
+        return CacheEntry(path, sum(each.stat().st_size for each in files), metadata, file.stat().st_mtime)
+    except OSError:  # removed at this moment, by another process
         return None
 
 
-def _own_name(name: str) -> str:
-    """Of what a stopped process left, the name of what it was to become."""
-    left = LEFT.fullmatch(name)
-    return left[1] if left else name
+def _stale(entry: CacheEntry, newest: dict[str, float]) -> str:
+    """Why an entry is no longer needed; empty if it may be."""
+    source, key = entry.metadata["source"], entry.metadata["key"]
+    if entry.path.name.startswith(".") or not entry.path.exists():
+        return "left by a run that was stopped"
+    if source and not os.path.exists(source):
+        return f"{source} is gone"
+    if key and entry.made < newest[key]:
+        return "the files have changed since"
+    return ""
 
 
-def _notes(path: Path) -> dict[str, Any]:
-    """An entry's notes; none where they are not what metarun writes."""
-    try:
-        notes = json.loads(path.with_name(path.name + ".json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    texts = isinstance(notes, dict) and [notes.get(key) for key in ("what", "source")]
-    made = isinstance(notes, dict) and any(isinstance(notes.get(key), str) for key in ("sha256", "unpacked"))
-    return notes if made and texts and all(isinstance(text, str) for text in texts) and texts[0] else {}
+def damage(entry: CacheEntry, advance: Callable[[int], object] = lambda count: None) -> str:
+    """Compare an entry, byte for byte, with the SHA-256 sum in its metadata.
 
+    Args:
+        entry: the entry to verify.
+        advance: `advance(n)` is called after every n bytes.
 
-@functools.cache
-def known() -> set[str]:
-    """The datasets' names."""
-    return {path.stem for path in (CONF / "dataset").glob("*.yaml")}
-
-
-def _judged(entry: Kept, newest: dict[str, float]) -> Kept:
-    """The entry, with the reason why it is of no more use."""
-    notes = entry.notes
-    if entry.path.name.startswith("."):
-        why = "left by a run that was stopped"
-    elif not notes:
-        why = "unfinished, or of an earlier metarun"
-    elif notes["source"] and not os.path.exists(notes["source"]):
-        why = f"{notes['source']} is gone"
-    elif entry.made < newest[notes["what"]]:
-        why = "the files have changed since"
-    else:
-        why = ""
-    return replace(entry, stale=why)
-
-
-def damage(entry: Kept, advance: Callable[[int], object] = lambda count: None) -> str:
-    """What is wrong with an entry, byte for byte by its recorded SHA-256 sum; empty where it is whole."""
+    Returns:
+        What is wrong: why it is stale, or "damaged: ..."; empty if nothing is.
+    """
     if entry.stale:
         return entry.stale
     try:
         found = _digest(entry.path, advance)
     except OSError as error:
         return f"damaged: it cannot be read ({error.strerror})"
-    right = str(entry.notes.get("sha256"))
+    right = str(entry.metadata.get("sha256"))
     return (
         "" if found == right else f"damaged: its sha256 sum is {found[:12]}..., recorded was {right[:12]}..."
     )
@@ -138,33 +118,26 @@ def _digest(path: Path, advance: Callable[[int], object]) -> str:
     return digest.hexdigest()
 
 
-def remove(entry: Kept) -> bool:
-    """Remove an entry and its notes; not while a process is known to work on it.
+def remove(entry: CacheEntry) -> bool:
+    """Remove an entry and its metadata, unless another process is working on it.
 
-    DataError where it cannot be.
+    The lock file stays, for another process may wait for it.
+
+    Returns:
+        Whether the entry was removed.
+
+    Raises:
+        DataError: a file cannot be removed.
     """
-    place = entry.path.with_name(_own_name(entry.path.name))
     try:
-        with locked(place) as alone:
+        with locked(entry.path.with_name(entry.metadata["entry"])) as alone:
             if alone:
-                notes = entry.path.with_name(entry.path.name + ".json")
-                notes.unlink(missing_ok=True)  # first: without them the bytes count for nothing
                 if entry.path.is_dir():
                     shutil.rmtree(entry.path)
                 else:
                     entry.path.unlink(missing_ok=True)
-                lock_path(place).unlink(missing_ok=True)  # who waits for it takes a new one
+                metadata_path(entry.path).unlink(missing_ok=True)  # last: it says whose the entry is
     except OSError as error:
         where = error.filename or entry.path
         raise DataError(f"{where}: cannot be removed ({error.strerror}); remove it yourself") from error
     return alone
-
-
-def human(size: int) -> str:
-    """Bytes for people."""
-    amount, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if amount < 1000:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"

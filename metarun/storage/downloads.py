@@ -1,4 +1,4 @@
-"""Downloads: gone on with where they stopped, tried again, and verified before they count."""
+"""Downloads: resumed where they stopped, retried, and verified before they take their final name."""
 
 from __future__ import annotations
 
@@ -28,16 +28,24 @@ TRIES = 3
 PAUSE = 1.0  # seconds before the second try; one more before each later one
 
 
-def download(url: str, path: Path, md5: str) -> None:
-    """Fetch `url` to `path` unless it exists. Raises DataError, saying how to do it by hand.
+def download(url: str, path: Path, md5: str | None) -> None:
+    """Download `url` to `path`, unless that file exists.
 
-    What arrives is kept in `path`.part, from which a later try goes on, in this call or the next.
-    `path` itself appears only once the md5 sum is right.
+    What arrives is kept in `path`.part, which a later attempt resumes, in this call or the next one.
+    `path` itself appears only when the file is complete and its MD5 sum is right.
+
+    Args:
+        url: what to download.
+        path: the file to write; its folder is created if missing.
+        md5: the sum in hexadecimal; None: none is known, and only the length is checked.
+
+    Raises:
+        DataError: the download failed or its MD5 sum is wrong; the message says how to do it by hand.
     """
     once(path, lambda: path.exists() or None, lambda: _download(url, path, md5), "METARUN_DATA")
 
 
-def _download(url: str, path: Path, md5: str) -> None:
+def _download(url: str, path: Path, md5: str | None) -> None:
     part = path.with_name(path.name + ".part")
     try:
         fetch(url, part)
@@ -45,8 +53,7 @@ def _download(url: str, path: Path, md5: str) -> None:
         raise DataError(
             f"cannot download {url}: {_reason(error)}; check the network, or put that file at {path} yourself"
         ) from error
-    found = md5_sum(part)
-    if found != md5:
+    if md5 is not None and (found := md5_sum(part)) != md5:
         part.unlink()
         raise DataError(
             f"{url} gave a file with md5 sum {found} where {md5} is right; it was deleted: "
@@ -56,9 +63,10 @@ def _download(url: str, path: Path, md5: str) -> None:
 
 
 def fetch(url: str, part: Path) -> None:
-    """All of `url` in `part`, going on from what is there; tried again where that may help.
+    """Download `url` to the file `part`, resuming from what is there; retries errors that may pass.
 
-    Raises OSError.
+    Raises:
+        OSError: the last attempt failed, or the server's answer makes another one pointless.
     """
     for tried in range(1, TRIES + 1):
         try:
@@ -70,7 +78,7 @@ def fetch(url: str, part: Path) -> None:
                 error.close()  # it is the response as well
             if tried == TRIES or (status < 500 and status not in (408, 416, 429)):
                 raise error if isinstance(error, OSError) else ConnectionError(_reason(error)) from error
-            if status == 416:  # what is there is no beginning of the file: start over
+            if status == 416:  # what is there is not the beginning of this file: start over
                 part.unlink(missing_ok=True)
             time.sleep(PAUSE * tried)
 
@@ -82,11 +90,11 @@ def _reason(error: Exception) -> str:
 
 
 def _receive(url: str, part: Path) -> None:
-    """Fetch `url` to `part`, going on from what is there where the server can."""
+    """Download `url` to `part` in one attempt; resumes from what is there if the server supports ranges."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "metarun"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-        if response.status != 206:  # the whole file, asked for or not
+        if response.status != 206:  # the server sends the whole file, whatever was requested
             have = 0
         total = None if response.length is None else have + response.length
         with open(part, "ab" if have else "wb") as file, _bytes_bar() as bar:
@@ -97,7 +105,7 @@ def _receive(url: str, part: Path) -> None:
                 bar.update(task, completed=have)
             file.flush()
             os.fsync(file.fileno())
-    if total is not None and have < total:  # urllib takes a closed connection for the end
+    if total is not None and have < total:  # urllib reports a closed connection as the end of the file
         raise ConnectionError(f"the connection was lost after {have:,} of {total:,} bytes")
 
 

@@ -1,7 +1,6 @@
-"""Files: the two folders metarun keeps things in, writing whole or not at all, reading what is a file.
+"""Reading and writing files: the data and cache folders, atomic writes, checksums.
 
-The data folder (METARUN_DATA) keeps what was downloaded, the cache folder (METARUN_CACHE) what can be
-computed again.
+The data folder (METARUN_DATA) holds downloads, the cache folder (METARUN_CACHE) what can be computed again.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ CHUNK = 1 << 18  # bytes read at a time
 
 
 def cache_dir() -> Path:
-    """The folder for what can be computed again: METARUN_CACHE, else ~/.cache/metarun."""
+    """The cache folder: the variable METARUN_CACHE, or ~/.cache/metarun if it is not set."""
     return Path(os.environ.get("METARUN_CACHE") or "~/.cache/metarun").expanduser()
 
 
 def data_dir() -> Path:
-    """The folder for downloads: METARUN_DATA, else ~/.cache/metarun/data."""
+    """The folder for downloads: the variable METARUN_DATA, or ~/.cache/metarun/data if it is not set."""
     return Path(os.environ.get("METARUN_DATA") or "~/.cache/metarun/data").expanduser()
 
 
 @contextmanager
 def blaming(folder: Path, variable: str) -> Iterator[None]:
-    """Turn a failure to write into a DataError that names the folder and how to choose another."""
+    """Turn an OSError of writing to `folder` into a DataError that names `variable`, which chooses it."""
     try:
         yield
     except OSError as error:
@@ -47,9 +46,15 @@ def blaming(folder: Path, variable: str) -> Iterator[None]:
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Create or replace `path` with what `write` puts into a file; never half of it.
+    """Create or replace the file `path`; it is never half-written, also not if the machine crashes.
 
-    A failure (OSError, or whatever `write` raises) leaves `path` as it was and nothing beside it.
+    Args:
+        path: the file; its folder is created if missing.
+        write: called with the opened temporary file, to which it writes the content.
+
+    Raises:
+        OSError: the file cannot be written. Whatever `write` raises is passed on. In both cases `path` is
+            left unchanged and the temporary file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is atomic only within one file system.
@@ -69,26 +74,27 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Create or replace a text file, whole or not at all; names of files that are not UTF-8 as they are."""
+    """Create or replace a UTF-8 text file atomically; file names in it keep the bytes they have on disk."""
     atomic_write(path, lambda file: file.write(encoded(text)))
 
 
 def write_json(path: Path, content: object) -> None:
+    """Create or replace a JSON file atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # the name of a file that is not UTF-8: JSON can only escape it
+    except UnicodeEncodeError:  # a file name that is not UTF-8, which JSON can only escape
         text = json.dumps(content, indent=2)
     write_text(path, text + "\n")
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8; of a file's name in another encoding, the bytes it has on the disk."""
+    """The text as UTF-8 bytes; file names in another encoding become the bytes they have on disk."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """One line a row; its columns are all the rows' keys in the order they first appear."""
+    """Create or replace a CSV file atomically: a header with the keys of all rows, then one line per row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
@@ -97,20 +103,25 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """A file's bytes. OSError also for what is no file: reading a pipe would wait for ever."""
+    """The bytes of a regular file. Raises OSError for anything else, since reading a pipe may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path.read_bytes()
 
 
 def md5_sum(path: Path) -> str:
+    """The MD5 sum of a file, in hexadecimal. Raises OSError."""
     digest = hashlib.md5(usedforsecurity=False)
     add_bytes(digest, path)
     return digest.hexdigest()
 
 
 def add_bytes(digest: Any, path: Path | str, advance: Callable[[int], object] = lambda count: None) -> None:
-    """A file's bytes into a digest of hashlib, piece by piece; `advance(n)` is told of every n. OSError."""
+    """Update a hashlib digest with a file's bytes; `advance(n)` is called after every n bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)

@@ -1,75 +1,86 @@
-"""Work that one process does at a time: its lock is a file beside what is worked on."""
+"""Work that only one process at a time may do, guarded by a lock file beside what is worked on.
+
+The lock files are empty and stay when the work is done. Do not delete one that another process may wait
+for: that process would then hold the lock of a deleted file, and a later one that of a new file.
+"""
 
 from __future__ import annotations
 
-import os
+import errno
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from metarun.storage.files import blaming
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: two processes may then do the same work, never harm it
-    fcntl = None  # type: ignore[assignment]
+PATIENCE = 1.0  # seconds to wait for another process without a message
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems that have no locks
 
 
 def once(
     path: Path, load: Callable[[], Any], make: Callable[[], Any], variable: str = "METARUN_CACHE"
 ) -> Any:
-    """What `load` gives; where that is None, what `make` does, in one process at a time."""
+    """The result of `load`, or of `make` where `load` returns None; only one process at a time makes it.
+
+    A process that had to wait for another one calls `load` again before it calls `make`. After about a
+    second of waiting it says so on standard error.
+
+    Args:
+        path: what is loaded or made; the lock file is beside it, in a folder that is created if missing.
+        load: returns what is there, or None.
+        make: makes it and returns it.
+        variable: the environment variable that chooses the folder, for the error message.
+
+    Raises:
+        DataError: the lock file cannot be written.
+    """
     if (value := load()) is not None:
         return value
-    with blaming(path.parent, variable):
-        lock = _lock(path)
-    with lock:
+    lock = FileLock(lock_path(path))
+    try:
+        with blaming(path.parent, variable):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not _acquire(lock, PATIENCE):
+                print(f"waiting for another process that prepares {path} ...", file=sys.stderr, flush=True)
+                _acquire(lock, -1)
         value = load()  # another process may have made it while this one waited
         return make() if value is None else value
+    finally:
+        lock.release()
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Whether no other process works on `path`; none begins to while this lasts.
+    """Take the lock of `path` without waiting, and yield whether no other process has it.
 
-    Where there are no locks (Windows, some network file systems) nobody knows, and it is taken as free.
+    The lock is held until the context ends. Where the file system has no locks, nobody can know, and the
+    answer is True. Raises OSError where the lock file cannot be written.
     """
-    while True:
-        with open(lock_path(path), "ab") as file:
-            taken = False
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:  # some network file systems have no locks
-                taken = isinstance(error, BlockingIOError)
-            if taken or _is_at(file, lock_path(path)):
-                yield not taken
-                return
-
-
-def _lock(path: Path) -> BinaryIO:
-    """Wait until no other process works on `path`; closing what is returned lets the next one in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(lock_path(path), "ab")  # noqa: SIM115 - the caller closes it
-        if fcntl is not None:
-            with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_at(file, lock_path(path)):
-            return file
-        file.close()
+    lock = FileLock(lock_path(path))
+    try:
+        yield _acquire(lock, 0)
+    finally:
+        lock.release()
 
 
 def lock_path(path: Path) -> Path:
+    """The lock file of `path`."""
     return path.with_name(f".{path.name}.lock")
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether a lock's file is still the one there: who held it before may have removed it."""
-    if fcntl is None:
-        return True
+def _acquire(lock: FileLock, seconds: float) -> bool:
+    """Whether the lock was taken within so many seconds; -1: however long it takes. True without locks."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except OSError:
+        lock.acquire(timeout=seconds)
+    except Timeout:
         return False
+    except NotImplementedError:  # from filelock, of a file system that has no locks
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True

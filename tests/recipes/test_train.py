@@ -257,7 +257,6 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(metarun, tmp_path: Path):
 
 def test_two_do_not_train_in_one_folder(metarun, tmp_path: Path):
     """Nor does one go on with a run that has not stopped; nothing there changes."""
-    pytest.importorskip("fcntl", reason="no locks on this system")
     metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
     before = everything(tmp_path / "run")
     assert not any("lock" in name for name in before)
@@ -270,7 +269,6 @@ def test_two_do_not_train_in_one_folder(metarun, tmp_path: Path):
 
 
 def test_a_sweep_leaves_a_folder_in_use_as_it_is(metarun, tmp_path: Path):
-    pytest.importorskip("fcntl", reason="no locks on this system")
     words = ["train", "-m", "seed=0,1", *TINY, "hydra.sweep.dir=sweep"]
     (tmp_path / "sweep/0").mkdir(parents=True)
     (tmp_path / "sweep/0/result.json").write_text("{}")

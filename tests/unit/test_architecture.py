@@ -24,7 +24,15 @@ FORBIDDEN = {
     "metarun.training.hardware",
     "metarun.reporting.console",
 }
-FILES = {"errors", "files", "locks", "downloads", "archives", "entries"}  # these know of no other room
+FILES = {
+    "errors",
+    "files",
+    "locks",
+    "downloads",
+    "archives",
+    "entries",
+    "cache",
+}  # these know of no other room
 HYDRA_ROOMS = {"cli", "commands", "config", "build", "explain", "sweep", "checkpoint"}
 
 

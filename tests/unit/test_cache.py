@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +13,10 @@ from pathlib import Path
 import pytest
 from test_image_datasets import NAMES, picture, tree
 
-from metarun.datasets.image_folder import ImageFolder
-from metarun.errors import DataError
 from metarun.storage import cache, locks
-from metarun.storage.cached_arrays import mapped
+from metarun.datasets.image_folder import ImageFolder
+from metarun.storage.cached_arrays import memmap_cached
+from metarun.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -27,81 +29,90 @@ def prepared(root: Path, **settings) -> None:
     ImageFolder(root=str(root), size=8, **settings).split("train")
 
 
-def locked_file(folder: Path, name: str, of: str) -> None:
-    """A file without notes, and the lock that metarun takes before it writes one."""
+def record(name: str, **fields: object) -> dict[str, object]:
+    """The metadata of an entry, as metarun writes it."""
+    dataset = name.partition("-")[0]
+    right = {"made_by": "metarun", "entry": name, "dataset": dataset, "split": "all", "key": name}
+    return right | {"source": "", "sha256": "0"} | fields
+
+
+def half(folder: Path, name: str, of: str) -> None:
+    """What a killed process leaves of the entry `of`."""
     (folder / name).write_bytes(b"half")
-    (folder / f".{of}.lock").touch()
+    (folder / f"{name}.json").write_text(json.dumps(record(of)))
 
 
-def names(entries: list[cache.Kept]) -> list[tuple[str, str, bool]]:
+def names(entries: list[cache.CacheEntry]) -> list[tuple[str, str, bool]]:
     return [(entry.dataset, entry.split, bool(entry.stale)) for entry in entries]
 
 
 def test_what_is_current_what_is_not_and_why(tmp_path: Path, folder: Path):
-    assert cache.kept() == []
+    assert cache.cache_entries() == []
     root = tree(tmp_path / "mine", NAMES)
     prepared(root)
     prepared(root, fit="crop")
-    assert names(cache.kept()) == [("image_folder", "train", False)] * 2
-    assert cache.kept("glyphs") == []
-    assert sum(entry.size for entry in cache.kept()) == 2 * 4 * 3 * 3 * 8 * 8
+    assert names(cache.cache_entries()) == [("image_folder", "train", False)] * 2
+    assert cache.cache_entries("glyphs") == []
+    assert sum(entry.size for entry in cache.cache_entries()) == 2 * 4 * 3 * 3 * 8 * 8
     time.sleep(0.01)
     for name in NAMES:
         picture(root / name / "0.png", 250)
     prepared(root)
-    assert sorted(entry.stale for entry in cache.kept()) == ["", "", "the files have changed since"]
-    locked_file(folder, f".image_folder-train-{'0' * 24}.{'1' * 32}.tmp", f"image_folder-train-{'0' * 24}")
-    locked_file(folder, f"glyphs-{'0' * 24}", f"glyphs-{'0' * 24}")
+    assert sorted(entry.stale for entry in cache.cache_entries()) == ["", "", "the files have changed since"]
+    half(folder, f".image_folder-train-{'0' * 24}.{'1' * 32}.tmp", f"image_folder-train-{'0' * 24}")
+    (folder / f"glyphs-{'0' * 24}.json").write_text(json.dumps(record(f"glyphs-{'0' * 24}")))  # no bytes yet
     root.rename(tmp_path / "moved")
-    assert {entry.stale for entry in cache.kept()} == {
+    assert len(cache.cache_entries()) == 5
+    assert {entry.stale for entry in cache.cache_entries()} == {
         f"{root} is gone",
         "left by a run that was stopped",
-        "unfinished, or of an earlier metarun",
     }
 
 
 def test_only_what_metarun_made_is_ever_removed(tmp_path: Path, folder: Path):
     root = tree(tmp_path / "mine", NAMES)
     prepared(root)
-    (entry,) = cache.kept()
+    (entry,) = cache.cache_entries()
     own, stranger = f"omniglot-{'0' * 24}", "507f1f77bcf86cd799439011"
     strangers = ["thesis.txt", "data", f"x-{'0' * 23}", ".hidden", f"photo-{'g' * 24}", f"photos-{stranger}"]
-    strangers += [f"omniglot-{stranger}"]  # of a dataset's name, without a lock
+    strangers += [f"omniglot-{stranger}", f".omniglot-{stranger}.{'1' * 32}.tmp"]  # of a dataset's name
     for name in strangers:
         (folder / name).write_text("precious")
     (folder / f"notes-{stranger}").write_text("precious")
     (folder / f"notes-{stranger}.json").write_text('{"title": "precious"}')
     (folder / f"export-{stranger}").mkdir()
     (folder / f"export-{stranger}" / "thesis.txt").write_text("precious")
-    (folder / f"cub-unpacked-{'0' * 24}").mkdir()  # a folder without notes, though of a dataset's name
-    (folder / f".cub-unpacked-{'0' * 24}.lock").touch()
+    (folder / f"cub-unpacked-{'0' * 24}").mkdir()  # a folder without metadata, though of a dataset's name
+    (folder / "renamed").write_text("precious")
+    (folder / "renamed.json").write_text(json.dumps(record(own)))  # the metadata of another entry
     strangers += [f"notes-{stranger}", f"notes-{stranger}.json", f"export-{stranger}"]
-    strangers += [f"cub-unpacked-{'0' * 24}", f".cub-unpacked-{'0' * 24}.lock"]
-    locked_file(folder, own, own)
+    strangers += [f"cub-unpacked-{'0' * 24}", "renamed", "renamed.json"]
+    half(folder, own, own)
     (tmp_path / "outside").write_text("precious")
-    (folder / f"link-{'0' * 24}").symlink_to(tmp_path / "outside")
+    link = f"link-{'0' * 24}"
+    (folder / link).symlink_to(tmp_path / "outside")
+    (folder / f"{link}.json").write_text(json.dumps(record(link)))
     inside = folder / f"cub-unpacked-{'1' * 24}"
     inside.mkdir()
     (inside / "way out").symlink_to(tmp_path / "mine", target_is_directory=True)
-    record = '{"what": "cub unpacked x", "source": "", "unpacked": "", "sha256": ""}'
-    inside.with_name(inside.name + ".json").write_text(record)
-    assert len(cache.kept()) == 3
-    for each in cache.kept():
+    inside.with_name(inside.name + ".json").write_text(json.dumps(record(inside.name)))
+    assert len(cache.cache_entries()) == 3
+    for each in cache.cache_entries():
         assert cache.remove(each)
-    left = {path.name for path in folder.iterdir()}
-    assert left == {*strangers, f"link-{'0' * 24}"}
+    left = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    assert left == {*strangers, link, f"{link}.json"}
     assert (tmp_path / "outside").read_text() == "precious"
     assert len(list(root.rglob("*.png"))) == 24
     assert not entry.path.exists()
 
 
+NAME = f"omniglot-{'0' * 24}"
 DAMAGED = [
     '{"what": "x"}',
-    '{"what": ["x"], "source": "", "sha256": "0"}',
-    '{"what": "x", "source": null, "sha256": "0"}',
-    '{"what": "x", "source": 5, "sha256": "0"}',
-    '{"what": {"a": 1}, "source": "", "sha256": "0"}',
-    '{"what": "x", "source": "a\\u0000b", "sha256": "0"}',
+    *(json.dumps(record(NAME, **fields)) for fields in ({"key": ["x"]}, {"source": None}, {"source": 5})),
+    *(json.dumps(record(NAME, **fields)) for fields in ({"entry": "../x"}, {"dataset": {"a": 1}})),
+    json.dumps(record(NAME, made_by="another program")),
+    json.dumps(record(NAME))[:-1],
     "[1]",
     "[" * 100_000,
     "nonsense",
@@ -110,57 +121,115 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_damaged_notes_are_none(folder: Path, text: str):
-    name = f"omniglot-{'0' * 24}"
+def test_what_has_damaged_metadata_is_not_touched_but_built_again_when_needed(folder: Path, text: str):
     folder.mkdir()
-    locked_file(folder, name, name)
-    (folder / f"{name}.json").write_bytes(text.encode("latin-1"))
-    (entry,) = cache.kept()
-    assert entry.stale
-    assert cache.damage(entry) == entry.stale
+    (folder / NAME).write_bytes(b"bytes")
+    (folder / f"{NAME}.json").write_bytes(text.encode("latin-1"))
+    assert cache.cache_entries() == []
+    content, _ = memmap_cached(NAME, lambda write: {"n": write(b"right")})
+    assert bytes(content.tolist()) == b"right"
+    (entry,) = cache.cache_entries("omniglot")
+    assert cache.damage(entry) == ""
     assert cache.remove(entry)
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == [f".{NAME}.lock"]
 
 
-def test_what_cannot_be_removed_is_said(folder: Path):
-    name = f"omniglot-{'0' * 24}"
+@pytest.mark.parametrize("source", ["gone", "a\0b"])
+def test_an_entry_whose_source_is_gone(folder: Path, source: str):
+    memmap_cached(NAME, lambda write: {"n": write(b"x")}, "key", source)
+    (entry,) = cache.cache_entries()
+    assert cache.damage(entry) == entry.stale == f"{source} is gone"
+
+
+def test_what_cannot_be_removed_is_said(folder: Path, monkeypatch):
     folder.mkdir()
-    locked_file(folder, name, name)
-    (folder / f"{name}.json").mkdir()
-    (entry,) = cache.kept()
-    with pytest.raises(DataError, match=r"json: cannot be removed"):
+    half(folder, NAME, NAME)
+    (entry,) = cache.cache_entries()
+
+    def fails(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    with pytest.raises(
+        DataError, match=rf"{NAME}: cannot be removed \(Permission denied\); remove it yourself"
+    ):
         cache.remove(entry)
+
+
+STOPS = ["the bytes", "the metadata", "the last rename"]
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_a_process_killed_at_any_point_leaves_only_what_is_recognised(folder: Path, where: str):
+    """And the old entry, if there was one, is never taken for the new one."""
+    code = (
+        "import os, sys; from metarun import entries\n"
+        "def killed(*args): os._exit(9)\n"
+        "def build(write):\n"
+        "    write(b'new')\n"
+        "    if sys.argv[1] == 'the bytes': killed()\n"
+        "    if sys.argv[1] == 'the metadata': entries.write_json = killed\n"
+        "    if sys.argv[1] == 'the last rename':\n"
+        "        replace = os.replace\n"
+        "        os.replace = lambda a, b: killed() if str(b).endswith('0') else replace(a, b)\n"
+        "    return {}\n"
+        f"entries.memmap_cached({NAME!r}, build)"
+    )
+    memmap_cached(NAME, lambda write: {"n": write(b"old")})
+    (folder / NAME).write_bytes(b"odd")  # so that it is built again
+    assert subprocess.run([sys.executable, "-c", code, where]).returncode == 9
+    left = {path.name for path in folder.iterdir() if path.suffix not in (".json", ".lock")}
+    listed = cache.cache_entries()
+    assert {entry.path.name for entry in listed} == left and len(left) == 2
+    assert [bool(entry.stale) for entry in listed] == [True, False]
+    content, _ = memmap_cached(NAME, lambda write: {"n": write(b"again")})
+    assert bytes(content.tolist()) == b"again"
+    assert {path.name for path in folder.iterdir()} == {NAME, f"{NAME}.json", f".{NAME}.lock"}
 
 
 def test_a_cache_folder_that_is_a_file(folder: Path):
     folder.write_text("precious")
     with pytest.raises(DataError, match="is a file: set the variable METARUN_CACHE"):
-        cache.kept()
+        cache.cache_entries()
 
 
-def test_who_waited_for_a_lock_that_was_removed_takes_a_new_one(folder: Path):
-    """Else it and the next one would work on one entry at once."""
-    pytest.importorskip("fcntl")
-    folder.mkdir()
+def test_who_waits_for_a_lock_says_so_and_gets_it(folder: Path):
+    """Only after a while, once, and on standard error; the lock file stays, for others may wait for it."""
     path, code = folder / "entry", "from metarun import locks; from pathlib import Path; import sys\n"
-    code += "print('waits', flush=True); lock = locks._lock(Path(sys.argv[1])); print('has', flush=True)\n"
-    code += "input()"
+    code += "locks.PATIENCE = 0.2; print('waits', flush=True)\n"
+    code += "print(locks.once(Path(sys.argv[1]), lambda: None, lambda: 'made'), flush=True)"
+    folder.mkdir()
+    words = [sys.executable, "-c", code, str(path)]
     with locks.locked(path) as alone:
         assert alone
-        words = [sys.executable, "-c", code, str(path)]
-        waiting = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        waiting = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert waiting.stdout and waiting.stdout.readline() == "waits\n"
-        time.sleep(0.5)
-        locks.lock_path(path).unlink()
-    assert waiting.stdout.readline() == "has\n"
+        assert waiting.stderr and waiting.stderr.readline() == (
+            f"waiting for another process that prepares {path} ...\n"
+        )
+        assert waiting.poll() is None
+        with locks.locked(path) as second:
+            assert not second
+    out, err = waiting.communicate(timeout=60)
+    assert (out, err) == ("made\n", "")
+    assert [each.name for each in folder.iterdir()] == [".entry.lock"]
     with locks.locked(path) as alone:
-        assert not alone
-    waiting.communicate("\n")
+        assert alone
+
+
+def test_where_there_are_no_locks_the_work_is_done_all_the_same(folder: Path, monkeypatch):
+    def fails(*args: object, **settings: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.FileLock, "acquire", fails)
+    assert locks.once(folder / "entry", lambda: None, lambda: "made") == "made"
+    with locks.locked(folder / "entry") as alone:
+        assert alone
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path):
     prepared(tree(tmp_path / "mine", NAMES))
-    (entry,) = cache.kept()
+    (entry,) = cache.cache_entries()
     seen = []
     assert cache.damage(entry, seen.append) == ""
     assert sum(seen) == entry.size
@@ -175,18 +244,17 @@ def test_every_flipped_byte_is_found(tmp_path: Path):
 
 
 def test_an_entry_being_made_is_left_alone(folder: Path):
-    pytest.importorskip("fcntl")
     name = f"glyphs-{'0' * 24}"
     code = (
-        "import time; from metarun.entries import mapped\n"
+        "import time; from metarun.entries import memmap_cached\n"
         "def build(write):\n"
         "    write(b'a'); print('building', flush=True); time.sleep(60); return {}\n"
-        f"mapped({name!r}, build)"
+        f"memmap_cached({name!r}, build)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "building\n"
-        (left,) = cache.kept()
+        (left,) = cache.cache_entries()
         assert left.stale == "left by a run that was stopped"
         assert not cache.remove(left)
         assert left.path.exists()
@@ -194,20 +262,10 @@ def test_an_entry_being_made_is_left_alone(folder: Path):
         process.kill()
         process.communicate()
     assert cache.remove(left)
-    assert os.listdir(folder) == []
-
-
-def test_sizes_for_people():
-    assert [cache.human(size) for size in (0, 999, 1000, 118_000_000, 9_490_000_000)] == [
-        "0 B",
-        "999 B",
-        "1.0 kB",
-        "118 MB",
-        "9.5 GB",
-    ]
+    assert os.listdir(folder) == [f".{name}.lock"]
 
 
 def test_an_entry_keeps_what_it_is(folder: Path):
-    mapped(f"a-{'0' * 24}", lambda write: {"n": write(b"x")}, what="a", source=str(folder))
-    (entry,) = cache.kept("a")
-    assert (entry.notes["what"], entry.notes["source"], entry.stale) == ("a", str(folder), "")
+    memmap_cached(f"a-{'0' * 24}", lambda write: {"n": write(b"x")}, key="a", source=str(folder))
+    (entry,) = cache.cache_entries("a")
+    assert (entry.metadata["key"], entry.metadata["source"], entry.stale) == ("a", str(folder), "")

@@ -18,15 +18,16 @@ from PIL import Image
 from test_image_datasets import NAMES, mini_tree, picture, tree
 from test_larger_sets import cub_tree, member, packed
 
-from metarun.datasets import cub, images
+from metarun.storage import cache
+from metarun.datasets import images
+from metarun.datasets import cub
 from metarun.datasets.cifar import CifarFS, labels
 from metarun.datasets.class_folders import entries
 from metarun.datasets.cub import Cub
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
+from metarun.storage.cached_arrays import extract_cached
 from metarun.errors import DataError
-from metarun.storage import cache
-from metarun.storage.cached_arrays import unpacked
 from metarun.storage.files import md5_sum
 
 SPLITS = ("train", "validation", "test")
@@ -116,7 +117,7 @@ def test_an_odd_file_is_named_or_skipped(tmp_path: Path, kind: str):
 def test_whatever_pillow_raises_names_the_file(tmp_path: Path, monkeypatch):
     picture(tmp_path / "a.png", 3)
 
-    def fails(image, **settings):
+    def fails(image):
         raise TypeError("inside Pillow\nand more")
 
     monkeypatch.setattr(images.ImageOps, "exif_transpose", fails)
@@ -224,10 +225,10 @@ def test_a_tar_that_is_damaged_is_never_taken_for_whole(tmp_path: Path):
     for name, spoilt in bad.items():
         archive.write_bytes(spoilt)
         with pytest.raises(DataError, match=r"a\.tar is damaged"):
-            unpacked(archive, "a", lambda: None)
+            extract_cached(archive, "a", lambda: None)
         assert not list((tmp_path / "cache").glob("[!.]*")), name
     archive.write_bytes(content)
-    assert len(list(unpacked(archive, "a", lambda: None).iterdir())) == 3
+    assert len(list(extract_cached(archive, "a", lambda: None).iterdir())) == 3
 
 
 def test_the_sum_at_the_end_of_a_packed_tar_is_checked(tmp_path: Path):
@@ -237,7 +238,7 @@ def test_the_sum_at_the_end_of_a_packed_tar_is_checked(tmp_path: Path):
     content[-6] ^= 1  # in the CRC-32 sum, which comes after the members
     (tmp_path / "a.tgz").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.tgz is damaged"):
-        unpacked(tmp_path / "a.tgz", "a", lambda: None)
+        extract_cached(tmp_path / "a.tgz", "a", lambda: None)
 
 
 ODD_MEMBERS = {
@@ -252,7 +253,7 @@ def test_odd_members_of_a_tar(tmp_path: Path, name: str):
     with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
         tar.addfile(info, io.BytesIO())
     with pytest.raises(DataError, match=says) as error:
-        unpacked(tmp_path / "a.tgz", "a", lambda: None)
+        extract_cached(tmp_path / "a.tgz", "a", lambda: None)
     assert "METARUN_CACHE" not in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -265,7 +266,7 @@ def test_a_disk_that_is_full_while_an_archive_is_unpacked(tmp_path: Path, monkey
         tar.addfile(member("a.jpg", size=600), io.BytesIO(bytes(600)))
     monkeypatch.setattr(tarfile.TarFile, "extractall", full)
     with pytest.raises(DataError, match=r"No space left on device.*METARUN_CACHE") as error:
-        unpacked(tmp_path / "a.tgz", "a", lambda: None)
+        extract_cached(tmp_path / "a.tgz", "a", lambda: None)
     assert str(error.value).startswith(f"cannot write to {tmp_path / 'cache'} (")
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
@@ -285,7 +286,7 @@ def test_an_unpacked_folder_is_verified_and_made_again(tmp_path: Path):
     packed(cub_tree(tmp_path / "birds") / "CUB_200_2011", tmp_path / "birds.tgz")
     root = tmp_path / "birds.tgz"
     Cub(root=str(root), size=8).split("train")
-    (entry,) = [each for each in cache.kept("cub") if each.split == "unpacked"]
+    (entry,) = [each for each in cache.cache_entries("cub") if each.split == "unpacked"]
     assert cache.damage(entry) == ""
     photograph = next(entry.path.rglob("B_0.jpg"))
     good = photograph.read_bytes()
@@ -295,5 +296,5 @@ def test_an_unpacked_folder_is_verified_and_made_again(tmp_path: Path):
     assert cache.damage(entry).startswith("damaged")
     Cub(root=str(root), size=8).split("train")
     assert photograph.read_bytes() == good
-    (entry,) = [each for each in cache.kept("cub") if each.split == "unpacked"]
+    (entry,) = [each for each in cache.cache_entries("cub") if each.split == "unpacked"]
     assert cache.damage(entry) == ""

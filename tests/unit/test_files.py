@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from metarun.storage import archives, downloads
-from metarun.storage.archives import Archive
+from metarun.storage.archives import Archive, Folder
 from metarun.storage.downloads import download
-from metarun.storage.cached_arrays import mapped
+from metarun.storage.cached_arrays import memmap_cached
 from metarun.errors import DataError
 from metarun.storage.files import atomic_write, cache_dir, data_dir
 
@@ -229,7 +229,7 @@ class Builder:
 
 
 def mapped_text(build):
-    content, made = mapped("entry", build)
+    content, made = memmap_cached("entry", build)
     assert made["names"] == ["a", "b"]
     return bytes(content.tolist())
 
@@ -252,7 +252,6 @@ def test_a_damaged_entry_is_built_again(where):
 
 
 def test_an_entry_is_built_by_one_of_many_at_once():
-    pytest.importorskip("fcntl")
     build = Builder(pause=0.2)
     # A lock belongs to an opened file, so threads compete for it as processes do.
     with ThreadPoolExecutor(4) as pool:
@@ -266,7 +265,7 @@ def test_an_entry_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "taken"))
     build = Builder()
     with pytest.raises(DataError, match="METARUN_CACHE") as failure:
-        mapped("entry", build)
+        memmap_cached("entry", build)
     assert str(tmp_path / "taken") in one_line(failure)
     assert build.calls == 0  # said before the work, not after it
 
@@ -284,6 +283,9 @@ def test_archive_is_read_in_place(tmp_path):
     assert archive.names() == ["a/1.png", "b/2.png"]
     assert archive.read("b/2.png") == b"two"
     assert names_in(tmp_path) == ["a.zip"]
+    before = archive.identity()
+    os.utime(path, ns=(1, 1))
+    assert Archive(path).identity() != before
 
 
 @pytest.mark.parametrize(
@@ -325,3 +327,23 @@ def test_archive_damaged(tmp_path):
         with pytest.raises(DataError, match="get it again") as failure:
             Archive(path).names()
         assert str(path) in one_line(failure)
+
+
+def test_folder(tmp_path):
+    for name in ("b/2.png", "a/1.png", "a/c/3.png", "top.txt"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(name)
+    folder = Folder(tmp_path / "tree")
+    assert folder.names() == ["a/1.png", "a/c/3.png", "b/2.png", "top.txt"]
+    assert folder.read("a/c/3.png") == b"a/c/3.png"
+    seen = [folder.identity()]
+    (tmp_path / "tree/a/1.png").write_text("other")
+    seen.append(folder.identity())
+    (tmp_path / "tree/b/2.png").rename(tmp_path / "tree/b/4.png")
+    seen.append(folder.identity())
+    assert len(set(seen)) == 3
+    with pytest.raises(DataError, match=r"2\.png"):
+        folder.read("b/2.png")
+    (tmp_path / "tree/b/5.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"5\.png"):
+        folder.identity()

@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from metarun.config.paths import CONF
+from metarun.cli import main
 from metarun.datasets import mini_imagenet
 from metarun.datasets.cifar import FC100, CifarFS, labels
 from metarun.datasets.from_torchvision import SETS, FromTorchvision
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
-from metarun.errors import ConfigError, DataError
-from metarun.storage.cached_arrays import mapped
+from metarun.storage.cached_arrays import memmap_cached
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.sampling import sample
+from metarun.errors import ConfigError, DataError
 
 NAMES = [f"class {i}" for i in range(8)]
 
@@ -59,7 +59,7 @@ def zipped(folder: Path, target: Path) -> None:
 
 def levels(store) -> dict[str, list[int]]:
     """The grey level of every image, by class name."""
-    means = store.images.float().mean((1, 2, 3)).round().int().tolist()
+    means = store.items.float().mean((1, 2, 3)).round().int().tolist()
     found = {}
     for name, start, count in zip(store.names, store.starts.tolist(), store.counts.tolist(), strict=True):
         found[name] = means[start : start + count]
@@ -133,7 +133,7 @@ def test_images_of_every_kind(tmp_path: Path):
     assert {name for part in parts for name in part.names} == {"a", "b", "c", "d", "e", "Ф ы 猫", "linked"}
     assert all(part.item_shape == (3, 16, 16) for part in parts)
     (store,) = [part for part in parts if "b" in part.names]
-    image = store.images[store.starts[store.names.index("b")] + 1].float()
+    image = store.items[store.starts[store.names.index("b")] + 1].float()
     # Lying, its left half is white; upright, the top half is.
     assert image[:, :8, 4:12].mean() > 200 > 60 > image[:, 8:, 4:12].mean()
 
@@ -162,7 +162,7 @@ BROKEN_TREES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such folder"),
     "an empty folder": (lambda root: (shutil.rmtree(root), root.mkdir()), "has no files"),
     "an empty class": (lambda root: (root / "empty").mkdir(), "empty: this class has no images"),
-    "a stray file": (lambda root: picture(root / "stray.png", 1), "stray.png: is beside the class folders"),
+    "a stray file": (lambda root: picture(root / "stray.png", 1), "stray.png: lies beside the class folders"),
     "few classes": (
         lambda root: [shutil.rmtree(root / name) for name in NAMES[:3]],
         "has 5 classes; at least 6",
@@ -209,7 +209,7 @@ def test_how_an_image_of_other_proportions_is_made_square(tmp_path: Path, fit: s
             path.unlink()
         Image.fromarray(pixels).save(root / name / "wide.png")
     store = ImageFolder(root=str(root), size=18, channels=1, fit=fit).split("train")
-    image = store.images[0, 0].int()
+    image = store.items[0, 0].int()
     assert abs(image[0, 0] - (corner if fit != "crop" else left)) < 12
     assert abs(image[9, 2] - left) < 12
 
@@ -244,10 +244,10 @@ def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache:
         write(b"de")
         return {"of": "letters"}
 
-    content, made = mapped("entry", build)
+    content, made = memmap_cached("entry", build)
     assert bytes(content.tolist()) == b"abcde"
     assert made["of"] == "letters"
-    mapped("entry", build)
+    memmap_cached("entry", build)
     assert len(built) == 1
 
     def fails(write):
@@ -255,23 +255,23 @@ def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache:
         raise RuntimeError("stopped half-way")
 
     with pytest.raises(RuntimeError):
-        mapped("other", fails)
+        memmap_cached("other", fails)
     with pytest.raises(DataError, match="nowhere: No such file"):  # not the cache's fault
-        mapped("other", lambda write: {"n": len(Path("nowhere").read_bytes())})
+        memmap_cached("other", lambda write: {"n": len(Path("nowhere").read_bytes())})
     assert {path.name for path in empty_cache.glob("[!.]*")} == {"entry", "entry.json"}
     (empty_cache / "entry.json").unlink()  # as if killed before the notes were written
-    mapped("entry", build)
+    memmap_cached("entry", build)
     assert len(built) == 2
 
 
 def test_two_processes_preparing_one_cache_do_the_work_once(tmp_path: Path, empty_cache: Path):
     """Also after one that was killed half-way."""
     code = (
-        "import sys, time; from metarun.entries import mapped\n"
+        "import sys, time; from metarun.entries import memmap_cached\n"
         "def build(write):\n"
         "    write(b'a'); print('building', flush=True); time.sleep(float(sys.argv[1])); write(b'b')\n"
         "    return {}\n"
-        "content, _ = mapped('entry', build); print(bytes(content.tolist()).decode())"
+        "content, _ = memmap_cached('entry', build); print(bytes(content.tolist()).decode())"
     )
     first = subprocess.Popen([sys.executable, "-c", code, "60"], stdout=subprocess.PIPE, text=True)
     assert first.stdout and first.stdout.readline() == "building\n"
@@ -509,7 +509,7 @@ def test_every_yaml_of_torchvision_names_a_set_there_is():
     import torchvision.datasets
 
     options = {
-        path.stem for path in (CONF / "dataset").glob("*.yaml") if "from_torchvision" in path.read_text()
+        path.stem for path in (cli.CONF / "dataset").glob("*.yaml") if "from_torchvision" in path.read_text()
     }
     assert options == set(SETS)
     for kind, parts in SETS.values():
@@ -538,5 +538,5 @@ def test_a_folder_around_the_classes_does_no_harm(tmp_path: Path):
 def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path, empty_cache: Path):
     empty_cache.mkdir()
     (empty_cache / ".[en]try.0123.tmp").write_bytes(b"half")
-    mapped("[en]try", lambda write: {"n": write(b"abc")})
+    memmap_cached("[en]try", lambda write: {"n": write(b"abc")})
     assert not list(empty_cache.glob("*.tmp")) + list(empty_cache.glob(".*.tmp"))
