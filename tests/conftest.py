@@ -79,22 +79,3 @@ def test_data() -> Path:
     if not (folder := os.environ.get("METARUN_TEST_DATA")):
         pytest.skip("METARUN_TEST_DATA is not set: no real data here")
     return Path(folder)
-
-
-#: A training run of a few seconds; tests append to it.
-TINY = [
-    "dataset.train_classes=40",
-    "dataset.validation_classes=10",
-    "dataset.test_classes=20",
-    "backbone.width=8",
-    "iterations=12",
-    "meta_batch=2",
-    "validation.every=6",
-    "validation.episodes=20",
-    "test.episodes=20",
-    "checkpoint.every=3",
-    "log.every=3",
-    "log.tensorboard=false",
-    "hardware=cpu",
-    "hardware.threads=1",
-]

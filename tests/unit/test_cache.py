@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_image_datasets import NAMES, picture, tree
+from helpers.images import NAMES, picture, tree
 
 from metarun import cache, locks
 from metarun.datasets.image_folder import ImageFolder

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.datasets as sets
+from helpers.images import mnist_files
 from PIL import Image
-from test_image_datasets import mnist_files
 
 from metarun import downloads
 from metarun.datasets.cifar import CifarFS

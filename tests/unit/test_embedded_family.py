@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.methods import METHODS, SHAPE, episodes_of
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.svm import LinearSVC
-from test_algorithms import METHODS, SHAPE, episodes_of
 from torch import Tensor, nn
 
 from metarun.algorithms import mann

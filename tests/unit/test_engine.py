@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from engines import engine_of
+from helpers.engines import engine_of
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm

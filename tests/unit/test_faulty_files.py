@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.images import NAMES, cub_tree, member, mini_tree, packed, picture, tree
 from PIL import Image
-from test_image_datasets import NAMES, mini_tree, picture, tree
-from test_larger_sets import cub_tree, member, packed
 
 from metarun import cache, images
 from metarun.datasets import cub

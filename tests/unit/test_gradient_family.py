@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engines import engine_of
+from helpers.engines import engine_of
 from torch import Tensor, nn
 
 from metarun.algorithms.cavia import CAVIA

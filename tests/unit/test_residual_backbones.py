@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from engines import engine_of
-from test_algorithms import METHODS, episodes_of, gradient, relative_error
+from helpers.engines import engine_of
+from helpers.methods import METHODS, episodes_of, gradient, relative_error
+from helpers.runs import TINY
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models import resnet18

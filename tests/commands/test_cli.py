@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.runs import TINY
 
 import metarun as package
 from metarun.checkpoint import FORMAT

@@ -40,7 +40,7 @@ def test_mistakes(metarun):
 
 
 def test_training_images_are_changed_and_a_run_with_them_resumes(metarun, tmp_path: Path):
-    from conftest import TINY
+    from helpers.runs import TINY
 
     metarun("train", "augment=standard", *TINY, "hydra.run.dir=whole")
     metarun("train", "augment=standard", *TINY, "hydra.run.dir=parts", "iterations=6", "validation.every=6")

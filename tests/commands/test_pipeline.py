@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.runs import TINY
 
 from metarun import checkpoint
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.runs import TINY
 from omegaconf import OmegaConf
 
 from metarun import checkpoint, cli
