@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from metarun import checkpoint, cli
 from metarun.locks import locked
 
-FILES = {"best.pt", "last.pt", "metrics.jsonl", "learning_curve.png", "result.json"}
+FILES = {"best.pt", "last.pt", "metrics.jsonl", "result.json"}
 ALGORITHMS = sorted(path.stem for path in (cli.CONF / "algorithm").glob("*.yaml"))
 CLASSIFIERS = [
     "protonet",
@@ -86,8 +86,16 @@ def test_regression_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorit
     metarun("eval", f"checkpoint={folder}", "episodes=20", "steps=2", "hydra.run.dir=evaluated")
     results = json.loads((tmp_path / "evaluated/results.json").read_text())["results"]
     assert results[0]["metric"] == "mse"
-    metarun("adapt", f"checkpoint={folder}", "hydra.run.dir=adapted")
-    assert (tmp_path / "adapted/curves.png").stat().st_size > 5000
+    assert "mse" in metarun("adapt", f"checkpoint={folder}", "hydra.run.dir=adapted").stdout
+
+
+@pytest.mark.pictures
+def test_a_run_and_an_adaptation_leave_pictures(metarun, tmp_path: Path):
+    words = ["train", "dataset=sinusoid", "algorithm=maml", "iterations=4", "test.episodes=2"]
+    metarun(*words, "validation.every=2", "log.tensorboard=false", "hydra.run.dir=run")
+    metarun("adapt", "checkpoint=run", "hydra.run.dir=adapted")
+    for name in ("run/learning_curve.png", "adapted/curves.png"):
+        assert (tmp_path / name).stat().st_size > 5000
 
 
 @pytest.mark.parametrize("algorithm", CLASSIFIERS)
