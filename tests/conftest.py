@@ -1,4 +1,4 @@
-"""Shared by all tests: few threads, a cache of their own, the command line."""
+"""Shared by all tests: few threads, a cache of their own, the command line, trained runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,25 @@ from metarun.cli.main import main
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(autouse=True)
-def own_surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never the user's cache, one for all tests of a process; no variable left by another test."""
+def pytest_configure(config: pytest.Config) -> None:
+    """`-m quick` means `-m 'quick and not gpu and not long'`: a later -m replaces the one in addopts."""
+    if config.option.markexpr.strip() == "quick":
+        config.option.markexpr = "quick and not gpu and not long"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Never the user's cache: one for all tests of a process, and for their fixtures."""
     cache = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("METARUN_CACHE", str(cache))
-    monkeypatch.setenv("METARUN_DATA", str(cache / "data"))
-    # `cli` sets it for Hydra, and a command run inside this process leaves it set.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METARUN_CACHE", str(cache))
+        patch.setenv("METARUN_DATA", str(cache / "data"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def raw_errors_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cli` sets this variable for Hydra, and a command run inside this process leaves it set."""
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
 
@@ -49,26 +61,73 @@ class Done:
 Metarun = Callable[..., Done]
 
 
+def exit_status(words: list[str], draws: bool) -> int:
+    """Run `metarun WORDS` in this process and in the current folder, and return its exit status.
+
+    Args:
+        words: The command and its overrides.
+        draws: Whether figures are drawn and written. A figure takes longer to draw than a small
+            network to train.
+    """
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["metarun"])
+        patch.delenv("HYDRA_FULL_ERROR", raising=False)
+        if not draws:
+            patch.setattr("metarun.reporting.plots.save", close_undrawn)
+        main(words)
+    GlobalHydra.instance().clear()
+    return int(stopped.value.code or 0)
+
+
+def close_undrawn(figure: object, path: Path) -> None:
+    """Stands for `plots.save`: the figure is complete, only its rendering is left out."""
+    import matplotlib.pyplot as plt
+
+    assert path.parent.is_dir()
+    plt.close(figure)  # type: ignore[arg-type]
+
+
 @pytest.fixture
-def metarun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Metarun:
+def metarun(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Metarun:
     """`metarun(*words)` as a person types it, in an empty folder.
 
     It calls the console script's own function, since a new process would spend seconds on
-    importing torch; test_cli.py runs new processes.
+    importing torch; test_cli.py runs new processes. Figures are written in tests marked `pictures`.
     """
     monkeypatch.chdir(tmp_path)
+    draws = request.node.get_closest_marker("pictures") is not None
 
     def run(*words: str, status: int = 0) -> Done:
         capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(sys, "argv", ["metarun"])
-            patch.delenv("HYDRA_FULL_ERROR", raising=False)
-            main(list(words))
-        GlobalHydra.instance().clear()
+        code = exit_status(list(words), draws)
         done = Done(*capsys.readouterr())
-        code = stopped.value.code or 0
         assert code == status, f"exit {code}\n{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`trained(*words)` is the folder of a run of `metarun train WORDS`, made once in a process.
+
+    It is shared by all tests that ask for the same words: read it, or change a copy of it.
+    """
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(*words: str) -> Path:
+        if words not in made:
+            folder = tmp_path_factory.mktemp("trained")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                assert exit_status(["train", *words, "hydra.run.dir=run"], draws=False) == 0, words
+            made[words] = folder / "run"
+        return made[words]
 
     return run
 
@@ -79,22 +138,3 @@ def test_data() -> Path:
     if not (folder := os.environ.get("METARUN_TEST_DATA")):
         pytest.skip("METARUN_TEST_DATA is not set: no real data here")
     return Path(folder)
-
-
-#: A training run of a few seconds; tests append to it.
-TINY = [
-    "dataset.train_classes=40",
-    "dataset.validation_classes=10",
-    "dataset.test_classes=20",
-    "backbone.width=8",
-    "iterations=12",
-    "meta_batch=2",
-    "validation.every=6",
-    "validation.episodes=20",
-    "test.episodes=20",
-    "checkpoint.every=3",
-    "log.every=3",
-    "log.tensorboard=false",
-    "hardware=cpu",
-    "hardware.threads=1",
-]

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_image_datasets import NAMES, picture, tree
+from helpers.images import NAMES, picture, tree
 
-from metarun.storage import cache, locks
 from metarun.datasets.image_folder import ImageFolder
-from metarun.storage.cached_arrays import memmap_cached
 from metarun.errors import DataError
+from metarun.storage import cache, locks
+from metarun.storage.cached_arrays import memmap_cached
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +246,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path):
 def test_an_entry_being_made_is_left_alone(folder: Path):
     name = f"glyphs-{'0' * 24}"
     code = (
-        "import time; from metarun.entries import memmap_cached\n"
+        "import time; from metarun.storage.cached_arrays import memmap_cached\n"
         "def build(write):\n"
         "    write(b'a'); print('building', flush=True); time.sleep(60); return {}\n"
         f"memmap_cached({name!r}, build)"

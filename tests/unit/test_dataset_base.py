@@ -20,8 +20,8 @@ from metarun.datasets.base import (
     select,
     split_by_digest,
 )
-from metarun.episodes import ClassStore
 from metarun.errors import ConfigError
+from metarun.tasks.class_store import ClassStore
 
 NAMES = [f"class {i}" for i in range(20)] + ["Ф ы 猫"]
 

@@ -8,65 +8,21 @@ import inspect
 import io
 import socket
 import tarfile
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision.datasets as sets
+from helpers.images import mnist_files
+from helpers.server import Server, running
 from PIL import Image
-from test_image_datasets import mnist_files
 
-from metarun.storage import archives, downloads
 from metarun.datasets.cifar import CifarFS
 from metarun.datasets.from_torchvision import SETS, FromTorchvision
 from metarun.datasets.torchvision_sources import SOURCES, Source
 from metarun.errors import DataError
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `files` by path; `script` says how each GET goes, the last word for ever."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.script = ["good"]
-        self.ranges: list[str | None] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        script = self.server.script
-        how = script.pop(0) if len(script) > 1 else script[0]
-        self.server.ranges.append(self.headers["Range"])
-        body = self.server.files.get(self.path.removeprefix("/moved").strip("/"), b"")
-        start = int((self.headers["Range"] or "bytes=0-")[6:-1])
-        if how.isdigit():
-            self.answer(b"", int(how))
-        elif how == "redirect" and not self.path.startswith("/moved"):
-            self.answer(b"", 302, Location=f"/moved{self.path}")
-        elif how == "cut":
-            self.answer(body, 200, sent=len(body) // 2)
-        elif start:
-            self.answer(body[start:], 206)
-        else:
-            self.answer(body, 200)
-
-    def answer(self, body: bytes, status: int, sent: int | None = None, **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body[:sent])
+from metarun.storage import archives, downloads
 
 
 @pytest.fixture
@@ -74,13 +30,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("METARUN_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(downloads, "PAUSE", 0.0)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with running() as server:
+        yield server
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.methods import METHODS, SHAPE, episodes_of
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.svm import LinearSVC
-from test_algorithms import METHODS, SHAPE, episodes_of
 from torch import Tensor, nn
 
 from metarun.algorithms import mann
@@ -215,7 +215,7 @@ def test_any_ways_and_shots_it_allows(name: str, ways: int, shots: int):
         return
     algorithm.check(ways)
     with torch.no_grad():
-        adapted = algorithm.adapt(episodes.support_x, episodes.support_y, ways)
+        adapted = algorithm.adapt(episodes)
         outputs = algorithm.predict(adapted, episodes.query_x)
     assert outputs.shape == (3, 2 * ways, ways)
     assert outputs.isfinite().all()
@@ -232,7 +232,7 @@ def test_queries_do_not_see_each_other(name: str):
     assert not algorithm.eval().uses_query_statistics
     episodes = episodes_of()
     with torch.no_grad():
-        adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
+        adapted = algorithm.adapt(episodes)
         together = algorithm.predict(adapted, episodes.query_x)
         alone = [algorithm.predict(adapted, query) for query in episodes.query_x.split(1, dim=1)]
     torch.testing.assert_close(together, torch.cat(alone, 1))
@@ -256,7 +256,7 @@ def test_running_averages_make_evaluation_inductive(name: str):
     episodes = episodes_of()
     kept = {k: v.clone() for k, v in algorithm.named_buffers()}
     with torch.no_grad():
-        adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
+        adapted = algorithm.adapt(episodes)
         together, fewer = (algorithm.predict(adapted, x) for x in (episodes.query_x, episodes.query_x[:, :2]))
     torch.testing.assert_close(together[:, :2], fewer)
     assert all(torch.equal(v, kept[k]) for k, v in algorithm.named_buffers())
@@ -389,7 +389,7 @@ def test_a_frozen_backbone_stays_and_the_task_still_changes_its_features():
     assert all(torch.equal(v, before[k]) for k, v in algorithm.backbone.state_dict().items())
     one, other = episodes_of(), episodes_of()
     with torch.no_grad():
-        films = [algorithm.adapt(e.support_x, e.support_y, 3)["film"] for e in (one, other)]
+        films = [algorithm.adapt(e)["film"] for e in (one, other)]
         features = [algorithm.embed_with(film, one.query_x) for film in films]
     assert not torch.allclose(*features)
 
@@ -399,7 +399,7 @@ def test_cnaps_starts_near_the_plain_network():
     episodes = episodes_of()
     plain = torch.stack([backbone(x) for x in episodes.query_x])
     algorithm = CNAPs(backbone, SHAPE, width=4, norm="layer")
-    film = algorithm.adapt(episodes.support_x, episodes.support_y, 3)["film"]
+    film = algorithm.adapt(episodes)["film"]
     torch.testing.assert_close(algorithm.embed_with(film, episodes.query_x), plain, atol=0.05, rtol=0.05)
 
 

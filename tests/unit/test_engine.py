@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from engines import engine_of
+from helpers.engines import engine_of
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
@@ -19,7 +19,7 @@ from metarun.inner_loops.sgd import SGD
 from metarun.tasks.episodes import Episodes
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
-from metarun.training.step import Engine
+from metarun.training.step import OuterStep
 from metarun.training.trainer import load_optimizer
 
 SHAPE = (1, 16, 16)
@@ -51,7 +51,7 @@ def losses(name: str, **hardware) -> list[float]:
     algorithm = algorithms(name)
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=0.01)
     engine = engine_of(algorithm, episodes(), optimizer, **hardware)
-    assert bool(engine.lowered) == (hardware.get("compile", False) is not False)
+    assert bool(engine.traced) == (hardware.get("compile", False) is not False)
     found = []
     torch.manual_seed(2)  # Reptile's order
     for _ in range(4):
@@ -218,7 +218,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.M
     def refuse(*arguments: object) -> None:
         raise RuntimeError("no compiler\nlong story")
 
-    monkeypatch.setattr(Engine, "lowered_gradient", refuse)
+    monkeypatch.setattr(OuterStep, "lowered_gradient", refuse)
     engine.hardware.compile = True
     engine.prepare(0, said.append)
     engine.step()

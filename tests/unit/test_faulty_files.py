@@ -14,20 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.images import NAMES, cub_tree, member, mini_tree, packed, picture, tree
 from PIL import Image
-from test_image_datasets import NAMES, mini_tree, picture, tree
-from test_larger_sets import cub_tree, member, packed
 
-from metarun.storage import cache
-from metarun.datasets import images
-from metarun.datasets import cub
+from metarun.datasets import cub, images
 from metarun.datasets.cifar import CifarFS, labels
 from metarun.datasets.class_folders import entries
 from metarun.datasets.cub import Cub
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
-from metarun.storage.cached_arrays import extract_cached
 from metarun.errors import DataError
+from metarun.storage import cache
+from metarun.storage.cached_arrays import extract_cached
 from metarun.storage.files import md5_sum
 
 SPLITS = ("train", "validation", "test")

@@ -3,78 +3,31 @@
 import hashlib
 import os
 import socket
-import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from helpers.server import running
 
+from metarun.errors import DataError
 from metarun.storage import archives, downloads
 from metarun.storage.archives import Archive, Folder
-from metarun.storage.downloads import download
 from metarun.storage.cached_arrays import memmap_cached
-from metarun.errors import DataError
+from metarun.storage.downloads import download
 from metarun.storage.files import atomic_write, cache_dir, data_dir
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 MD5 = hashlib.md5(BODY).hexdigest()
 
 
-class Server(ThreadingHTTPServer):
-    """Answers each request with the next behaviour of `script`, the last one for ever."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script = ["good"]
-        self.ranges = []  # the Range header of each request
-        self.url = f"http://127.0.0.1:{self.server_port}/file.zip"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        script = self.server.script
-        behaviour = script.pop(0) if len(script) > 1 else script[0]
-        wanted = self.headers["Range"]
-        self.server.ranges.append(wanted)
-        if behaviour.isdigit():
-            self.answer(int(behaviour), b"")
-        elif behaviour == "redirect":
-            self.answer(302, b"", ("Location", "/elsewhere"))
-        elif behaviour == "stall":
-            time.sleep(0.5)
-        elif behaviour == "cut":
-            self.answer(200, BODY, sent=len(BODY) // 3)
-        elif wanted is None or behaviour == "whole":
-            self.answer(200, BODY)
-        else:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            span = f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
-            self.answer(206, BODY[start:], ("Content-Range", span))
-
-    def answer(self, status, body, header=None, sent=None):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        if header:
-            self.send_header(*header)
-        self.end_headers()
-        self.wfile.write(body[:sent])
-
-
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(downloads, "PAUSE", 0.0)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with running() as server:
+        server.url += "file.zip"
+        server.files["file.zip"] = BODY
+        yield server
 
 
 @pytest.fixture(autouse=True)

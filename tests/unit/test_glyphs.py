@@ -17,7 +17,7 @@ def test_shape_type_and_names():
     glyphs = small(images_per_class=5, size=20)
     store = glyphs.split("validation")
     assert glyphs.item_shape == store.item_shape == (1, 20, 20)
-    assert store.images.shape == (30, 1, 20, 20) and store.images.dtype == torch.uint8
+    assert store.items.shape == (30, 1, 20, 20) and store.items.dtype == torch.uint8
     assert store.names == [f"validation {index}" for index in range(6)]
     assert store.counts.tolist() == [5] * 6
 
@@ -44,7 +44,7 @@ def test_more_classes_keep_the_first():
 def test_no_image_comes_twice_in_any_split_or_seed():
     datasets = [small(train_classes=2 * BLOCK, images_per_class=5, seed=seed) for seed in (0, 1)]
     stores = [glyphs.split(split) for glyphs in datasets for split in ("train", "validation", "test")]
-    images = torch.cat([store.images for store in stores]).flatten(1)
+    images = torch.cat([store.items for store in stores]).flatten(1)
     assert len(images) == 2 * 5 * (2 * BLOCK + 6 + 6)
     assert len(images.unique(dim=0)) == len(images)
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engines import engine_of
-from metarun.algorithms.proximal import IMAML, MinibatchProx, conjugate_gradient
+from helpers.engines import engine_of
 from torch import Tensor, nn
 
 from metarun.algorithms.cavia import CAVIA
+from metarun.algorithms.imaml import IMAML, conjugate_gradient
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.maml_plus_plus import MAMLPlusPlus
 from metarun.algorithms.pretrain import Pretrain
@@ -179,7 +179,7 @@ def test_annealed_runs_are_the_same_however_a_step_is_run(compile):
         for iteration in range(7):
             engine.step()
             run.append(engine.running_totals[0].item())
-            assert bool(engine.lowered) == (how is not False)
+            assert bool(engine.traced) == (how is not False)
             assert algorithm.inner_loop.order == (1 if iteration < 2 else 2)
         losses.append(run)
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-9, atol=1e-12)
@@ -213,7 +213,7 @@ def test_statistics_of_each_step_are_kept_and_used_in_evaluation():
     norm = algorithm.norms[0]
     algorithm.meta_loss(episodes)
     # By hand: what the convolution sees at each step, in support, and at the end, in query.
-    states = list(algorithm.trajectory(episodes.support_x, episodes.support_y, 3))
+    states = list(algorithm.trajectory(episodes))
     expected = torch.zeros(2, 4)
     for row, x, state in ((0, episodes.support_x, 0), (1, episodes.support_x, 1), (1, episodes.query_x, 2)):
         weights = {name: p[0] for name, p in states[state]["params"].items()}
@@ -228,7 +228,7 @@ def test_statistics_of_each_step_are_kept_and_used_in_evaluation():
     # In evaluation a query's prediction is its own affair, and nothing is averaged any more.
     algorithm.eval()
     before = norm.mean.clone()
-    adapted = algorithm.adapt(episodes.support_x, episodes.support_y, 3)
+    adapted = algorithm.adapt(episodes)
     together = algorithm.predict(adapted, episodes.query_x)
     torch.testing.assert_close(algorithm.predict(adapted, episodes.query_x[:, :1]), together[:, :1])
     assert torch.equal(norm.mean, before)
@@ -240,9 +240,7 @@ def test_statistics_of_each_step_are_kept_and_used_in_evaluation():
 def test_a_context_is_all_that_adapts():
     algorithm = CAVIA(Conv4((1, 16, 16), width=8), SGD(1.0, 2), 3, context=7)
     episodes = images()
-    start, end = (
-        list(algorithm.trajectory(episodes.support_x, episodes.support_y, 3))[i]["params"] for i in (0, -1)
-    )
+    start, end = (list(algorithm.trajectory(episodes))[i]["params"] for i in (0, -1))
     changed = {name for name in start if not torch.equal(start[name], end[name])}
     (name,) = changed
     assert name == "backbone.2.1.1.context"
@@ -281,7 +279,7 @@ def test_size_and_sign_of_numbers_of_any_scale():
 def test_pretraining_gives_a_new_task_a_head_of_zeros():
     algorithm = Pretrain(MLP((6,), hidden=(8,)), SGD(0.5, 0, test_steps=3), 3, classes=20).eval()
     episodes = vectors(ways=4)  # more than it was built for
-    states = list(algorithm.trajectory(episodes.support_x, episodes.support_y, 4))
+    states = list(algorithm.trajectory(episodes))
     assert len(states) == 4
     assert not algorithm.predict(states[0], episodes.query_x).any()
     assert algorithm.predict(states[-1], episodes.query_x).any()
@@ -350,7 +348,7 @@ def test_averages_of_steps_in_bf16_and_where_they_cannot_be_kept():
         engine.step()
     assert algorithm.norms[0].mean.dtype == torch.float32
     assert algorithm.norms[0].mean.isfinite().all()
-    for lowering in ("vmap", "loop"):
+    for batching in ("vmap", "loop"):
         engine = engine_of(algorithm, images(), batching=batching)
         with pytest.raises(ConfigError, match=r"needs a backbone that is a chain .*hardware\.batching=auto"):
             engine.step()
@@ -379,9 +377,7 @@ def test_evaluation_keeps_one_state_of_maml_plus_plus():
         inner_loop = LayerRates(0.1, 5, test_steps=steps)
         algorithm = MAMLPlusPlus(Conv4((1, 16, 16), width=8), inner_loop, 3).eval()
         with torch.no_grad():
-            return peak_bytes(
-                lambda: algorithm.adapt(episodes.support_x, episodes.support_y, 3), torch.device("cpu")
-            )
+            return peak_bytes(lambda: algorithm.adapt(episodes), torch.device("cpu"))
 
     assert memory(50) < 1.05 * memory(5)
 

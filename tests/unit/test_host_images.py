@@ -21,7 +21,7 @@ from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.sampling import fetched_ahead, sample, training_draws
 from metarun.training.evaluation import evaluate
 from metarun.training.hardware import Hardware
-from metarun.training.step import Engine
+from metarun.training.step import OuterStep
 
 GEOMETRY = EpisodeShape(3, 1, 2)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -40,7 +40,7 @@ def losses(store: ClassStore, device: str) -> list[float]:
     hardware = Hardware(device)
     algorithm = hardware.place(ProtoNet(Conv4((1, 28, 28), 4)))
     optimizer = OuterSGD(algorithm.parameters(), lr=0.1)
-    engine = Engine(algorithm, optimizer, store, GEOMETRY, 4, 0, hardware)
+    engine = OuterStep(algorithm, optimizer, store, GEOMETRY, 4, 0, hardware)
     notes: list[str] = []
     engine.prepare(0, notes.append)
     found = []
@@ -79,7 +79,7 @@ def test_a_mixture_and_an_evaluation_from_host_memory(device: str):
     results = [evaluate(algorithm, each, GEOMETRY, 60, 0, hardware) for each in (near, far)]
     assert results[0].episodes_hash == results[1].episodes_hash
     torch.testing.assert_close(results[0].scores, results[1].scores)
-    assert far.converted((3, 8, 8)).parts["a"].host_for == torch.device(device)
+    assert far.resized((3, 8, 8)).parts["a"].host_for == torch.device(device)
 
 
 def test_one_draw_is_fetched_ahead_by_a_thread_and_none_is_lost():

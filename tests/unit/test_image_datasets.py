@@ -13,57 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.images import NAMES, levels, mini_tree, mnist_files, picture, tree, zipped
 from PIL import Image
 
-from metarun.cli import main
+from metarun.config.paths import CONF
 from metarun.datasets import mini_imagenet
 from metarun.datasets.cifar import FC100, CifarFS, labels
 from metarun.datasets.from_torchvision import SETS, FromTorchvision
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
+from metarun.errors import ConfigError, DataError
 from metarun.storage.cached_arrays import memmap_cached
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.sampling import sample
-from metarun.errors import ConfigError, DataError
-
-NAMES = [f"class {i}" for i in range(8)]
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def picture(path: Path, level: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    colour: int | tuple[int, ...] = (
-        level if mode in ("L", "1", "P") else (level,) * len(Image.new(mode, (1, 1)).getbands())
-    )
-    Image.new(mode, size, colour).save(path)
-
-
-def tree(root: Path, names: list[str], each: int = 3, suffix: str = "png") -> Path:
-    """Class folders of flat grey images; a class's number is its images' grey level."""
-    for i, name in enumerate(names):
-        for k in range(each):
-            picture(root / name / f"{k}.{suffix}", 10 * i + k)
-    return root
-
-
-def zipped(folder: Path, target: Path) -> None:
-    with zipfile.ZipFile(target, "w") as archive:
-        for path in sorted(folder.rglob("*")):
-            archive.write(path, path.relative_to(folder.parent))
-
-
-def levels(store) -> dict[str, list[int]]:
-    """The grey level of every image, by class name."""
-    means = store.items.float().mean((1, 2, 3)).round().int().tolist()
-    found = {}
-    for name, start, count in zip(store.names, store.starts.tolist(), store.counts.tolist(), strict=True):
-        found[name] = means[start : start + count]
-    return found
 
 
 # a user's own folder
@@ -267,7 +235,7 @@ def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache:
 def test_two_processes_preparing_one_cache_do_the_work_once(tmp_path: Path, empty_cache: Path):
     """Also after one that was killed half-way."""
     code = (
-        "import sys, time; from metarun.entries import memmap_cached\n"
+        "import sys, time; from metarun.storage.cached_arrays import memmap_cached\n"
         "def build(write):\n"
         "    write(b'a'); print('building', flush=True); time.sleep(float(sys.argv[1])); write(b'b')\n"
         "    return {}\n"
@@ -362,22 +330,6 @@ def test_the_real_cifar(test_data: Path, tmp_path: Path, dataset, layout: str):
 # miniImageNet
 
 
-def mini_tree(root: Path, layout: str) -> Path:
-    """Two tiny images of each of the 100 classes."""
-    flat = root / "images"
-    for split, wnids in mini_imagenet.class_split().items():
-        folder = {"validation": "val"}.get(split, split)
-        lines = ["filename,label"]
-        for i, wnid in enumerate(wnids):
-            for k in range(2):
-                name = f"{wnid}{k:08}.jpg"
-                picture((root / folder / wnid / name) if layout == "folders" else (flat / name), 2 * i + k)
-                lines.append(f"{name},{wnid}")
-        if layout != "folders":
-            (root / f"{folder}.csv").write_text("\n".join(lines))
-    return root
-
-
 @pytest.mark.parametrize("layout", ["folders", "csv", "zips of folders", "zips of csv", "flat without csv"])
 def test_mini_imagenet_in_every_layout(tmp_path: Path, layout: str):
     root = mini_tree(tmp_path / "mini", "folders" if "folders" in layout else "csv")
@@ -451,20 +403,6 @@ def test_each_missing_piece_of_mini_imagenet_is_named(tmp_path: Path, layout: st
 # through torchvision
 
 
-def mnist_files(root: Path, each: int = 4) -> Path:
-    """Files in MNIST's own format (IDX), read by torchvision itself: digit d is of level 20 d."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for prefix in ("train", "t10k"):
-        labels = np.arange(10, dtype=np.uint8).repeat(each)
-        pixels = (20 * labels)[:, None, None].repeat(28, 1).repeat(28, 2)
-        header = np.array([2051, len(labels), 28, 28], ">i4").tobytes()
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        header = np.array([2049, len(labels)], ">i4").tobytes()
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
-    return root
-
-
 def test_a_set_of_torchvision_is_split_by_class(tmp_path: Path):
     root = mnist_files(tmp_path / "data")
 
@@ -509,7 +447,7 @@ def test_every_yaml_of_torchvision_names_a_set_there_is():
     import torchvision.datasets
 
     options = {
-        path.stem for path in (cli.CONF / "dataset").glob("*.yaml") if "from_torchvision" in path.read_text()
+        path.stem for path in (CONF / "dataset").glob("*.yaml") if "from_torchvision" in path.read_text()
     }
     assert options == set(SETS)
     for kind, parts in SETS.values():

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.images import cub_tree, levels, member, packed, picture, zipped
 from PIL import Image
-from test_image_datasets import levels, picture, zipped
 
 from metarun.datasets import cub
 from metarun.datasets.cub import Cub, split_of
 from metarun.datasets.mini_imagenet import MiniImageNet, class_split
 from metarun.datasets.tiered_imagenet import TieredImageNet
 from metarun.errors import ConfigError, DataError
-from metarun.storage.cached_arrays import unpacked
 
 SPLITS = ("train", "validation", "test")
 
@@ -87,21 +86,6 @@ def test_pickles_are_refused_and_nothing_is_run(tmp_path: Path, dataset: type[Mi
 # CUB
 
 
-def cub_tree(root: Path) -> Path:
-    """CUB_200_2011 with two tiny photographs of each species, whose number is their grey level."""
-    for number in range(1, 201):
-        for k in range(2):
-            picture(root / "CUB_200_2011" / "images" / f"{number:03}.Bird_{number}" / f"B_{k}.jpg", number)
-    (root / "CUB_200_2011" / "images.txt").write_text("1 001.Bird_1/B_0.jpg\n")
-    picture(root / "segmentations" / "001.Bird_1" / "B_0.png", 255)
-    return root
-
-
-def packed(folder: Path, target: Path) -> None:
-    with tarfile.open(target, "w:gz") as tar:
-        tar.add(folder, folder.name)
-
-
 def test_the_split_of_cub_is_every_second_then_every_fourth_species():
     assert [split_of(number) for number in (1, 2, 3, 4, 5, 200)] == [
         "train",
@@ -155,13 +139,6 @@ def test_what_is_missing_of_cub_is_said(tmp_path: Path):
         Cub(root=str(tmp_path / "none")).split("train")
     with pytest.raises(DataError, match=r"CUB-200-2011 is not at .*, and dataset\.download=false: put http"):
         Cub(download=False).split("train")
-
-
-def member(name: str, **settings) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    for key, value in settings.items():
-        setattr(info, key, value)
-    return info
 
 
 HOSTILE = {

@@ -14,12 +14,12 @@ from metarun.datasets.base import Dataset, Split
 from metarun.datasets.glyphs import Glyphs
 from metarun.datasets.mixture import Mixture
 from metarun.datasets.sinusoid import Sinusoid
+from metarun.errors import ConfigError, DataError, naming_part
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
-from metarun.tasks.sampling import sample
-from metarun.errors import ConfigError, DataError, naming_part
-from metarun.training.evaluation import Result, interval, mean_of
 from metarun.tasks.resize import converted
+from metarun.tasks.sampling import sample
+from metarun.training.evaluation import Result, interval, mean_of
 
 GEOMETRY = EpisodeShape(3, 1, 2)
 

@@ -4,20 +4,18 @@ import hashlib
 import io
 import os
 import shutil
-import threading
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.server import running
 from PIL import Image, ImageDraw
 
-from metarun.storage import downloads
 from metarun.datasets import class_folders, omniglot
 from metarun.datasets.omniglot import MD5, Omniglot, characters, class_split
 from metarun.errors import ConfigError, DataError
+from metarun.storage import downloads
 
 BACKGROUND, EVALUATION = MD5
 SIZES = {"maml": (1100, 100, 423), "vinyals": (1028, 172, 423), "lake": (792, 172, 659)}
@@ -290,19 +288,12 @@ def test_a_zip_that_is_none(imitation, tmp_path):
 def upstream(imitation, monkeypatch):
     """The imitation in upstream's place, on a loopback server."""
     monkeypatch.setattr(downloads, "PAUSE", 0.0)
-    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     sums = {piece: hashlib.md5((imitation / f"{piece}.zip").read_bytes()).hexdigest() for piece in MD5}
     monkeypatch.setattr(omniglot, "MD5", sums)
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(imitation))
-    )
-    monkeypatch.setattr(omniglot, "URL", f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with running() as server:
+        server.files = {f"{piece}.zip": (imitation / f"{piece}.zip").read_bytes() for piece in MD5}
+        monkeypatch.setattr(omniglot, "URL", server.url.rstrip("/"))
+        yield server
 
 
 def test_download_and_then_without_network(upstream, imitation, tmp_path, monkeypatch):

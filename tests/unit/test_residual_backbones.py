@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from engines import engine_of
-from test_algorithms import METHODS, episodes_of, gradient, relative_error
+from helpers.engines import engine_of
+from helpers.methods import METHODS, episodes_of, gradient, relative_error
+from helpers.runs import TINY
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models import resnet18
@@ -125,7 +125,7 @@ def test_a_traced_gradient_is_the_references(float64: None):
     algorithm, episodes = METHODS["maml"].build(PLAIN["resnet12"](), 1), episodes_of(shots=1, queries=1)
     expected = METHODS["maml"].reference(algorithm, episodes, 1)
     engine = engine_of(algorithm, episodes, compile="auto")
-    assert engine.lowered
+    assert engine.traced
     engine.backward(next(engine.draws))
     found = {name: p.grad for name, p in algorithm.named_parameters()}
     assert relative_error(found, expected) < 1e-10

@@ -9,7 +9,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.source import Draw
 from metarun.training.hardware import Hardware
-from metarun.training.step import Engine
+from metarun.training.step import OuterStep
 
 
 class FixedSource:
@@ -36,7 +36,7 @@ def engine_of(
     optimizer: Optimizer | None = None,
     device: str = "cpu",
     **settings,
-) -> Engine:
+) -> OuterStep:
     """metarun's own way to a gradient, in float64."""
     hardware = Hardware(
         device, **({"precision": "float64", "tasks_at_once": 100, "compile": False} | settings)
@@ -45,6 +45,6 @@ def engine_of(
     optimizer = optimizer or torch.optim.SGD(algorithm.parameters(), lr=0.1)
     source = FixedSource(Episodes(*(tensor.to(device) for tensor in episodes.tensors())))
     shape = EpisodeShape(episodes.ways, 1, 1)  # the source does not look at it
-    engine = Engine(algorithm, optimizer, source, shape, len(episodes), 0, hardware)
+    engine = OuterStep(algorithm, optimizer, source, shape, len(episodes), 0, hardware)
     engine.prepare(0)
     return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.runs import TINY, UNTESTED
 
 import metarun as package
 from metarun.training.checkpoint import FORMAT
@@ -182,10 +183,10 @@ def damaged(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_checkpoints_that_cannot_be_used(metarun, tmp_path: Path):
-    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
-    good = (tmp_path / "run/best.pt").read_bytes()
-    content = torch.load(tmp_path / "run/best.pt", weights_only=True)
+def test_checkpoints_that_cannot_be_used(metarun, trained, tmp_path: Path):
+    run = trained(*UNTESTED)
+    good = (run / "best.pt").read_bytes()
+    content = torch.load(run / "best.pt", weights_only=True)
     torch.save(content | {"format": 99, "metarun": "9.0"}, tmp_path / "future.pt")
     torch.save({"model": torch.zeros(1)}, tmp_path / "foreign.pt")
     torch.save(content | {"algorithm": {}}, tmp_path / "misfit.pt")
@@ -225,10 +226,9 @@ def test_a_checkpoint_cannot_run_code(metarun, tmp_path: Path):
 
 
 @pytest.mark.parametrize("group", ["dataset", "backbone", "algorithm"])
-def test_a_checkpoints_config_cannot_call_at_will(metarun, tmp_path: Path, group: str):
+def test_a_checkpoints_config_cannot_call_at_will(metarun, trained, tmp_path: Path, group: str):
     """A config names classes; only what a group holds is ever built, at any depth."""
-    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
-    content = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    content = torch.load(trained(*UNTESTED) / "best.pt", weights_only=True)
     attack = {"_target_": "pathlib.Path.write_text", "self": {"_target_": "pathlib.Path"}, "data": "x"}
     content["config"][group] = attack
     torch.save(content, tmp_path / "call.pt")
@@ -239,9 +239,9 @@ def test_a_checkpoints_config_cannot_call_at_will(metarun, tmp_path: Path, group
     assert not (tmp_path / "owned").exists()
 
 
-def test_home_is_understood_in_paths(metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_home_is_understood_in_paths(metarun, trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    metarun("train", *TINY, "hydra.run.dir=run, (x=1) [2]".replace("run,", "'run,") + "'", "test.episodes=0")
+    shutil.copytree(trained(*UNTESTED), tmp_path / "run, (x=1) [2]")
     metarun("eval", "checkpoint=~/run, (x=1) [2]", "episodes=5", "queries=2")
     done = metarun("eval", "checkpoint=", status=1)
     assert "checkpoint= is empty" in done.stderr
@@ -259,9 +259,8 @@ def test_home_is_understood_in_paths(metarun, tmp_path: Path, monkeypatch: pytes
         (["+foo=1"], "foo: there is no such setting"),
     ],
 )
-def test_mistakes_of_eval(metarun, tmp_path: Path, words: list[str], message: str):
-    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
-    done = metarun("eval", "checkpoint=run", *words, status=1)
+def test_mistakes_of_eval(metarun, trained, words: list[str], message: str):
+    done = metarun("eval", f"checkpoint={trained(*UNTESTED)}", *words, status=1)
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -274,8 +273,8 @@ def test_a_yaml_that_cannot_be_read_is_named(metarun, tmp_path: Path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_resumed_run_keeps_its_settings(metarun, tmp_path: Path):
-    metarun("train", *TINY, "hydra.run.dir=run", "test.episodes=0")
+def test_a_resumed_run_keeps_its_settings(metarun, trained, tmp_path: Path):
+    shutil.copytree(trained(*UNTESTED), tmp_path / "run")
     before = (tmp_path / "run/last.pt").read_bytes()
     done = metarun("train", "resume=run", "ways=3", status=1)
     assert "ways=3: a resumed run keeps its settings" in done.stderr
@@ -306,7 +305,7 @@ def test_a_full_disk_is_told_in_one_line_and_nothing_is_half_written(
 
 
 def test_paths_with_spaces_and_brackets_need_no_quotes(metarun, tmp_path: Path):
-    metarun("train", *TINY, "hydra.run.dir='my run (1)'", "test.episodes=0")
+    metarun("train", *UNTESTED, "hydra.run.dir='my run (1)'")
     metarun("eval", "checkpoint=my run (1)", "episodes=5", "queries=2")
     metarun("train", "resume=my run (1)", "iterations=14")
 

@@ -5,28 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.runs import LEARNED
 from PIL import Image
 
 from metarun.datasets.glyphs import Glyphs
 
+pytestmark = pytest.mark.xdist_group("learned")  # one process trains for all
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small but trained network, so that its predictions mean something."""
-    folder = tmp_path_factory.mktemp("run")
-    words = ["backbone.width=16", "iterations=300", "dataset.train_classes=200", "validation.every=300"]
-    words += ["log.tensorboard=false", "test.episodes=0", "hardware.threads=1", "hydra.run.dir=run"]
-    subprocess.run(
-        [sys.executable, "-m", "metarun", "train", *words], cwd=folder, check=True, capture_output=True
-    )
-    return folder / "run"
+def run(trained) -> Path:
+    """A network that has learned something, so that its predictions mean something."""
+    return trained(*LEARNED)
 
 
 def draw(
@@ -36,7 +31,7 @@ def draw(
     store = Glyphs(test_classes=3, seed=11).split("test")
     for k, name in enumerate(("alpha one", "βήτα", "gamma")):
         for i in range(8):
-            pixels = store.images[20 * k + i, 0]
+            pixels = store.items[20 * k + i, 0]
             image = Image.fromarray((255 - pixels if dark else pixels).numpy())
             side = sizes[i % len(sizes)]
             image = image.resize((side, side), Image.Resampling.BICUBIC)
@@ -50,6 +45,7 @@ def draw(
             image.save(place / f"{i}.png")
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("dark", [True, False])
 def test_a_users_drawings_of_either_polarity(metarun, run: Path, tmp_path: Path, dark: bool):
     draw(tmp_path, dark, modes=("L", "RGB", "RGBA", "LA", "P", "1", "I;16") if dark else ("L", "RGB"))

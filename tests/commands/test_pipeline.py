@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.runs import TINY
 
 from metarun.training import checkpoint
 
@@ -26,11 +24,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    words = ["train", "algorithm=baseline", *SMALL, "iterations=60", "hydra.run.dir=run"]
-    subprocess.run([sys.executable, "-m", "metarun", *words], cwd=folder, check=True, capture_output=True)
-    return folder / "run"
+def pretrained(trained) -> Path:
+    return trained("algorithm=baseline", *SMALL, "iterations=60")
 
 
 def accuracy(folder: Path) -> float:
@@ -87,10 +82,10 @@ def test_a_resumed_run_does_not_start_again(metarun, pretrained: Path, tmp_path:
 @pytest.mark.parametrize("algorithm", ["snail", "mann", "versa", "simpleshot", "metaoptnet"])
 def test_a_stopped_run_ends_as_one_that_never_was(metarun, tmp_path: Path, algorithm: str):
     """Random orders and samples, averages and all: the same weights, bit by bit."""
-    words = ["train", f"algorithm={algorithm}", *TINY, "test.episodes=0"]
-    metarun(*words, "hydra.run.dir=whole")
-    metarun(*words, "iterations=6", "hydra.run.dir=parts")
-    metarun("train", "resume=parts", "iterations=12")
+    words = ["train", f"algorithm={algorithm}", *TINY, "test.episodes=0", "validation.every=4"]
+    metarun(*words, "iterations=4", "hydra.run.dir=whole")
+    metarun(*words, "iterations=2", "hydra.run.dir=parts")
+    metarun("train", "resume=parts", "iterations=4")
     whole, parts = (checkpoint.load(tmp_path / name / "last.pt")["algorithm"] for name in ("whole", "parts"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.runs import UNTESTED
 from PIL import Image
 from rich.console import Console
 
@@ -23,15 +23,11 @@ from metarun.training.evaluation import Result
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, trained) -> Path:
     """Two small runs, `maml` and `protonet`."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("runs")
     for name in ("maml", "protonet"):
-        words = ["train", f"algorithm={name}", *TINY, f"hydra.run.dir={name}", "test.episodes=0"]
-        subprocess.run([sys.executable, "-m", "metarun", *words], cwd=folder, check=True, capture_output=True)
+        shutil.copytree(trained(f"algorithm={name}", *UNTESTED), folder / name)
     return folder
 
 
@@ -39,6 +35,7 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.pictures
 def test_a_grid_with_a_cell_that_cannot_be(metarun, runs: Path, tmp_path: Path):
     done = metarun(
         "eval",
@@ -125,6 +122,7 @@ def test_every_row_names_its_own_dataset(metarun, runs: Path, tmp_path: Path):
     assert [row["dataset"] for row in rows] == ["glyphs", "glyphs", "sinusoid", "sinusoid"]
 
 
+@pytest.mark.pictures
 def test_a_curve_over_inner_steps(metarun, runs: Path, tmp_path: Path):
     """A method without steps is evaluated once; the same steps as asked for alone give the same."""
     words = ["eval", f"checkpoint=[{runs}/maml,{runs}/protonet]", "episodes=20", "queries=4"]

@@ -14,15 +14,15 @@ COSTS = r"""
 import json, re, sys, time
 from pathlib import Path
 from metarun.datasets.cifar import CifarFS
-from metarun.build import build_source
-from metarun.hardware import Hardware
+from metarun.config.build import build_source
+from metarun.training.hardware import Hardware
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 dataset, hardware = CifarFS(root=sys.argv[1]), Hardware("cpu")
 before, began = peak(), time.perf_counter()
-sizes = [build_source(dataset, split, hardware).images.nbytes for split in sys.argv[2:]]
+sizes = [build_source(dataset, split, hardware).items.nbytes for split in sys.argv[2:]]
 print(json.dumps({"seconds": time.perf_counter() - began, "above": peak() - before - sum(sizes)}))
 """
 

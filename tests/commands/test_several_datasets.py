@@ -63,7 +63,6 @@ def test_train_resume_and_a_row_for_each_dataset(metarun, two: list[str], tmp_pa
     one = ["dataset.parts={glyphs:1}", "hydra.run.dir=one"]
     metarun("eval", "checkpoint=whole", "episodes=10", "queries=2", *one)
     assert [row["mean"] for row in results(tmp_path / "one")] == [rows[0]["mean"]]
-    assert (tmp_path / "out/results.png").stat().st_size > 5000
 
 
 def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[str], tmp_path: Path):
@@ -144,6 +143,7 @@ def test_data_of_one_name_that_differ_have_a_hash_each(metarun, tmp_path: Path):
         assert f"of {row['model']} {row['episodes_hash']}" in done.stdout
 
 
+@pytest.mark.pictures
 def test_one_dataset_twice_under_names_of_ones_own(metarun, two: list[str], tmp_path: Path):
     done = metarun(
         "data",

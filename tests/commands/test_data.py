@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
+from helpers.runs import UNTESTED
 from PIL import Image
 
 from metarun.config.paths import CONF
@@ -17,6 +19,7 @@ def test_what_there_is(metarun):
     assert "licence: MIT" in done.stdout
 
 
+@pytest.mark.pictures
 def test_one_is_prepared_and_drawn(metarun, tmp_path: Path):
     words = ["data", "dataset=glyphs", "dataset.train_classes=12", "dataset.validation_classes=5"]
     done = metarun(*words, "dataset.test_classes=6", "hydra.run.dir=seen")
@@ -28,6 +31,7 @@ def test_one_is_prepared_and_drawn(metarun, tmp_path: Path):
     assert "validation has 5 classes" in done.stderr
 
 
+@pytest.mark.pictures
 def test_tasks_without_images_have_no_pictures(metarun, tmp_path: Path):
     assert "drawn anew" in metarun("data", "dataset=sinusoid", "hydra.run.dir=seen").stdout
     assert not list(tmp_path.rglob("*.png"))
@@ -39,16 +43,12 @@ def test_mistakes(metarun):
     assert "split=tests: must be one of train" in metarun("data", "split=tests", status=1).stderr
 
 
-def test_training_images_are_changed_and_a_run_with_them_resumes(metarun, tmp_path: Path):
-    from conftest import TINY
-
-    metarun("train", "augment=standard", *TINY, "hydra.run.dir=whole")
-    metarun("train", "augment=standard", *TINY, "hydra.run.dir=parts", "iterations=6", "validation.every=6")
+def test_training_images_are_changed_and_a_run_with_them_resumes(metarun, trained, tmp_path: Path):
+    words = ["augment=standard", *UNTESTED]
+    metarun("train", *words, "hydra.run.dir=parts", "iterations=6", "validation.every=6")
     metarun("train", "resume=parts", "iterations=12")
-    metarun("train", *TINY, "hydra.run.dir=plain")
-    rows = [
-        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts", "plain")
-    ]
+    folders = trained(*words), tmp_path / "parts", trained(*UNTESTED)
+    rows = [(folder / "metrics.jsonl").read_text().splitlines() for folder in folders]
     losses = [[line.split('"loss": ')[1].split(",")[0] for line in lines] for lines in rows]
     assert losses[0] == losses[1] != losses[2]
     done = metarun("train", "dataset=sinusoid", "augment=standard", "iterations=2", status=1)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from references import lstm_cell
 from torch import Tensor, nn
 
+from helpers.references import lstm_cell
 from metarun.algorithms.base import Algorithm
 from metarun.tasks.episodes import Episodes
 

@@ -1,0 +1,1 @@
+"""What several test modules share: methods and their references, data, runs, a server."""

@@ -1,0 +1,39 @@
+"""Small training runs."""
+
+from __future__ import annotations
+
+#: A training run of a few seconds; tests append to it.
+TINY = [
+    "dataset.train_classes=40",
+    "dataset.validation_classes=10",
+    "dataset.test_classes=20",
+    "dataset.size=16",
+    "backbone.width=8",
+    "iterations=12",
+    "meta_batch=2",
+    "validation.every=6",
+    "validation.episodes=20",
+    "test.episodes=20",
+    "checkpoint.every=3",
+    "log.every=3",
+    "log.tensorboard=false",
+    "hardware=cpu",
+    "hardware.threads=1",
+]
+
+#: The same without a test at the end.
+UNTESTED = [*TINY, "test.episodes=0"]
+
+#: A network that has learned to tell characters apart.
+LEARNED = [
+    "dataset.train_classes=200",
+    "dataset.validation_classes=50",
+    "dataset.test_classes=100",
+    "backbone.width=16",
+    "iterations=150",
+    "validation.every=150",
+    "test.episodes=200",
+    "log.tensorboard=false",
+    "hardware=cpu",
+    "hardware.threads=1",
+]
