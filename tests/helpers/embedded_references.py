@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from helpers.references import lstm_cell
 from metarun.algorithms.base import Algorithm
 from metarun.tasks.episodes import Episodes
+
+
+def tasks_of(episodes: Episodes) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Support and query of one task after the other."""
+    yield from zip(episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True)
+
 
 # (a copy of the method, support [S, F], classes [S], query [B, F], classes [B]) -> loss
 TaskLoss = Callable[[Algorithm, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -28,7 +34,7 @@ def gradient_of(task_loss: TaskLoss):
     def reference(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[str, Tensor]:
         net = copy.deepcopy(algorithm)
         total = 0.0
-        for x, y, query_x, query_y in zip(*episodes.tensors()[:4], strict=True):
+        for x, y, query_x, query_y in tasks_of(episodes):
             loss = task_loss(net, net.backbone(x), y, net.backbone(query_x), query_y)
             total = total + loss / len(episodes)
         params = {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -412,7 +418,7 @@ def cnaps(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[str, Ten
     """A backbone of its own for each task, its modulations filled in."""
     net = copy.deepcopy(algorithm)
     total = 0.0
-    for x, y, query_x, query_y in zip(*episodes.tensors()[:4], strict=True):
+    for x, y, query_x, query_y in tasks_of(episodes):
         task = net.encoder(x).mean(0, keepdim=True)
         given = iter(net.film)
         filled = {}
@@ -458,7 +464,7 @@ def meta_networks(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[
         nn.Sequential(net.representation, net.representation_head),
     )
     total = 0.0
-    for x, y, query_x, query_y in zip(*episodes.tensors()[:4], strict=True):
+    for x, y, query_x, query_y in tasks_of(episodes):
         of_task = fast_from_sequence(net, [own_gradient(embedder, *pair) for pair in zip(x, y, strict=True)])
         of_examples = [fast_from_one(net, own_gradient(base, *pair)) for pair in zip(x, y, strict=True)]
         keys = with_fast(embedder, of_task, x, head=False)

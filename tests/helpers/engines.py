@@ -7,19 +7,20 @@ from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
 from metarun.tasks.episodes import Episodes, EpisodeShape
-from metarun.tasks.source import Draw
+from metarun.tasks.source import Draw, EpisodeSource
+from metarun.tasks.spec import TaskSpec
 from metarun.training.hardware import Hardware
 from metarun.training.step import OuterStep
 
 
-class FixedSource:
-    """An EpisodeSource that gives the same tasks at every iteration."""
+class FixedSource(EpisodeSource):
+    """A source that gives the same tasks at every iteration."""
 
-    fingerprint = "fixed"
+    name = fingerprint = "fixed"
 
     def __init__(self, episodes: Episodes) -> None:
         self.episodes = episodes
-        self.item_shape = tuple(episodes.support_x.shape[2:])
+        self.spec = TaskSpec(tuple(episodes.support_x.shape[2:]), episodes.objective)
 
     def check(self, shape: EpisodeShape) -> None: ...
 
@@ -27,7 +28,7 @@ class FixedSource:
         return (torch.arange(tasks) % len(self.episodes),)
 
     def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
-        return Episodes(*(tensor[draw[0]] for tensor in self.episodes.tensors()))
+        return self.episodes.map(lambda tensor: tensor[draw[0]])
 
 
 def engine_of(
@@ -43,8 +44,8 @@ def engine_of(
     )
     hardware.place(algorithm)
     optimizer = optimizer or torch.optim.SGD(algorithm.parameters(), lr=0.1)
-    source = FixedSource(Episodes(*(tensor.to(device) for tensor in episodes.tensors())))
-    shape = EpisodeShape(episodes.ways, 1, 1)  # the source does not look at it
+    source = FixedSource(episodes.map(lambda tensor: tensor.to(device)))
+    shape = EpisodeShape(episodes.outputs, 1, 1)  # the source does not look at it
     engine = OuterStep(algorithm, optimizer, source, shape, len(episodes), 0, hardware)
     engine.prepare(0)
     return engine

@@ -329,7 +329,7 @@ def maml_plus_plus_reference(algorithm: MAMLPlusPlus, episodes: Episodes, steps:
     return rename(grads, {"0": "learner.backbone", "1": "learner.head"})
 
 
-def minibatch_prox_reference(algorithm: MinibatchProx, episodes: Episodes, steps: int) -> Gradient:
+def minibatch_prox_reference(algorithm: Reptile, episodes: Episodes, steps: int) -> Gradient:
     net = references.network(algorithm.learner.backbone, algorithm.learner.head)
     grads = references.proximal_update(net, episodes, RATE, steps, strength=0.5)
     return rename(grads, {"0": "learner.backbone", "1": "learner.head"})
@@ -395,7 +395,7 @@ METHODS = {
     ),
     "maml_plus_plus": Method(maml_plus_plus, maml_plus_plus_reference),
     "minibatch_prox": Method(
-        lambda backbone, steps: MinibatchProx(backbone, SGD(RATE, steps), 3, batch=0, proximal=0.5),
+        lambda backbone, steps: Reptile(backbone, SGD(RATE, steps), 3, batch=0, proximal=0.5),
         minibatch_prox_reference,
         finite_differences=False,
     ),

@@ -39,7 +39,7 @@ from metarun.inner_loops.sgd import SGD
 from metarun.nn.per_task import TaskBatching, run_on_tasks
 from metarun.nn.shared_weights import runs_at_once
 from metarun.tasks.episodes import Episodes, EpisodeShape
-from metarun.tasks.objectives import cross_entropy
+from metarun.tasks.objectives import REGRESSION, mean_squared_error
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -90,7 +90,7 @@ def difference(algorithm: Algorithm, episodes: Episodes, direction: Gradient, h:
         with torch.no_grad():
             for name, p in params.items():
                 p += sign * h * direction[name]
-        losses.append(algorithm.meta_loss(episodes)[0].item())
+        losses.append(algorithm.meta_loss(episodes).loss.mean().item())
         with torch.no_grad():
             for name, p in params.items():
                 p -= sign * h * direction[name]
@@ -175,10 +175,8 @@ def test_tasks_do_not_touch_each_other(name: str):
     algorithm = METHODS[name].build(BACKBONES["conv4"](), 2)
     episodes = episodes_of()
     whole = algorithm.predict(algorithm.adapt(episodes), episodes.query_x)
-    ones = (
-        Episodes(*parts) for parts in zip(*(tensor.split(1) for tensor in episodes.tensors()), strict=True)
-    )
-    for t, one in enumerate(ones):
+    for t in range(len(episodes)):
+        one = episodes.map(lambda tensor, t=t: tensor[t : t + 1])
         alone = algorithm.predict(algorithm.adapt(one), one.query_x)
         torch.testing.assert_close(alone[0], whole[t])
 
@@ -279,9 +277,7 @@ def test_second_order_through_any_inner_loop(inner_loop: InnerLoop):
 def test_reptile_moves_a_shared_head_by_the_mean_of_its_copies():
     algorithm = Reptile(Smooth(), SGD(RATE, 2, order=1), outputs=3, head="shared", batch=0)
     episodes = episodes_of(ways=4)
-    x = torch.cat([episodes.support_x, episodes.query_x], 1)
-    y = torch.cat([episodes.support_y, episodes.query_y], 1)
-    phi = algorithm.adapt(x, y, 4)["params"]["head.weight"]  # [T, N, features]
+    phi = algorithm.adapt(episodes.joined())["params"]["head.weight"]  # [T, N, features]
     expected = algorithm.learner.head.weight - phi.mean((0, 1))
     torch.testing.assert_close(gradient(algorithm, episodes)["learner.head.weight"], expected.detach())
 
@@ -330,11 +326,11 @@ def test_regression_of_several_values():
     """Two outputs for one way, against the plain loop; targets of another shape are refused."""
     algorithm = MAML(MLP((1,), hidden=(8,)), SGD(RATE, 2), outputs=2)
     x, y = torch.randn(2, 4, 10, 1), torch.randn(2, 4, 10, 2)
-    episodes = Episodes(x[0], y[0], x[1], y[1], torch.zeros(4, 1, dtype=torch.long))
+    episodes = Episodes(x[0], y[0], x[1], y[1], objective=REGRESSION)
     expected = maml_reference()(algorithm, episodes, 2)
     assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
     with pytest.raises(ValueError, match="differ in shape"):
-        cross_entropy(torch.zeros(1, 3, 1), torch.zeros(1, 3, 2))
+        mean_squared_error(torch.zeros(1, 3, 1), torch.zeros(1, 3, 2))
 
 
 def test_reptile_takes_its_examples_in_turn():
@@ -348,7 +344,8 @@ def test_reptile_takes_its_examples_in_turn():
         return torch.zeros(4, 2, 3, requires_grad=True)
 
     algorithm.learner.forward = record
-    loss, _, params = algorithm.inner_problem(x, torch.zeros(4, 6, dtype=torch.long), 3)
+    y = torch.zeros(4, 6, dtype=torch.long)
+    loss, _, params = algorithm.inner_problem(Episodes(x, y, x, y, torch.arange(3).expand(4, -1)))
     for step in range(3):
         loss(params, step)
     order = torch.cat(seen, 1)
@@ -359,7 +356,7 @@ def test_reptile_takes_its_examples_in_turn():
 def test_protonet_takes_unequal_numbers_of_shots():
     algorithm = ProtoNet(MLP((2,), hidden=(4,)))
     x, y = torch.rand(1, 5, 2), torch.tensor([[0, 1, 1, 1, 2]])
-    centres = algorithm.adapt(x, y, 3)
+    centres = algorithm.adapt(Episodes(x, y, x, y, torch.arange(3).unsqueeze(0)))
     torch.testing.assert_close(centres[0, 1], algorithm.backbone(x[0, 1:4]).mean(0))
 
 
@@ -372,7 +369,7 @@ def test_regression_uses_the_mean_squared_error():
     """MAML on values, against the plain loop."""
     algorithm = MAML(MLP((1,), hidden=(8,)), SGD(RATE, 2), outputs=1)
     x, y = torch.randn(2, 4, 10, 1), torch.randn(2, 4, 10, 1)
-    episodes = Episodes(x[0], y[0], x[1], y[1], torch.zeros(4, 1, dtype=torch.long))
+    episodes = Episodes(x[0], y[0], x[1], y[1], objective=REGRESSION)
     expected = maml_reference()(algorithm, episodes, 2)
     assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
 

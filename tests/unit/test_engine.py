@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,9 @@ from metarun.algorithms.reptile import Reptile
 from metarun.backbones.conv4 import Conv4
 from metarun.errors import TrainingError
 from metarun.inner_loops.sgd import SGD
-from metarun.tasks.episodes import Episodes
+from metarun.tasks.episodes import Episodes, Outcome
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
-from metarun.training.step import OuterStep
 from metarun.training.trainer import load_optimizer
 
 SHAPE = (1, 16, 16)
@@ -109,17 +109,17 @@ class Hungry(ProtoNet):
         super().__init__(nn.Flatten())
         self.room, self.scale = room, nn.Parameter(torch.ones((), dtype=torch.float64))
 
-    def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        if len(episodes) > self.room:
+    def meta_loss(self, tasks: Episodes) -> Outcome:
+        if len(tasks) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
-        loss, outputs = super().meta_loss(episodes)
-        return loss * self.scale, outputs
+        outcome = super().meta_loss(tasks)
+        return replace(outcome, loss=outcome.loss * self.scale)
 
 
 def test_only_what_metarun_knows_is_traced_unasked():
     """A user's class may do what one trace of it does not show."""
-    assert engine_of(algorithms("protonet"), episodes(), compile="auto").lowered
-    assert not engine_of(Hungry(5), episodes(), compile="auto").lowered
+    assert engine_of(algorithms("protonet"), episodes(), compile="auto").traced
+    assert not engine_of(Hungry(5), episodes(), compile="auto").traced
 
 
 def test_a_backbone_that_views_its_maps_as_vectors_gets_plain_images():
@@ -161,10 +161,10 @@ def test_out_of_memory_halves_the_tasks_at_once_and_goes_on():
     engine.step()
     assert engine.at_once == 2
     assert said == [
-        "out of memory: going on with 3 tasks at once",
-        "out of memory: going on with 2 tasks at once",
+        "out of memory: continuing with 3 tasks at once",
+        "out of memory: continuing with 2 tasks at once",
     ]
-    torch.testing.assert_close(engine.running_totals, expected.window)
+    torch.testing.assert_close(engine.running_totals, expected.running_totals)
     torch.testing.assert_close(engine.algorithm.scale, expected.algorithm.scale)
 
 
@@ -218,11 +218,11 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.M
     def refuse(*arguments: object) -> None:
         raise RuntimeError("no compiler\nlong story")
 
-    monkeypatch.setattr(OuterStep, "lowered_gradient", refuse)
+    monkeypatch.setattr("metarun.training.step.traced_gradient", refuse)
     engine.hardware.compile = True
     engine.prepare(0, said.append)
     engine.step()
-    assert said == ["not compiled, going on without: no compiler"]
+    assert said == ["not compiled, continuing without: no compiler"]
 
 
 @pytest.mark.gpu

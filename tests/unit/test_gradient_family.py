@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from metarun.inner_loops.meta_sgd import MetaSGD
 from metarun.inner_loops.recurrent import LearnedOptimizer, MetaLSTM, preprocessed
 from metarun.inner_loops.sgd import SGD
 from metarun.nn.per_task import run_on_tasks
-from metarun.tasks.episodes import Episodes
+from metarun.tasks.episodes import Episodes, Outcome
+from metarun.tasks.objectives import REGRESSION
 from metarun.training.memory import peak_bytes
 from metarun.training.step import Clip
 
@@ -47,7 +49,7 @@ ALGORITHMS: dict[str, Callable[..., MAML]] = {
     "maml_plus_plus": lambda *args: MAMLPlusPlus(*args, multi_step_loss=10),
     "cavia": lambda *args: CAVIA(*args, context=4),
     "reptile": Reptile,
-    "minibatch_prox": MinibatchProx,
+    "minibatch_prox": lambda *args: Reptile(*args, proximal=0.1),
     "imaml": IMAML,
     "pretrain": Pretrain,
 }
@@ -118,7 +120,7 @@ def test_implicit_gradient_of_a_quadratic_problem_is_the_closed_form():
 
     algorithm = IMAML(Rows(), SGD(0.1, 3000), outputs=1, proximal=strength, cg_steps=10)
     x, y = torch.randn(2, 3, points, features), torch.randn(2, 3, points, 1)
-    episodes = Episodes(x[0], y[0], x[1], y[1], torch.zeros(3, 1, dtype=torch.long))
+    episodes = Episodes(x[0], y[0], x[1], y[1], objective=REGRESSION)
     engine = engine_of(algorithm, episodes)
     engine.backward(next(engine.draws))
     theta = torch.cat([algorithm.learner.head.weight[0], algorithm.learner.head.bias]).detach()
@@ -136,13 +138,14 @@ def test_implicit_gradient_of_a_quadratic_problem_is_the_closed_form():
 
 def test_memory_of_implicit_maml_is_flat_in_the_inner_steps_and_mamls_grows():
     torch.set_default_dtype(torch.float32)
-    episodes = Episodes(*(t.float() if t.is_floating_point() else t for t in images().tensors()))
+    episodes = images().to(torch.float32)
 
     def memory(build: Callable[..., MAML], steps: int) -> int:
         algorithm = build(Conv4((1, 16, 16), width=8), SGD(0.1, steps), 3)
         params = [p for p in algorithm.parameters() if p.requires_grad]
         return peak_bytes(
-            lambda: torch.autograd.grad(algorithm.meta_loss(episodes)[0], params), torch.device("cpu")
+            lambda: torch.autograd.grad(algorithm.meta_loss(episodes).loss.mean(), params),
+            torch.device("cpu"),
         )
 
     assert memory(IMAML, 50) < 1.05 * memory(IMAML, 5)
@@ -162,7 +165,8 @@ def test_the_losses_of_all_steps_are_annealed_as_in_the_papers_code():
         torch.testing.assert_close(algorithm.loss_weights, torch.tensor([others] * 4 + [last]))
     assert algorithm.on_step_start(10)
     episodes = vectors()
-    torch.testing.assert_close(algorithm.meta_loss(episodes), MAML.meta_loss(algorithm, episodes))
+    mine, theirs = algorithm.meta_loss(episodes), MAML.meta_loss(algorithm, episodes)
+    torch.testing.assert_close((mine.loss, mine.outputs), (theirs.loss, theirs.outputs))
 
 
 @pytest.mark.parametrize("compile", ["auto", True])
@@ -287,15 +291,15 @@ def test_pretraining_gives_a_new_task_a_head_of_zeros():
 
 def test_pretraining_of_values_is_joint_training():
     """One network for all tasks, on support and query: the mean squared error over everything."""
-    algorithm = Pretrain(MLP((1,), hidden=(8,)), SGD(0.1, 0), 1, classification=False)
+    algorithm = Pretrain(MLP((1,), hidden=(8,)), SGD(0.1, 0), 1)
     x, y = torch.randn(2, 4, 5, 1), torch.randn(2, 4, 5, 1)
-    episodes = Episodes(x[0], y[0], x[1], y[1], torch.zeros(4, 1, dtype=torch.long))
-    loss, outputs = algorithm.meta_loss(episodes)
+    episodes = Episodes(x[0], y[0], x[1], y[1], objective=REGRESSION)
+    outcome = algorithm.meta_loss(episodes)
     net = nn.Sequential(algorithm.learner.backbone, algorithm.learner.head)
     together = torch.cat([x[0], x[1]], 1)
     expected = (net(together.view(-1, 1)) - torch.cat([y[0], y[1]], 1).view(-1, 1)).square().mean()
-    torch.testing.assert_close(loss, expected)
-    assert outputs.shape == (4, 5, 1)
+    torch.testing.assert_close(outcome.loss.mean(), expected)
+    assert outcome.outputs.shape == (4, 5, 1)
 
 
 def test_a_meta_gradient_is_clipped_by_value_and_by_norm():
@@ -316,16 +320,16 @@ def test_shared_heads_work_with_every_inner_loop():
     episodes = vectors(ways=5)
     for name, make in INNER_LOOPS.items():
         algorithm = MAML(MLP((6,), hidden=(8,)), make(), 3, head="shared")
-        loss, outputs = algorithm.meta_loss(episodes)
-        loss.backward()
-        assert outputs.shape == (3, 10, 5), name
+        outcome = algorithm.meta_loss(episodes)
+        outcome.loss.mean().backward()
+        assert outcome.outputs.shape == (3, 10, 5), name
 
 
 def test_a_fixed_head_with_fewer_ways_works_with_every_inner_loop():
     episodes = vectors(ways=2)
     for name, make in INNER_LOOPS.items():
         algorithm = MAML(MLP((6,), hidden=(8,)), make(), 3)
-        assert algorithm.meta_loss(episodes)[1].shape == (3, 4, 2), name
+        assert algorithm.meta_loss(episodes).outputs.shape == (3, 4, 2), name
 
 
 def test_averages_of_steps_do_not_depend_on_how_many_tasks_run_at_once():
@@ -371,7 +375,7 @@ def test_a_head_that_all_ways_share_must_adapt(adapts: str):
 
 def test_evaluation_keeps_one_state_of_maml_plus_plus():
     torch.set_default_dtype(torch.float32)
-    episodes = Episodes(*(t.float() if t.is_floating_point() else t for t in images().tensors()))
+    episodes = images().to(torch.float32)
 
     def memory(steps: int) -> int:
         inner_loop = LayerRates(0.1, 5, test_steps=steps)
@@ -388,9 +392,9 @@ def test_a_bound_is_put_once_where_two_weights_share_a_gradient():
             super().__init__(MLP((6,), hidden=(8,)), SGD(0.1, 1), 3)
             self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
 
-        def meta_loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-            loss, outputs = super().meta_loss(episodes)
-            return loss + 100 * (self.a + self.b).square().sum(), outputs
+        def meta_loss(self, tasks: Episodes) -> Outcome:
+            outcome = super().meta_loss(tasks)
+            return replace(outcome, loss=outcome.loss + 100 * (self.a + self.b).square().sum())
 
     algorithm = Sum()
     engine = engine_of(algorithm, vectors())

@@ -19,7 +19,7 @@ from metarun.datasets.sinusoid import Sinusoid
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.sampling import fetched_ahead, sample, training_draws
-from metarun.training.evaluation import evaluate
+from metarun.training.evaluation import EvalSettings, evaluate
 from metarun.training.hardware import Hardware
 from metarun.training.step import OuterStep
 
@@ -57,7 +57,7 @@ def losses(store: ClassStore, device: str) -> list[float]:
 def test_training_is_the_same_from_host_memory(device: str, augmented: bool):
     stores = sources(glyphs(), device)
     assert [store.host_for is None for store in stores] == [True, False]
-    assert stores[1].images.device.type == "cpu"
+    assert stores[1].items.device.type == "cpu"
     if augmented:
         for store in stores:
             store.augment = Augment()
@@ -71,12 +71,13 @@ def test_a_mixture_and_an_evaluation_from_host_memory(device: str):
     assert isinstance(far, MixtureStore)
     assert far.parts["b"].host_for == torch.device(device)
     episodes = [sample(each, 5, GEOMETRY, torch.Generator().manual_seed(0)) for each in (near, far)]
-    for a, b in zip(episodes[0].tensors(), episodes[1].tensors(), strict=True):
+    for name in ("support_x", "support_y", "query_x", "query_y", "classes"):
+        a, b = (getattr(each, name) for each in episodes)
         assert a.device.type == b.device.type == device
         assert torch.equal(a, b)
     hardware = Hardware(device)
     algorithm = hardware.place(ProtoNet(Conv4((1, 28, 28), 4)))
-    results = [evaluate(algorithm, each, GEOMETRY, 60, 0, hardware) for each in (near, far)]
+    results = [evaluate(algorithm, each, EvalSettings(GEOMETRY, 60, 0), hardware) for each in (near, far)]
     assert results[0].episodes_hash == results[1].episodes_hash
     torch.testing.assert_close(results[0].scores, results[1].scores)
     assert far.resized((3, 8, 8)).parts["a"].host_for == torch.device(device)
