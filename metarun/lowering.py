@@ -93,9 +93,8 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowerin
     """Run one network with the weights of T tasks.
 
     Args:
-        module: the network, written for examples [B, *item]. Its own weights are used only where
-            `params` has no weight of that name.
-        params: every task's weights by their names in `module`, [T, *shape] each.
+        module: the network, written for examples [B, *item]. Its own weights are not used.
+        params: all of its weights by name, every task's own, [T, *shape] each.
         x: each task's examples, [T, B, *item].
         lowering: how tasks are run at once.
 
