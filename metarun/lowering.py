@@ -102,7 +102,7 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, lowering: Lowerin
         [T, B, *out], differentiable twice with respect to `params` and `x`.
     """
     how = lowering.how
-    # Maps and vectors are told apart by their number of dimensions, so other items are left to vmap.
+    # The grouped form distinguishes maps and vectors by their number of dimensions; vmap takes other items.
     if how in ("auto", "grouped", "unfold") and x.dim() in (3, 5) and is_groupable(module):
         return run_grouped(module, params, x, lowering)
     if how != "loop":
@@ -157,7 +157,7 @@ def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 
 
 def plain(layer: nn.Module) -> bool:
-    """Whether the layer has only the options its grouped form knows."""
+    """Whether the layer has only the options its grouped form implements."""
     if isinstance(layer, nn.Conv2d):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     if isinstance(layer, nn.Flatten):
@@ -184,7 +184,7 @@ def run_chain(
         x: the state that passes along the chain, a tensor or whatever `apply` and `combine` take.
         apply: (name, layer, state) -> state, what one layer does. `name` is the layer's in `module`.
         order: rearranges the layers of one chain, or of one branch, before they run.
-        combine: (body, shortcut) -> state, where the branches of a Residual meet. The body runs first,
+        combine: (body, shortcut) -> state, where the branches of a Residual join. The body runs first,
             so that random layers draw in the order of Residual.forward.
         prefix: of the names, for a module that is part of another one ("body.").
     """

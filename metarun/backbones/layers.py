@@ -224,7 +224,7 @@ class StepNorm(nn.Module):
         return self.by_batch(x, weight, bias, tasks) if self.training else self.by_averages(x, weight, bias)
 
     def at_step(self, rows: Tensor, dim: int = 0) -> Tensor:
-        """The row of the step at hand. Steps beyond the last row, of a longer test, use the last one."""
+        """The row of the current step. Steps beyond the last row, of a longer test, use the last one."""
         return rows.select(dim, min(self.step, rows.shape[dim] - 1))
 
     def by_averages(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
