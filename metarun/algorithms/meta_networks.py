@@ -161,23 +161,29 @@ def augmented(network: nn.Module, fast: Params, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Streams:
-    """What slow and fast weights make of an input, apart; `fast` is None where they have been added.
+    """The outputs of the slow and of the fast weights for one input; `fast` is None once they are added.
 
-    Two cannot be added, which is what a residual block would have to do.
+    Not a tensor, so that the sum of two branches, which is not defined for streams, raises a TypeError.
     """
 
     slow: Tensor
     fast: Tensor | None = None
 
     def joined(self) -> Tensor:
+        """The sum of the streams."""
         return self.slow if self.fast is None else self.slow + self.fast
 
     def each(self, layer: nn.Module) -> Streams:
+        """The layer applied to each stream."""
         return Streams(layer(self.slow), None if self.fast is None else layer(self.fast))
 
 
 def augmented_layer(fast: Params, name: str, layer: nn.Module, x: Streams) -> Streams:
-    """One layer: weights part the streams, an activation joins them, and norms treat each alone."""
+    """Run one layer, of this name, on both streams.
+
+    A layer with weights takes the sum of the streams and starts two new ones. Norms act on each stream.
+    An activation acts on each and adds the results (section 3.3). Any other layer takes the sum.
+    """
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         inputs = x.joined()
         return Streams(layer(inputs), without_bias(layer, fast[f"{name}.weight"], inputs))
@@ -193,13 +199,14 @@ NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
 
 def without_bias(layer: nn.Conv2d | nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
+    """The layer on x with another weight of the same shape, and without its bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
     return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def fast_weights(network: nn.Module) -> Params:
-    """The weights beside which fast ones are put, by name: of convolutions and linear layers."""
+    """The weights that have fast weights beside them, by name: those of convolutions and linear layers."""
     return {
         f"{name}.weight": layer.weight
         for name, layer in layers(network)
@@ -208,14 +215,17 @@ def fast_weights(network: nn.Module) -> Params:
 
 
 def kinds_in(network: nn.Module) -> list[str]:
+    """The kinds of layers in the network that have fast weights, each of which has its own generator."""
     return sorted({kind_of(p) for p in fast_weights(network).values()})
 
 
 def kind_of(weight: Tensor) -> str:
+    """The kind of layer that a weight [out, in] or [out, in, k, k] belongs to."""
     return "convolution" if weight.dim() == 4 else "linear"
 
 
 def per_coordinate(hidden: int) -> nn.Sequential:
+    """A network from the preprocessed gradient of one coordinate [..., 2] to its fast weight [..., 1]."""
     return nn.Sequential(
         nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
     )

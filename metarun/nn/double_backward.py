@@ -3,7 +3,7 @@
 MAML's outer gradient runs through the inner one, so the *backward* of every layer is differentiated
 too. PyTorch does that for batch norm by some twenty passes over the feature map, and keeps the input
 of a max pooling although its indices suffice. The formulas here are exact
-(tests/unit/test_double_backward.py compares with finite differences); docs/speed.md has what they gain.
+(tests/unit/test_double_backward.py checks them by finite differences); docs/speed.md says what they are worth.
 
 Each operation is two autograd Functions: the layer, whose backward calls the second one, and the
 layer's backward, whose own backward is written out and not differentiable again
@@ -26,21 +26,40 @@ native = torch.ops.aten
 Pair = tuple[int, int]
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """F.batch_norm in training mode, without running averages, with a fast second derivative.
 
     Args:
         x: feature maps [B, C, H, W].
         weight, bias: [C], or both None.
         eps: added to the variance.
+        statistics: two tensors [C] that are filled with the mean and the unbiased variance of x.
     """
-    return _BatchNorm.apply(x, weight, bias, eps)
+    return _BatchNorm.apply(x, weight, bias, eps, statistics)
 
 
 class _BatchNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, scale = native.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        statistics: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        if statistics is None:
+            y, mean, scale = native.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        else:
+            # With a momentum of 1 running averages become the statistics, which the kernel computes anyway.
+            # This operation declares that it writes to them, which a compiler has to know.
+            y, mean, scale = native._native_batch_norm_legit(x, weight, bias, *statistics, True, 1.0, eps)
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.eps = eps
         return y
@@ -58,7 +77,7 @@ class _BatchNorm(Function):
                 g, x, weight, None, None, mean, scale, True, ctx.eps, [True, *[weight is not None] * 2]
             )
         affine = ctx.needs_input_grad[1:3]
-        return dx, dw if affine[0] else None, db if affine[1] else None, None
+        return dx, dw if affine[0] else None, db if affine[1] else None, None, None
 
 
 class _BatchNormBackward(Function):

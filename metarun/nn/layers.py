@@ -219,14 +219,12 @@ class StepNorm(nn.Module):
     def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
         """x [B, T*C, H, W] by weights [T, rows, C] of each task, and by each task's own statistics."""
         weight, bias = (self.at_step(own[key], dim=1).flatten() for key in ("weight", "bias"))
-        if not self.uses_batch_statistics:
-            if not self.training:
-                return self.by_averages(x, weight, bias)
-            self.update_averages(x.detach().to(self.mean.dtype), tasks)
-        return double_backward.batch_norm(x, weight, bias, self.eps)
+        if self.uses_batch_statistics:
+            return double_backward.batch_norm(x, weight, bias, self.eps)
+        return self.by_batch(x, weight, bias, tasks) if self.training else self.by_averages(x, weight, bias)
 
     def at_step(self, rows: Tensor, dim: int = 0) -> Tensor:
-        """The row of the step at hand. Steps beyond the last row, of a longer test, use the last one."""
+        """The row of the current step. Steps beyond the last row, of a longer test, use the last one."""
         return rows.select(dim, min(self.step, rows.shape[dim] - 1))
 
     def by_averages(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -237,15 +235,17 @@ class StepNorm(nn.Module):
         shift = bias - mean.repeat(tasks) * scale
         return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
 
-    @torch.no_grad()
-    def update_averages(self, x: Tensor, tasks: int) -> None:
-        """Move the averages of the step towards each task's statistics of x [B, T*C, H, W].
+    def by_batch(self, x: Tensor, weight: Tensor, bias: Tensor, tasks: int) -> Tensor:
+        """x [B, T*C, H, W] normalised by each task's statistics, which the averages of the step move towards.
 
         One task after the other, so that the averages do not depend on how many tasks run at once.
         """
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=1)  # unbiased, as PyTorch's averages are
-        move_average(self.at_step(self.mean), mean.view(tasks, -1), self.momentum)
-        move_average(self.at_step(self.variance), variance.view(tasks, -1), self.momentum)
+        averages = self.at_step(self.mean), self.at_step(self.variance)
+        statistics = averages[0].repeat(tasks), averages[1].repeat(tasks)
+        y = double_backward.batch_norm(x, weight, bias, self.eps, statistics)
+        for average, of_tasks in zip(averages, statistics, strict=True):
+            move_average(average, of_tasks.view(tasks, -1), self.momentum)
+        return y
 
 
 def move_average(average: Tensor, towards: Tensor, share: float) -> None:

@@ -56,7 +56,7 @@ class Learner(nn.Module):
         return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
 
     def check(self, ways: int, remedy: str = "algorithm.head=shared") -> None:
-        """Raise ConfigError if a fixed head has fewer outputs than `ways`; `remedy`: a setting that helps."""
+        """Raise ConfigError, naming the setting `remedy`, if a fixed head has fewer than `ways` outputs."""
         if not self.shares_head and ways > self.outputs:
             raise ConfigError(f"its fixed head has {self.outputs} ways, not {ways}; train with {remedy}")
 

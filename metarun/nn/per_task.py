@@ -93,9 +93,8 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBat
     """Run one network with the weights of T tasks.
 
     Args:
-        module: the network, written for examples [B, *item]. Its own weights are used only where
-            `params` has no weight of that name.
-        params: every task's weights by their names in `module`, [T, *shape] each.
+        module: the network, written for examples [B, *item]. Its own weights are not used.
+        params: all of its weights by name, every task's own, [T, *shape] each.
         x: each task's examples, [T, B, *item].
         batching: how tasks are run at once.
 
@@ -103,7 +102,7 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBat
         [T, B, *out], differentiable twice with respect to `params` and `x`.
     """
     how = batching.how
-    # Maps and vectors are told apart by their number of dimensions, so other items are left to vmap.
+    # The grouped form distinguishes maps and vectors by their number of dimensions; vmap takes other items.
     if how in ("auto", "grouped", "unfold") and x.dim() in (3, 5) and is_groupable(module):
         return run_grouped(module, params, x, batching)
     if how != "loop":
@@ -158,7 +157,7 @@ def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 
 
 def plain(layer: nn.Module) -> bool:
-    """Whether the layer has only the options its grouped form knows."""
+    """Whether the layer has only the options its grouped form implements."""
     if isinstance(layer, nn.Conv2d):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     if isinstance(layer, nn.Flatten):
@@ -185,7 +184,7 @@ def run_chain(
         x: the state that passes along the chain, a tensor or whatever `apply` and `combine` take.
         apply: (name, layer, state) -> state, what one layer does. `name` is the layer's in `module`.
         order: rearranges the layers of one chain, or of one branch, before they run.
-        combine: (body, shortcut) -> state, where the branches of a Residual meet. The body runs first,
+        combine: (body, shortcut) -> state, where the branches of a Residual join. The body runs first,
             so that random layers draw in the order of Residual.forward.
         prefix: of the names, for a module that is part of another one ("body.").
     """

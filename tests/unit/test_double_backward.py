@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from metarun.nn import double_backward
-from metarun.nn.per_task import TaskBatching, pooled_first, run_on_tasks
+from metarun.nn.layers import Residual, StepNorm
+from metarun.nn.per_task import TaskBatching, leaves, pooled_first, run_chain, run_on_tasks
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -42,6 +43,31 @@ def test_batch_norm_and_its_first_and_second_derivatives(layout: str, affine: bo
 
     assert gradcheck(squared, checked)
     assert gradgradcheck(squared, checked)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_norm_fills_in_the_statistics_of_its_input(layout: str):
+    x, w, b = images(layout), vector(1), vector(2)
+    mean, variance = torch.full((3,), 7.0).double(), torch.full((3,), 7.0).double()
+    y = double_backward.batch_norm(x, w, b, 1e-5, (mean, variance))
+    assert torch.equal(y, double_backward.batch_norm(x, w, b, 1e-5))
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)).detach())
+    torch.testing.assert_close(variance, x.var((0, 2, 3)).detach())
+
+
+def test_averages_of_a_step_are_those_of_pytorchs_batch_norm_task_by_task():
+    torch.manual_seed(0)
+    layer, theirs = StepNorm(3, affine=2, statistics=2, eps=1e-5).double(), nn.BatchNorm2d(3).double()
+    layer.step = 1
+    x = torch.randn(4, 5, 3, 6, 6).double() + 2  # [T, B, C, H, W]
+    own = {name: p.expand(4, *p.shape) for name, p in layer.named_parameters()}
+    y = layer.on_tasks(own, x.transpose(0, 1).flatten(1, 2), 4)
+    expected = torch.stack([theirs(task) for task in x])
+    torch.testing.assert_close(y.unflatten(1, (4, 3)).transpose(0, 1), expected)
+    torch.testing.assert_close(layer.mean[1], theirs.running_mean)
+    torch.testing.assert_close(layer.variance[1], theirs.running_var)
+    assert torch.equal(layer.mean[0], torch.zeros(3).double())  # the other step's
+    torch.testing.assert_close(layer.eval()(x[0]), theirs.eval()(x[0]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -86,6 +112,51 @@ def test_linear_and_its_first_and_second_derivatives(biased: bool):
     torch.testing.assert_close(double_backward.linear(*inputs, *([] if biased else [None])), expected)
     assert gradcheck(squared, inputs)
     assert gradgradcheck(squared, inputs)
+
+
+class Twice(nn.Module):
+    """Not a container of the chain, although it has layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+def test_a_chain_is_run_as_its_forward_pass_and_layers_have_their_own_names():
+    """Nested chains, residual blocks within residual blocks, and a module that is not a chain."""
+    inner = Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    block = Residual(nn.Sequential(nn.Sequential(Twice(), nn.ReLU()), inner), nn.Linear(4, 4))
+    network = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 4), block), nn.Linear(4, 2))
+    seen: list[str] = []
+
+    def apply(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        assert network.get_submodule(name) is layer
+        seen.append(name)
+        return layer(x)
+
+    x = torch.randn(3, 2, 2)
+    assert torch.equal(run_chain(network, x, apply), network(x))
+    called: list[nn.Module] = []
+    for layer in leaves(network):
+        layer.register_forward_hook(lambda layer, inputs, output: called.append(layer))
+    network(x)
+    assert [network.get_submodule(name) for name in seen] == called == leaves(network)
+    assert run_chain(network, 0, lambda name, layer, n: n + 1, combine=max) == 3 + 2 + 2
+
+
+@pytest.mark.parametrize("item", [(2, 6), (2, 3, 4, 6)], ids=str)
+def test_items_that_are_neither_vectors_nor_images(item: tuple[int, ...]):
+    """A linear layer acts on the last dimension, whatever is before it."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Flatten()).double()
+    params = {name: torch.randn(4, *p.shape).double() for name, p in module.named_parameters()}
+    x = torch.randn(4, 5, *item).double()
+    torch.testing.assert_close(
+        run_on_tasks(module, params, x), run_on_tasks(module, params, x, TaskBatching("loop"))
+    )
 
 
 def test_pooling_moves_before_the_relu_it_follows():

@@ -76,7 +76,7 @@ def test_averages_are_not_rounded_in_bf16():
 
 
 class Mixed(nn.Module):
-    """No chain of layers: nobody can see into it."""
+    """Not a chain of layers, so its layers cannot be run one by one."""
 
     def __init__(self) -> None:
         super().__init__()
