@@ -7,15 +7,17 @@ test compares the documents with these tables.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hydra import compose, initialize_config_dir
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.baseline import Classifier
 from metarun.algorithms.maml import MAML
-from metarun.config.build import build_algorithm, build_hardware
+from metarun.config.build import build_algorithm, build_dataset, instantiate
 from metarun.config.paths import CONF
-from metarun.config.schema import register_frames
+from metarun.config.schema import register_frames, typed
 from metarun.errors import ConfigError
 from metarun.tasks.episodes import Episodes
 from metarun.training.memory import peak_bytes
@@ -65,7 +67,9 @@ def built(name: str, *words: str) -> Algorithm:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [f"algorithm={name}", *SETTINGS, *words])
     torch.manual_seed(0)
-    return build_algorithm(cfg, build_hardware(cfg))
+    settings = typed(cfg)
+    spec = replace(build_dataset(settings.dataset).spec, classes=5)
+    return build_algorithm(settings, spec, instantiate(settings.hardware))
 
 
 def built_maml(name: str, *words: str) -> MAML:
@@ -104,7 +108,7 @@ def memory(name: str, steps: int) -> int:
     episodes = Episodes(x[0], y, x[1], y, y)
     params = [p for p in algorithm.parameters() if p.requires_grad]
     return peak_bytes(
-        lambda: torch.autograd.grad(algorithm.meta_loss(episodes)[0], params, allow_unused=True),
+        lambda: torch.autograd.grad(algorithm.meta_loss(episodes).loss.mean(), params, allow_unused=True),
         torch.device("cpu"),
     )
 

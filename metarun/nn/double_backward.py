@@ -3,7 +3,7 @@
 MAML's outer gradient runs through the inner one, so the *backward* of every layer is differentiated
 too. PyTorch does that for batch norm by some twenty passes over the feature map, and keeps the input
 of a max pooling although its indices suffice. The formulas here are exact
-(tests/unit/test_double_backward.py checks them by finite differences); docs/speed.md says what they are worth.
+(tests/unit/test_double_backward.py compares with finite differences); docs/speed.md has what they gain.
 
 Each operation is two autograd Functions: the layer, whose backward calls the second one, and the
 layer's backward, whose own backward is written out and not differentiable again

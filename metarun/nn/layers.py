@@ -213,7 +213,8 @@ class StepNorm(nn.Module):
             )
         weight, bias = self.at_step(self.weight), self.at_step(self.bias)
         if self.uses_batch_statistics:
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)  # fused's has no vmap rule
+            # Not double_backward.batch_norm, which has no vmap rule.
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         return self.by_averages(x, weight, bias)
 
     def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:

@@ -163,7 +163,7 @@ STOPS = ["the bytes", "the metadata", "the last rename"]
 def test_a_process_killed_at_any_point_leaves_only_what_is_recognised(folder: Path, where: str):
     """And the old entry, if there was one, is never taken for the new one."""
     code = (
-        "import os, sys; from metarun import entries\n"
+        "import os, sys; from metarun.storage import cached_arrays as entries\n"
         "def killed(*args): os._exit(9)\n"
         "def build(write):\n"
         "    write(b'new')\n"

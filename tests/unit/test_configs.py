@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.build import built
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
 from metarun.cli.overrides import arrange
-from metarun.config.build import build_algorithm, build_hardware, instantiate
+from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.paths import CONF
 from metarun.config.schema import register_frames
@@ -59,7 +60,7 @@ def test_every_yaml_opens_with_its_command_which_composes_and_checks(path: Path)
     if group in GROUPS:
         assert choices[group] == path.stem, "its command does not choose it"
     if group in GROUPS and "_target_" in (cfg[group] or {}):
-        expected = "metarun.hardware." if group == "hardware" else f"metarun.{group}s."
+        expected = "metarun.training.hardware." if group == "hardware" else f"metarun.{group}s."
         assert cfg[group]._target_.startswith(expected)
 
 
@@ -71,9 +72,9 @@ def test_every_kind_of_algorithm_builds_on_every_backbone(algorithm: str, backbo
     cfg = composed("train", *words)
     if algorithm == "meta_networks" and backbone in SMALL:  # its weights have a fast twin each
         with pytest.raises(ConfigError, match="chain of layers without shortcuts"):
-            build_algorithm(cfg, build_hardware(cfg))
+            built(cfg)
         return
-    assert sum(p.numel() for p in build_algorithm(cfg, build_hardware(cfg)).parameters()) > 1000
+    assert sum(p.numel() for p in built(cfg).parameters()) > 1000
 
 
 def test_what_is_typed_is_stronger_than_what_a_dataset_asks_for():

@@ -51,7 +51,7 @@ def mnist(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Se
 def split(name: str = "mnist", **settings) -> int:
     """The number of training images."""
     classes = (5, 2, 3) if name == "mnist" else (2, 2, 2)
-    return len(FromTorchvision(name=name, classes=classes, size=8, **settings).split("train").images)
+    return len(FromTorchvision(name=name, classes=classes, size=8, **settings).split("train").items)
 
 
 def refused(name: str = "mnist", **settings) -> str:

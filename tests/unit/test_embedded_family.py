@@ -314,7 +314,7 @@ def test_simpleshot_averages_what_it_was_trained_on(at_once: int, autocast: bool
         expected = (1 - share) * expected + share * features.mean(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for part in tasks.split(at_once):
-            algorithm.saw(part)
+            algorithm.on_training_features(part)
     torch.testing.assert_close(algorithm.average, expected)
 
 
@@ -428,9 +428,11 @@ def test_cnaps_scales_each_task_by_itself(build, channels_last: bool):
     x, y = torch.rand(3, 4, 1, 16, 16), torch.arange(4).expand(3, 4)
     for mode in (False, True):
         algorithm.train(mode)
-        together = algorithm.predict(algorithm.adapt(x, y, 4), x)
+        tasks = Episodes(x, y, x, y, torch.arange(4).expand(len(x), -1))
+        together = algorithm.predict(algorithm.adapt(tasks), x)
         for t in range(3):
-            alone = algorithm.predict(algorithm.adapt(x[t : t + 1], y[t : t + 1], 4), x[t : t + 1])
+            one = tasks.map(lambda tensor, t=t: tensor[t : t + 1])
+            alone = algorithm.predict(algorithm.adapt(one), one.query_x)
             torch.testing.assert_close(together[t], alone[0])
 
 

@@ -12,7 +12,7 @@ from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import DataError
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import Episodes, EpisodeShape
-from metarun.tasks.sampling import DRAW_BLOCK, sample, training_draws
+from metarun.tasks.sampling import TRAINING_BLOCK, sample, training_draws
 from metarun.tasks.source import split_draw
 
 COUNTS = [5, 9, 4, 6]
@@ -102,9 +102,9 @@ def test_what_is_drawn_at_an_iteration_depends_on_the_seed_and_the_iteration_alo
         draws = training_draws(store(), 2, shape, seed, start)
         return [torch.cat([t.flatten() for t in draw]) for draw in itertools.islice(draws, count)]
 
-    whole = drawn(0, 0, 2 * DRAW_BLOCK)
-    for start in (1, DRAW_BLOCK - 1, DRAW_BLOCK):
-        for a, b in zip(whole[start:], drawn(0, start, 2 * DRAW_BLOCK - start), strict=True):
+    whole = drawn(0, 0, 2 * TRAINING_BLOCK)
+    for start in (1, TRAINING_BLOCK - 1, TRAINING_BLOCK):
+        for a, b in zip(whole[start:], drawn(0, start, 2 * TRAINING_BLOCK - start), strict=True):
             assert torch.equal(a, b)
     assert len({tuple(t.tolist()) for t in whole}) == len(whole)
     assert not torch.equal(whole[0], drawn(1, 0, 1)[0])

@@ -15,7 +15,9 @@ from metarun.backbones.conv4 import Conv4
 from metarun.datasets.glyphs import Glyphs
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.episodes import EpisodeShape
-from metarun.training.evaluation import Result, evaluate, fixed_draws, interval, paired_difference
+from metarun.tasks.objectives import ACCURACY
+from metarun.tasks.sampling import fixed_draws
+from metarun.training.evaluation import EvalSettings, Result, evaluate, interval, paired_difference
 from metarun.training.hardware import Hardware
 
 GEOMETRY = EpisodeShape(3, 1, 2)
@@ -46,8 +48,10 @@ def test_the_first_episodes_of_many_are_those_of_few(source):
 def test_scores_do_not_depend_on_how_many_run_at_once(source, at_once: int):
     torch.manual_seed(0)
     algorithm = MAML(Conv4((1, 28, 28), width=8), SGD(0.1, 1), 3)
-    expected = evaluate(algorithm, source, GEOMETRY, 20, 0, Hardware("cpu", tasks_at_once=20))
-    result = evaluate(algorithm, source, GEOMETRY, 20, 0, Hardware("cpu", tasks_at_once=at_once))
+    expected = evaluate(algorithm, source, EvalSettings(GEOMETRY, 20, 0), Hardware("cpu", tasks_at_once=20))
+    result = evaluate(
+        algorithm, source, EvalSettings(GEOMETRY, 20, 0), Hardware("cpu", tasks_at_once=at_once)
+    )
     assert result.episodes_hash == expected.episodes_hash
     torch.testing.assert_close(result.losses, expected.losses, rtol=1e-4, atol=1e-5)
 
@@ -57,7 +61,7 @@ def test_evaluating_changes_nothing_in_the_algorithm_or_the_random_state(source)
     algorithm = ProtoNet(Conv4((1, 28, 28), width=8, norm="running")).train()
     before = {name: value.clone() for name, value in algorithm.state_dict().items()}
     random = torch.get_rng_state()
-    evaluate(algorithm, source, GEOMETRY, 20, 0, CPU)
+    evaluate(algorithm, source, EvalSettings(GEOMETRY, 20, 0), CPU)
     assert algorithm.training
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in algorithm.state_dict().items())
@@ -66,19 +70,19 @@ def test_evaluating_changes_nothing_in_the_algorithm_or_the_random_state(source)
 def test_random_inner_loops_evaluate_the_same_twice(source):
     """Reptile's mini-batches are drawn from a seed of the evaluation's own."""
     algorithm = Reptile(Conv4((1, 28, 28), width=8), SGD(0.1, 3, order=1), 3, batch=2)
-    results = [evaluate(algorithm, source, EpisodeShape(3, 2, 2), 20, 0, CPU) for _ in range(2)]
+    results = [evaluate(algorithm, source, EvalSettings(EpisodeShape(3, 2, 2), 20, 0), CPU) for _ in range(2)]
     assert torch.equal(results[0].losses, results[1].losses)
 
 
 def result(scores: list[float], episodes_hash: str = "same") -> Result:
     values = torch.tensor(scores)
-    return Result(GEOMETRY, "accuracy", values, values, episodes_hash, False, 0.0)
+    return Result(GEOMETRY, (ACCURACY,), {"accuracy": values}, values, episodes_hash, False, 0.0)
 
 
 def test_differences_are_taken_in_pairs():
     a, b = result([0.9, 0.5, 0.7, 0.1]), result([0.8, 0.4, 0.6, 0.0])
-    difference, half = paired_difference(a, b)
+    difference, half = paired_difference(a, b, ACCURACY)
     assert difference == pytest.approx(0.1)
-    assert half < 1e-6 < interval(a.scores)
+    assert half < 1e-6 < interval(a.scores["accuracy"])
     with pytest.raises(ValueError, match="different episodes"):
-        paired_difference(a, result([0.1] * 4, "other"))
+        paired_difference(a, result([0.1] * 4, "other"), ACCURACY)

@@ -43,7 +43,7 @@ def folder(root: Path, **settings) -> ImageFolder:
 
 def count(root: Path, **settings) -> int:
     dataset = folder(root, **settings)
-    return sum(len(dataset.split(split).images) for split in SPLITS)
+    return sum(len(dataset.split(split).items) for split in SPLITS)
 
 
 # the same images twice

@@ -35,8 +35,8 @@ def test_same_settings_same_images_whatever_the_number_of_threads():
 
 
 def test_more_classes_keep_the_first():
-    few = small(train_classes=BLOCK + 3).split("train").images
-    more = small(train_classes=2 * BLOCK + 1).split("train").images
+    few = small(train_classes=BLOCK + 3).split("train").items
+    more = small(train_classes=2 * BLOCK + 1).split("train").items
     assert len(few) == 20 * (BLOCK + 3) and len(more) == 20 * (2 * BLOCK + 1)
     assert torch.equal(more[: len(few)], few)
 
@@ -50,7 +50,7 @@ def test_no_image_comes_twice_in_any_split_or_seed():
 
 
 def test_every_image_has_ink_on_a_dark_ground():
-    images = Glyphs(train_classes=100).split("train").images.float() / 255
+    images = Glyphs(train_classes=100).split("train").items.float() / 255
     assert (images.amax((1, 2, 3)) > 0.9).all()
     assert images.mean((1, 2, 3)).max() < 0.4
     assert 0.06 < images.mean() < 0.12  # Omniglot's at this size is 0.08

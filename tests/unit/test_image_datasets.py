@@ -130,7 +130,7 @@ BROKEN_TREES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such folder"),
     "an empty folder": (lambda root: (shutil.rmtree(root), root.mkdir()), "has no files"),
     "an empty class": (lambda root: (root / "empty").mkdir(), "empty: this class has no images"),
-    "a stray file": (lambda root: picture(root / "stray.png", 1), "stray.png: lies beside the class folders"),
+    "a stray file": (lambda root: picture(root / "stray.png", 1), "stray.png: is beside the class folders"),
     "few classes": (
         lambda root: [shutil.rmtree(root / name) for name in NAMES[:3]],
         "has 5 classes; at least 6",
@@ -189,14 +189,14 @@ def test_the_cache_serves_and_a_flipped_byte_or_a_changed_file_is_noticed(tmp_pa
     root = tree(tmp_path / "mine", NAMES)
     first = ImageFolder(root=str(root), size=8).split("train")
     (entry,) = [path for path in empty_cache.glob("image_folder-train-*") if path.suffix != ".json"]
-    stamp, pixels = entry.stat().st_mtime_ns, first.images.clone()  # they are mapped from the file
+    stamp, pixels = entry.stat().st_mtime_ns, first.items.clone()  # they are mapped from the file
     assert ImageFolder(root=str(root), size=8).split("train").fingerprint == first.fingerprint
     assert entry.stat().st_mtime_ns == stamp
     content = bytearray(entry.read_bytes())
     content[100] ^= 1
     entry.write_bytes(content)
     mended = ImageFolder(root=str(root), size=8).split("train")
-    assert torch.equal(mended.images, pixels)
+    assert torch.equal(mended.items, pixels)
     assert entry.stat().st_mtime_ns != stamp
     picture(root / first.names[0] / "0.png", 250)
     changed = ImageFolder(root=str(root), size=8).split("train")
@@ -278,7 +278,7 @@ def test_cifar_from_class_folders_in_any_arrangement(tmp_path: Path, layout: str
         parts = [dataset.split(name) for name in ("train", "validation", "test")]
         assert tuple(len(part.names) for part in parts) == counts
         assert sorted(name for part in parts for name in part.names) == sorted(names)
-        assert len(parts[0].images) == 2 * counts[0]
+        assert len(parts[0].items) == 2 * counts[0]
     superclasses = {label.superclass for label in labels() if label.fc100 == "train"}
     assert len(superclasses) == 12
     assert not superclasses & {label.superclass for label in labels() if label.fc100 != "train"}
@@ -311,12 +311,12 @@ def test_the_real_cifar(test_data: Path, tmp_path: Path, dataset, layout: str):
     parts = [source.split(name) for name in ("train", "validation", "test")]
     assert [len(part.names) for part in parts] == ([64, 16, 20] if dataset is CifarFS else [60, 20, 20])
     assert all(set(part.counts.tolist()) == {600} for part in parts)
-    assert sum(len(part.images) for part in parts) == 60000
+    assert sum(len(part.items) for part in parts) == 60000
     levels = torch.arange(256, dtype=torch.float64) / 255
     found = torch.zeros(3, 256, dtype=torch.float64)  # how often each level is there
     for part in parts:
         for channel in range(3):
-            found[channel] += torch.bincount(part.images[:, channel].flatten(), minlength=256)
+            found[channel] += torch.bincount(part.items[:, channel].flatten(), minlength=256)
     share = found / found.sum(1, keepdim=True)
     mean = (share * levels).sum(1)
     spread = ((share * levels**2).sum(1) - mean**2).sqrt()
@@ -418,7 +418,7 @@ def test_a_set_of_torchvision_is_split_by_class(tmp_path: Path):
             assert set(found) == {20 * int(name[0])}  # "3 - three"
     shutil.rmtree(root)  # the cache has everything
     again = dataset(size=28, download=False).split("train")
-    assert torch.equal(again.images, parts["train"].images)
+    assert torch.equal(again.items, parts["train"].items)
     with pytest.raises(DataError, match=r"mnist is not in .*or set dataset\.root") as error:
         dataset(size=14, download=False).split("train")
     assert "\n" not in str(error.value)

@@ -182,5 +182,5 @@ def test_photographs_are_cropped_to_a_square(tmp_path: Path):
     wide = Image.new("RGB", (30, 10), "black")
     wide.paste("white", (10, 0, 20, 10))
     wide.save(root / "CUB_200_2011" / "images" / "001.Bird_1" / "B_0.jpg", quality=95)
-    image = Cub(root=str(root), size=8).split("train").images[0].float()
+    image = Cub(root=str(root), size=8).split("train").items[0].float()
     assert torch.all(image[:, :, 1:7] > 220)

@@ -17,8 +17,9 @@ from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError, DataError, naming_part
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
-from metarun.tasks.resize import converted
+from metarun.tasks.resize import resized
 from metarun.tasks.sampling import sample
+from metarun.tasks.spec import TaskSpec
 from metarun.training.evaluation import Result, interval, mean_of
 
 GEOMETRY = EpisodeShape(3, 1, 2)
@@ -27,10 +28,13 @@ GEOMETRY = EpisodeShape(3, 1, 2)
 class Flat(Dataset):
     """Images of one level; `count` classes of `each` images."""
 
-    item_shape: tuple[int, ...] = ()
-
     def __init__(self, level: int, count: int, each: int, item_shape: tuple[int, int, int]) -> None:
-        self.level, self.count, self.each, self.item_shape = level, count, each, item_shape
+        self.level, self.count, self.each = level, count, each
+        self.shape = item_shape
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec(self.shape)
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         images = torch.full((self.count * self.each, *self.item_shape), self.level, dtype=torch.uint8)
@@ -65,9 +69,9 @@ def test_its_parts_are_the_datasets_themselves_on_the_same_memory():
     alone = Flat(200, 7, 5, (3, 8, 8)).split("test")
     part = store.parts["light"]
     assert (part.fingerprint, part.names) == (alone.fingerprint, alone.names)
-    assert torch.equal(part.images, alone.images)
-    assert part.images.untyped_storage().data_ptr() == store.items.untyped_storage().data_ptr()
-    assert store.parts["dark"].images.unique().tolist() == [50]
+    assert torch.equal(part.items, alone.items)
+    assert part.items.untyped_storage().data_ptr() == store.items.untyped_storage().data_ptr()
+    assert store.parts["dark"].items.unique().tolist() == [50]
     assert store.fingerprint != mixture({"dark": 1.0, "light": 1.0}).split("test").fingerprint
     grey = store.resized((1, 4, 4))
     assert grey.item_shape == (1, 4, 4) == grey.parts["dark"].item_shape
@@ -126,9 +130,9 @@ def test_each_part_is_converted_once_from_its_own_pixels():
     shaped = dataset.reshaped((1, 8, 8))
     assert (shaped.item_shape, dataset.item_shape) == ((1, 8, 8), (3, 16, 16))
     torch.manual_seed(0)
-    own = parts["fine"].split("test").images
+    own = parts["fine"].split("test").items
     torch.manual_seed(0)
-    assert torch.equal(shaped.split("test").parts["fine"].images, own)
+    assert torch.equal(shaped.split("test").parts["fine"].items, own)
 
 
 @pytest.mark.parametrize("path", ["/data/dataset.root/x", "my dataset.zip"])
@@ -155,7 +159,7 @@ def test_its_parts_are_checked_like_any_dataset_before_they_are_built():
     assert built.item_shape == (1, 12, 12)
     assert built.drawings
     for bad, says in (
-        (node("subprocess.Popen", args="true"), "settings.glyphs._target_: Popen is no dataset"),
+        (node("subprocess.Popen", args="true"), "settings.glyphs._target_: Popen is not a metarun.datasets.base.Dataset"),
         (
             node("metarun.datasets.glyphs.Glyphs", sise=3),
             "settings.glyphs.sise: Glyphs has no setting 'sise'",
@@ -176,13 +180,13 @@ def test_conversion_agrees_with_pillow():
     pixels = (255 * smooth).byte()
     image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     small = torch.from_numpy(np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)).copy())
-    assert (converted(pixels, (3, 16, 16))[0].permute(1, 2, 0).int() - small.int()).abs().max() <= 2
+    assert (resized(pixels, (3, 16, 16))[0].permute(1, 2, 0).int() - small.int()).abs().max() <= 2
     grey = torch.from_numpy(np.asarray(image.convert("L")).copy())
-    assert (converted(pixels, (1, 40, 40))[0, 0].int() - grey.int()).abs().max() <= 1
-    colour = converted(pixels[:, :1], (3, 40, 40))
+    assert (resized(pixels, (1, 40, 40))[0, 0].int() - grey.int()).abs().max() <= 1
+    colour = resized(pixels[:, :1], (3, 40, 40))
     assert torch.equal(colour, pixels[:, :1].expand(-1, 3, -1, -1))
     many = torch.randint(0, 256, (1500, 1, 3, 3), dtype=torch.uint8)  # more than one block
-    assert torch.equal(converted(many, (3, 3, 3))[:, 2:], many)
+    assert torch.equal(resized(many, (3, 3, 3))[:, 2:], many)
 
 
 def test_the_mean_over_datasets_has_the_interval_of_a_mean_of_means():

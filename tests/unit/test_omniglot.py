@@ -157,14 +157,14 @@ def test_every_drawing_is_with_its_class(imitation, tmp_path, kind):
 def test_rotations_are_new_classes(imitation):
     plain = Omniglot(root=str(imitation), rotations="none").split("train")
     turned = Omniglot(root=str(imitation)).split("train")
-    count, images = len(plain.names), len(plain.images)
+    count, images = len(plain.names), len(plain.items)
     assert len(turned.names) == len(set(turned.names)) == 4 * count
-    assert len(turned.images) == 4 * images
+    assert len(turned.items) == 4 * images
     assert turned.names[count] == plain.names[0] + "@90"
     assert turned.names[-1] == plain.names[-1] + "@270"
     for turn in range(4):
-        part = turned.images[turn * images : (turn + 1) * images]
-        assert torch.equal(part, torch.rot90(plain.images, turn, (2, 3)))
+        part = turned.items[turn * images : (turn + 1) * images]
+        assert torch.equal(part, torch.rot90(plain.items, turn, (2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -355,8 +355,8 @@ def test_the_real_data(real_root):
         names = [name for store in stores.values() for name in store.names]
         assert len(set(names)) == len(names) == 1623
         if classes == "lake":
-            assert len(stores["train"].images) + len(stores["validation"].images) == 19_280
-            assert len(stores["test"].images) == 13_180
+            assert len(stores["train"].items) + len(stores["validation"].items) == 19_280
+            assert len(stores["test"].items) == 13_180
     for store in stores.values():
         assert 0.07 < store.items.float().mean() / 255 < 0.1  # ink is bright and little
         assert (store.items.flatten(1).amax(1) > 200).float().mean() > 0.99  # strokes are not washed out
