@@ -7,7 +7,11 @@ import graphlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 import metarun
+
+pytestmark = pytest.mark.quick
 
 PACKAGE = Path(metarun.__file__).parent
 INNER = {"algorithms", "inner_loops", "backbones", "learner", "objectives", "episodes"}

@@ -9,6 +9,8 @@ from metarun.augment import Augment
 from metarun.episodes import ClassStore, Geometry, sample
 from metarun.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 IMAGES = torch.rand(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
 STILL = [0.5] * 7  # no rotation, no mirror, no shift, no change of colour
 

@@ -20,6 +20,8 @@ from metarun.algorithms.protonet import ProtoNet
 from metarun.episodes import Episodes
 from metarun.hardware import Hardware
 
+pytestmark = pytest.mark.quick
+
 #: Methods of each kind that run a network with the weights of each task, for the other lowerings.
 PER_TASK = ("maml", "cavia", "maml_plus_plus", "meta_networks")
 CASES = [(name, "grouped") for name in METHODS]

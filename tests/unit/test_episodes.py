@@ -12,6 +12,8 @@ from metarun.datasets.sinusoid import Sinusoid
 from metarun.episodes import DRAW_BLOCK, ClassStore, Episodes, Geometry, sample, split_draw, training_draws
 from metarun.errors import DataError
 
+pytestmark = pytest.mark.quick
+
 COUNTS = [5, 9, 4, 6]
 
 

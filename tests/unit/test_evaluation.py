@@ -18,6 +18,8 @@ from metarun.evaluation import Result, evaluate, fixed_draws, interval, paired_d
 from metarun.hardware import Hardware
 from metarun.inner_loops.sgd import SGD
 
+pytestmark = pytest.mark.quick
+
 GEOMETRY = Geometry(3, 1, 2)
 CPU = Hardware("cpu")
 

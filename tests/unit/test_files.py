@@ -17,6 +17,8 @@ from metarun.entries import mapped
 from metarun.errors import DataError
 from metarun.files import atomic_write, cache_dir, data_dir
 
+pytestmark = pytest.mark.quick
+
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 MD5 = hashlib.md5(BODY).hexdigest()
 

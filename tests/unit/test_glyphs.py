@@ -7,6 +7,8 @@ from metarun.datasets.glyphs import BLOCK, STROKES, Glyphs, draw_tokens, render,
 from metarun.episodes import Geometry, sample
 from metarun.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 
 def small(**settings):
     return Glyphs(**{"train_classes": 6, "validation_classes": 6, "test_classes": 6} | settings)

@@ -11,6 +11,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from metarun import fused
 from metarun.lowering import Lowering, pooled_first, run_on_tasks
 
+pytestmark = pytest.mark.quick
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
