@@ -120,7 +120,7 @@ def table() -> str:
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for name, (rule, derivative, paper) in METHODS.items():
         algorithm = built_maml(name)
-        grows = "grows" if memory(name, 20) > 1.5 * memory(name, 5) else "flat"
+        grows = "grows" if memory(name, 8) > 1.5 * memory(name, 2) else "flat"
         cells = [f"`{name}`", adapts(algorithm), rule, learns_besides(algorithm), derivative, grows, paper]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

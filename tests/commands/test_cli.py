@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import TINY, UNTESTED
+from helpers.runs import TINY, UNTESTED, some_quick
 
 import metarun as package
 from metarun.training.checkpoint import FORMAT
@@ -67,6 +67,7 @@ def test_the_console_script_and_the_module_are_the_same(tmp_path: Path):
     assert done.stdout == f"metarun {package.__version__}\n" == typed("--version", cwd=tmp_path).stdout
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -146,7 +147,7 @@ BAD_VALUES = {
 }
 
 
-@pytest.mark.parametrize("words", BAD_VALUES)
+@pytest.mark.parametrize("words", some_quick(BAD_VALUES, "wayz=3", "backbone.width=1.5", "norm=foo"))
 def test_a_bad_value_is_one_line_and_exit_1_and_leaves_nothing(metarun, tmp_path: Path, words: str):
     if words == "hardware=gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")

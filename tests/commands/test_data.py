@@ -12,6 +12,7 @@ from PIL import Image
 from metarun.config.paths import CONF
 
 
+@pytest.mark.quick
 def test_what_there_is(metarun):
     done = metarun("data")
     for path in (CONF / "dataset").glob("*.yaml"):
@@ -37,6 +38,7 @@ def test_tasks_without_images_have_no_pictures(metarun, tmp_path: Path):
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.quick
 def test_mistakes(metarun):
     assert "dataset.root is not set" in metarun("data", "dataset=image_folder", status=1).stderr
     assert "name one, as in metarun data" in metarun("data", "dataset.root=x", status=1).stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import LEARNED, TINY, UNTESTED
+from helpers.runs import LEARNED, TINY, UNTESTED, some_quick
 from omegaconf import OmegaConf
 
 from metarun.config.paths import CONF
@@ -64,7 +64,7 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", some_quick(ALGORITHMS, "maml", "protonet"))
 def test_every_algorithm_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorithm: str):
     done = metarun("train", f"algorithm={algorithm}", *TINY)
     folder = run_folder(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
@@ -49,3 +51,15 @@ def engine_of(
     engine = OuterStep(algorithm, optimizer, source, shape, len(episodes), 0, hardware)
     engine.prepare(0)
     return engine
+
+
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+    """Put a stand-in in TorchInductor's place that runs a graph as it is; the list of what it is given."""
+    given: list[GraphModule] = []
+
+    def stand_in(graph: GraphModule, inputs: list[torch.Tensor], options: dict[str, object]):
+        given.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile", stand_in)
+    return given

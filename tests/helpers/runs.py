@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import pytest
+
 #: A training run of a few seconds; tests append to it.
 TINY = [
     "dataset.train_classes=40",
@@ -37,3 +41,8 @@ LEARNED = [
     "hardware=cpu",
     "hardware.threads=1",
 ]
+
+
+def some_quick(values: Iterable[str], *quick: str) -> list:
+    """Values to parametrize a test by, a few of them marked `quick`."""
+    return [pytest.param(value, marks=pytest.mark.quick) if value in quick else value for value in values]

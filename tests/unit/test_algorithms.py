@@ -52,7 +52,7 @@ ON_EVERY_BACKBONE = ("maml", "protonet", "cavia", "maml_plus_plus", "meta_networ
 @pytest.mark.parametrize(
     ("name", "steps", "backbone"),
     [
-        (name, steps, backbone)
+        pytest.param(name, steps, backbone, marks=[pytest.mark.quick] * (steps == 1 and backbone == "smooth"))
         for backbone in BACKBONES
         for name, steps in STEPS
         if backbone in ("smooth", "conv4") or name in ON_EVERY_BACKBONE

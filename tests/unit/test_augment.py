@@ -11,6 +11,8 @@ from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.sampling import sample
 
+pytestmark = pytest.mark.quick
+
 IMAGES = torch.rand(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
 STILL = [0.5] * 7  # no rotation, no mirror, no shift, no change of colour
 

@@ -195,7 +195,7 @@ def test_a_cache_folder_that_is_a_file(folder: Path):
 
 def test_who_waits_for_a_lock_says_so_and_gets_it(folder: Path):
     """Only after a while, once, and on standard error; the lock file stays, for others may wait for it."""
-    path, code = folder / "entry", "from metarun import locks; from pathlib import Path; import sys\n"
+    path, code = folder / "entry", "from metarun.storage import locks; from pathlib import Path; import sys\n"
     code += "locks.PATIENCE = 0.2; print('waits', flush=True)\n"
     code += "print(locks.once(Path(sys.argv[1]), lambda: None, lambda: 'made'), flush=True)"
     folder.mkdir()

@@ -12,6 +12,8 @@ from metarun.nn import double_backward
 from metarun.nn.layers import Residual, StepNorm
 from metarun.nn.per_task import TaskBatching, leaves, pooled_first, run_chain, run_on_tasks
 
+pytestmark = pytest.mark.quick
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.engines import engine_of
+from helpers.engines import engine_of, uncompiled
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
@@ -15,6 +15,7 @@ from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.reptile import Reptile
 from metarun.backbones.conv4 import Conv4
+from metarun.backbones.mlp import MLP
 from metarun.errors import TrainingError
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.episodes import Episodes, Outcome
@@ -32,10 +33,7 @@ def algorithms(name: str) -> Algorithm:
     if name == "reptile":
         return Reptile(Conv4(SHAPE, 4), SGD(0.1, 2, order=1), 3, batch=4).double()
     if name == "tiny":
-        block = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(4))
-        backbone = nn.Sequential(*block, nn.Flatten())
-        backbone.features = 36
-        return MAML(backbone, SGD(0.1, 1), 3).double()
+        return MAML(MLP(SHAPE, hidden=(4,)), SGD(0.1, 1), 3).double()
     return MAML(Conv4(SHAPE, 4), SGD(0.1, 2), 3).double()
 
 
@@ -97,9 +95,17 @@ def test_gradients_have_the_memory_layout_of_their_weights():
     ["tiny", *(pytest.param(name, marks=pytest.mark.long) for name in ("maml", "protonet", "reptile"))],
 )
 def test_the_compiled_gradient_gives_the_same_losses(name: str):
-    """Running averages and random numbers too."""
+    """The small network here; with `long`, running averages and random numbers too."""
     expected = losses(name, tasks_at_once=5)
     assert losses(name, tasks_at_once=5, compile=True) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["maml", "protonet", "reptile"])
+def test_the_graph_given_to_the_compiler_gives_the_same_losses(name: str, monkeypatch: pytest.MonkeyPatch):
+    """All but the compiler itself, which takes half a minute for a network."""
+    compiler = uncompiled(monkeypatch)
+    assert losses(name, compile=True) == pytest.approx(losses(name), rel=1e-9)
+    assert len(compiler) == 1
 
 
 class Hungry(ProtoNet):

@@ -15,6 +15,8 @@ from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.sampling import TRAINING_BLOCK, sample, training_draws
 from metarun.tasks.source import split_draw
 
+pytestmark = pytest.mark.quick
+
 COUNTS = [5, 9, 4, 6]
 
 

@@ -20,6 +20,8 @@ from metarun.tasks.sampling import fixed_draws
 from metarun.training.evaluation import EvalSettings, Result, evaluate, interval, paired_difference
 from metarun.training.hardware import Hardware
 
+pytestmark = pytest.mark.quick
+
 GEOMETRY = EpisodeShape(3, 1, 2)
 CPU = Hardware("cpu")
 

@@ -115,7 +115,7 @@ def test_an_odd_file_is_named_or_skipped(tmp_path: Path, kind: str):
 def test_whatever_pillow_raises_names_the_file(tmp_path: Path, monkeypatch):
     picture(tmp_path / "a.png", 3)
 
-    def fails(image):
+    def fails(image, **settings):
         raise TypeError("inside Pillow\nand more")
 
     monkeypatch.setattr(images.ImageOps, "exif_transpose", fails)

@@ -12,10 +12,12 @@ from helpers.server import running
 
 from metarun.errors import DataError
 from metarun.storage import archives, downloads
-from metarun.storage.archives import Archive, Folder
+from metarun.storage.archives import Archive
 from metarun.storage.cached_arrays import memmap_cached
 from metarun.storage.downloads import download
 from metarun.storage.files import atomic_write, cache_dir, data_dir
+
+pytestmark = pytest.mark.quick
 
 BODY = bytes(range(256)) * 4096  # 1 MiB: several chunks
 MD5 = hashlib.md5(BODY).hexdigest()

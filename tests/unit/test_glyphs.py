@@ -8,6 +8,8 @@ from metarun.errors import ConfigError
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.sampling import sample
 
+pytestmark = pytest.mark.quick
+
 
 def small(**settings):
     return Glyphs(**{"train_classes": 6, "validation_classes": 6, "test_classes": 6} | settings)

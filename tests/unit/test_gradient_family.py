@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.engines import engine_of
+from helpers.engines import engine_of, uncompiled
 from torch import Tensor, nn
 
 from metarun.algorithms.cavia import CAVIA
@@ -169,24 +169,29 @@ def test_the_losses_of_all_steps_are_annealed_as_in_the_papers_code():
     torch.testing.assert_close((mine.loss, mine.outputs), (theirs.loss, theirs.outputs))
 
 
-@pytest.mark.parametrize("compile", ["auto", True])
-def test_annealed_runs_are_the_same_however_a_step_is_run(compile):
-    """Order and losses change on the way, so that what was traced or compiled must be made anew."""
+@pytest.mark.parametrize("how", ["traced", "graph", pytest.param("compiled", marks=pytest.mark.long)])
+def test_annealed_runs_are_the_same_however_a_step_is_run(how: str, monkeypatch: pytest.MonkeyPatch):
+    """Order and losses change on the way, so that what was traced or compiled must be made anew.
+
+    `graph` is what the compiler would be given.
+    """
+    given = uncompiled(monkeypatch) if how == "graph" else []
     losses = []
-    for how in (False, compile):
+    for compile in (False, "auto" if how == "traced" else True):
         torch.manual_seed(1)
         backbone = MLP((6,), hidden=(8,))
         algorithm = MAMLPlusPlus(backbone, LayerRates(0.1, 3), 3, multi_step_loss=4, first_order=2)
         optimizer = torch.optim.SGD(algorithm.parameters(), lr=0.5)
-        engine = engine_of(algorithm, vectors(), optimizer, compile=how)
+        engine = engine_of(algorithm, vectors(), optimizer, compile=compile)
         run = []
         for iteration in range(7):
             engine.step()
             run.append(engine.running_totals[0].item())
-            assert bool(engine.traced) == (how is not False)
+            assert bool(engine.traced) == (compile is not False)
             assert algorithm.inner_loop.order == (1 if iteration < 2 else 2)
         losses.append(run)
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-9, atol=1e-12)
+    assert len(given) == (3 if how == "graph" else 0)  # first order, second order, the last loss alone
 
 
 def test_a_run_that_begins_later_is_in_its_phase():

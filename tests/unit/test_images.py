@@ -11,6 +11,8 @@ from PIL import Image
 
 from metarun.datasets import images
 
+pytestmark = pytest.mark.quick
+
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
 
 

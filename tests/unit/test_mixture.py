@@ -17,6 +17,7 @@ from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError, DataError, naming_part
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.objectives import ACCURACY
 from metarun.tasks.resize import resized
 from metarun.tasks.sampling import sample
 from metarun.tasks.spec import TaskSpec
@@ -159,7 +160,10 @@ def test_its_parts_are_checked_like_any_dataset_before_they_are_built():
     assert built.item_shape == (1, 12, 12)
     assert built.drawings
     for bad, says in (
-        (node("subprocess.Popen", args="true"), "settings.glyphs._target_: Popen is not a metarun.datasets.base.Dataset"),
+        (
+            node("subprocess.Popen", args="true"),
+            "settings.glyphs._target_: Popen is not a metarun.datasets.base.Dataset",
+        ),
         (
             node("metarun.datasets.glyphs.Glyphs", sise=3),
             "settings.glyphs.sise: Glyphs has no setting 'sise'",
@@ -191,7 +195,7 @@ def test_conversion_agrees_with_pillow():
 
 def test_the_mean_over_datasets_has_the_interval_of_a_mean_of_means():
     def result_of(scores: torch.Tensor) -> Result:
-        return Result(GEOMETRY, "accuracy", scores, scores, "hash", False, 1.0)
+        return Result(GEOMETRY, (ACCURACY,), {"accuracy": scores}, scores, "hash", False, 1.0)
 
     results = {"a": result_of(torch.rand(50)), "b": result_of(torch.rand(50) / 10 + 0.8)}
     both = mean_of(results)

@@ -16,7 +16,7 @@ from metarun.nn.shared_weights import run_shared, runs_at_once
 FIRST = TaskBatching(channels_last=False)
 
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("float64")]
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
