@@ -19,7 +19,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.protonet import ProtoNet
 from metarun.datasets.augment import Augment
 from metarun.tasks.class_store import ClassStore, numbers, pixels, tokens
-from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import CLASSIFICATION, REGRESSION, Objective
 from metarun.training.hardware import Hardware
 
@@ -50,11 +50,11 @@ def without_values(algorithm: Algorithm, batching: str) -> Algorithm:
 
 def everything_of(algorithm: Algorithm) -> list[Tensor]:
     """What one meta-gradient, and one adaptation and prediction in evaluation, give on meta episodes."""
-    episodes = Episodes(*(tensor.to("meta") for tensor in episodes_of().tensors()))
+    episodes = episodes_of().map(lambda tensor: tensor.to("meta"))
     algorithm.on_step_start(0)
-    loss, outputs = algorithm.train().meta_loss(episodes)
+    outcome = algorithm.train().meta_loss(episodes)
     params = [p for p in algorithm.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    grads = torch.autograd.grad(outcome.loss.mean(), params, allow_unused=True)
     with torch.no_grad():
         adapted = algorithm.eval().adapt(episodes)
         predictions = algorithm.predict(adapted, episodes.query_x)

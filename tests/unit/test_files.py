@@ -282,23 +282,3 @@ def test_archive_damaged(tmp_path):
         with pytest.raises(DataError, match="get it again") as failure:
             Archive(path).names()
         assert str(path) in one_line(failure)
-
-
-def test_folder(tmp_path):
-    for name in ("b/2.png", "a/1.png", "a/c/3.png", "top.txt"):
-        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "tree" / name).write_text(name)
-    folder = Folder(tmp_path / "tree")
-    assert folder.names() == ["a/1.png", "a/c/3.png", "b/2.png", "top.txt"]
-    assert folder.read("a/c/3.png") == b"a/c/3.png"
-    seen = [folder.identity()]
-    (tmp_path / "tree/a/1.png").write_text("other")
-    seen.append(folder.identity())
-    (tmp_path / "tree/b/2.png").rename(tmp_path / "tree/b/4.png")
-    seen.append(folder.identity())
-    assert len(set(seen)) == 3
-    with pytest.raises(DataError, match=r"2\.png"):
-        folder.read("b/2.png")
-    (tmp_path / "tree/b/5.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"5\.png"):
-        folder.identity()

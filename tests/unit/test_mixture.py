@@ -168,7 +168,7 @@ def test_its_parts_are_checked_like_any_dataset_before_they_are_built():
             node("metarun.datasets.glyphs.Glyphs", sise=3),
             "settings.glyphs.sise: Glyphs has no setting 'sise'",
         ),
-        (OmegaConf.merge(good, {"settings": {"x": 3}}), "settings.x: is no dataset"),
+        (OmegaConf.merge(good, {"settings": {"x": 3}}), "settings.x: is not a dataset"),
         (OmegaConf.merge(good, {"datasets": {}}), "dataset.datasets is set by metarun"),
         (OmegaConf.merge(good, {"parts": {"glyphs": "much"}}), "must be names, each with a number"),
     ):
@@ -203,4 +203,4 @@ def test_the_mean_over_datasets_has_the_interval_of_a_mean_of_means():
     assert both.interval == pytest.approx(
         (results["a"].interval ** 2 + results["b"].interval ** 2) ** 0.5 / 2
     )
-    assert both.interval < interval(both.scores)  # which counts the difference between datasets as noise
+    assert both.interval < interval(both.scores["accuracy"])  # which counts the difference between datasets as noise
