@@ -16,6 +16,8 @@ from metarun.datasets.image_folder import ImageFolder
 from metarun.entries import mapped
 from metarun.errors import DataError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -20,6 +20,8 @@ from metarun.datasets.tiered_imagenet import TieredImageNet
 from metarun.entries import unpacked
 from metarun.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.quick
+
 SPLITS = ("train", "validation", "test")
 
 

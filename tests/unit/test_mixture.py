@@ -18,6 +18,8 @@ from metarun.errors import ConfigError, DataError, naming_part
 from metarun.evaluation import Result, interval, mean_of
 from metarun.images import converted
 
+pytestmark = pytest.mark.quick
+
 GEOMETRY = Geometry(3, 1, 2)
 
 
