@@ -12,6 +12,7 @@ TINY = [
     "dataset.validation_classes=10",
     "dataset.test_classes=20",
     "dataset.size=16",
+    "hardware.compile=false",  # tracing a step takes longer than twelve of them
     "backbone.width=8",
     "iterations=12",
     "meta_batch=2",

@@ -139,7 +139,7 @@ def test_a_network_of_any_kind_gives_the_same_meta_gradient(name: str):
     assert relative_error(gradient(algorithm, episodes), expected) < METHODS[name].tolerance
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_traced_gradient_is_the_references_each_time(name: str):
     """Recorded once and repeated: nothing of it may have a state of its own."""
     algorithm = METHODS[name].build(BACKBONES["mlp"](), 1)

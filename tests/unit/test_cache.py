@@ -18,6 +18,8 @@ from metarun.errors import DataError
 from metarun.storage import cache, locks
 from metarun.storage.cached_arrays import memmap_cached
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -19,6 +19,8 @@ from metarun.datasets.mini_imagenet import MiniImageNet, class_split
 from metarun.datasets.tiered_imagenet import TieredImageNet
 from metarun.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.quick
+
 SPLITS = ("train", "validation", "test")
 
 

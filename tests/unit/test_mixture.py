@@ -23,6 +23,8 @@ from metarun.tasks.sampling import sample
 from metarun.tasks.spec import TaskSpec
 from metarun.training.evaluation import Result, interval, mean_of
 
+pytestmark = pytest.mark.quick
+
 GEOMETRY = EpisodeShape(3, 1, 2)
 
 
@@ -203,4 +205,6 @@ def test_the_mean_over_datasets_has_the_interval_of_a_mean_of_means():
     assert both.interval == pytest.approx(
         (results["a"].interval ** 2 + results["b"].interval ** 2) ** 0.5 / 2
     )
-    assert both.interval < interval(both.scores["accuracy"])  # which counts the difference between datasets as noise
+    assert both.interval < interval(
+        both.scores["accuracy"]
+    )  # which counts the difference between datasets as noise
