@@ -22,7 +22,7 @@ from benchmarks.workloads import Workload
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.sampling import training_draws
 from metarun.training.hardware import Hardware
-from metarun.training.step import Engine
+from metarun.training.step import OuterStep
 
 
 class Contestant(ABC):
@@ -56,7 +56,7 @@ class Metarun(Contestant):
         rate: Any = torch.tensor(1e-3, device=device) if captured else 1e-3
         optimizer = torch.optim.Adam(algorithm.parameters(), lr=rate, fused=True, capturable=captured)
         source = workload.source(device)
-        self.engine = Engine(algorithm, optimizer, source, workload.shape, tasks, 0, self.hardware)
+        self.engine = OuterStep(algorithm, optimizer, source, workload.shape, tasks, 0, self.hardware)
         self.said: list[str] = []
         began = time.perf_counter()
         with self.hardware.compute():

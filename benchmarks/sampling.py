@@ -22,7 +22,7 @@ class SingleImages(Dataset[tuple[Tensor, int]]):
     """One image at a time, as few-shot code built on torch.utils.data reads them."""
 
     def __init__(self, store: ClassStore) -> None:
-        self.images, self.per_class = store.images.cpu(), store.largest_class
+        self.images, self.per_class = store.items.cpu(), store.largest_class
 
     def __len__(self) -> int:
         return len(self.images)

@@ -62,7 +62,7 @@ def test_a_users_drawings_of_either_polarity(metarun, run: Path, tmp_path: Path,
     assert (tmp_path / "out/predictions.png").stat().st_size > 5000
     adapted = torch.load(tmp_path / "out/adapted.pt", weights_only=True)
     assert adapted["classes"] == ["alpha one", "gamma", "βήτα"]
-    assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query score"] >= 0.7
+    assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query accuracy"] >= 0.7
 
 
 def test_ink_on_paper_beside_chalk_on_a_board(metarun, run: Path, tmp_path: Path):
@@ -72,7 +72,7 @@ def test_ink_on_paper_beside_chalk_on_a_board(metarun, run: Path, tmp_path: Path
     draw(tmp_path / "chalk", dark=False)
     done = metarun("adapt", f"checkpoint={run}", "support=support", "query=chalk/query", "hydra.run.dir=out")
     assert "support drawings: dark ink" in done.stderr and "query drawings: light ink" in done.stderr
-    assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query score"] >= 0.7
+    assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query accuracy"] >= 0.7
 
 
 def test_a_single_query_and_what_systems_leave_behind(metarun, run: Path, tmp_path: Path):

@@ -42,9 +42,9 @@ def test_help_teaches(tmp_path: Path):
 def test_help_and_mistyped_keys_do_not_wait_for_torch(tmp_path: Path, words: list[str]):
     code = f"""
 import sys
-from metarun import cli
+from metarun.cli.main import main
 try:
-    cli.main({words!r})
+    main({words!r})
 except SystemExit:
     pass
 sys.exit(3 if "torch" in sys.modules else 0)
@@ -97,11 +97,11 @@ BAD_VALUES = {
     "backbone.downsample=average": "must be one of max_pool, stride",
     "backbone=null": "a group needs one of its options",
     "ways=41": "ways=41: glyphs train has 40 classes; lower ways to at most 40",
-    "shots=10 queries=11": "need 21 images a class",
+    "shots=10 queries=11": "need 21 examples a class",
     "validation.ways=11": "glyphs validation has 10 classes",
     "dataset.train_classes=0": "choose a whole number of at least 1",
     "dataset=sinusoid backbone=conv4": "backbone=conv4 takes images",
-    "dataset=sinusoid algorithm=protonet": "classifies and cannot regress",
+    "dataset=sinusoid algorithm=protonet": "classifies, and this dataset's tasks have no classes",
     "dataset=sinusoid algorithm=maml ways=2": "a regression task has one way",
     "hardware=gpu": "finds no GPU here",
     "hardware.device=tpuu": "not a device",
@@ -136,7 +136,7 @@ BAD_VALUES = {
     "algorithm=maml_plus_plus inner_loop.steps=0": "rates are learned for at least one step",
     "algorithm=meta_sgd inner_loop.low=1": "inner_loop.low=1: must not be above inner_loop.high=0.1",
     "algorithm=boil algorithm.head=shared": "gives every way the same output until the head adapts",
-    "algorithm=pretrain algorithm.classes=10": "algorithm.classes=10: there are 40 training classes",
+    "algorithm=pretrain +algorithm.classes=10": "algorithm.classes is set by metarun",
     "algorithm=pretrain algorithm.adapts=body": "must be one of all, head",
     "scheduler._target_=torch.optim.lr_scheduler.StepLR": "scheduler is null, so its settings are new",
     "clip.norm=0": "clip.norm=0.0: must be above 0",

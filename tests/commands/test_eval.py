@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ import torch
 from helpers.runs import UNTESTED
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from metarun.commands.cells import Cell
 from metarun.commands.evaluate import comparisons, table_of, with_the_best
 from metarun.commands.models import Model
+from metarun.config.schema import TrainConfig
 from metarun.reporting import plots
+from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.objectives import ACCURACY
 from metarun.training.evaluation import Result
 
 
@@ -97,9 +102,9 @@ def test_steps_and_one_query_at_a_time_change_what_they_should(metarun, runs: Pa
     assert means["none"] == pytest.approx(0.2, abs=0.04)  # an unadapted head knows no class
     assert len(set(means.values())) == 3
     done = metarun("eval", f"checkpoint={runs}/protonet", "steps=3", status=1)
-    assert "protonet has no such choice" in done.stderr
+    assert "steps=3: protonet has no such setting" in done.stderr
     done = metarun("eval", f"checkpoint=[{runs}/maml,{runs}/protonet]", "steps=3", "episodes=5", "queries=2")
-    assert "protonet has no such choice as steps=3" in done.stderr
+    assert "protonet has no setting steps=3" in done.stderr
 
 
 def test_splits_of_a_dataset_without_classes_differ_too(metarun, tmp_path: Path):
@@ -135,7 +140,7 @@ def test_a_curve_over_inner_steps(metarun, runs: Path, tmp_path: Path):
         ("protonet", None),
     ]
     assert re.search(r"maml +│ 5-way 1-shot │ +3 │", done.stdout)
-    assert "protonet has no such choice as steps=[0, 1, 3]" in done.stderr
+    assert "protonet has no setting steps=[0, 1, 3]" in done.stderr
     assert (tmp_path / "curve/steps.png").stat().st_size > 5000
     metarun(*words, "steps=3", "hydra.run.dir=alone")
     alone = results_of(tmp_path / "alone")["results"]
@@ -161,7 +166,7 @@ def test_many_checkpoints_get_a_panel_for_each_task(tmp_path: Path):
         for i in range(9)
         for ways in (2, 5, 7, 9)
     ]
-    plots.evaluation_grid(rows, tmp_path / "many.png")
+    plots.evaluation_grid(rows, ACCURACY, tmp_path / "many.png")
     with Image.open(tmp_path / "many.png") as picture:
         assert max(picture.size) < 2000
 
@@ -175,17 +180,27 @@ def test_models_of_one_kind_are_told_apart_by_their_place(metarun, runs: Path, t
     assert names == ["protonet run best one", "protonet run last", "protonet run best two"]
 
 
+def result_of(shape: EpisodeShape, scores: torch.Tensor) -> Result:
+    return Result(shape, (ACCURACY,), {"accuracy": scores}, scores, "same", False, 1.0)
+
+
+def cell_of(name: str, result: Result) -> Cell:
+    """A result of a model of which only the name counts."""
+    source = ClassStore(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), [1, 1], ["a", "b"], "glyphs")
+    model = Model(name, Path(name), TrainConfig(), source.spec, nn.Identity(), {})  # type: ignore[arg-type]
+    return Cell(model, result.shape, None, source, "glyphs", result)
+
+
 def test_the_table_fits_eighty_columns_with_long_names_and_reasons(monkeypatch):
     console = Console(width=80)
     monkeypatch.setattr("metarun.commands.evaluate.console", console)
-    result = Result(EpisodeShape(20, 1, 5), "accuracy", torch.ones(4), torch.ones(4), "same", False, 1.0)
+    result = result_of(EpisodeShape(20, 1, 5), torch.ones(4))
     cells = []
     for name in ("gnn", "baseline_plus_plus", "metaoptnet run last a_folder_of_a_long_name"):
-        model = Model(name, Path(name), None, None)  # type: ignore[arg-type]
-        cells.append(Cell(model, result.shape, None, None, "glyphs", result))  # type: ignore[arg-type]
-        cells.append(Cell(model, result.shape, None, None, "glyphs", reason="a reason of many words " * 4))  # type: ignore[arg-type]
+        cells.append(cell_of(name, result))
+        cells.append(replace(cells[-1], result=None, reason="a reason of many words " * 4))
     with console.capture() as captured:
-        console.print(table_of(cells, "title"))
+        console.print(table_of(cells, (ACCURACY,), "title"))
     lines = captured.get().splitlines()
     assert all(line[-1] in "┓┩┫┃│┘┛" for line in lines[1:])
 
@@ -196,9 +211,7 @@ def test_of_many_models_the_best_stands_beside_the_others():
     cells = []
     for name, mean in means.items():
         scores = torch.full((4,), mean)
-        result = Result(EpisodeShape(5, 1, 5), "accuracy", scores, scores, "same", False, 0.0)
-        model = Model(name, Path(name), None, None)  # type: ignore[arg-type]
-        cells.append(Cell(model, result.shape, None, None, "glyphs", result))  # type: ignore[arg-type]
+        cells.append(cell_of(name, result_of(EpisodeShape(5, 1, 5), scores)))
     pairs = comparisons(cells)
     assert len(pairs) == 10
     shown = with_the_best(pairs, cells)

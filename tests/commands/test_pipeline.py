@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.runs import TINY
 
+from metarun.config.restore import backbone_of, is_average
 from metarun.training import checkpoint
 
 SMALL = [
@@ -33,7 +34,7 @@ def accuracy(folder: Path) -> float:
 
 
 def backbone(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
-    return checkpoint.backbone_of(checkpoint.load(folder / name)["algorithm"])
+    return backbone_of(checkpoint.load(folder / name)["algorithm"])
 
 
 def test_the_pipeline(metarun, pretrained: Path, tmp_path: Path):
@@ -57,7 +58,7 @@ def test_any_method_starts_with_a_backbone(metarun, pretrained: Path, tmp_path: 
         words.append("norm=layer")
     metarun("train", *words, f"init={pretrained}", "backbone=conv4", "hydra.run.dir=run")
     offered, started = (
-        [x for name, x in backbone(folder).items() if not checkpoint.is_average(name)]
+        [x for name, x in backbone(folder).items() if not is_average(name)]
         for folder in (pretrained, tmp_path / "run")
     )
     assert len(offered) == len(started) == 16

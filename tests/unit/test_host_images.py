@@ -132,6 +132,6 @@ def test_where_images_are_kept(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
     cpu.device = torch.device("cuda")  # as if there were one
     assert [cpu.keeps_on_host(size) for size in (500, 501)] == [False, True]
-    cpu.items = "device"
+    cpu.images = "device"
     assert not cpu.keeps_on_host(1 << 50)
-    assert build_source(Sinusoid(), "train", Hardware("cpu", images="host")).item_shape == (1,)
+    assert build_source(Sinusoid(), "train", Hardware("cpu", images="host")).spec.item_shape == (1,)
