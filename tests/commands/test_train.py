@@ -288,7 +288,7 @@ def test_a_sweep_leaves_a_folder_in_use_as_it_is(metarun, tmp_path: Path):
     assert "2 jobs" in done.stdout
     after = everything(tmp_path / "sweep/0")
     assert after.pop("result.json") == b"{}"
-    assert "at work" in json.loads(after.pop("failure.json"))["error"]
+    assert "is running" in json.loads(after.pop("failure.json"))["error"]
     assert not after
 
 
