@@ -34,6 +34,12 @@ class Algorithm(nn.Module, ABC):
     needs: ClassVar[type[Tasks]] = Tasks  # type: ignore[type-abstract]
     #: Whether it needs tasks with classes.
     needs_classes: ClassVar[bool] = False
+    #: Whether a task is learned by steps of `inner_loop`, whose number can be chosen at test time.
+    takes_steps: ClassVar[bool] = False
+    #: Whether it has `by_instance`, the accuracy at each appearance of a class (`metarun eval instances=N`).
+    sees_examples_in_turn: ClassVar[bool] = False
+    #: Whether the backbone keeps the weights that it starts with.
+    frozen: bool = False
     #: Whether predictions for one query depend on the other queries of its task (transductive).
     uses_query_statistics: bool = False
     #: The loss of the queries, (outputs, targets) -> [T], that training minimises and evaluation reports;
@@ -53,6 +59,10 @@ class Algorithm(nn.Module, ABC):
                 f"{cls.__name__} classifies, and this dataset's tasks have no classes; "
                 "choose algorithm=maml or reptile"
             )
+
+    def own_backbone(self) -> nn.Module | None:
+        """The network that `init=RUN` fills with another run's weights; None: there is none."""
+        return None
 
     def check(self, ways: int) -> None:
         """Raise ConfigError where tasks with so many ways cannot be solved."""

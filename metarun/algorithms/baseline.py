@@ -75,6 +75,8 @@ class Baseline(Classifier):
     support; the cosine classifier has no learned norm of each class (nor has the paper, but its code).
     """
 
+    takes_steps = True
+
     def __init__(
         self,
         backbone: nn.Module,

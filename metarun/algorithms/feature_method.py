@@ -36,6 +36,9 @@ class FeatureMethod(Algorithm):
         self.most_ways = most_ways  # where the network's size says how many; fewer use the first ones
         self.batching = AUTO
 
+    def own_backbone(self) -> nn.Module:
+        return self.backbone
+
     def check(self, ways: int) -> None:
         if self.most_ways is not None and ways > self.most_ways:
             raise ConfigError(f"its network has {self.most_ways} ways, not {ways}; train with ways={ways}")

@@ -35,6 +35,8 @@ class MAML(Algorithm):
     beside the support alone, as Reptile's paper also reports.
     """
 
+    takes_steps = True
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -58,6 +60,9 @@ class MAML(Algorithm):
                 "algorithm.head=shared gives every way the same output until the head adapts, which it does "
                 "not here; choose algorithm.head=fixed"
             )
+
+    def own_backbone(self) -> nn.Module:
+        return self.learner.backbone
 
     def is_fast(self, name: str) -> bool:
         """Whether the inner loop adapts the weight of this name."""

@@ -44,6 +44,8 @@ class MANN(FeatureMethod):
     new task is tested, the support first and then one query, which is much quicker to learn.
     """
 
+    sees_examples_in_turn = True
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -76,6 +76,9 @@ class MetaNet(Algorithm):
     def embedder(self) -> nn.Sequential:
         return nn.Sequential(self.representation, self.representation_head)
 
+    def own_backbone(self) -> nn.Module:
+        return self.backbone
+
     def check(self, ways: int) -> None:
         if ways > self.outputs:
             raise ConfigError(f"its network has {self.outputs} ways, not {ways}; train with ways={ways}")

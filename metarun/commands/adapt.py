@@ -194,7 +194,8 @@ def report(
     """Tables on screen; steps.json, predictions.csv and pictures in the folder."""
     ways = f"{len(task.classes)} classes, " if task.classes else ""
     title = f"{model.name}: {ways}{task.episode.support_x.shape[1]} support examples"
-    console.print(step_table(steps, task.objective.metrics, title))
+    metrics, loss = task.objective.metrics, model.algorithm.loss_of(task.episode)
+    console.print(step_table(steps, metrics, loss in [metric.score for metric in metrics], title))
     saved = ["steps.json", "adapted.pt"]
     write_json(folder / "steps.json", steps)
     if outputs is not None and task.classes:
@@ -221,14 +222,13 @@ def classes_of(task: Task, outputs: Tensor, folder: Path) -> list[str]:
     return report_classes(counts, task.classes, "queries by class", folder)
 
 
-def step_table(steps: list[dict[str, Any]], metrics: Sequence[Metric], title: str) -> Table:
-    """One row for each inner step."""
+def step_table(
+    steps: list[dict[str, Any]], metrics: Sequence[Metric], loss_is_metric: bool, title: str
+) -> Table:
+    """One row for each inner step; a loss that is one of the metrics is shown once."""
     table = Table(title=Text(title))
     by_name = {f"{part} {metric.name}": metric for part in ("support", "query") for metric in metrics}
-    # Where a metric is the loss itself, it is shown once.
-    keys = [
-        key for key in steps[-1] if key != "step" and not (key.endswith("loss") and metrics[0].name == "mse")
-    ]
+    keys = [key for key in steps[-1] if key != "step" and not (loss_is_metric and key.endswith("loss"))]
     table.add_column("inner step", justify="right")
     for key in keys:
         table.add_column(key, justify="right")

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metarun.commands.models import Model, TestData, dataset_name, takes_steps, values_of
+from metarun.commands.models import Model, TestData, dataset_name, values_of
 from metarun.config.schema import EvalConfig, TrainConfig
 from metarun.errors import MetarunError
 from metarun.tasks.episodes import EpisodeShape
@@ -50,7 +50,7 @@ def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], comma
     """The cells of one model; those that are not possible with the reason."""
     source = data.source(model)
     parts = source.parts or {dataset_name(model): source}
-    several = isinstance(command.steps, list) and takes_steps(model)
+    several = isinstance(command.steps, list) and model.algorithm.takes_steps
     steps = values_of(command.steps) if several else [None]
     cells = [
         Cell(model, shape, step, part, name)

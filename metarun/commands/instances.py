@@ -22,7 +22,7 @@ def instance_cells(cells: list[Cell], command: EvalConfig) -> list[Cell]:
     """One cell for each model, dataset and number of ways whose appearances of a class can be shown."""
     if command.instances is None:
         return []
-    found = [cell for cell in cells if hasattr(cell.model.algorithm, "by_instance")]
+    found = [cell for cell in cells if cell.model.algorithm.sees_examples_in_turn]
     if not found:
         raise ConfigError(
             f"instances={command.instances}: no method here sees examples one by one, as algorithm=mann does"

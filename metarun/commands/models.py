@@ -16,7 +16,6 @@ from metarun.config.check import check_node
 from metarun.config.restore import rebuild
 from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, from_plain
 from metarun.errors import ConfigError
-from metarun.inner_loops.base import InnerLoop
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Objective
@@ -106,11 +105,6 @@ def adjust(settings: TrainConfig, command: Command, name: str, alone: bool) -> N
 def values_of(setting: Any) -> list[Any]:
     """The values of a setting that is one value or a list of them."""
     return list(dict.fromkeys(setting)) if isinstance(setting, list) else [setting]
-
-
-def takes_steps(model: Model) -> bool:
-    """Whether the number of inner steps can be chosen at test time."""
-    return isinstance(getattr(model.algorithm, "inner_loop", None), InnerLoop)
 
 
 def dataset_node(command: Command, trained: TrainConfig) -> Node:

@@ -114,7 +114,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         load_weights(trainer.algorithm)
         if start is not None:
             inform(f"starts with the {start_from(trainer.algorithm, *start)}")
-        elif getattr(trainer.algorithm, "frozen", False) and not settings.backbone.get("weights"):
+        elif trainer.algorithm.frozen and not settings.backbone.get("weights"):
             raise ConfigError("algorithm.frozen=true would keep a random backbone; add init=RUN")
     name = f"{choices['algorithm']} on {choices['dataset']}, {training_shape(settings)}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.config.build import build_algorithm, build_dataset
@@ -55,14 +55,14 @@ def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> 
     Returns:
         Where the weights come from, for a message.
     """
-    backbone: nn.Module | None = getattr(getattr(algorithm, "learner", algorithm), "backbone", None)
+    backbone = algorithm.own_backbone()
     if backbone is None:
         raise ConfigError(f"init={path}: {type(algorithm).__name__} has no backbone to start with it")
     choices = content["choices"]
     run = f"{choices.get('algorithm')} on {choices.get('dataset')}"
     offered, wanted = backbone_of(content["algorithm"]), dict(backbone.state_dict())
     has, wants = (any(map(is_average, names)) for names in (offered, wanted))
-    if wants and not has and getattr(algorithm, "frozen", False):
+    if wants and not has and algorithm.frozen:
         raise ConfigError(f"init={path}: a frozen backbone needs running averages, and it has none ({run})")
     if has != wants:
         offered, wanted = ({n: x for n, x in d.items() if not is_average(n)} for d in (offered, wanted))

@@ -128,8 +128,10 @@ class OuterStep:
 
     def host_store(self) -> ClassStore | None:
         """The source, where its images stay in host memory."""
-        source = self.source
-        return source if isinstance(source, ClassStore) and source.host_for is not None else None
+        if self.source.host_for is None:
+            return None
+        assert isinstance(self.source, ClassStore)
+        return self.source
 
     def bytes_of_one_task(self) -> int:
         """Measured on a copy, so that weights, averages and random numbers stay as they are."""

@@ -219,7 +219,7 @@ class Trainer:
     def not_finite(self, what: str) -> str:
         kept = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]
         where = f"the last good checkpoint is {self.folder / kept[-1]}" if kept else "nothing was saved yet"
-        rates = "inner_loop.rate or optimizer.lr" if hasattr(self.algorithm, "inner_loop") else "optimizer.lr"
+        rates = "inner_loop.rate or optimizer.lr" if self.algorithm.takes_steps else "optimizer.lr"
         return f"{what} is no longer finite at iteration {self.iteration}; {where}; lower {rates}"
 
 
