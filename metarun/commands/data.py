@@ -15,6 +15,7 @@ from rich.table import Table
 
 from metarun.config.build import build_dataset, build_source, instantiate
 from metarun.config.check import check
+from metarun.config.schema import DataConfig, typed
 from metarun.errors import ConfigError, DataError
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
@@ -34,18 +35,25 @@ def run(cfg: DictConfig) -> None:
     check(cfg, "data", complete=not (cfg.verify or cfg.clean))
     if cfg.verify or cfg.clean:
         return clean(name, root_of(cfg)) if cfg.clean else verify(name)
-    if not cfg.dataset:
+    command: DataConfig = typed(cfg)
+    if not command.dataset:
         console.print(catalogue())
         inform("metarun data dataset=NAME prepares one; " + place())
-        return None
-    if "_target_" not in cfg.dataset:
+    elif "_target_" not in command.dataset:
         raise ConfigError("dataset: name one, as in metarun data dataset=image_folder dataset.root=FOLDER")
-    hardware = instantiate(cfg.hardware)
+    else:
+        prepare(command, name)
+    return None
+
+
+def prepare(command: DataConfig, name: str) -> None:
+    """Load the splits of a dataset, count them, and draw a contact sheet and an episode of images."""
+    hardware = instantiate(command.hardware)
     table = Table(title=name)
-    for heading in ("split", "classes", "images", "a class", "shape", "seconds"):
+    for heading in ("split", "classes", "items", "per class", "shape", "seconds"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     sources: dict[str, EpisodeSource] = {}
-    dataset = build_dataset(cfg.dataset)  # once, for its files are listed once
+    dataset = build_dataset(command.dataset)
     for split in SPLITS:
         began = time.perf_counter()
         sources[split] = build_source(dataset, split, hardware)
@@ -53,11 +61,11 @@ def run(cfg: DictConfig) -> None:
         for part, own in sources[split].parts.items():
             table.add_row(f"  {part}", *counts(own), "")
     console.print(table)
-    inform(place(None if sources[cfg.split].parts else name))  # a mixture caches nothing itself
-    source = sources[cfg.split]
-    if isinstance(source, ClassStore):
-        draw(source, EpisodeShape(cfg.ways, cfg.shots, cfg.queries), cfg.seed, f"{name} {cfg.split}")
-    return None
+    source = sources[command.split]
+    inform(place(None if source.parts else name))  # a mixture caches nothing itself
+    if isinstance(source, ClassStore) and len(source.item_shape) == 3:
+        shape = EpisodeShape(command.ways, command.shots, command.queries)
+        draw(source, shape, command.seed, f"{name} {command.split}")
 
 
 def verify(dataset: str | None) -> None:
@@ -130,7 +138,7 @@ def described(path: Path) -> str:
 
 
 def counts(source: EpisodeSource) -> list[str]:
-    """Classes, images, images a class and the shape of one, for people."""
+    """The numbers of classes, items and items per class, and the shape of an item."""
     shape = "x".join(map(str, source.spec.item_shape))
     if not isinstance(source, ClassStore):
         return ["", "drawn anew", "", shape]

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from metarun.datasets.images import Fit
+from metarun.datasets.images import Resize
 from metarun.errors import ConfigError
 from metarun.storage.files import encoded
 from metarun.tasks.class_store import ClassStore
@@ -73,7 +73,7 @@ class ImageDataset(Dataset):
     Args:
         size: height and width in pixels, at least 1.
         channels: 3 for RGB, 1 for grey.
-        fit: how an image that is not square is made square, see `metarun.datasets.images.fit`.
+        resize: how an image that is not square is made square, see `metarun.datasets.images.resized`.
 
     Raises:
         ConfigError: `size` is out of range.
@@ -83,9 +83,9 @@ class ImageDataset(Dataset):
     invert: ClassVar[bool] = False  # whether to exchange black and white when files are decoded
     threaded: ClassVar[bool] = True  # whether several threads decode files
 
-    def __init__(self, size: int, channels: int = 3, fit: Fit = "pad") -> None:
+    def __init__(self, size: int, channels: int = 3, resize: Resize = "pad") -> None:
         at_least(1, size=size)
-        self.size, self.channels, self.fit = size, channels, fit
+        self.size, self.channels, self.resize = size, channels, resize
 
     @property
     def spec(self) -> TaskSpec:

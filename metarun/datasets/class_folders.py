@@ -147,7 +147,7 @@ def class_store(
     """The images of some classes, decoded into the cache unless the same files are there already.
 
     Args:
-        dataset: says how to decode: item shape, fit, what to do about unreadable files, and so on.
+        dataset: says how to decode: item shape, resize, what to do about unreadable files, and so on.
         title: the name of the store in messages, such as "cub train".
         classes: the image files of each class, by name.
         root: the folder or zip that the files are below.
@@ -160,7 +160,7 @@ def class_store(
     files = [entry for name in classes for entry in classes[name]]
     cached_as = cached_as or title.replace(" ", "-")
     source = os.path.abspath(root.expanduser())
-    settings = f"{VERSION} {dataset.item_shape} {dataset.fit} {dataset.unreadable or 'stop'}"
+    settings = f"{VERSION} {dataset.item_shape} {dataset.resize} {dataset.unreadable or 'stop'}"
     settings += " inverted" if dataset.invert else ""
     digest = hashlib.sha256(settings.encode())
     for name, own in classes.items():
@@ -229,5 +229,5 @@ def decode(dataset: ImageDataset, entry: Entry) -> bytes | None:
             return None
         advice = ", or set dataset.unreadable=skip" if dataset.unreadable else ""
         raise DataError(f"{error}{advice}") from error
-    pixels = images.to_array(image, dataset.item_shape, dataset.fit)
+    pixels = images.to_array(image, dataset.item_shape, dataset.resize)
     return (255 - pixels if dataset.invert else pixels).tobytes()

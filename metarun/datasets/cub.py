@@ -10,7 +10,7 @@ import torch
 
 from metarun.datasets.base import ImageDataset, Split, and_more
 from metarun.datasets.class_folders import Entry, class_store, entries, note_counts
-from metarun.datasets.images import Fit
+from metarun.datasets.images import Resize
 from metarun.errors import DataError
 from metarun.reporting.console import inform
 from metarun.storage.cached_arrays import extract_cached
@@ -39,7 +39,7 @@ class Cub(ImageDataset):
     Args:
         root: a folder or zip with the species folders somewhere below it, the authors' archive, or a folder
             with that archive. None: the archive, downloaded to METARUN_DATA/cub if it is not there yet.
-        size, fit: pixels a side, and how photographs are made square.
+        size, resize: pixels a side, and how photographs are made square.
         download: whether the archive may be downloaded.
 
     Raises:
@@ -47,9 +47,9 @@ class Cub(ImageDataset):
     """
 
     def __init__(
-        self, *, root: str | None = None, size: int = 84, fit: Fit = "crop", download: bool = True
+        self, *, root: str | None = None, size: int = 84, resize: Resize = "crop", download: bool = True
     ) -> None:
-        super().__init__(size, fit=fit)
+        super().__init__(size, resize=resize)
         self.root, self.download = root, download
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:

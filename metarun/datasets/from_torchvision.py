@@ -19,7 +19,7 @@ from PIL import Image
 
 from metarun.datasets import images
 from metarun.datasets.base import ImageDataset, Split, at_least, select, split_by_digest
-from metarun.datasets.images import Fit
+from metarun.datasets.images import Resize
 from metarun.datasets.torchvision_files import Labelled, obtained
 from metarun.errors import ConfigError
 from metarun.reporting.console import Bar
@@ -53,7 +53,7 @@ class FromTorchvision(ImageDataset):
     Args:
         name: which set.
         classes: how many classes to train on, to validate on and to test on.
-        size, channels, fit: the images' size, grey or colour, and how they are made square.
+        size, channels, resize: the images' size, grey or colour, and how they are made square.
         root: the folder with torchvision's files. None: METARUN_DATA/torchvision.
         download: whether missing files may be downloaded.
 
@@ -68,11 +68,11 @@ class FromTorchvision(ImageDataset):
         classes: tuple[int, int, int],
         size: int,
         channels: Literal[1, 3] = 3,
-        fit: Fit = "pad",
+        resize: Resize = "pad",
         root: str | None = None,
         download: bool = True,
     ) -> None:
-        super().__init__(size, channels, fit)
+        super().__init__(size, channels, resize)
         at_least(1, classes=list(classes))
         self.name, self.classes, self.root, self.download = name, classes, root, download
 
@@ -82,7 +82,7 @@ class FromTorchvision(ImageDataset):
         Raises DataError if the files are missing or damaged, ConfigError if there are too few classes.
         """
         root = os.path.abspath(Path(self.root).expanduser()) if self.root else None
-        key = f"1 {self.item_shape} {self.fit} {root}"  # 1: the version of the entry's content
+        key = f"1 {self.item_shape} {self.resize} {root}"  # 1: the version of the entry's content
         entry = f"{self.name}-{hashlib.sha256(encoded(key)).hexdigest()[:24]}"
         content, made = memmap_cached(
             entry, self._build, f"{self.name} {key}"
@@ -120,7 +120,7 @@ class FromTorchvision(ImageDataset):
         return {"names": [str(titles[number]) for number in numbers], "counts": counts}
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
-        return images.to_array(images.flatten(image), self.item_shape, self.fit)
+        return images.to_array(images.flatten(image), self.item_shape, self.resize)
 
     def _parts(self) -> list[Labelled]:
         kind, settings = SETS[self.name]

@@ -9,7 +9,7 @@ import torch
 
 from metarun.datasets.base import ImageDataset, Split, Unreadable, split_by_digest
 from metarun.datasets.class_folders import Entry, class_store, entries
-from metarun.datasets.images import Fit, visible
+from metarun.datasets.images import Resize, visible
 from metarun.errors import ConfigError, DataError
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
@@ -30,7 +30,7 @@ class ImageFolder(ImageDataset):
 
     Args:
         root: a folder or a zip.
-        size, channels, fit: the images' size, grey or colour, and how they are made square.
+        size, channels, resize: the images' size, grey or colour, and how they are made square.
         unreadable: "stop" raises DataError at a file that is not an image, "skip" leaves it out with a
             warning.
         validation, test: the shares of the classes to validate and to test on, above 0 and less than 1
@@ -47,13 +47,13 @@ class ImageFolder(ImageDataset):
         root: str,
         size: int = 84,
         channels: Literal[1, 3] = 3,
-        fit: Fit = "pad",
+        resize: Resize = "pad",
         unreadable: Unreadable = "stop",
         validation: float = 0.2,
         test: float = 0.2,
         seed: int = 0,
     ) -> None:
-        super().__init__(size, channels, fit)
+        super().__init__(size, channels, resize)
         if min(validation, test) <= 0 or validation + test >= 1:
             raise ConfigError(
                 f"dataset.validation={validation}, dataset.test={test}: choose shares above 0 that are less "

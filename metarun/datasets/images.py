@@ -14,7 +14,7 @@ from torch import Tensor
 from metarun.errors import ConfigError, DataError, first_line
 
 Ink = Literal["dark", "light"]
-Fit = Literal["pad", "crop", "stretch"]
+Resize = Literal["pad", "crop", "stretch"]
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
@@ -147,16 +147,16 @@ def to_batch(images: Sequence[Image.Image], item_shape: tuple[int, ...]) -> Tens
     return torch.from_numpy(np.stack([to_array(image, item_shape) for image in images])).float() / 255
 
 
-def to_array(image: Image.Image, item_shape: tuple[int, ...], how: Fit = "pad") -> np.ndarray:
-    """An image in mode L or RGB as a uint8 array of shape `item_shape`, [C, H, W]; `how` as in `fit`."""
+def to_array(image: Image.Image, item_shape: tuple[int, ...], how: Resize = "pad") -> np.ndarray:
+    """An image in mode L or RGB as a uint8 array of shape `item_shape`, [C, H, W]; `how` as in `resized`."""
     channels, height, width = item_shape
     mode = "L" if channels == 1 else "RGB"
     image = image if image.mode == mode else image.convert(mode)  # which would copy it
-    pixels = fit(image, height, width, how)  # [H, W] or [H, W, C]
+    pixels = resized(image, height, width, how)  # [H, W] or [H, W, C]
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def fit(image: Image.Image, height: int, width: int, how: Fit = "pad") -> np.ndarray:
+def resized(image: Image.Image, height: int, width: int, how: Resize = "pad") -> np.ndarray:
     """An image of mode L or RGB resized with antialiasing, as a uint8 array [H, W] or [H, W, 3].
 
     Args:

@@ -17,7 +17,7 @@ import torch
 
 from metarun.datasets.base import ImageDataset, Split, and_more
 from metarun.datasets.class_folders import Entry, class_store, entries, note_counts
-from metarun.datasets.images import Fit
+from metarun.datasets.images import Resize
 from metarun.errors import DataError
 from metarun.tasks.class_store import ClassStore
 
@@ -44,7 +44,7 @@ class MiniImageNet(ImageDataset):
 
     Args:
         root: the folder or zip with the images, see `layouts`.
-        size, fit: pixels a side, and how images of another size are resized; by default they are stretched,
+        size, resize: pixels a side, and how images of another size are resized; by default stretched,
             as in the authors' preparation.
 
     Raises:
@@ -58,8 +58,8 @@ class MiniImageNet(ImageDataset):
         "folder of all images and train.csv, val.csv and test.csv, or zips of either"
     )
 
-    def __init__(self, *, root: str, size: int = 84, fit: Fit = "stretch") -> None:
-        super().__init__(size, fit=fit)
+    def __init__(self, *, root: str, size: int = 84, resize: Resize = "stretch") -> None:
+        super().__init__(size, resize=resize)
         self.root = root
         self._lists: set[str] = set()  # names of the CSV files found
 

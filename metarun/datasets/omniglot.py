@@ -104,7 +104,7 @@ class Omniglot(ImageDataset):
         size: int = 28,
         download: bool = True,
     ) -> None:
-        super().__init__(size, channels=1, fit="stretch")
+        super().__init__(size, channels=1, resize="stretch")
         self.root, self.classes, self.rotations, self.download = root, classes, rotations, download
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:

@@ -52,7 +52,7 @@ def test_what_is_current_what_is_not_and_why(tmp_path: Path, folder: Path):
     assert cache.cache_entries() == []
     root = tree(tmp_path / "mine", NAMES)
     prepared(root)
-    prepared(root, fit="crop")
+    prepared(root, resize="crop")
     assert names(cache.cache_entries()) == [("image_folder", "train", False)] * 2
     assert cache.cache_entries("glyphs") == []
     assert sum(entry.size for entry in cache.cache_entries()) == 2 * 4 * 3 * 3 * 8 * 8

@@ -82,7 +82,7 @@ def test_a_set_is_downloaded(mnist: Server, tmp_path: Path, script: list[str]):
         assert any(start and start != "bytes=0-" for start in mnist.ranges)
     assert not pending(tmp_path)
     asked = len(mnist.ranges)
-    assert split(fit="stretch") == 5 * 8  # from the files that are there
+    assert split(resize="stretch") == 5 * 8  # from the files that are there
     assert len(mnist.ranges) == asked
 
 
@@ -145,7 +145,7 @@ def test_damaged_files_are_got_again_but_a_users_own_are_left(mnist: Server, tmp
     assert split() == 5 * 8
     raw = tmp_path / "data" / "torchvision" / "MNIST" / "raw"
     (raw / "train-images-idx3-ubyte").unlink()
-    assert split(fit="crop") == 5 * 8
+    assert split(resize="crop") == 5 * 8
     (raw / "train-labels-idx1-ubyte").unlink()
     root = tmp_path / "data" / "torchvision"
     assert "MNIST: damaged or incomplete, and yours" in refused(root=str(root))

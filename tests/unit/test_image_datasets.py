@@ -163,22 +163,22 @@ def test_settings_of_a_folder_that_cannot_be():
 
 
 @pytest.mark.parametrize(
-    ("fit", "corner", "left"), [("pad", 9, 200), ("crop", 200, 90), ("stretch", 200, 200)]
+    ("resize", "corner", "left"), [("pad", 9, 200), ("crop", 200, 90), ("stretch", 200, 200)]
 )
-def test_how_an_image_of_other_proportions_is_made_square(tmp_path: Path, fit: str, corner: int, left: int):
+def test_how_other_proportions_are_made_square(tmp_path: Path, resize: str, corner: int, left: int):
     """A wide image: a bright left third, the rest of level 90 inside a border of level 9."""
     root = tree(tmp_path / "mine", NAMES)
     pixels = np.full((20, 60), 90, np.uint8)
     pixels[:, :20] = 200
-    if fit == "pad":
+    if resize == "pad":
         pixels[0], pixels[-1] = 9, 9
     for name in NAMES:
         for path in (root / name).iterdir():
             path.unlink()
         Image.fromarray(pixels).save(root / name / "wide.png")
-    store = ImageFolder(root=str(root), size=18, channels=1, fit=fit).split("train")
+    store = ImageFolder(root=str(root), size=18, channels=1, resize=resize).split("train")
     image = store.items[0, 0].int()
-    assert abs(image[0, 0] - (corner if fit != "crop" else left)) < 12
+    assert abs(image[0, 0] - (corner if resize != "crop" else left)) < 12
     assert abs(image[9, 2] - left) < 12
 
 
