@@ -194,7 +194,8 @@ def report(
     """Tables on screen; steps.json, predictions.csv and pictures in the folder."""
     ways = f"{len(task.classes)} classes, " if task.classes else ""
     title = f"{model.name}: {ways}{task.episode.support_x.shape[1]} support examples"
-    console.print(step_table(steps, task.objective.metrics, title))
+    for table in step_tables(steps, task.objective.metrics, title):
+        console.print(table)
     saved = ["steps.json", "adapted.pt"]
     write_json(folder / "steps.json", steps)
     if outputs is not None and task.classes:
@@ -221,17 +222,26 @@ def classes_of(task: Task, outputs: Tensor, folder: Path) -> list[str]:
     return report_classes(counts, task.classes, "queries by class", folder)
 
 
-def step_table(steps: list[dict[str, Any]], metrics: Sequence[Metric], title: str) -> Table:
-    """One row for each inner step."""
-    table = Table(title=Text(title))
-    by_name = {f"{part} {metric.name}": metric for part in ("support", "query") for metric in metrics}
-    # Where a metric is the loss itself, it is shown once.
+def step_tables(steps: list[dict[str, Any]], metrics: Sequence[Metric], title: str) -> list[Table]:
+    """One row for each inner step; support and query apart where they would not fit a terminal together."""
+    # Where the main metric is the loss itself, it is shown once.
     keys = [
         key for key in steps[-1] if key != "step" and not (key.endswith("loss") and metrics[0].name == "mse")
     ]
-    table.add_column("inner step", justify="right")
-    for key in keys:
-        table.add_column(key, justify="right")
+    if len(metrics) == 1:
+        return [step_table(steps, metrics, title, keys)]
+    groups = ([key for key in keys if key.startswith(part)] for part in ("support", "query"))
+    return [step_table(steps, metrics, title, group) for group in groups if group]
+
+
+def step_table(
+    steps: list[dict[str, Any]], metrics: Sequence[Metric], title: str, keys: Sequence[str]
+) -> Table:
+    """The figures of these keys after each inner step."""
+    table = Table(title=Text(title))
+    by_name = {f"{part} {metric.name}": metric for part in ("support", "query") for metric in metrics}
+    for key in ["inner step", *keys]:
+        table.add_column(key.replace(" ", "\n"), justify="right", overflow="fold")
     for row in steps:
         cells = [
             by_name[key].show(row[key], None if by_name[key].percent else 4)
