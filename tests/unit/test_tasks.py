@@ -547,6 +547,24 @@ def test_an_embedding_is_run_on_tasks_in_every_way(float64: None):
 
 
 @pytest.mark.quick
+def test_training_on_token_ids_from_host_memory_is_the_same():
+    near, words = store_of("tokens"), Words()
+    losses = []
+    for store in (near, near.with_items(near.items, torch.device("cpu"))):
+        algorithm = built("protonet", copy.deepcopy(words))
+        hardware = Hardware("cpu", precision="float64", tasks_at_once=100, compile=False)
+        hardware.place(algorithm)
+        optimizer = torch.optim.SGD(algorithm.parameters(), lr=0.5)
+        engine = OuterStep(algorithm, optimizer, store, SHAPE_OF_TASK, 4, 0, hardware)
+        engine.prepare(0)
+        assert (engine.host_store() is not None) == (store.host_for is not None)
+        for _ in range(20):  # over the end of a block of draws
+            engine.step()
+        losses.append(engine.running_totals[0].item())
+    assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("method", ["maml", "protonet", "pretrain"])
 def test_methods_learn_token_ids_in_every_way(float64: None, method: str):
     store = store_of("tokens")
