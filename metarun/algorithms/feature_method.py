@@ -61,6 +61,7 @@ class FeatureMethod(Algorithm):
         return uses_batch_statistics(self)
 
     def adapt(self, tasks: Episodes) -> Adapted:
+        self.check(tasks.ways)
         return self.fit(self.embed(tasks.support_x), tasks.support_y, tasks.ways)
 
     def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
@@ -77,6 +78,7 @@ class FeatureMethod(Algorithm):
 
     def embed_episodes(self, tasks: Episodes) -> tuple[Tensor, Tensor]:
         """Features of the support [T, S, F] and the query [T, B, F], for training."""
+        self.check(tasks.ways)
         if uses_batch_statistics(self.backbone):
             return self.embed(tasks.support_x), self.embed(tasks.query_x)
         features = self.embed(torch.cat([tasks.support_x, tasks.query_x], 1))

@@ -85,9 +85,14 @@ class MAML(Algorithm):
 
     def state(self, tasks: Tasks, params: Params) -> dict[str, Any]:
         """What `predict` needs: the weights, and the support where queries are predicted beside it."""
-        if self.predicts_beside_support and isinstance(tasks, Episodes):
-            return {"params": params, "support_x": tasks.support_x}
-        return {"params": params}
+        if not self.predicts_beside_support:
+            return {"params": params}
+        if not isinstance(tasks, Episodes):
+            raise ConfigError(
+                "algorithm.transductive=false predicts a query beside the support examples, and these tasks "
+                f"({type(tasks).__name__}) have none; leave it out"
+            )
+        return {"params": params, "support_x": tasks.support_x}
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
         params = adapted["params"]

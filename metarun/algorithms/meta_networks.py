@@ -85,6 +85,7 @@ class MetaNet(Algorithm):
 
     def adapt(self, tasks: Episodes) -> dict[str, Any]:
         """The task's fast weights [T, *shape], the examples' [T, S, P] and their keys [T, S, F]."""
+        self.check(tasks.ways)
         with without_autocast(tasks.support_x):  # vmap mixes its types up
             return self.learn(tasks.support_x, tasks.support_y, tasks.ways)
 

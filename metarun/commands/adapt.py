@@ -195,7 +195,10 @@ def report(
     ways = f"{len(task.classes)} classes, " if task.classes else ""
     title = f"{model.name}: {ways}{task.episode.support_x.shape[1]} support examples"
     metrics, loss = task.objective.metrics, model.algorithm.loss_of(task.episode)
-    console.print(step_table(steps, metrics, loss in [metric.score for metric in metrics], title))
+    # A loss that is one of the metrics is shown once.
+    hidden = "loss" if loss in [metric.score for metric in metrics] else ""
+    for table in step_tables(steps, metrics, title, hidden):
+        console.print(table)
     saved = ["steps.json", "adapted.pt"]
     write_json(folder / "steps.json", steps)
     if outputs is not None and task.classes:
@@ -222,16 +225,25 @@ def classes_of(task: Task, outputs: Tensor, folder: Path) -> list[str]:
     return report_classes(counts, task.classes, "queries by class", folder)
 
 
+def step_tables(
+    steps: list[dict[str, Any]], metrics: Sequence[Metric], title: str, hidden: str = ""
+) -> list[Table]:
+    """One row for each inner step; support and query apart where they would not fit a terminal together."""
+    keys = [key for key in steps[-1] if key != "step" and not (hidden and key.endswith(hidden))]
+    if len(metrics) == 1:
+        return [step_table(steps, metrics, title, keys)]
+    groups = ([key for key in keys if key.startswith(part)] for part in ("support", "query"))
+    return [step_table(steps, metrics, title, group) for group in groups if group]
+
+
 def step_table(
-    steps: list[dict[str, Any]], metrics: Sequence[Metric], loss_is_metric: bool, title: str
+    steps: list[dict[str, Any]], metrics: Sequence[Metric], title: str, keys: Sequence[str]
 ) -> Table:
-    """One row for each inner step; a loss that is one of the metrics is shown once."""
+    """The figures of these keys after each inner step."""
     table = Table(title=Text(title))
     by_name = {f"{part} {metric.name}": metric for part in ("support", "query") for metric in metrics}
-    keys = [key for key in steps[-1] if key != "step" and not (loss_is_metric and key.endswith("loss"))]
-    table.add_column("inner step", justify="right")
-    for key in keys:
-        table.add_column(key, justify="right")
+    for key in ["inner step", *keys]:
+        table.add_column(key.replace(" ", "\n"), justify="right", overflow="fold")
     for row in steps:
         cells = [
             by_name[key].show(row[key], None if by_name[key].percent else 4)

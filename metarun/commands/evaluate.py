@@ -168,12 +168,12 @@ def scores_of(cell: Cell) -> dict[str, Any]:
 
 
 def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Table:
+    """A row for each cell; of several metrics a row for each, since columns would not fit a terminal."""
     with_steps = any(cell.steps is not None for cell in cells)
-    several = is_several(cells)
+    several, many = is_several(cells), len(metrics) > 1
     # No time of each where there is much else: a terminal of 80 columns has no room for both.
     longest = max(len(cell.model.name) for cell in cells)
-    crowded = with_steps or several or len(metrics) > 1
-    timed = not crowded and (longest <= 11 or console.width >= 100)
+    timed = not (with_steps or several or many) and (longest <= 11 or console.width >= 100)
     table = Table(title=title)
     table.add_column("model", overflow="fold")
     if several:
@@ -181,10 +181,14 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
     table.add_column("task", no_wrap=True)
     if with_steps:
         table.add_column("steps", justify="right", no_wrap=True)
-    for metric in metrics:
-        table.add_column(f"{metric.name}, 95 % interval", min_width=21 if metric is metrics[0] else None)
-    for heading in ["transductive", "seconds"] if timed else ["transductive"]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    if many:
+        table.add_column("metric", no_wrap=True)
+        table.add_column("95 % interval", min_width=16)
+        table.add_column("trans-\nductive", justify="right", no_wrap=True)
+    else:
+        table.add_column(f"{metrics[0].name}, 95 % interval", min_width=21)
+        for heading in ["transductive", "seconds"] if timed else ["transductive"]:
+            table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         row: list[str | Text] = [
             Text(cell.model.name),
@@ -194,13 +198,18 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
         if with_steps:
             row.append("" if cell.steps is None else str(cell.steps))
         if (result := cell.result) is None:
-            table.add_row(*row, Text(cell.reason, style="yellow"))
+            table.add_row(*row, *([""] if many else []), Text(cell.reason, style="yellow"))
             continue
-        row += [
-            metric.show_interval(result.mean_of(metric), result.interval_of(metric)) for metric in metrics
-        ]
-        row.append("yes" if result.uses_query_statistics else "no")
-        table.add_row(*row, *([f"{result.seconds:.1f}"] if timed else []))
+        for i, metric in enumerate(metrics):
+            cell_text = metric.show_interval(result.mean_of(metric), result.interval_of(metric))
+            transductive = "yes" if result.uses_query_statistics else "no"
+            table.add_row(
+                *(row if i == 0 else [""] * len(row)),
+                *([metric.name] if many else []),
+                cell_text,
+                transductive if i == 0 else "",
+                *([f"{result.seconds:.1f}"] if timed else []),
+            )
     return table
 
 

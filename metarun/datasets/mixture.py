@@ -99,11 +99,21 @@ class MixtureStore(ClassStore):
         weights: how often a task is drawn from each store.
         name: what error messages call the split.
         device: where the images are stored.
+
+    Raises:
+        ConfigError: the items of two stores differ in shape or type, or in what they are decoded by.
     """
 
     def __init__(
         self, stores: Mapping[str, ClassStore], weights: list[float], name: str, device: torch.device | str
     ) -> None:
+        first, *others = stores.values()
+        for other in others:
+            if kind_of(first) != kind_of(other):
+                raise ConfigError(
+                    f"dataset.parts: the items of {first.name} and {other.name} differ in shape, type or "
+                    "decoding; leave one of them out"
+                )
         marks = [
             f"{store.fingerprint} {weight}" for store, weight in zip(stores.values(), weights, strict=True)
         ]
@@ -114,6 +124,7 @@ class MixtureStore(ClassStore):
             name,
             device,
             fingerprint=hashlib.sha256(" ".join(marks).encode()).hexdigest(),
+            decode=first.decode,
         )
         self.parts = dict(stores)
         self.parts = self.with_items(self.items).parts
@@ -140,3 +151,8 @@ class MixtureStore(ClassStore):
         keys = super().class_keys(tasks, generator)
         part = torch.multinomial(self.weights.to(keys.device), tasks, replacement=True, generator=generator)
         return keys.masked_fill(self.owners.to(keys.device) != part[:, None], -1.0)
+
+
+def kind_of(store: ClassStore) -> tuple[Any, ...]:
+    """What the items of stores must have in common to be items of one store."""
+    return store.items.shape[1:], store.items.dtype, store.decode

@@ -155,6 +155,8 @@ def step_curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> N
     labels = {}  # a method may be missing from some panels
     for axis, task in zip(axes[0], tasks, strict=True):
         own = [row for row in rows if (row["dataset"], row["ways"], row["shots"]) == task]
+        finite = [row["mean"] for row in own if math.isfinite(row["mean"])]
+        logarithmic = not percent and not metric.higher_is_better and min(finite, default=0.0) > 0
         for i, model in enumerate(models):
             if all(row["model"] != model for row in own):
                 continue
@@ -169,9 +171,10 @@ def step_curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> N
                 continue
             x, y, half = (np.array(values, dtype=float) for values in zip(*line, strict=True))
             (labels[model],) = axis.plot(x, y, ".-", color=f"C{i}")
-            low = np.maximum(y - half, y / 10)  # a logarithmic axis has no place for less than nothing
+            # A logarithmic axis has no place for less than nothing.
+            low = np.maximum(y - half, y / 10) if logarithmic else y - half
             axis.fill_between(x, low, y + half, color=f"C{i}", alpha=0.2, linewidth=0)
-        if not percent and all(row["mean"] > 0 for row in own if math.isfinite(row["mean"])):
+        if logarithmic:
             axis.set_yscale("log")
             # A rule taken for more steps than it was made for may diverge, and would flatten the rest.
             fewest = min(row["steps"] for row in own if row["steps"] is not None)

@@ -152,25 +152,34 @@ def calibration_error(logits: Tensor, targets: Tensor) -> Tensor:
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error of each task, [T]."""
-    return _same_shape(F.mse_loss, outputs, targets)
+    _check_shapes(outputs, targets)
+    return F.mse_loss(outputs, targets, reduction="none").flatten(1).mean(1)
 
 
 def mean_absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean absolute error of each task, [T]."""
-    return _same_shape(F.l1_loss, outputs, targets)
-
-
-def _same_shape(error: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
-    if outputs.shape != targets.shape:
-        raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape")
-    return error(outputs, targets, reduction="none").flatten(1).mean(1)
+    _check_shapes(outputs, targets)
+    return F.l1_loss(outputs, targets, reduction="none").flatten(1).mean(1)
 
 
 def r_squared(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The share of the targets' variance that is explained, a mean over the V values of an example, [T]."""
+    """The share of the targets' variance that is explained, a mean over the V values of an example, [T].
+
+    A value whose targets are all equal counts as 1 where they are predicted exactly and as 0 elsewhere, as
+    in scikit-learn: it has no variance to explain.
+    """
+    _check_shapes(outputs, targets)
     residual = (outputs - targets).square().sum(1)  # [T, V]
     total = (targets - targets.mean(1, keepdim=True)).square().sum(1)
-    return (1 - residual / total).mean(1)
+    constant = targets.amax(1) == targets.amin(1)  # the mean is rounded, so `total` may be just above zero
+    explained = 1 - residual / torch.where(constant, 1.0, total)
+    return torch.where(constant, (residual == 0).to(explained), explained).mean(1)
+
+
+def _check_shapes(outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError where broadcasting would pair outputs with the targets of other examples."""
+    if outputs.shape != targets.shape:
+        raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape")
 
 
 ACCURACY = Metric("accuracy", accuracy, "accuracy", percent=True, chance=lambda ways: 1 / ways)
