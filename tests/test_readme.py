@@ -50,15 +50,6 @@ def test_linked_files_exist(path: Path):
     assert path.stat().st_size > 500
 
 
-def test_the_table_of_options_is_what_there_is():
-    for group in ("algorithm", "dataset", "backbone", "inner_loop", "augment", "hardware", "recipe"):
-        (row,) = re.findall(rf"^\| `{group}` \|(.*)\|$", README, re.MULTILINE)
-        there = {path.stem for path in (CONF / group).glob("*.yaml")} - (
-            {"none"} if group != "augment" else set()
-        )
-        assert set(re.findall(r"`(\w+)`", row)) == there
-
-
 @pytest.mark.parametrize(
     ("line", "error"), re.findall(r"^\$ metarun (.*)\n(metarun: error: .*)$", README, re.MULTILINE)
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from metarun.config.build import build_dataset, build_source, instantiate
 from metarun.config.check import check
+from metarun.config.comments import description, facts
 from metarun.errors import ConfigError, DataError
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
@@ -25,7 +25,7 @@ from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.sampling import sample
 from metarun.tasks.source import SPLITS, EpisodeSource
 
-FACT = re.compile(r"# (classes|images|from|licence): (.*)")  # a line of a dataset's YAML
+FACTS = ("classes", "images", "from", "licence")  # that are listed
 
 
 def run(cfg: DictConfig) -> None:
@@ -123,10 +123,8 @@ def catalogue() -> Table:
 
 def described(path: Path) -> str:
     """What the comments at the top of a dataset's YAML say."""
-    comments = [line for line in path.read_text("utf-8").splitlines()[1:] if line.startswith("# ")]
-    words = " ".join(line.removeprefix("# ") for line in comments if not FACT.match(line))
-    facts = [line.removeprefix("# ") for line in comments if FACT.match(line)]
-    return "\n".join([words, *facts])
+    stated = facts(path)
+    return "\n".join([description(path), *(f"{name}: {stated[name]}" for name in FACTS if name in stated)])
 
 
 def counts(source: EpisodeSource) -> list[str]:
