@@ -55,7 +55,7 @@ def run(cfg: DictConfig) -> None:
     console.print(table)
     inform(place(None if sources[cfg.split].parts else name))  # a mixture caches nothing itself
     source = sources[cfg.split]
-    if isinstance(source, ClassStore):
+    if isinstance(source, ClassStore) and len(source.item_shape) == 3:  # images
         draw(source, EpisodeShape(cfg.ways, cfg.shots, cfg.queries), cfg.seed, f"{name} {cfg.split}")
     return None
 
