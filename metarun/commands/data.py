@@ -14,7 +14,7 @@ from rich.table import Table
 
 from metarun.config.build import build_dataset, build_source, instantiate
 from metarun.config.check import check
-from metarun.config.comments import description, facts
+from metarun.config.comments import DATASET_FACTS, description, facts
 from metarun.errors import ConfigError, DataError
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
@@ -24,8 +24,6 @@ from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.sampling import sample
 from metarun.tasks.source import SPLITS, EpisodeSource
-
-FACTS = ("classes", "images", "from", "licence")  # that are listed
 
 
 def run(cfg: DictConfig) -> None:
@@ -124,7 +122,9 @@ def catalogue() -> Table:
 def described(path: Path) -> str:
     """What the comments at the top of a dataset's YAML say."""
     stated = facts(path)
-    return "\n".join([description(path), *(f"{name}: {stated[name]}" for name in FACTS if name in stated)])
+    return "\n".join(
+        [description(path), *(f"{name}: {stated[name]}" for name in DATASET_FACTS if name in stated)]
+    )
 
 
 def counts(source: EpisodeSource) -> list[str]:

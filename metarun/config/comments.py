@@ -15,21 +15,11 @@ from pathlib import Path
 
 from metarun.config.paths import CONF
 
-#: The facts that the header of an option's file may state, as in `# licence: MIT`.
-FACTS = (
-    *("classes", "images", "from", "licence"),  # of a dataset
-    *(
-        "family",
-        "inner step",
-        "meta-gradient",
-        "memory in steps",
-        "support",
-        "query",
-        "paper",
-    ),  # of an algorithm
-    "note",  # of any option: a few words in the table of options
-)
-FACT = re.compile(rf"# ({'|'.join(FACTS)}): (.*)")
+# The facts that the header of an option's file may state, as in `# licence: MIT`.
+DATASET_FACTS = ("classes", "images", "from", "licence")
+ALGORITHM_FACTS = ("family", "inner step", "meta-gradient", "memory in steps", "support", "query", "paper")
+NOTE = "note"  # of any option: a few words in the table of options
+FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE))}): (.*)")
 SETTING = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(?:\s# (?P<comment>.*))?")
 
 

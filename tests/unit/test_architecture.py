@@ -110,7 +110,7 @@ def test_no_algorithm_imports_a_sibling_but_a_variant_its_original():
                 assert other in {*SHARED, path.stem} or (path.stem, other) in VARIANTS, (path.name, name)
 
 
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["docs/architecture.md", "CONTRIBUTING.md"]
 
 

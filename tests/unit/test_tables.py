@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.methods import METHODS
 
 from metarun.config.paths import CONF
 from metarun.tasks.episodes import Episodes
@@ -48,6 +49,11 @@ def test_the_tables_are_up_to_date(tables, tmp_path: Path, capsys: pytest.Captur
     ]
     rows = re.findall(r"^\| `(\w+)` \|(?:[^|]*\|){6}$", "\n".join(pages), re.MULTILINE)
     assert sorted(rows) == sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
+
+
+def test_every_algorithm_has_a_row_with_an_independent_reference():
+    tested = {name.split("-")[0] for name in METHODS}  # `reptile-sgd` and `reptile-adam` are both Reptile
+    assert {path.stem for path in (CONF / "algorithm").glob("*.yaml")} <= tested
 
 
 GRADIENT_METHODS = [
