@@ -88,8 +88,6 @@ def row_of(job: str, result: Row) -> Row:
 
 def table_of(results: dict[str, Row], folder: str) -> Table:
     """What differs between the jobs, and what came out."""
-    from metarun.tasks.objectives import metric_named
-
     settings = {job: typed(result) for job, result in results.items()}
     keys = list(dict.fromkeys(key for own in settings.values() for key in own))
     swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]
@@ -101,11 +99,17 @@ def table_of(results: dict[str, Row], folder: str) -> Table:
         if "error" in result:
             table.add_row(*cells, Text(result["error"], style="red"))
             continue
-        figures = [
-            metric_named(result["metric"]).show_interval(result[split]["mean"], result[split]["interval"])
-            if split in result
-            else ""
-            for split in ("validation", "test")
-        ]
+        figures = [figure(result, split) for split in ("validation", "test")]
         table.add_row(*cells, *figures, f"{result['seconds']:.0f}")
     return table
+
+
+def figure(result: Row, split: str) -> str:
+    """The main metric of a job on a split with its interval, for people; empty where it was not measured."""
+    from metarun.tasks.objectives import metric_named  # imports torch
+
+    if split not in result:
+        return ""
+    mean, half = result[split]["mean"], result[split]["interval"]
+    metric = metric_named(result["metric"])
+    return f"{mean:.4f} ± {half:.4f}" if metric is None else metric.show_interval(mean, half)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from metarun.config.build import build_dataset, build_source, instantiate
 from metarun.config.check import check
+from metarun.config.comments import DATASET_FACTS, description, facts
 from metarun.config.schema import DataConfig, typed
 from metarun.errors import ConfigError, DataError
 from metarun.reporting import plots
@@ -25,8 +25,6 @@ from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.sampling import sample
 from metarun.tasks.source import SPLITS, EpisodeSource
-
-FACT = re.compile(r"# (classes|images|from|licence): (.*)")  # a line of a dataset's YAML
 
 
 def run(cfg: DictConfig) -> None:
@@ -131,10 +129,10 @@ def catalogue() -> Table:
 
 def described(path: Path) -> str:
     """What the comments at the top of a dataset's YAML say."""
-    comments = [line for line in path.read_text("utf-8").splitlines()[1:] if line.startswith("# ")]
-    words = " ".join(line.removeprefix("# ") for line in comments if not FACT.match(line))
-    facts = [line.removeprefix("# ") for line in comments if FACT.match(line)]
-    return "\n".join([words, *facts])
+    stated = facts(path)
+    return "\n".join(
+        [description(path), *(f"{name}: {stated[name]}" for name in DATASET_FACTS if name in stated)]
+    )
 
 
 def counts(source: EpisodeSource) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from metarun.config.comments import settings_help
+
 Node = Any  # {"_target_": class, setting: value, ...}
 OneOrMore = Any  # a number, or a list of numbers
 
@@ -139,7 +141,8 @@ FRAMES: dict[str, Any] = {"train": TrainConfig, "eval": EvalConfig, "adapt": Ada
 
 
 def register_frames() -> None:
-    """Make the frames known to Hydra, for the defaults lists of conf/*.yaml."""
+    """Register what conf/*.yaml refers to: the frames, and `${metarun.settings:COMMAND}` in help texts."""
+    OmegaConf.register_new_resolver("metarun.settings", settings_help, replace=True)
     store = ConfigStore.instance()
     for name, frame in FRAMES.items():
         store.store(name=f"{name}_frame", node=frame)

@@ -209,7 +209,7 @@ REGRESSION = Objective(
 )
 
 
-def metric_named(name: str) -> Metric:
-    """A metric by its name in a result file, for showing its scores."""
+def metric_named(name: str) -> Metric | None:
+    """A metric by its name in a result file, for showing its scores; None for one of a dataset's own."""
     known = {metric.name: metric for each in (CLASSIFICATION, REGRESSION) for metric in each.available}
-    return known[name]
+    return known.get(name)

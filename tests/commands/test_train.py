@@ -16,30 +16,14 @@ import torch
 from helpers.runs import LEARNED, TINY, UNTESTED, some_quick
 from omegaconf import OmegaConf
 
+from metarun.config.comments import facts
 from metarun.config.paths import CONF
 from metarun.storage.locks import locked
 from metarun.training import checkpoint
 
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "result.json"}
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
-CLASSIFIERS = [
-    "protonet",
-    "matching",
-    "relation",
-    "mann",
-    "snail",
-    "meta_networks",
-    "r2d2",
-    "lrd2",
-    "metaoptnet",
-    "versa",
-    "cnaps",
-    "gnn",
-    "baseline",
-    "baseline_plus_plus",
-    "simpleshot",
-    "meta_baseline",
-]
+CLASSIFIERS = [name for name in ALGORITHMS if facts(CONF / f"algorithm/{name}.yaml")["family"] == "features"]
 
 
 def run_folder(parent: Path) -> Path:

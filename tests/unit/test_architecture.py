@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -107,3 +108,30 @@ def test_no_algorithm_imports_a_sibling_but_a_variant_its_original():
             if name.startswith("metarun.algorithms."):
                 other = name.split(".")[2]
                 assert other in {*SHARED, path.stem} or (path.stem, other) in VARIANTS, (path.name, name)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["docs/architecture.md", "CONTRIBUTING.md"]
+
+
+def rows(page: str) -> list[tuple[int, set[str], str]]:
+    """The rows of a page's table of layers: layer, packages, text."""
+    found = re.findall(r"^\| (\d) \| (.*?) \| (.*) \|$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    return [(int(layer), set(re.findall(r"`(\w+)`", packages)), text) for layer, packages, text in found]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_documents_have_the_same_layers(page: str):
+    layers = {number: set() for number in range(1, len(FLOORS))}
+    for number, packages, _ in rows(page):
+        layers[number] |= packages
+    assert list(layers.values()) == FLOORS[:-1]  # without `__main__`, which only starts `cli`
+
+
+def test_the_table_of_packages_names_modules_that_exist_and_every_one_of_most_packages():
+    for _, packages, text in rows("docs/architecture.md"):
+        there = {path.stem for name in packages for path in (PACKAGE / name).glob("[a-z]*.py")}
+        named = set(re.findall(r"`([a-z]\w*)`", text))
+        assert named <= there, named - there
+        if not packages & {"algorithms", "datasets", "backbones", "inner_loops", "errors"}:
+            assert named == there, there - named

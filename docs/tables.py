@@ -1,0 +1,228 @@
+"""Rewrite the generated tables of the README and of the documents in place.
+
+    python docs/tables.py            write them
+    python docs/tables.py --check    exit 1 and name the files whose tables are not up to date
+
+A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. What it says is read from the options'
+YAML files (their names, and facts such as `# paper: Finn et al. 2017` in the header), from the methods
+themselves, and from metarun/tasks/objectives.py.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.baseline import Classifier
+from metarun.algorithms.maml import MAML
+from metarun.config.build import build_algorithm, build_dataset, instantiate
+from metarun.config.comments import facts
+from metarun.config.paths import CONF
+from metarun.config.schema import register_frames, typed
+from metarun.errors import ConfigError
+from metarun.tasks.objectives import CLASSIFICATION, REGRESSION, Metric
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["backbone.width=8", "dataset.size=16", "hardware=cpu"]
+FAMILIES = {
+    "gradient": "gradient-based ([compared](docs/gradient_based.md))",
+    "features": "feature-based ([compared](docs/feature_based.md))",
+}
+
+
+def options(group: str) -> dict[str, dict[str, str]]:
+    """The facts of every option of a group, by its name."""
+    return {path.stem: facts(path) for path in sorted((CONF / group).glob("*.yaml"))}
+
+
+def methods(family: str) -> dict[str, dict[str, str]]:
+    """The facts of the algorithms of a family, by year and then by name."""
+    own = [(name, stated) for name, stated in options("algorithm").items() if stated["family"] == family]
+    return dict(sorted(own, key=lambda item: re.findall(r"\d{4}", item[1]["paper"]) or ["none"]))
+
+
+def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(headings), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def built(name: str, *words: str) -> Algorithm:
+    """A small network with the method of this name, for ten training classes."""
+    register_frames()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [f"algorithm={name}", *SMALL, *words])
+    settings = typed(cfg)
+    spec = replace(build_dataset(settings.dataset).spec, classes=10)
+    return build_algorithm(settings, spec, instantiate(settings.hardware))
+
+
+def trained_names(algorithm: Algorithm, *besides: str) -> list[str]:
+    """The names of the parameters that are trained, without those that start with one of `besides`."""
+    named = algorithm.named_parameters()
+    return [name for name, p in named if p.requires_grad and not name.startswith(besides)]
+
+
+def gradient_methods() -> str:
+    headings = ["`algorithm=`", "adapts", "inner step", "learned besides the weights", "meta-gradient"]
+    rows = []
+    for name, stated in methods("gradient").items():
+        algorithm = built(name)
+        assert isinstance(algorithm, MAML), name
+        rules = {
+            rule.removeprefix("inner_loop.").split(".")[0] for rule in trained_names(algorithm, "learner.")
+        }
+        cells = [adapts(algorithm), stated["inner step"], listed(rules), stated["meta-gradient"]]
+        rows.append([f"`{name}`", *cells, stated["memory in steps"], stated["paper"]])
+    return markdown([*headings, "memory in steps", "paper"], rows)
+
+
+def adapts(algorithm: MAML) -> str:
+    """Which weights an inner step changes."""
+    names = [name for name, _ in algorithm.learner.named_parameters()]
+    fast = [name for name in names if algorithm.is_fast(name)]
+    if all(name.endswith(".context") for name in fast):
+        return "a context"
+    heads = {name.startswith("head.") for name in fast}
+    if len(heads) == 2:
+        return "all" if len(fast) == len(names) else "all but the norms"
+    return "the head" if heads == {True} else "the body"
+
+
+def feature_methods() -> str:
+    headings = ["`algorithm=`", "support set becomes", "query is answered by", "trained on"]
+    rows = []
+    for name, stated in methods("features").items():
+        algorithm = built(name)
+        trained = "all training classes" if isinstance(algorithm, Classifier) else "episodes"
+        parts = {part.split(".")[0].replace("_", " ") for part in trained_names(algorithm, "backbone.")}
+        cells = [stated["support"], stated["query"], trained, listed(parts), ways_of(algorithm)]
+        rows.append([f"`{name}`", *cells, stated["paper"]])
+    return markdown([*headings, "learned besides the backbone", "ways of a new task", "paper"], rows)
+
+
+def ways_of(algorithm: Algorithm) -> str:
+    try:
+        algorithm.check(6)  # one more than it was built for
+    except ConfigError:
+        return "as trained, or fewer"
+    return "any"
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "-"
+
+
+def datasets() -> str:
+    rows = [
+        [
+            f"`{name}`",
+            stated["classes"],
+            stated["images"],
+            stated["from"].replace("dataset.root", "`dataset.root`"),
+        ]
+        for name, stated in options("dataset").items()
+    ]
+    return markdown(["`dataset=`", "classes (train / validation / test)", "images", "source"], rows)
+
+
+def metrics() -> str:
+    kinds = {"classification": CLASSIFICATION, "regression": REGRESSION}
+    rows = [
+        [f"`{metric.name}`", kind, metric.title, *described(metric)]
+        for kind, objective in kinds.items()
+        for metric in objective.available
+    ]
+    return markdown(["name", "tasks", "title", "what it is", "better", "shown as"], rows)
+
+
+def described(metric: Metric) -> list[str]:
+    """What it is, by the first line of its function's docstring; its direction; how a score is shown."""
+    meaning = (metric.score.__doc__ or "").splitlines()[0].replace(", [T]", "").rstrip(".")
+    return [meaning, "higher" if metric.higher_is_better else "lower", metric.show(0.5)]
+
+
+def all_options() -> str:
+    groups = ("algorithm", "dataset", "backbone", "inner_loop", "augment", "hardware", "recipe")
+    return markdown(["group", "options"], [[f"`{group}`", row_of(group)] for group in groups])
+
+
+def row_of(group: str) -> str:
+    """The options of a group: by family where they have one, the default first."""
+    default = default_of(group)
+    families: dict[str, list[str]] = {}
+    for name, stated in sorted(options(group).items(), key=lambda item: item[0] != default):
+        if name == "none" and name != default:
+            continue
+        notes = [*(["default"] if name == default else []), *([stated["note"]] if "note" in stated else [])]
+        words = f"`{name}`" + (f" ({', '.join(notes)})" if notes else "")
+        families.setdefault(stated.get("family", ""), []).append(words)
+    order = sorted(families.items(), key=lambda item: [*FAMILIES, ""].index(item[0]))
+    return "; ".join(
+        (f"{FAMILIES[family]}: " if family else "") + ", ".join(words) for family, words in order
+    )
+
+
+def default_of(group: str) -> str | None:
+    """The option of a group that `metarun train` uses where none is chosen."""
+    chosen = (each for each in OmegaConf.load(CONF / "train.yaml").defaults if OmegaConf.is_dict(each))
+    return next((each[group] for each in chosen if group in each), None)
+
+
+#: The tables by the names of their markers: the file that each is in, and what writes it.
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "options": ("README.md", all_options),
+    "datasets": ("docs/data.md", datasets),
+    "gradient-based methods": ("docs/gradient_based.md", gradient_methods),
+    "feature-based methods": ("docs/feature_based.md", feature_methods),
+    "metrics": ("docs/metrics.md", metrics),
+}
+
+
+@cache
+def table(name: str) -> str:
+    return TABLES[name][1]()
+
+
+def with_tables(file: str, text: str) -> str:
+    """The text of a file with its tables as they should be. ValueError where their markers are missing."""
+    for name in (name for name, (own, _) in TABLES.items() if own == file):
+        begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
+        if not 0 <= text.find(begin) < text.find(end):
+            raise ValueError(f"{file}: needs one table between {begin.strip()} and {end.strip()}")
+        before, _, rest = text.partition(begin)
+        text = before + begin + table(name) + end + rest.partition(end)[2]
+    return text
+
+
+def main(arguments: list[str], root: Path = ROOT) -> int:
+    """Write the tables below `root`, or with `--check` compare them; 1 where a file is not up to date."""
+    if unknown := set(arguments) - {"--check"}:
+        print(f"{' '.join(sorted(unknown))}: unknown argument; the only one is --check", file=sys.stderr)
+        return 2
+    status = 0
+    for file in dict.fromkeys(file for file, _ in TABLES.values()):
+        path = root / file
+        before = path.read_text("utf-8")
+        after = with_tables(file, before)
+        if before == after:
+            continue
+        if arguments:
+            print(f"{file}: its tables are not up to date; run python docs/tables.py", file=sys.stderr)
+            status = 1
+        else:
+            path.write_text(after, "utf-8")
+            print(f"{file}: updated")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

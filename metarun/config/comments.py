@@ -1,0 +1,89 @@
+"""What the comments of conf/*.yaml say: facts of an option, and an explanation of every setting.
+
+The comments are read where they are needed (`--help`, `metarun data`, the tables of the documents), so that
+nothing is written twice. Torch is not imported here: help must be fast.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from metarun.config.paths import CONF
+
+# The facts that the header of an option's file may state, as in `# licence: MIT`.
+DATASET_FACTS = ("classes", "images", "from", "licence")
+ALGORITHM_FACTS = ("family", "inner step", "meta-gradient", "memory in steps", "support", "query", "paper")
+NOTE = "note"  # of any option: a few words in the table of options
+FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE))}): (.*)")
+SETTING = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(?:\s# (?P<comment>.*))?")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting with its explanation; or a line that introduces the settings below it, without a name."""
+
+    name: str
+    comment: str
+
+
+def header(path: Path) -> list[str]:
+    """The comment lines at the top of a YAML file, the command that uses it first; without `@package`."""
+    lines = []
+    for line in path.read_text("utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line)
+    return lines
+
+
+def facts(path: Path) -> dict[str, str]:
+    """The facts that the header of an option's file states, by their names."""
+    return dict(found.groups() for line in header(path) if (found := FACT.fullmatch(line)))  # type: ignore[misc]
+
+
+def description(path: Path) -> str:
+    """What the header says in sentences: without the command and the facts."""
+    return " ".join(line.removeprefix("# ") for line in header(path)[1:] if not FACT.fullmatch(line))
+
+
+def settings(path: Path) -> Iterator[Setting]:
+    """The explained settings of a command's YAML file, nested ones as `validation.every`, in their order."""
+    body = path.read_text("utf-8").splitlines()[len(header(path)) :]
+    parent, skipping = "", False
+    for line in body:
+        if line.startswith("# "):
+            yield Setting("", line.removeprefix("# "))
+        if (found := SETTING.fullmatch(line)) is None:
+            continue
+        name = found["name"]
+        if not found["indent"]:
+            parent, skipping = name, name in ("defaults", "hydra")
+        if found["comment"] and not skipping:
+            yield Setting(f"{parent}.{name}" if found["indent"] else name, found["comment"])
+
+
+def settings_help(command: str) -> str:
+    """The explanation of every setting of a command, for its `--help`.
+
+    Args:
+        command: "train", "eval", "adapt" or "data".
+
+    Returns:
+        Lines of two columns, as wide as the terminal but 80 to 100 characters; `$` is doubled, because Hydra
+        takes a help text for a `string.Template`.
+    """
+    every = list(settings(CONF / f"{command}.yaml"))
+    width = min(max(shutil.get_terminal_size().columns, 80), 100)
+    column = 4 + max(len(setting.name) for setting in every)
+    lines = []
+    for setting in every:
+        first = f"  {setting.name}".ljust(column) if setting.name else "  "
+        indent = " " * (column if setting.name else 2)
+        lines += textwrap.wrap(setting.comment, width, initial_indent=first, subsequent_indent=indent)
+    return "\n".join(lines).replace("$", "$$")

@@ -1,0 +1,74 @@
+"""Every example of docs/adding_an_algorithm.md, as a stranger runs it: in an empty folder, without a fork."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "adding_an_algorithm.md").read_text("utf-8")
+FILES = re.findall(r"^```(?:python|yaml)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^```bash\nmetarun (train .*?)\n```", PAGE, re.MULTILINE | re.DOTALL)
+SMALL = [
+    *("iterations=4", "meta_batch=2", "validation.every=2", "validation.episodes=4", "test.episodes=4"),
+    *("log.every=2", "log.tensorboard=false", "hardware=cpu", "hardware.threads=1", "hydra.run.dir=run"),
+]
+GLYPHS = [
+    *("dataset.train_classes=20", "dataset.validation_classes=10", "dataset.test_classes=10"),
+    *("dataset.size=16", "backbone.width=8"),
+]
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page's files in the folder in which `metarun` runs."""
+    for text in FILES:
+        path = tmp_path / re.findall(r"^# (my_\S+)$", text, re.MULTILINE)[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for module in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
+        monkeypatch.delitem(sys.modules, module)  # that of an earlier test's folder
+    return tmp_path
+
+
+def test_every_code_block_is_a_file_or_a_command():
+    assert len(FILES) + len(COMMANDS) == PAGE.count("\n```") / 2
+    assert len(FILES) >= 12 and len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_trains_tests_and_evaluates(metarun, own_folder: Path, command: str):
+    words = shlex.split(command)
+    small = SMALL if any(word.startswith("dataset=") for word in words) else [*SMALL, *GLYPHS]
+    metarun(*words, *small)
+    result = json.loads((own_folder / "run" / "result.json").read_text())
+    assert result["test"]["episodes"] == 4
+    if "metrics=[accuracy,top2]" in words:
+        scores = result["test"]["metrics"]
+        assert scores["top2"]["mean"] >= scores["accuracy"]["mean"] > 0
+    metarun("eval", "checkpoint=run", "episodes=4", "queries=5", "hydra.run.dir=tested")
+    (row,) = json.loads((own_folder / "tested" / "results.json").read_text())["results"]
+    assert row["episodes"] == 4
+
+
+def test_a_method_that_needs_examples_refuses_bandits_in_one_line(metarun, own_folder: Path):
+    done = metarun("train", "-cd", "my_conf", "dataset=bandits", "algorithm=protonet", status=1)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("metarun: error: ") and "Bandits" in line and "algorithm=maml" in line
+
+
+@pytest.mark.parametrize("name", ["clusters", "topics"])
+def test_datasets_without_images_are_counted_by_metarun_data(metarun, own_folder: Path, name: str):
+    assert "30" in metarun("data", "-cd", "my_conf", f"dataset={name}").stdout
+
+
+def test_a_sweep_shows_a_datasets_own_metric(metarun, own_folder: Path):
+    words = [*("-cd", "my_conf", "dataset=bandits", "algorithm=maml,reptile", "backbone=mlp"), *SMALL[:-1]]
+    done = metarun("train", "-m", *words)
+    mean = json.loads(next(own_folder.glob("outputs/sweep/*/0/result.json")).read_text())["test"]["mean"]
+    assert f"{mean:.4f} ±" in done.stdout

@@ -1,0 +1,65 @@
+"""`--help` explains every setting, from the comments of conf/*.yaml."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from metarun.config.comments import description, facts, settings, settings_help
+from metarun.config.paths import CONF
+from metarun.config.schema import FRAMES
+
+pytestmark = pytest.mark.quick
+GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("command", FRAMES)
+def test_every_setting_of_the_frame_is_in_the_help_with_its_explanation(metarun, command: str):
+    text = metarun(command, "--help").stdout
+    section = text[text.index("\nSettings:\n") : text.index("\nCurrent values")]
+    explained = dict(re.findall(r"^  ([\w.]+) {2,}(\S.*)$", section, re.MULTILINE))
+    for each in fields(FRAMES[command]):
+        if each.name in GROUPS:  # an option is chosen; its settings are in its own file
+            assert re.search(rf"^{each.name}: \w+, ", text, re.MULTILINE), each.name
+        elif is_dataclass(each.default_factory) and each.name not in explained:
+            nested = [f"{each.name}.{inner.name}" for inner in fields(each.default_factory)]
+            assert explained.keys() >= set(nested)
+        else:
+            assert len(explained[each.name]) > 5, each.name
+    assert "Examples:" in text
+
+
+@pytest.mark.parametrize("columns", [60, 80, 90, 200])
+def test_the_explanations_fit_on_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    widths = [len(line) for line in settings_help("train").splitlines()]
+    assert max(widths) <= min(max(columns, 80), 100)
+
+
+def test_explanations_are_read_from_the_comments(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "# metarun own\n# Sentences.\n# licence: MIT\ndefaults:\n  - _self_  # not a setting\n\n"
+        "ways: 5  # number of ways\nnested:\n  every: 1  # an interval\n  plain: 2\n# About the rest.\n"
+        "root: ${a}#b  # a # mark\nhydra:\n  job: {name: own}  # not a setting\n"
+    )
+    assert description(path) == "Sentences."
+    assert facts(path) == {"licence": "MIT"}
+    assert [(each.name, each.comment) for each in settings(path)] == [
+        ("ways", "number of ways"),
+        ("nested.every", "an interval"),
+        ("", "About the rest."),
+        ("root", "a # mark"),
+    ]
+
+
+def test_every_explained_setting_is_one_of_the_frame():
+    for command, frame in FRAMES.items():
+        known = {each.name: each.default_factory for each in fields(frame)}
+        for each in settings(CONF / f"{command}.yaml"):
+            first, _, rest = each.name.partition(".")
+            assert not first or first in known
+            if rest:
+                assert rest in [inner.name for inner in fields(known[first])]

@@ -1,0 +1,83 @@
+"""The generated tables of the README and of the documents are up to date, and say what is true."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers.methods import METHODS
+
+from metarun.config.paths import CONF
+from metarun.tasks.episodes import Episodes
+from metarun.training.memory import peak_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_up_to_date(tables, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """If this fails, run `python docs/tables.py`."""
+    assert tables.main(["--check"]) == 0, capsys.readouterr().err
+    # A wrong cell is found, named and put right.
+    for file in {file for file, _ in tables.TABLES.values()}:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    page = tmp_path / "docs" / "gradient_based.md"
+    right = page.read_text("utf-8")
+    page.write_text(right.replace("Nichol et al. 2018", "Nichol et al. 2017"), "utf-8")
+    assert tables.main(["--check"], tmp_path) == 1
+    assert capsys.readouterr().err.startswith("docs/gradient_based.md: ")
+    assert tables.main([], tmp_path) == 0
+    assert page.read_text("utf-8") == right
+    assert tables.main(["--check"], tmp_path) == 0
+    # Every algorithm is in one of the two tables of families.
+    pages = [
+        (ROOT / "docs" / f"{family}.md").read_text("utf-8") for family in ("gradient_based", "feature_based")
+    ]
+    rows = re.findall(r"^\| `(\w+)` \|(?:[^|]*\|){6}$", "\n".join(pages), re.MULTILINE)
+    assert sorted(rows) == sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
+
+
+def test_every_algorithm_has_a_row_with_an_independent_reference():
+    tested = {name.split("-")[0] for name in METHODS}  # `reptile-sgd` and `reptile-adam` are both Reptile
+    assert {path.stem for path in (CONF / "algorithm").glob("*.yaml")} <= tested
+
+
+GRADIENT_METHODS = [
+    path.stem
+    for path in (CONF / "algorithm").glob("*.yaml")
+    if "# family: gradient\n" in path.read_text("utf-8")
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", GRADIENT_METHODS)
+def test_memory_grows_with_the_inner_steps_where_the_table_says_so(tables, name: str):
+    few, many = memory(tables, name, 2), memory(tables, name, 8)
+    assert tables.methods("gradient")[name]["memory in steps"] == ("grows" if many > 1.5 * few else "flat")
+
+
+def memory(tables: ModuleType, name: str, steps: int) -> int:
+    """Peak bytes of the meta-gradient of one task with so many inner steps in training."""
+    algorithm = tables.built(name, *([] if name == "pretrain" else [f"inner_loop.steps={steps}"]))
+    y = torch.arange(5).unsqueeze(0)
+    x = torch.rand(2, 1, 5, 1, 16, 16)
+    episodes = Episodes(x[0], y, x[1], y, y)
+    params = [p for p in algorithm.parameters() if p.requires_grad]
+    return peak_bytes(
+        lambda: torch.autograd.grad(algorithm.meta_loss(episodes).loss.mean(), params, allow_unused=True),
+        torch.device("cpu"),
+    )
