@@ -94,9 +94,9 @@ def test_a_stopped_run_ends_as_one_that_never_was(metarun, tmp_path: Path, algor
 @pytest.mark.parametrize("algorithm", ["gnn", "meta_networks", "snail"])
 def test_more_ways_than_it_has_are_refused_everywhere(metarun, tmp_path: Path, algorithm: str):
     words = ["train", f"algorithm={algorithm}", *TINY, "ways=3", "iterations=1"]
-    assert "its network has 3 ways" in metarun(*words, "validation.ways=5", status=1).stderr
+    assert "the network has 3 ways" in metarun(*words, "validation.ways=5", status=1).stderr
     metarun(*words, "hydra.run.dir=run")
-    assert "its network has 3 ways, not 5" in metarun("adapt", "checkpoint=run", "ways=5", status=1).stderr
+    assert "the network has 3 ways, not 5" in metarun("adapt", "checkpoint=run", "ways=5", status=1).stderr
 
 
 def test_a_frozen_backbone_needs_a_start(metarun, tmp_path: Path):

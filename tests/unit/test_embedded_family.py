@@ -210,7 +210,7 @@ def test_any_ways_and_shots_it_allows(name: str, ways: int, shots: int):
         del algorithm.noise
     episodes = episodes_of(ways=ways, shots=shots)
     if algorithm.most_ways is not None and ways > algorithm.most_ways:
-        with pytest.raises(ConfigError, match="its network has 3 ways, not 5; train with ways=5"):
+        with pytest.raises(ConfigError, match="the network has 3 ways, not 5; train with ways=5"):
             algorithm.check(ways)
         return
     algorithm.check(ways)
