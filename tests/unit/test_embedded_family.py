@@ -484,7 +484,7 @@ def test_snail_reaches_the_whole_support():
         (lambda: Versa(Numbers(2), samples=0), "algorithm.samples=0: must be at least 1"),
         (lambda: MetaNet(Numbers(2), outputs=2), "chain of layers"),
         (lambda: MetaNet(WideResNet(SHAPE, 10, 1, norm="none"), outputs=2), "chain of layers"),
-        (lambda: CNAPs(Numbers(2), SHAPE), "no layer with any"),
+        (lambda: CNAPs(Numbers(2), SHAPE), "no layer with channels"),
         (lambda: CNAPs(MLP((4,), (4,)), (4,)), "takes images; choose algorithm=versa"),
     ],
 )
