@@ -485,7 +485,7 @@ def test_snail_reaches_the_whole_support():
         (lambda: MetaNet(Numbers(2), outputs=2), "chain of layers"),
         (lambda: MetaNet(WideResNet(SHAPE, 10, 1, norm="none"), outputs=2), "chain of layers"),
         (lambda: CNAPs(Numbers(2), SHAPE), "no layer with channels"),
-        (lambda: CNAPs(MLP((4,), (4,)), (4,)), "takes images; choose algorithm=versa"),
+        (lambda: CNAPs(MLP((4,), (4,)), (4,)), "needs images; choose algorithm=versa"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(build, words: str):
