@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> float:
     check(cfg, "adapt")
     command: AdaptConfig = typed(cfg)
     check_task(command)
-    hardware: Hardware = instantiate(command.hardware)
+    hardware: Hardware = instantiate(command.hardware, "hardware")
     model = load_model(checkpoint.find(command.checkpoint), command, hardware)
     model.algorithm.eval()
     task = (

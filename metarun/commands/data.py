@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> None:
         return None
     if "_target_" not in cfg.dataset:
         raise ConfigError("dataset: name one, as in metarun data dataset=image_folder dataset.root=FOLDER")
-    hardware = instantiate(cfg.hardware)
+    hardware = instantiate(cfg.hardware, "hardware")
     table = Table(title=name)
     for heading in ("split", "classes", "images", "a class", "shape", "seconds"):
         table.add_column(heading, justify="left" if heading == "split" else "right")

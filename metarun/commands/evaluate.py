@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> float:
     """Evaluate by the config; the first cell's mean, for sweepers."""
     check(cfg, "eval")
     command: EvalConfig = typed(cfg)
-    hardware: Hardware = instantiate(command.hardware)
+    hardware: Hardware = instantiate(command.hardware, "hardware")
     models = load_models(command, hardware)
     data = TestData(command, hardware)
     shapes = grid(command, models[0].settings)

@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> float:
     """Meta-train by the config; the best validation score, for sweepers."""
     resumed, folder = None, Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume is not None:
-        resumed = checkpoint.find(cfg.resume, ("last.pt",))
+        resumed = checkpoint.find(cfg.resume, "resume", ("last.pt",))
         checkpoint.load(resumed)  # report what is wrong with it before its folder is locked
         folder = resumed.parent
     with alone_in(folder):
@@ -101,7 +101,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         write_hydra_files(cfg, folder)
     settings: TrainConfig = typed(cfg)
     start = read_start(settings) if state is None else None
-    hardware = instantiate(settings.hardware)
+    hardware = instantiate(settings.hardware, "hardware")
     torch.manual_seed(settings.seed)
     dataset = build_dataset(settings.dataset)
     objective = dataset.spec.objective.choosing(settings.metrics)
@@ -145,7 +145,7 @@ def read_start(settings: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that a new run starts from, read before anything takes long."""
     if settings.init is None:
         return None
-    path = checkpoint.find(settings.init)
+    path = checkpoint.find(settings.init, "init")
     return path, checkpoint.load(path)
 
 
@@ -175,11 +175,13 @@ def build_trainer(
             raise ConfigError(
                 f"augment: {record['choices']['dataset']} has no images to change; leave it out"
             )
-        train.augment = instantiate(settings.augment)
+        train.augment = instantiate(settings.augment, "augment")
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
     optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware)
-    scheduler = instantiate(settings.scheduler, optimizer=optimizer) if settings.scheduler else None
+    scheduler = None
+    if settings.scheduler:
+        scheduler = instantiate(settings.scheduler, "scheduler", optimizer=optimizer)
     clip = settings.clip
     plan = TrainSettings(
         iterations=settings.iterations,

@@ -102,21 +102,34 @@ def check_bytes(path: Path) -> None:
 KINDS = {"run": "a checkpoint of a training run", "adapted": "an adapted model"}
 
 
-def find(reference: str, names: tuple[str, ...] = ("best.pt", "last.pt")) -> Path:
-    """The checkpoint file that `reference` names: the path itself, or the first of `names` in a run folder.
+def find(
+    reference: str, setting: str = "checkpoint", names: tuple[str, ...] = ("best.pt", "last.pt")
+) -> Path:
+    """The checkpoint file that a setting names.
+
+    Args:
+        reference: the value of the setting: a checkpoint file or a run folder.
+        setting: the name of the setting, for messages.
+        names: the files to look for in a run folder, in this order.
 
     Raises:
-        CheckpointError: if the folder has none of `names`.
+        CheckpointError: if there is no such file or folder, or the folder has none of `names`.
     """
     path = Path(reference).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"{setting}={reference}: no such checkpoint; name a run folder or a .pt file")
     if not path.is_dir():
         return path
     for name in names:
         if (path / name).is_file():
             return path / name
     if (path / "metrics.jsonl").is_file():
-        raise CheckpointError(f"{path}: the run stopped before its first checkpoint; start it again")
-    raise CheckpointError(f"{path}: this folder has no {' or '.join(names)}; name a run folder or a .pt file")
+        raise CheckpointError(
+            f"{setting}={reference}: the run stopped before its first checkpoint; start it again"
+        )
+    raise CheckpointError(
+        f"{setting}={reference}: this folder has no {' or '.join(names)}; name a run folder or a .pt file"
+    )
 
 
 def to_cpu(value: Any) -> Any:

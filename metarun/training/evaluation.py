@@ -110,7 +110,7 @@ def interval(values: Tensor) -> float:
 def paired_difference(a: Result, b: Result, metric: Metric) -> tuple[float, float]:
     """The mean over tasks of a's score minus b's, and the half-width of its 95 % confidence interval."""
     if a.episodes_hash != b.episodes_hash:
-        raise ValueError("a paired comparison needs results on the same episodes")
+        raise ValueError("the results are on different episodes; a paired comparison needs the same episodes")
     difference = a.scores[metric.name] - b.scores[metric.name]
     return difference.mean().item(), interval(difference)
 

@@ -101,7 +101,7 @@ BAD_VALUES = {
     "validation.ways=11": "glyphs validation has 10 classes",
     "dataset.train_classes=0": "choose a whole number of at least 1",
     "dataset=sinusoid backbone=conv4": "backbone=conv4 takes images",
-    "dataset=sinusoid algorithm=protonet": "classifies and cannot regress",
+    "dataset=sinusoid algorithm=protonet": "needs tasks with classes",
     "dataset=sinusoid algorithm=maml ways=2": "a regression task has one way",
     "hardware=gpu": "finds no GPU on this machine",
     "hardware.device=tpuu": "not a device",
@@ -110,15 +110,15 @@ BAD_VALUES = {
     "algorithm=maml norm=running": "norm=running keeps averages over tasks",
     "algorithm=maml inner_loop.order=3": "order=3: must be 1 (first order) or 2 (second order)",
     "algorithm=maml inner_loop.steps=-1": "must not be negative",
-    "optimizer._target_=torch.optim.Addam": "cannot be imported",
+    "optimizer._target_=torch.optim.Addam": "import failed",
     "optimizer.lr=fast": "optimizer.lr=fast",
     "dataset=omniglot dataset.root=nowhere": "nowhere",
-    "resume=nowhere": "nowhere: no such checkpoint",
+    "resume=nowhere": "resume=nowhere: no such checkpoint",
     "hydra.run.dir=file/inside": "file",
     "test.episodes=-5": "test.episodes=-5: must be a whole number of at least 0",
     "validation.episodes=1": "must be a whole number of at least 2",
     "optimizer=null": "set optimizer._target_",
-    "optimizer.lr=-1": "torch.optim.Adam: Invalid learning rate",
+    "optimizer.lr=-1": "optimizer.lr=-1: Invalid learning rate",
     "hardware.device=mps": "not supported; choose auto, cpu or cuda",
     "seed=99999999999999999999999": "seed=99999999999999999999999",
     "norm=foo": "norm=foo: must be one of batch",
@@ -233,10 +233,10 @@ def test_a_checkpoints_config_cannot_call_at_will(metarun, trained, tmp_path: Pa
     attack = {"_target_": "pathlib.Path.write_text", "self": {"_target_": "pathlib.Path"}, "data": "x"}
     content["config"][group] = attack
     torch.save(content, tmp_path / "call.pt")
-    assert "cannot be imported" in metarun("eval", "checkpoint=call.pt", status=1).stderr
+    assert "import failed" in metarun("eval", "checkpoint=call.pt", status=1).stderr
     content["config"][group] = {"_target_": "subprocess.Popen", "args": "touch owned", "shell": True}
     torch.save(content, tmp_path / "call.pt")
-    assert "is no" in metarun("eval", "checkpoint=call.pt", status=1).stderr
+    assert "is not a" in metarun("eval", "checkpoint=call.pt", status=1).stderr
     assert not (tmp_path / "owned").exists()
 
 
