@@ -192,7 +192,7 @@ def test_a_sweep_ends_with_one_table_and_is_not_overwritten_by_another(metarun, 
     assert lines[0].startswith("job,algorithm,seed")
     before = everything(tmp_path / "sweep")
     done = metarun(*words, "hydra.sweep.dir=sweep", status=1)
-    assert "sweep: this folder already holds a sweep; choose another hydra.sweep.dir" in done.stderr
+    assert "sweep: this folder already contains a sweep; choose another one" in done.stderr
     assert everything(tmp_path / "sweep") == before
 
 

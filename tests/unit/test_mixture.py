@@ -164,7 +164,7 @@ def test_its_parts_are_checked_like_any_dataset_before_they_are_built():
     for bad, says in (
         (
             node("subprocess.Popen", args="true"),
-            "settings.glyphs._target_: Popen is not a metarun.datasets.base.Dataset",
+            "settings.glyphs._target_=subprocess.Popen: is not a metarun.datasets.base.Dataset",
         ),
         (
             node("metarun.datasets.glyphs.Glyphs", sise=3),
