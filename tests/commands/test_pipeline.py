@@ -40,7 +40,7 @@ def test_the_pipeline(metarun, pretrained: Path, tmp_path: Path):
     """Each stage by the command line; starting from a checkpoint beats starting from nothing."""
     words = ["algorithm=meta_baseline", *SMALL, "iterations=3", "validation.every=3"]
     done = metarun("train", *words, f"init={pretrained}", "hydra.run.dir=meta")
-    assert "starts with the backbone of baseline on glyphs, iteration 60" in done.stderr
+    assert "initialised from the backbone of baseline on glyphs, iteration 60" in done.stderr
     metarun("train", *words, "hydra.run.dir=scratch")
     assert accuracy(tmp_path / "meta") > accuracy(tmp_path / "scratch") + 0.05
     grid = metarun("eval", f"checkpoint=[{pretrained},meta]", "ways=[3,7]", "shots=[1,2]", "episodes=10")

@@ -257,7 +257,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(metarun, trained, tmp_path
     shutil.copytree(trained(*UNTESTED), tmp_path / "run")
     before = contents(tmp_path / "run")
     done = metarun("train", *TINY, "hydra.run.dir=run", "ways=3", status=1)
-    assert "already holds a run" in done.stderr and "resume=run" in done.stderr
+    assert "already contains a run" in done.stderr and "resume=run" in done.stderr
     assert contents(tmp_path / "run") == before
 
 
