@@ -178,8 +178,8 @@ def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:
         return source
     if not (isinstance(source, ClassStore) and len(wanted) == len(there) == 3):
         raise ConfigError(
-            f"dataset={source.name}: its items have shape {there}, but the checkpoint needs {wanted}, and only "
-            "images can be converted; choose another dataset"
+            f"dataset={source.name}: its items have shape {there}, but the checkpoint needs {wanted}, and "
+            "only images can be converted; choose another dataset"
         )
     inform_resized(source.name, there, wanted)
     return source.resized(wanted)

@@ -98,7 +98,7 @@ class _BatchNormBackward(Function):
     weight of one, in one kernel. P(g) and its sums are kept from this forward pass, P(v) and its sums are
     one more call of that kernel, and sum(g v) is a third call (`inner_products`). All other
     quantities are numbers per channel; what is left is adding three maps for x and two for g, in place.
-    Autograd would differentiate each sum and product of the formula by itself, a pass over the maps each.
+    Autograd would differentiate each sum and product of the formula separately, with one pass over the maps for each.
     """
 
     @staticmethod
