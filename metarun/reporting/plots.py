@@ -175,7 +175,7 @@ def step_curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> N
             axis.fill_between(x, low, y + half, color=f"C{i}", alpha=0.2, linewidth=0)
         if not percent and all(row["mean"] > 0 for row in own if math.isfinite(row["mean"])):
             axis.set_yscale("log")
-            # An inner loop with more steps than in training may diverge; the axis would then hide other curves.
+            # An inner loop with more steps than in training may diverge, which would flatten other curves.
             fewest = min(row["steps"] for row in own if row["steps"] is not None)
             axis.set_ylim(top=2 * max(row["mean"] for row in own if row["steps"] in (None, fewest)))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
