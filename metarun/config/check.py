@@ -64,7 +64,7 @@ def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
         if key not in known:
             raise ConfigError(f"{key}: there is no such setting{did_you_mean(key, known)}")
     if complete and (missing := sorted(OmegaConf.missing_keys(cfg))):
-        raise ConfigError(f"{missing[0]}: is not set; add {missing[0]}=VALUE to the command line")
+        raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command line")
     check_bounds(cfg, frame)
     for key in POSITIVE:
         check_positive(key, value_of(cfg, key))
@@ -164,7 +164,7 @@ def check_node(path: str, node: DictConfig) -> None:
             raise ConfigError(f"{path}.{key}={value}: must be {describe(hints[key])}")
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in settings:
-            raise ConfigError(f"{path}.{name}: is not set; add {path}.{name}=VALUE")
+            raise ConfigError(f"{path}.{name} is not set; add {path}.{name}=VALUE")
 
 
 def type_hints(cls: type) -> dict[str, Any]:
