@@ -1,4 +1,4 @@
-"""python -m benchmarks: meta-iterations of metarun beside a plain loop and the libraries installed."""
+"""python -m benchmarks: compares the speed of metarun, a plain loop and the installed libraries."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from benchmarks.sampling import sampling
 from benchmarks.workloads import WORKLOADS, Workload
 from metarun.storage.files import write_json
 
-TIE = 0.1  # ratios within 10 % of 1 are noise
-EXACT = 1e-6  # relative error of the gradient in float64 under which a contestant is timed
+TIE = 0.1  # ratios within 10 % of 1 are treated as a tie
+EXACT = 1e-6  # the largest relative error of the gradient in float64 with which a contestant is timed
 CHECKED_TASKS = 2
-INEXACT = ("tf32", "bf16")  # precisions: timed, with their error shown
+INEXACT = ("tf32", "bf16")  # precisions that are timed in spite of their error, which is shown
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # the libraries'
+    warnings.simplefilter("ignore")  # warnings of the compared libraries
     args = arguments()
     device = torch.device(args.device)
     if args.memory_of:
@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run_workload(name: str, args: argparse.Namespace, device: torch.device, peak: Peak) -> dict[str, Any]:
-    """Check everyone's gradient, then time the exact ones in turns."""
+    """Check the gradient of every contestant, then time those with an exact gradient in turns."""
     workload = WORKLOADS[name]
     known = contestants(device, args.compile)
     takes_part = {
@@ -121,7 +121,7 @@ def run_workload(name: str, args: argparse.Namespace, device: torch.device, peak
 def gradient_error(
     make: type[Contestant], workload: Workload, reference: list[Tensor], device: torch.device
 ) -> float:
-    """Relative to the plain loop's, of all weights together; infinite where it fails."""
+    """The relative error of the whole gradient, compared with the plain loop; infinite if it fails."""
     try:
         found = make(workload, CHECKED_TASKS, torch.float64, device).gradient()
     except Exception as error:
@@ -134,7 +134,7 @@ def gradient_error(
 def take_turns(
     running: dict[str, Contestant], args: argparse.Namespace, device: torch.device
 ) -> dict[str, list[float]]:
-    """A B C A B C ...: seconds of a step in every turn, after a warm-up."""
+    """Time contestants alternately (A B C A B C ...): seconds of a step in every turn, after a warm-up."""
     counts, times = {}, {key: [] for key in running}
     for key, contestant in running.items():
         for _ in range(5 if device.type == "cuda" else 2):  # a CUDA graph is captured at the fourth
@@ -148,14 +148,14 @@ def take_turns(
 
 
 def sampling_share(contestant: Contestant, ms: float, device: torch.device) -> float:
-    """How much of a step goes into drawing and gathering its episodes."""
+    """The share of a step that is spent on drawing and gathering its episodes."""
     assert isinstance(contestant, Metarun)
     rounds = [seconds(lambda: [contestant.sample() for _ in range(32)], device) / 32 for _ in range(9)]
     return 1e3 * median(rounds) / ms
 
 
 def least_time(workload: Workload, device: torch.device, peak: Peak) -> dict[str, float]:
-    """The limit (benchmarks/limit.py): of one task of the plain loop, times the tasks."""
+    """The lower bound of benchmarks/limit.py, for one task of the plain loop times the number of tasks."""
     loop = PlainLoop(workload, 1, torch.float32, device)
     with Roofline(peak) as counter:
         loop.gradient()
@@ -177,7 +177,7 @@ def in_own_process(name: str, key: str, device: torch.device) -> dict[str, float
 
 
 def peak_memory(workload: Workload, key: str, device: torch.device) -> dict[str, float]:
-    """Of some steps, in MiB: of the process on a CPU, of tensors on a GPU."""
+    """The peak memory of a few steps in MiB: of the process on a CPU, of tensors on a GPU."""
     make = contestants(device, "compiled" in key)[key]
     contestant = make(workload, workload.meta_batch, torch.float32, device)
     for _ in range(5 if device.type == "cuda" else 2):
@@ -185,14 +185,14 @@ def peak_memory(workload: Workload, key: str, device: torch.device) -> dict[str,
     synchronize(device)
     if device.type == "cuda":
         return {"peak_mib": torch.cuda.max_memory_allocated(device) / 2**20}
-    try:  # the other figure starts from that of the process that started this one
+    try:  # ru_maxrss below includes the peak of the parent process
         lines = Path("/proc/self/status").read_text().splitlines()
         return {"peak_mib": int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024}
     except OSError:
         return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
-# for people
+# output
 
 
 def machine(device: torch.device, peak: Peak) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def machine(device: torch.device, peak: Peak) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's name, where Linux tells it."""
+    """The name of the CPU, if Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

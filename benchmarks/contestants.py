@@ -1,7 +1,7 @@
-"""Who is timed: metarun in its ways of running, a plain loop, and the libraries that are installed.
+"""The compared implementations: metarun with several settings, a plain loop, and installed libraries.
 
-A contestant computes the meta-gradient of a workload on given weights and episodes, and makes
-outer steps with Adam. metarun's step samples its episodes too; the others get theirs for free.
+A contestant computes the meta-gradient of a workload on given weights and episodes, and runs
+outer steps with Adam. The step of metarun includes sampling its episodes; the others get theirs for free.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from metarun.training.step import OuterStep
 
 
 class Contestant(ABC):
-    """Set up for a workload; `dtype` float64 to be checked, float32 to be timed."""
+    """Base class of contestants.
+
+    Args:
+        workload: the workload.
+        tasks: the meta-batch.
+        dtype: float64 for the check of the gradient, float32 for timing.
+        device: where to run.
+    """
 
     def __init__(self, workload: Workload, tasks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.workload, self.tasks, self.dtype, self.device = workload, tasks, dtype, device
@@ -73,7 +80,7 @@ class Metarun(Contestant):
             self.engine.step()
 
     def sample(self) -> Episodes:
-        """What a step spends on its episodes."""
+        """Draw and gather the episodes of a step."""
         engine = self.engine
         return engine.source.gather(next(engine.draws), engine.shape).to(self.hardware.dtype)
 
@@ -83,9 +90,9 @@ def metarun(**settings: Any) -> type[Metarun]:
 
 
 class Peer(Contestant):
-    """A loop over tasks with one copy of the network for each, however it is made."""
+    """Base class of loops over tasks with one copy of the network for each task."""
 
-    package: str | None = None  # what must be installed
+    package: str | None = None  # the required package
     has_first_order = False
 
     def __init__(self, workload: Workload, tasks: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -102,7 +109,7 @@ class Peer(Contestant):
         self.set_up()
 
     def set_up(self) -> None:
-        """What a library needs once."""
+        """Initialisation of a library."""
 
     @classmethod
     def fits(cls, workload: Workload) -> bool:
@@ -119,7 +126,7 @@ class Peer(Contestant):
         self.optimizer.step()
 
     def backward(self) -> None:
-        """The mean over tasks into `.grad`."""
+        """Write the gradient of the mean loss over tasks to `.grad`."""
         e = self.episodes
         for t in range(self.tasks):
             self.backward_of_task(e.support_x[t], e.support_y[t], e.query_x[t], e.query_y[t])
@@ -143,7 +150,7 @@ def first_episodes(workload: Workload, tasks: int, dtype: torch.dtype, device: t
 
 
 class PlainLoop(Peer):
-    """What everyone writes: functional weights, `autograd.grad`, one task after another."""
+    """The usual implementation: functional weights, `autograd.grad`, one task after the other."""
 
     @classmethod
     def fits(cls, workload: Workload) -> bool:
@@ -282,7 +289,7 @@ PEERS: dict[str, type[Peer]] = {
 
 
 def contestants(device: torch.device, compiled: bool) -> dict[str, type[Contestant]]:
-    """All that can take part here; `metarun` is what a user gets."""
+    """All contestants that can run on this machine, by name; "metarun" has the default settings."""
     found: dict[str, type[Contestant]] = {"metarun": metarun()}
     if compiled:
         found["metarun compiled"] = metarun(compile=True)
@@ -296,7 +303,7 @@ def contestants(device: torch.device, compiled: bool) -> dict[str, type[Contesta
 
 
 def version(package: str | None) -> str | None:
-    """Of an installed package; None where it is not there or cannot be imported."""
+    """The version of a package; None if it is not installed or its import fails."""
     if package is None:
         return torch.__version__
     try:
@@ -304,5 +311,5 @@ def version(package: str | None) -> str | None:
             warnings.simplefilter("ignore")
             importlib.import_module(package)
         return importlib.metadata.version(package)
-    except Exception:  # some break on newer versions of what they need
+    except Exception:  # some packages are incompatible with newer versions of their dependencies
         return None

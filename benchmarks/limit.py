@@ -1,10 +1,10 @@
-"""The least time a meta-iteration could take on this machine.
+"""A lower bound of the time of a meta-iteration on this machine (roofline model).
 
-The matrix products and convolutions that the plain loop makes are counted: their floating point
-operations and the bytes they must read and write. Each takes at least the longer of operations
-over the measured peak of a large matrix product and bytes over the measured peak of a large
-copy. Everything else (normalising, activations, pooling, updates) is taken as free, as if fused
-into its neighbours; hence this is a limit no program reaches.
+The matrix products and convolutions of the plain loop are counted: their floating point operations and the
+bytes that they must read and write. Each takes at least the larger of two times: operations divided by the
+measured peak of a large matrix product, and bytes divided by the measured peak of a large copy. Everything
+else (normalisation, activations, pooling, updates) counts as free, as if it were fused with its neighbours;
+therefore no program reaches this bound.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Peak:
-    flops: float  # a second
-    bytes: float  # a second
+    flops: float  # floating point operations per second
+    bytes: float  # bytes per second
 
 
 def measured_peak(device: torch.device) -> Peak:
-    """Of a 4096^3 (GPU: 8192^3) float32 matrix product and of a copy of 256 MiB (GPU: 2 GiB)."""
+    """Measure a 4096^3 (GPU: 8192^3) float32 matrix product and a copy of 256 MiB (GPU: 2 GiB)."""
     on_gpu = device.type == "cuda"
     n, size = (8192, 1 << 29) if on_gpu else (4096, 1 << 26)
     a, b = torch.rand(n, n, device=device), torch.rand(n, n, device=device)
@@ -53,7 +53,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Roofline(TorchDispatchMode):
-    """Adds up operations, bytes and the least time of the matrix products and convolutions in it."""
+    """Counts the operations, the bytes and the minimum time of matrix products and convolutions."""
 
     def __init__(self, peak: Peak) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""D: an episode batch from the class store beside a loader of single images."""
+"""Workload D: sampling a meta-batch from the class store, compared with a loader of single images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASKS, ROUNDS, BATCHES = 32, 7, 16
 
 
 class SingleImages(Dataset[tuple[Tensor, int]]):
-    """One image at a time, as few-shot code built on torch.utils.data reads them."""
+    """A dataset of single images, as few-shot code with torch.utils.data usually reads them."""
 
     def __init__(self, store: ClassStore) -> None:
         self.images, self.per_class = store.items.cpu(), store.largest_class

@@ -1,4 +1,4 @@
-"""python -m benchmarks.table FILE: a benchmark's JSON as the Markdown tables of docs/speed.md."""
+"""python -m benchmarks.table FILE: converts a benchmark's JSON to the Markdown tables of docs/speed.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PEERS = ("plain loop", "higher", "torchopt", "torchopt vmap", "learn2learn")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A row a workload: metarun's time and memory beside the best exact peer's."""
+    """A table with a row for each workload: time and memory of metarun and of the best exact peer."""
     heads = ("workload", "metarun, ms (quartiles)", "best exact peer, ms", "ratio", "of the limit")
     lines = [f"| {' | '.join(heads)} | memory, MiB (peer's) |", "|---|---|---|---|---|---|"]
     for name, result in report["workloads"].items():
@@ -32,8 +32,8 @@ def best_peer(rows: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def compiled(report: dict[str, Any]) -> str:
-    """A row a workload that was run with the compiled step too."""
-    report = report.get("compiled", report)  # a run of its own
+    """A table with a row for each workload that was also run with the compiled step."""
+    report = report.get("compiled", report)  # results of a separate run with --compile
     lines = ["| workload | compiled, ms | ratio | start-up, s | eager, ms |", "|---|---|---|---|---|"]
     for name, result in report["workloads"].items():
         rows = result["contestants"]

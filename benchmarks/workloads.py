@@ -1,4 +1,4 @@
-"""What is timed: named meta-iterations on resident random data."""
+"""The timed workloads: named meta-iterations on random data in device memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Workload:
         return Conv4(self.item_shape, self.width)
 
     def algorithm(self) -> Algorithm:
-        """With the same weights every time."""
+        """Build the algorithm, with the same weights in every call."""
         torch.manual_seed(0)
         outputs = 1 if self.regression else self.shape.ways
         inner = SGD(self.rate, self.steps, order=self.order)
@@ -58,7 +58,7 @@ class Workload:
         return make[self.kind]()
 
     def source(self, device: torch.device) -> EpisodeSource:
-        """100 classes of 20 random images, on the device."""
+        """A split on the device: 100 classes of 20 random images, or sinusoids."""
         if self.regression:
             return Sinusoid().split("train", device)
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The errors a person can mend: one line that says what, where and how; never a traceback."""
+"""User errors, printed as one line that says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -8,37 +8,42 @@ from collections.abc import Iterable, Iterator
 
 
 class MetarunError(Exception):
-    """Something the user can put right. `cli` prints it as one line and exits with status 1."""
+    """Base class of user errors. The command line prints the message as one line and exits with status 1."""
 
 
 class ConfigError(MetarunError):
-    """A setting that cannot work."""
+    """A setting is invalid, or does not fit the other settings."""
 
 
 class DataError(MetarunError):
-    """Data that is missing, damaged or too small for what was asked."""
+    """Data is missing, damaged, or too small for the requested tasks."""
 
 
 class CheckpointError(MetarunError):
-    """A checkpoint that is missing, damaged or from another version."""
+    """A checkpoint is missing, damaged, or written by an incompatible version."""
 
 
 class TrainingError(MetarunError):
-    """Training that cannot go on, such as a loss that is not finite."""
+    """Training failed, for example because the loss is not finite."""
 
 
 @contextlib.contextmanager
 def naming_part(part: str, settings: Iterable[str]) -> Iterator[None]:
-    """Errors of one of several datasets name its `settings` as they are typed, dataset.settings.PART.x."""
+    """In errors of one dataset of a mixture, write `dataset.x` as it is typed, `dataset.settings.PART.x`.
+
+    Args:
+        part: the name of the dataset in the mixture.
+        settings: the names of that dataset's settings.
+    """
     try:
         yield
     except (ConfigError, DataError) as error:
         names = "|".join(map(re.escape, settings))
-        # Not within a path.
+        # The lookbehind skips the same words inside a path.
         text = re.sub(rf"(?<![\w./\\-])dataset\.(?=(?:{names})\b)", f"dataset.settings.{part}.", str(error))
         raise type(error)(text) from error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its name where it has none."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,1 +1,1 @@
-"""Meta-learning algorithms, one module a method or a close family."""
+"""Meta-learning algorithms, one module for each method or family of close variants."""

@@ -1,4 +1,4 @@
-"""What an algorithm is: it sees tasks, and nothing else."""
+"""The base class of algorithms."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ Adapted = Any
 
 
 class Algorithm(nn.Module, ABC):
-    """A meta-learning method: it owns the meta-parameters, and does everything for T tasks at once.
+    """Base class of meta-learning methods: a module of meta-parameters that handles T tasks at once.
 
-    The extension point for a new method. A subclass writes `adapt` and `predict`, and `meta_loss` where
-    training minimises something else than the query loss after adaptation. Its constructor is passed what it
-    asks for by these names: `backbone`, `inner_loop`, `outputs` (N, or the values of a regression),
-    `item_shape`, `classes` (of the training split; None for a regression). Everything else is a setting.
+    The extension point for a new method. A subclass implements `adapt` and `predict`, and `meta_loss` if
+    training minimises something other than the query loss after adaptation. The builder passes these
+    constructor arguments by name, if the constructor has them: `backbone`, `inner_loop`, `outputs` (N, or the
+    number of values of a regression), `item_shape`, `classes` (the number of classes of the training split;
+    None for a regression). All other arguments are settings.
 
-    `self.training` tells meta-training from evaluation, as for any module. Keep tensors on their device and
-    shapes fixed (no `.item()`, no branch on a tensor's value): then the method can be traced and captured.
+    `self.training` distinguishes meta-training from evaluation, as in any module. Keep tensors on their
+    device and shapes fixed (no `.item()`, no branch on the value of a tensor), so that the method can be
+    traced and captured as a CUDA graph.
     """
 
-    #: The kind of tasks it needs; others are refused before anything is loaded.
+    #: The class of tasks that the method needs; a dataset with other tasks is rejected before it is loaded.
     needs: ClassVar[type[Tasks]] = Tasks  # type: ignore[type-abstract]
-    #: Whether it needs tasks with classes.
+    #: Whether the method needs tasks with classes.
     needs_classes: ClassVar[bool] = False
     #: Whether a task is learned by steps of `inner_loop`, whose number can be chosen at test time.
     takes_steps: ClassVar[bool] = False
@@ -42,21 +44,21 @@ class Algorithm(nn.Module, ABC):
     frozen: bool = False
     #: Whether predictions for one query depend on the other queries of its task (transductive).
     uses_query_statistics: bool = False
-    #: The loss of the queries, (outputs, targets) -> [T], that training minimises and evaluation reports;
-    #: None: the tasks' own. A method with another loss defines a method of this name.
+    #: The loss of the queries, (outputs, targets) -> [T], which training minimises and evaluation reports;
+    #: None: the loss of the tasks' objective. A method with another loss defines a method of this name.
     loss: PerTask | None = None
 
     @classmethod
     def check_tasks(cls, spec: TaskSpec) -> None:
-        """Raise ConfigError where tasks of this kind cannot be learned."""
+        """Raise ConfigError if the method does not support tasks of this kind."""
         if not issubclass(spec.tasks, cls.needs):
             raise ConfigError(
-                f"{cls.__name__} needs labelled support and query examples, and this dataset's tasks are "
-                f"{spec.tasks.__name__}; choose algorithm=maml"
+                f"algorithm={cls.__name__}: needs labelled support and query examples, but the tasks of this "
+                f"dataset are {spec.tasks.__name__}; choose algorithm=maml"
             )
         if cls.needs_classes and spec.outputs is not None:
             raise ConfigError(
-                f"{cls.__name__} classifies, and this dataset's tasks have no classes; "
+                f"algorithm={cls.__name__}: needs tasks with classes, which this dataset does not have; "
                 "choose algorithm=maml or reptile"
             )
 
@@ -65,49 +67,64 @@ class Algorithm(nn.Module, ABC):
         return None
 
     def check(self, ways: int) -> None:
-        """Raise ConfigError where tasks with so many ways cannot be solved."""
+        """Raise ConfigError if the method does not support tasks with this number of ways."""
 
     def on_step_start(self, iteration: int) -> bool:
         """Hook called before every outer step.
 
         Update annealed values here, in place and in buffers: a recorded step (a trace, a CUDA graph) reads
-        buffers anew and would repeat a Python number.
+        the current value of a buffer, but holds Python numbers as constants.
 
         Args:
             iteration: the number of the outer step, from 0.
 
         Returns:
-            Whether the computation itself changed, so that traces, CUDA graphs and memory estimates must be
-            made again.
+            True if the computation graph changed, so that traces, CUDA graphs and memory estimates must be
+            rebuilt.
         """
         return False
 
     @abstractmethod
     def adapt(self, tasks: Any) -> Adapted:
-        """Learn each of T tasks from its support.
+        """Adapt to each of T tasks, using its support only.
 
         Args:
-            tasks: the tasks, of the kind that `needs` names. Queries must not be looked at.
+            tasks: an instance of the class `needs`. The queries must not be used.
 
         Returns:
-            What `predict` needs to know: tensors, or dicts and lists of them, T first in each.
+            The task-specific state that `predict` needs: a tensor, or dicts and lists of tensors, each with T
+            as its first dimension.
         """
 
     @abstractmethod
     def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
-        """Logits [T, B, N], or values [T, B, V], of query_x [T, B, *item]."""
+        """Predict the queries of each task.
+
+        Args:
+            adapted: the state that `adapt` returned.
+            query_x: query examples, [T, B, *item].
+
+        Returns:
+            Logits [T, B, N], or the values of a regression [T, B, V].
+        """
 
     def meta_loss(self, tasks: Any) -> Outcome:
-        """What training minimises: the mean over tasks of the outcome's loss.
+        """The outcome whose mean loss over tasks is minimised by training.
 
-        By default the loss of the queries after adaptation.
+        By default this is the loss of the queries after adaptation.
+
+        Args:
+            tasks: an instance of the class `needs`.
+
+        Returns:
+            The loss, one for each task [T] or a scalar, and the scores of the queries.
         """
         return tasks.query(partial(self.predict, self.adapt(tasks)), self.loss)
 
     def trajectory(self, tasks: Any) -> Iterator[Adapted]:
-        """The state before the first inner step, after it, ...; one state for a method without steps."""
+        """Yield the state before the first inner step and after each step; a single state without steps."""
         yield self.adapt(tasks)
 
     def loss_of(self, tasks: Episodes) -> PerTask:
-        """The method's own loss, or else that of the tasks."""
+        """The loss that the method defines, or else the loss of the tasks' objective."""
         return self.loss or tasks.objective.loss

@@ -1,4 +1,4 @@
-"""Pretraining on all training classes, then a classifier on features that stay: Baseline and its kin."""
+"""Pretraining on all training classes, then a classifier on frozen features: Baseline and similar methods."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ from metarun.tasks.objectives import cross_entropy
 
 
 class Classifier(FeatureMethod):
-    """One classifier over all training classes is trained on the examples of the tasks, as on any batch.
+    """Base class of methods that pretrain one classifier over all training classes.
 
-    Its loss is over all classes, the logits it reports are those of an episode's own ways. What a method
-    makes of a new task's features is up to it, and costs nothing in training.
+    In training, the examples of all tasks are an ordinary batch. The loss is over all training classes; the
+    reported scores are restricted to the ways of each task. A subclass defines, by `fit` and `score`, how a
+    new task is solved; neither is used in training.
+
+    Args:
+        backbone, classes: passed by the builder; see `Algorithm`.
+        cosine: whether logits are scaled cosines instead of linear.
+        scale: multiplies the cosines.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class Classifier(FeatureMethod):
         return tasks.outcome(logits[:, -queries:].gather(2, own), loss)
 
     def logits(self, features: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
-        """[T, B, N] of features [T, B, F] by weight [N, F] or [T, N, F]: linear, or scaled cosines."""
+        """Logits [T, B, N] of features [T, B, F] for weight [N, F] or [T, N, F]: linear or scaled cosines."""
         if self.cosine:
             return self.scale * cosines(features, weight)
         return features @ weight.mT + bias
@@ -66,13 +72,18 @@ class Classifier(FeatureMethod):
 class Baseline(Classifier):
     """Baseline and, with `cosine`, Baseline++ (Chen, Liu, Kira, Wang and Huang 2019, section 3.2).
 
-    A new task trains a new classifier on its support features by the inner loop, in evaluation
-    alone: linear and from zero, or of cosines times `scale` and from random directions, always the
-    same ones. Any number of ways can be met.
+    In evaluation, the inner loop trains a new classifier on the support features of each task. A linear
+    classifier starts at zero; a cosine classifier starts from random directions, which are the same for every
+    task. Any number of ways is supported.
 
-    Departures: the paper's code takes 100 epochs of batches of four examples by SGD with momentum,
-    dampening and weight decay at rate 0.01, here 100 steps of plain gradient descent see the whole
-    support; the cosine classifier has no learned norm of each class (nor has the paper, but its code).
+    Departures: the paper's code trains for 100 epochs in batches of four examples by SGD with momentum,
+    dampening and weight decay at rate 0.01; here 100 steps of plain gradient descent use the whole
+    support. The cosine classifier has no learned norm for each class (neither has the paper, but its code
+    does).
+
+    Args:
+        backbone, inner_loop, classes: passed by the builder; see `Algorithm`.
+        cosine, scale: see `Classifier`.
     """
 
     takes_steps = True
@@ -103,7 +114,7 @@ class Baseline(Classifier):
         yield from self.inner_loop.trajectory(loss, start)
 
     def inner_problem(self, features: Tensor, targets: Tensor, ways: int):
-        """The loss of a head on features that are constants, and the head to begin with."""
+        """The loss of a classifier on constant features, and its initial weights."""
         features = precise(features.detach())
 
         def loss(head: Params, step: int) -> Tensor:
@@ -112,7 +123,7 @@ class Baseline(Classifier):
         return loss, self.new_head(len(features), ways, features)
 
     def new_head(self, tasks: int, ways: int, like: Tensor) -> Params:
-        """The same for every task: weights [T, N, F] and, where linear, biases [T, N]."""
+        """Initial weights [T, N, F] and, if linear, biases [T, N]; the same for every task."""
         if not self.cosine:
             size = tasks, ways, self.features
             return {"weight": like.new_zeros(size), "bias": like.new_zeros(size[:2])}
@@ -125,12 +136,16 @@ class Baseline(Classifier):
 
 
 class SimpleShot(Classifier):
-    """The nearest class mean of normalised features (Wang, Chao, Weinberger and van der Maaten 2019).
+    """Nearest class mean of normalised features (Wang, Chao, Weinberger and van der Maaten 2019, SimpleShot).
 
-    `transform="UN"`: features as they are, `"L2N"`: of length 1, `"CL2N"`: of length 1 after the mean
-    feature of the training classes is taken off (section 3). That mean is one over everything seen
-    in training, later images weighing more (`momentum` of a task), where the paper goes once more
-    through the training images at the end.
+    Departure: the mean feature of the training classes is a running average over training, in which later
+    images have more weight; the paper computes it after training, in another pass over the training images.
+
+    Args:
+        backbone, classes: passed by the builder; see `Algorithm`.
+        transform: of the features (section 3). "UN": none; "L2N": scaled to length 1; "CL2N": the mean
+            feature of the training classes is subtracted first, then they are scaled to length 1.
+        momentum: the weight of a task in the running average, above 0 and at most 1.
     """
 
     average: Tensor
@@ -150,10 +165,11 @@ class SimpleShot(Classifier):
         self.register_buffer("batches", torch.zeros(()))
 
     def on_training_features(self, features: Tensor) -> None:
-        tasks = features.mean(1).to(self.average)  # counted in turn, however many run at once
+        tasks = features.mean(1).to(self.average)  # the update is the same for any number of tasks at once
         counts = torch.arange(1, len(tasks) + 1, device=tasks.device) + self.batches
         share = (1 / counts).clamp_min(self.momentum)
-        left = torch.cat([1 - share, share.new_ones(1)]).flip(0).cumprod(0).flip(0)  # by all from here on
+        # left[i]: the factor by which tasks i, i + 1, ... together scale what was averaged before them.
+        left = torch.cat([1 - share, share.new_ones(1)]).flip(0).cumprod(0).flip(0)
         self.average.mul_(left[0]).add_(((share * left[1:]).unsqueeze(1) * tasks).sum(0))
         self.batches += len(tasks)
 

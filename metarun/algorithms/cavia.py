@@ -11,12 +11,17 @@ from metarun.nn.layers import FiLM, replace_layers
 
 
 class CAVIA(MAML):
-    """Only a context vector, zero before every task, follows the inner loop; the network is shared.
+    """The inner loop adapts only a context vector, which starts at zero for every task.
 
-    The context of `context` numbers modulates one weight layer: a convolution's channels by
-    FiLM (section 3.2), a linear layer as further inputs (section 3.1). `layer` counts them from
-    1; null is the papers' choice: the third convolution, or the first of a network without.
-    FiLM comes after normalisation and before ReLU and pooling; the paper's code pools first.
+    The context modulates one weight layer: the channels of a convolution by FiLM (section 3.2), or a
+    linear layer as additional inputs (section 3.1). FiLM comes after normalisation and before ReLU and
+    pooling; the paper's code pools first.
+
+    Args:
+        backbone, inner_loop, outputs, transductive: see `MAML`.
+        context: the size of the context vector.
+        layer: the number of the modulated weight layer, from 1. None: the paper's choice, which is the
+            third convolution, or the first layer of a network without convolutions.
     """
 
     def __init__(
@@ -36,10 +41,11 @@ class CAVIA(MAML):
 
 
 def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
-    """Insert FiLM after a weight layer of the backbone and its normalisation."""
+    """Insert FiLM after a weight layer of the backbone, behind its normalisation if there is one."""
     if size < 1:
         raise ConfigError(f"algorithm.context={size}: must be at least 1")
-    found: list[tuple[nn.Conv2d | nn.Linear, nn.Module]] = []  # with the normalisation that follows, if any
+    # Each weight layer, and the module after which FiLM is inserted: its normalisation, or the layer itself.
+    found: list[tuple[nn.Conv2d | nn.Linear, nn.Module]] = []
     for module in backbone.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             found.append((module, module))
@@ -49,7 +55,9 @@ def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
     if position is None:
         position = min(3, convolutions) if convolutions else 1
     if not 1 <= position <= len(found):
-        raise ConfigError(f"algorithm.layer={position}: choose one of its weight layers, 1 to {len(found)}")
+        raise ConfigError(
+            f"algorithm.layer={position}: choose a weight layer of the backbone, 1 to {len(found)}"
+        )
     weights, last = found[position - 1]
     if isinstance(weights, nn.Conv2d):
         film = FiLM(weights.out_channels, size)

@@ -1,4 +1,4 @@
-"""CNAPs: a task's embedding adapts the network (Requeima, Gordon, Bronskill, Nowozin and Turner 2019)."""
+"""CNAPs: task embeddings modulate the network (Requeima, Gordon, Bronskill, Nowozin and Turner 2019)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ from metarun.tasks.episodes import Episodes, Outcome
 
 
 class CNAPs(FeatureMethod):
-    """A task is embedded, and networks turn that into channel scales of its features and into its classifier.
+    """Networks map a task embedding to FiLM parameters of the backbone, and class means to a classifier.
 
-    A set encoder averages the support's own encodings to a vector of the task (section 3.1). From
-    it every normalisation of the backbone gets a scale and a shift of its channels (FiLM), close
-    to none at the start, with a `penalty` on their size. Classifier weights and biases come from
-    the class means of the features so modulated (section 3.2, equations 3 to 5).
+    A set encoder embeds the support examples; their mean is the task embedding (section 3.1). From
+    it, generator networks compute a scale and a shift for the channels of every normalisation layer of the
+    backbone (FiLM), close to the identity at the start. Classifier weights and biases are computed from
+    the class means of the modulated features (section 3.2, equations 3 to 5).
 
-    In the paper the backbone is pretrained and stays: `init=RUN` (or backbone weights) and
-    `frozen=true`; frozen, it keeps its running averages. Without, all of it is trained together.
-    The autoregressive variant, where a layer's scales also depend on the layers before, is not here.
-    Departures: every normalisation is scaled (in the paper not the stem's and the shortcuts'), each
-    by networks of its own with ELUs (the paper's share a first layer within a stage).
+    In the paper the backbone is pretrained and frozen: set `init=RUN` (or backbone weights) and
+    `frozen=true`; a frozen backbone keeps its running averages. Otherwise everything is trained jointly. The
+    autoregressive variant, where the scales of a layer also depend on earlier layers, is not implemented.
+    Departures: every normalisation layer is modulated (in the paper those of the stem and of the shortcuts
+    are not), each by its own generator with ELUs (in the paper generators share a first layer within a
+    stage).
+
+    Args:
+        backbone, item_shape: passed by the builder; see `Algorithm`.
+        width: the size of the task embedding, and of the layers of the set encoder.
+        frozen: whether the backbone is not trained.
+        penalty: the weight of the L2 penalty on the FiLM parameters.
+        norm: the normalisation in the set encoder.
     """
 
     def __init__(
@@ -56,7 +64,7 @@ class CNAPs(FeatureMethod):
         return self
 
     def adapt(self, tasks: Episodes) -> dict[str, Any]:
-        """Scales and shifts of each normalisation [T, C], weights [T, N, F] and biases [T, N]."""
+        """{"film": scales and shifts, [T, 2, C] each, "weight": [T, N, F], "bias": [T, N]}."""
         film = self.modulate(self.by_task(self.encoder, tasks.support_x).mean(1))
         return {"film": film} | self.fit(self.embed_with(film, tasks.support_x), tasks.support_y, tasks.ways)
 
@@ -64,7 +72,7 @@ class CNAPs(FeatureMethod):
         return self.score(adapted, self.embed_with(adapted["film"], query_x))
 
     def meta_loss(self, tasks: Episodes) -> Outcome:
-        """The loss of the queries and the penalty on the scales."""
+        """The loss of the queries plus the penalty on the FiLM parameters."""
         film = self.modulate(self.by_task(self.encoder, tasks.support_x).mean(1))
         if uses_batch_statistics(self.backbone):
             support, query = (self.embed_with(film, x) for x in (tasks.support_x, tasks.query_x))
@@ -77,7 +85,7 @@ class CNAPs(FeatureMethod):
         return tasks.outcome(logits, loss + self.penalty * torch.stack(sizes).sum() if sizes else loss)
 
     def modulate(self, task: Tensor) -> list[Tensor]:
-        """From task vectors [T, width] a scale and a shift for each normalisation, [T, 2, C]."""
+        """Scale and shift for each normalisation layer, [T, 2, C] each, from task embeddings [T, width]."""
         return [generator(task) for generator in self.film]
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
@@ -88,8 +96,8 @@ class CNAPs(FeatureMethod):
         return features @ adapted["weight"].mT + adapted["bias"].unsqueeze(1)
 
     def embed_with(self, film: list[Tensor], x: Tensor) -> Tensor:
-        """Features [T, B, F] of x [T, B, *item], each task's channels by its own scales and shifts."""
-        # A network of any other kind might put something of its own into the batch.
+        """Features [T, B, F] of x [T, B, *item], modulated by the scales and shifts of each task."""
+        # Any other network may reorder its batch, so that the modulation would not match the tasks.
         if is_groupable(self.backbone) and runs_at_once(self.backbone, x, self.batching):
             return self.modulated(film, x)
         tasks = [self.modulated([one[t : t + 1] for one in film], x[t : t + 1]) for t in range(len(x))]
@@ -105,7 +113,7 @@ class CNAPs(FeatureMethod):
 
 
 class Modulation(nn.Module):
-    """Scales and shifts channels by what it is given beforehand, `by` [T, 2, C]."""
+    """A layer that scales and shifts channels by `by` [T, 2, C], which is set before the forward pass."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -128,7 +136,7 @@ class Modulation(nn.Module):
 
 
 def add_modulations(backbone: nn.Module) -> list[Modulation]:
-    """Insert one after every normalisation, or after every convolution of a network without any."""
+    """Insert a Modulation after every normalisation layer; without these, after every weight layer."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     kinds = norms if any(isinstance(m, norms) for m in backbone.modules()) else (nn.Conv2d, nn.Linear)
     added: list[Modulation] = []
@@ -142,7 +150,9 @@ def add_modulations(backbone: nn.Module) -> list[Modulation]:
 
     replace_layers(backbone, modulated)
     if not added:
-        raise ConfigError("algorithm=cnaps modulates channels, and this backbone has no layer with any")
+        raise ConfigError(
+            "algorithm=cnaps: the backbone has no layer with channels to modulate; choose backbone=conv4"
+        )
     return added
 
 
@@ -150,7 +160,7 @@ CHANNELS = ("num_features", "num_channels", "out_channels", "out_features")
 
 
 class FilmGenerator(nn.Module):
-    """A task's vector [T, width] to scales and shifts [T, 2, C] (section 3.1 and appendix)."""
+    """Maps a task embedding [T, width] to scales and shifts [T, 2, C] (section 3.1 and appendix)."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -172,8 +182,11 @@ def residual(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def set_encoder(item_shape: tuple[int, ...], width: int, norm: Norm) -> nn.Sequential:
-    """Five blocks of convolution, normalisation, ReLU and pooling, fewer for small images; [B, width]."""
-    require(len(item_shape) == 3, "algorithm=cnaps takes images; choose algorithm=versa")
+    """The encoder of single examples: [B, *item_shape] to [B, width].
+
+    It has five blocks of convolution, normalisation, ReLU and pooling, and fewer for small images.
+    """
+    require(len(item_shape) == 3, "algorithm=cnaps: needs images; choose algorithm=versa")
     channels, side = item_shape[0], min(item_shape[1:])
     layers: list[nn.Module] = []
     for i in range(min(5, int(math.log2(side)))):

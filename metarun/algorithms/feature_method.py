@@ -1,4 +1,4 @@
-"""Base class of methods with a shared backbone that tasks do not adapt: they learn from its features."""
+"""Base class of methods with a shared, non-adapted backbone (metric, closed-form, memory-based)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from metarun.nn.per_task import AUTO
 from metarun.nn.shared_weights import run_shared, runs_at_once
 from metarun.tasks.episodes import Episodes, Outcome
 
-QUERIES_AT_ONCE = 75  # of a task, in evaluation
+QUERIES_AT_ONCE = 75  # in evaluation, the most queries of a task in one forward pass
 
 
 class FeatureMethod(Algorithm):
-    """A backbone embeds examples; a method says what it makes of a task's features.
+    """Base class of methods that embed examples with a shared backbone and adapt on the features.
 
-    With running averages (norm=running) a task's support and query pass the backbone together
-    in training, and evaluation does not use query statistics. With norm=batch they pass apart,
-    as they do in evaluation. In training each task has its own batch statistics.
+    The extension point for such a method: a subclass implements `fit` and `score`.
+
+    With running averages (norm=running) the support and the query of a task are embedded in one batch
+    in training, and evaluation does not use query statistics. With norm=batch they are embedded in separate
+    batches, as they are in evaluation. In training, batch statistics are computed for each task separately.
+
+    Args:
+        backbone: maps examples [B, *item] to features [B, F].
+        most_ways: the most ways that the network supports, if its size depends on them; tasks with fewer ways
+            use the first outputs. None: any number.
     """
 
     needs = Episodes
@@ -33,7 +40,7 @@ class FeatureMethod(Algorithm):
     def __init__(self, backbone: nn.Module, most_ways: int | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.most_ways = most_ways  # where the network's size says how many; fewer use the first ones
+        self.most_ways = most_ways
         self.batching = AUTO
 
     def own_backbone(self) -> nn.Module:
@@ -41,19 +48,37 @@ class FeatureMethod(Algorithm):
 
     def check(self, ways: int) -> None:
         if self.most_ways is not None and ways > self.most_ways:
-            raise ConfigError(f"its network has {self.most_ways} ways, not {ways}; train with ways={ways}")
+            raise ConfigError(f"the network has {self.most_ways} ways, not {ways}; train with ways={ways}")
 
     @abstractmethod
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Adapted:
-        """Learn T tasks from support features [T, S, F] and targets [T, S]."""
+        """Adapt to T tasks.
+
+        Args:
+            features: of the support examples, [T, S, F].
+            targets: the way of each support example, int64 [T, S], from 0 to ways - 1.
+            ways: N.
+
+        Returns:
+            The task-specific state that `score` needs: a tensor, or dicts and lists of tensors, each with T
+            as its first dimension.
+        """
 
     @abstractmethod
     def score(self, adapted: Adapted, features: Tensor) -> Tensor:
-        """Logits [T, B, N] of query features [T, B, F]."""
+        """Predict the queries.
+
+        Args:
+            adapted: the state that `fit` returned.
+            features: of the queries, [T, B, F].
+
+        Returns:
+            Logits [T, B, N].
+        """
 
     @property
     def features(self) -> int:
-        """F, numbers the backbone makes of an example."""
+        """F, the number of features of an example."""
         return self.backbone.features  # type: ignore[return-value]
 
     @cached_property
@@ -67,7 +92,7 @@ class FeatureMethod(Algorithm):
     def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
         if self.training or self.uses_query_statistics:
             return self.score(adapted, self.embed(query_x))
-        # Graphs and pairs of hundreds of queries at once would need gigabytes.
+        # Methods that build graphs or pairs would need gigabytes for hundreds of queries at once.
         parts = query_x.split(QUERIES_AT_ONCE, 1)
         return torch.cat([self.score(adapted, self.embed(part)) for part in parts], 1)
 
@@ -77,7 +102,7 @@ class FeatureMethod(Algorithm):
         return tasks.outcome(logits, self.loss)
 
     def embed_episodes(self, tasks: Episodes) -> tuple[Tensor, Tensor]:
-        """Features of the support [T, S, F] and the query [T, B, F], for training."""
+        """Features of the support [T, S, F] and of the query [T, B, F] in training."""
         self.check(tasks.ways)
         if uses_batch_statistics(self.backbone):
             return self.embed(tasks.support_x), self.embed(tasks.query_x)
@@ -90,47 +115,47 @@ class FeatureMethod(Algorithm):
         return self.by_task(self.backbone, x)
 
     def by_task(self, module: nn.Module, x: Tensor) -> Tensor:
-        """A module on x [T, B, ...]: each task by itself where its batch statistics count."""
+        """A module applied to x [T, B, ...]; one task after the other if it uses batch statistics."""
         if runs_at_once(module, x, self.batching):
             return run_shared(module, x, self.batching)
         return torch.cat([run_shared(module, task, self.batching) for task in x.split(1)])
 
 
 def one_hot(targets: Tensor, ways: int, like: Tensor) -> Tensor:
-    """Targets [T, S] as vectors [T, S, N] of the type of `like`."""
+    """One-hot vectors [T, S, N] of targets [T, S], with the dtype of `like`."""
     return (targets.unsqueeze(-1) == torch.arange(ways, device=targets.device)).to(like.dtype)
 
 
 def prototypes(features: Tensor, targets: Tensor, ways: int) -> Tensor:
-    """Class means [T, N, F] of features [T, S, F] by targets [T, S]; classes may be of unequal size."""
+    """Class means [T, N, F] of features [T, S, F] by targets [T, S]; classes may have different sizes."""
     members = one_hot(targets, ways, features).mT  # [T, N, S]
     return members @ features / members.sum(-1, keepdim=True)
 
 
 def squared_distances(query: Tensor, prototypes: Tensor) -> Tensor:
-    """[T, B, N] from query [T, B, F] and prototypes [T, N, F]."""
+    """Squared Euclidean distances [T, B, N] of query [T, B, F] and prototypes [T, N, F]."""
     query, prototypes = precise(query), precise(prototypes)
-    with without_autocast(query):  # the squares nearly cancel
+    with without_autocast(query):  # the sum below suffers from cancellation in half precision
         squares = query.square().sum(-1, keepdim=True) + prototypes.square().sum(-1).unsqueeze(1)
         return squares - 2 * query @ prototypes.mT
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """[..., B, N] from a [..., B, F] and b [..., N, F]."""
+    """Cosine similarities [..., B, N] of a [..., B, F] and b [..., N, F]."""
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT
 
 
 def precise(x: Tensor) -> Tensor:
-    """In float32 where it was bfloat16."""
+    """x, converted to float32 if it is bfloat16."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """What is inside is computed in the types it has: solvers and differences of squares need them."""
+    """A context that disables autocast, for solvers and differences of squares, which need full precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise ConfigError where a setting cannot be."""
+    """Raise ConfigError with this message unless the condition holds."""
     if not holds:
         raise ConfigError(message)

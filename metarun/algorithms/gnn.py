@@ -14,20 +14,25 @@ from metarun.nn.layers import Norm, norm_layer
 
 
 class GNN(FeatureMethod):
-    """A graph of a task's support and one query, whose messages carry the labels to the query.
+    """A graph neural network over the support examples and one query propagates labels to the query.
 
-    A node starts as an example's features beside its label, uniform over the ways for the query
-    (section 4.1). Each of `layers` blocks and the last one learn the graph anew from the nodes'
-    differences (equations 2 and 3) and pass messages over it (equations 1 and 4). `width` is that of the
-    first layers of the graph's network, half of it is what a block adds to the nodes, as in
-    the paper's code. One query a graph: predictions do not depend on other queries.
+    A node is initialised with the features and the one-hot label of an example; the label of the query is
+    uniform over the ways (section 4.1). Every block computes edge weights from the absolute differences of
+    the nodes (equations 2 and 3) and passes messages along the edges (equations 1 and 4). Each graph has one
+    query, so that predictions do not depend on other queries.
 
-    A difference is the same from either end and that of a node to itself is never used, and the
-    last block is asked for the query alone, so that only these pairs are computed. The norms of a graph's
-    network see each of them once (in the paper's code all, also what is not used).
+    Differences are symmetric, those of a node to itself are never used, and the last block needs only the
+    edges of the query; only the pairs that are needed are computed. Therefore statistics of the normalisation
+    in the edge networks count each of these pairs once (in the paper's code all pairs, also unused ones).
 
-    `norm` is that of the graph's networks. The paper's is batch norm over a whole meta-batch; over one task,
-    as here, its running averages fit no single task well. `layer` normalises each graph by itself.
+    Args:
+        backbone, outputs: passed by the builder; see `Algorithm`.
+        layers: the number of blocks before the last one.
+        width: the size of the first layers of the edge networks; each block appends width / 2 features to
+            the nodes, as in the paper's code.
+        norm: the normalisation in the graph networks. The paper uses batch norm over a whole meta-batch; over
+            one task, as here, its running averages fit no single task well. "layer" normalises each graph
+            separately.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class GNN(FeatureMethod):
         self.graph = GraphNetwork(self.features + outputs, outputs, layers, width, norm)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """The support's nodes [T, S, F + N], and the label of a query [N]."""
+        """{"nodes": support nodes [T, S, F + N], "unknown": the label of a query [N], "ways": N}."""
         most = self.most_ways or ways
         labels = one_hot(targets, most, features)
         known = torch.arange(most, device=features.device) < ways
@@ -64,7 +69,7 @@ class GNN(FeatureMethod):
 
 
 class GraphNetwork(nn.Module):
-    """Graphs of nodes [B, V, D] to the logits of their first node [B, N]."""
+    """Maps graphs of nodes [B, V, D] to the logits of their first node, [B, N]."""
 
     def __init__(self, size: int, outputs: int, layers: int, width: int, norm: Norm) -> None:
         super().__init__()
@@ -82,14 +87,15 @@ class GraphNetwork(nn.Module):
             nodes = torch.cat([nodes, F.leaky_relu(passed)], -1)
         last: Adjacency = self.adjacencies[-1]  # type: ignore[assignment]
         first, others = nodes[:, :1], nodes[:, 1:]
-        heard = last.to_first(first, others) @ others
-        return self.last(torch.cat([first, heard], -1).squeeze(1))
+        received = last.to_first(first, others) @ others
+        return self.last(torch.cat([first, received], -1).squeeze(1))
 
 
 class Adjacency(nn.Module):
-    """How much nodes hear of each other (equations 2 and 3).
+    """The edge weights of a graph (equations 2 and 3).
 
-    A softmax over the others of a network of the absolute differences, the same for i, j and j, i.
+    A network maps the absolute difference of two nodes to a logit, which is the same for (i, j) and (j, i);
+    the weights are a softmax over the other nodes.
     """
 
     def __init__(self, size: int, width: int, norm: Norm) -> None:
@@ -101,19 +107,19 @@ class Adjacency(nn.Module):
         self.network = nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
 
     def forward(self, nodes: Tensor) -> Tensor:
-        """Of each node for each node, [B, V, V], from nodes [B, V, D]."""
+        """The weight of each node for each node, [B, V, V], from nodes [B, V, D]."""
         graphs, size = nodes.shape[:2]
         i, j = torch.triu_indices(size, size, 1, device=nodes.device)
         weights = self.weights(nodes[:, i] - nodes[:, j])
-        both = weights.new_full((graphs, size, size), -torch.inf)  # -inf stays for a node itself
+        both = weights.new_full((graphs, size, size), -torch.inf)  # the diagonal keeps -inf
         both[:, i, j] = weights
         both[:, j, i] = weights
         return both.softmax(-1)
 
     def to_first(self, first: Tensor, others: Tensor) -> Tensor:
-        """Of each other node [B, V - 1, D] for the first [B, 1, D], [B, 1, V - 1]."""
+        """The weights [B, 1, V - 1] of the other nodes [B, V - 1, D] for the first node [B, 1, D]."""
         return self.weights(first - others).softmax(-1).unsqueeze(1)
 
     def weights(self, differences: Tensor) -> Tensor:
-        """One for each pair, [B, P], from differences [B, P, D]."""
+        """A logit for each pair, [B, P], from differences [B, P, D]."""
         return self.network(differences.abs().mT.unsqueeze(-1)).flatten(1)

@@ -21,12 +21,20 @@ class IMAML(MAML):
     """Implicit MAML (Rajeswaran, Finn, Kakade and Levine 2019, "Meta-Learning with Implicit Gradients").
 
     The inner loop (approximately) minimises the task's loss plus proximal/2 ||phi - theta||^2
-    (equation 3). The meta-gradient at its end phi is (I + H / proximal)^-1 v, with H the Hessian of
-    the support loss and v the gradient of the query loss (lemma 1), found by `cg_steps` of
-    conjugate gradient (algorithm 2). It does not depend on the path: memory does not grow
-    with the number of inner steps. `damping` adds to proximal in that system alone (the paper's code
-    solves 2 v + H v / (proximal + 10)). Where I + H / proximal is not positive along a search
-    direction, as it may be where the inner loop is far from the minimum, the search ends for that task.
+    (equation 3). The meta-gradient at the adapted weights phi is (I + H / proximal)^-1 v, with H the Hessian
+    of the support loss and v the gradient of the query loss (lemma 1), computed by the conjugate gradient
+    method (algorithm 2). It does not depend on the optimisation path, so that memory does not grow
+    with the number of inner steps.
+
+    If I + H / proximal is not positive along a search direction, which can happen when the inner loop has
+    not converged, conjugate gradient stops for that task.
+
+    Args:
+        backbone, inner_loop, outputs, head, transductive: see `MAML`.
+        proximal: the strength of the proximal term, above 0.
+        cg_steps: the number of conjugate gradient steps, at least 1.
+        damping: added to `proximal` in the linear system only (the paper's code solves
+            2 v + H v / (proximal + 10)).
     """
 
     def __init__(
@@ -49,7 +57,7 @@ class IMAML(MAML):
         self.proximal, self.cg_steps, self.damping = proximal, cg_steps, damping
 
     def meta_loss(self, tasks: Tasks) -> Outcome:
-        """The query loss, as a function whose gradient is the implicit one."""
+        """The query loss, with the implicit gradient as its gradient."""
         with torch.no_grad():
             end = self.adapt(tasks)
         phi = {name: p.detach().requires_grad_() for name, p in end["params"].items()}
@@ -68,9 +76,9 @@ class IMAML(MAML):
 
         implicit = conjugate_gradient(system, flatten(dict(zip(phi, v, strict=True))), self.cg_steps)
         start = flatten(self.learner.task_params(len(tasks), tasks.outputs))
-        # Adds nothing to the value; its gradient is the implicit one.
-        carried = ((start - start.detach()) * implicit.detach()).sum(1)
-        return replace(outcome, loss=outcome.loss.detach() + carried)
+        # The surrogate has the value zero, and the implicit gradient as its gradient.
+        surrogate = ((start - start.detach()) * implicit.detach()).sum(1)
+        return replace(outcome, loss=outcome.loss.detach() + surrogate)
 
     def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
         loss, slow, fast = super().inner_problem(tasks)
@@ -78,23 +86,32 @@ class IMAML(MAML):
 
 
 def conjugate_gradient(system: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
-    """x [T, P] with system(x) = b for every task by itself (Hestenes and Stiefel 1952).
+    """Solve system(x) = b independently for each of T tasks (Hestenes and Stiefel 1952).
 
-    A task ends where the system is not positive along its direction, or nothing is left to do;
-    where that is so from the start, x is b.
+    A task stops early if the system is not positive along its search direction, or its residual is zero. If
+    that holds at the first step, its solution is b.
+
+    Args:
+        system: the symmetric linear map of each task, [T, P] -> [T, P].
+        b: the right-hand sides, [T, P].
+        steps: the number of steps.
+
+    Returns:
+        x [T, P].
     """
     x, residual, direction = torch.zeros_like(b), b, b
     squared = residual.square().sum(1, keepdim=True)  # [T, 1]
-    going = torch.ones_like(squared, dtype=torch.bool)
+    active = torch.ones_like(squared, dtype=torch.bool)
     for step in range(steps):
         image = system(direction)
         curvature = (direction * image).sum(1, keepdim=True)
-        going = going & (curvature > 0)
+        active = active & (curvature > 0)
         if step == 0:
-            x = torch.where(going, x, b)
-        length = torch.where(going, squared / torch.where(going, curvature, 1.0), 0.0)
+            x = torch.where(active, x, b)
+        length = torch.where(active, squared / torch.where(active, curvature, 1.0), 0.0)
         x = x + length * direction
         residual = residual - length * image
         before, squared = squared, residual.square().sum(1, keepdim=True)
-        direction = residual + torch.where(going, squared / torch.where(going, before, 1.0), 0.0) * direction
+        ratio = torch.where(active, squared / torch.where(active, before, 1.0), 0.0)
+        direction = residual + ratio * direction
     return x

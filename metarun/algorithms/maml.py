@@ -1,4 +1,4 @@
-"""MAML and its relatives by configuration: FOMAML, ANIL, BOIL, Meta-SGD, Meta-Curvature, learned optimizers.
+"""MAML and variants by configuration: FOMAML, ANIL, BOIL, Meta-SGD, Meta-Curvature, learned optimizers.
 
 Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep
 Networks", algorithms 1 and 2.
@@ -23,16 +23,25 @@ from metarun.tasks.episodes import Episodes, Tasks
 
 
 class MAML(Algorithm):
-    """Learn weights from which a few inner steps solve a task.
+    """Learn initial weights from which a few inner steps solve a task.
 
-    The meta-loss is the query loss after the inner loop (equation 2); its gradient passes
-    through the inner steps, or straight through them where the inner loop is of first order
-    (FOMAML, section 5.2). `adapts="head"` leaves the backbone as it is in the inner loop
-    (ANIL, Raghu et al. 2020), `adapts="body"` the head (BOIL, Oh et al. 2021).
+    The meta-loss is the query loss after the inner loop (equation 2). Its gradient is propagated
+    through the inner steps; a first-order inner loop treats the inner gradients as constants instead
+    (FOMAML, section 5.2).
 
-    Batch norm uses the statistics of the batch at hand, as in the paper's code, so queries
-    predicted together see each other (transductive). `transductive=False` predicts each query
-    beside the support alone, as Reptile's paper also reports.
+    Batch norm uses the statistics of the current batch, as in the paper's code, so that predictions for
+    queries in one batch depend on each other (transductive).
+
+    Args:
+        backbone, inner_loop, outputs: passed by the builder; see `Algorithm`.
+        head: "fixed" or "shared"; see `Learner`.
+        adapts: what the inner loop adapts: "all"; "head", which keeps the backbone constant (ANIL, Raghu et
+            al. 2020); or "body", which keeps the head constant (BOIL, Oh et al. 2021).
+        transductive: False predicts each query in a batch with the support only, as Reptile's paper also
+            reports.
+
+    Raises:
+        ConfigError: if a shared head is not adapted.
     """
 
     takes_steps = True
@@ -57,8 +66,8 @@ class MAML(Algorithm):
         inner_loop.attach({name: p.detach() for name, p in learned.items() if self.is_fast(name)})
         if head == "shared" and not self.is_fast("head.weight"):
             raise ConfigError(
-                "algorithm.head=shared gives every way the same output until the head adapts, which it does "
-                "not here; choose algorithm.head=fixed"
+                "algorithm.head=shared: gives every way the same output until the head is adapted, but this "
+                "algorithm does not adapt its head; choose algorithm.head=fixed"
             )
 
     def own_backbone(self) -> nn.Module:
@@ -73,7 +82,7 @@ class MAML(Algorithm):
         self.learner.check(ways, "algorithm.head=shared" if can_share else f"ways={ways}")
 
     def adapt(self, tasks: Tasks) -> dict[str, Any]:
-        """The adapted weights, {"params": Params}; and "support_x" [T, S, *item] where that is needed."""
+        """The adapted weights {"params": Params}, and "support_x" [T, S, *item] if `predict` needs it."""
         loss, slow, fast = self.inner_problem(tasks)
         return self.state(tasks, slow | self.inner_loop(loss, fast))
 
@@ -84,13 +93,13 @@ class MAML(Algorithm):
             yield self.state(tasks, slow | params)
 
     def state(self, tasks: Tasks, params: Params) -> dict[str, Any]:
-        """What `predict` needs: the weights, and the support where queries are predicted beside it."""
+        """The state for `predict`: the weights, and the support if queries are predicted together with it."""
         if not self.predicts_beside_support:
             return {"params": params}
         if not isinstance(tasks, Episodes):
             raise ConfigError(
-                "algorithm.transductive=false predicts a query beside the support examples, and these tasks "
-                f"({type(tasks).__name__}) have none; leave it out"
+                "algorithm.transductive=false: predicts a query together with the support examples, and these "
+                f"tasks ({type(tasks).__name__}) have none; leave it out"
             )
         return {"params": params, "support_x": tasks.support_x}
 
@@ -103,13 +112,13 @@ class MAML(Algorithm):
         return torch.cat([self.learner(params, batch)[:, -1:] for batch in alone], 1)
 
     def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
-        """The tasks' support loss, the weights that stay, and the weights that adapt."""
+        """The support loss of the tasks, the constant weights, and the adapted weights, [T, *shape] each."""
         params = self.learner.task_params(len(tasks), tasks.outputs)
         fast = {name: p for name, p in params.items() if self.is_fast(name)}
         slow = {name: p for name, p in params.items() if name not in fast}
         model = self.learner
         if self.adapts == "head" and isinstance(tasks, Episodes):
-            # The backbone does not change, so the support is embedded once for all steps.
+            # The backbone is constant in the inner loop, so the support is embedded once for all steps.
             features = self.learner.embed(slow, tasks.support_x)
             return lambda p, step: tasks.support_loss(lambda x: model.classify(p, features), step), slow, fast
         return lambda p, step: tasks.support_loss(partial(model, slow | p), step), slow, fast

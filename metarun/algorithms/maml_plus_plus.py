@@ -20,21 +20,24 @@ from metarun.tasks.episodes import Outcome, Tasks
 
 
 class MAMLPlusPlus(MAML):
-    """MAML with the paper's remedies (section 4), each by itself:
+    """MAML with the paper's improvements (section 4), which can be turned on separately.
 
-    - `multi_step_loss` (MSL): for so many iterations the queries are predicted after every inner
-      step, and the losses' weights move from equal to the last alone (never under 3 % of 1/steps
-      for the others until then, as in the paper's code). 0: the last alone from the start.
-    - `first_order` (DA): so many iterations in first order, before second order.
-    - `step_statistics` (BNRS): batch norm keeps running averages for each inner step and uses
-      them in evaluation, so that queries are predicted alone. The paper's code keeps them and
-      normalises by the batch all the same; that is `false`.
-    - `step_affine` (BNWB): batch norm has weights and biases for each step, which are
-      meta-learned and not adapted, as in the paper's code.
+    Learned rates per layer and step (LSLR) are inner_loop=layer_rates, and the cosine-annealed rate of
+    the outer loop (CA) is a scheduler. Departure: annealed values change at every iteration, in the paper at
+    every epoch of 500 iterations.
 
-    Learned rates of each layer and step (LSLR) are inner_loop=layer_rates, the cosine rate of
-    the outer loop (CA) a scheduler. Annealing moves with every iteration, the paper's with
-    every epoch of 500.
+    Args:
+        backbone, inner_loop, outputs, head, transductive: see `MAML`.
+        multi_step_loss: (MSL) the number of iterations in which the query loss is computed after every inner
+            step. The weights of these losses are annealed from equal weights to the last loss alone; until
+            then the other losses keep at least 3 % of 1/steps, as in the paper's code. 0: only the last loss
+            from the start.
+        first_order: (DA) the number of iterations in first order before training switches to second order.
+        step_statistics: (BNRS) batch norm keeps running averages for each inner step and uses them in
+            evaluation, so that predictions for a query do not depend on other queries. The paper's code
+            keeps the averages but normalises by the batch; that is `false`.
+        step_affine: (BNWB) batch norm has weights and biases for each step, which are meta-learned and not
+            adapted, as in the paper's code.
     """
 
     loss_weights: Tensor
@@ -54,7 +57,7 @@ class MAMLPlusPlus(MAML):
         if min(multi_step_loss, first_order) < 0:
             raise ConfigError(
                 f"algorithm.multi_step_loss={multi_step_loss}, algorithm.first_order={first_order}: "
-                "numbers of iterations, 0 or more"
+                "must be numbers of iterations, 0 or more"
             )
         rows = max(inner_loop.steps, 1)
 
@@ -70,11 +73,11 @@ class MAMLPlusPlus(MAML):
         super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
         self.multi_step_loss, self.first_order = multi_step_loss, first_order
         self.final_order = inner_loop.order
-        self.phase = (self.final_order, False)  # the order, and whether losses of all steps are taken
+        self.phase = (self.final_order, False)  # the order, and whether the losses of all steps are used
         self.norms = [layer for layer in backbone.modules() if isinstance(layer, StepNorm)]
         if step_statistics and not self.norms:
             raise ConfigError(
-                "algorithm.step_statistics=true: this backbone has no batch norm; choose norm=batch"
+                "algorithm.step_statistics=true: the backbone has no batch norm; choose norm=batch"
             )
         self.register_buffer("loss_weights", torch.zeros(rows), persistent=False)
 
@@ -94,11 +97,11 @@ class MAMLPlusPlus(MAML):
         return self.phase != before
 
     def meta_loss(self, tasks: Tasks) -> Outcome:
-        """The weighted query losses of all steps while they are annealed, then the last one's."""
+        """The weighted sum of the query losses of all steps while it is annealed, then the last loss."""
         if not self.phase[1] or self.inner_loop.steps < 2:
             return super().meta_loss(tasks)
         states = self.trajectory(tasks)
-        next(states)  # before the first step
+        next(states)  # skip the state before the first step
         outcomes = [tasks.query(partial(self.predict, adapted), self.loss) for adapted in states]
         losses = torch.stack([outcome.loss.mean() for outcome in outcomes])
         return replace(outcomes[-1], loss=(self.loss_weights * losses).sum())
@@ -111,7 +114,7 @@ class MAMLPlusPlus(MAML):
             yield adapted | {"steps": steps}
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
-        """With the normalisation of the last step taken, as in the paper's code."""
+        """Predict with the normalisation of the last inner step, as in the paper's code."""
         self.at_step(max(adapted["steps"] - 1, 0))
         return super().predict(adapted, query_x)
 
@@ -125,5 +128,6 @@ class MAMLPlusPlus(MAML):
         return loss, slow, fast
 
     def at_step(self, step: int) -> None:
+        """Select the statistics and affine weights of an inner step in every batch norm layer."""
         for norm in self.norms:
             norm.step = step

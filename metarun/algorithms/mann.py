@@ -16,7 +16,7 @@ from metarun.tasks.episodes import Episodes, Outcome
 
 @dataclass(frozen=True)
 class State:
-    """Recurrent state of T tasks: a memory of `slots` x `size` numbers, and R read heads."""
+    """Recurrent state of T tasks: a memory of `slots` x `size` numbers, R read heads and an LSTM."""
 
     memory: Tensor  # [T, slots, size]
     usage: Tensor  # [T, slots]
@@ -24,24 +24,35 @@ class State:
     read: Tensor  # [T, R * size]
     hidden: Tensor  # [T, controller]
     cell: Tensor  # [T, controller]
-    label: Tensor  # [T, N]: of the example before, zeros at the start
+    label: Tensor  # [T, N], the one-hot label of the previous example; zeros at the start
 
 
 class MANN(FeatureMethod):
-    """An LSTM with an external memory sees examples one by one, each beside the label of the one before.
+    """An LSTM with an external memory processes the examples in sequence, each with the previous label.
 
-    Reading is by content (equations 2 to 4), writing goes to where was read last or to the least
-    used place (equations 5 to 8, "least recently used access"). The answer comes from the
-    controller's state and what was read.
+    Reading is by content (equations 2 to 4); writing goes to the slots that were read last or to the least
+    used slots (equations 5 to 8, "least recently used access"). The prediction is a linear function of the
+    controller's state and the read vectors.
 
-    Training is the paper's: a task's support and query examples in one random order, a loss at every
-    step, also at a class's first appearance. A new task's support is seen in the same order always, then
-    each query as if it were the next example; queries do not see each other.
+    Training follows the paper: the support and query examples of a task form one sequence in random order,
+    with a loss at every step, including the first appearance of a class. In evaluation the support is
+    processed in a fixed order, then each query as if it were the next example; predictions for queries do not
+    depend on each other.
 
-    Equation 6 marks as many least used places as there are heads; all of them are emptied, and the
-    j-th head writes to the j-th. Keys pass a tanh, as in common implementations. Labels are one-hot
-    vectors. `sharpness` multiplies the cosines in reading, 1 in the paper. `streams=false` trains as a
-    new task is tested, the support first and then one query, which is much quicker to learn.
+    Equation 6 selects as many least used slots as there are heads; all of them are cleared, and the
+    j-th head writes to the j-th slot. Keys pass through a tanh, as in common implementations. Labels are
+    one-hot vectors.
+
+    Args:
+        backbone, outputs: passed by the builder; see `Algorithm`.
+        slots, size: the memory has `slots` vectors of `size` numbers.
+        heads: the number of read and write heads, at most `slots`.
+        controller: units of the LSTM.
+        decay: the decay of the usage of a slot at each step (gamma of equation 5).
+        sharpness: multiplies the cosines in reading; 1 in the paper.
+        streams: train on sequences as the paper does; False trains as evaluation predicts, on the support
+            followed by one query, which learns much faster.
+        shuffles: whether the order of the examples is random in training.
     """
 
     sees_examples_in_turn = True
@@ -61,7 +72,8 @@ class MANN(FeatureMethod):
     ) -> None:
         super().__init__(backbone, most_ways=outputs)
         least = min(size, heads, controller)
-        require(least >= 1, "algorithm.size, heads and controller must be at least 1")
+        sizes = f"algorithm.size={size}, algorithm.heads={heads}, algorithm.controller={controller}"
+        require(least >= 1, f"{sizes}: must be at least 1")
         require(heads <= slots, f"algorithm.heads={heads}: must be at most algorithm.slots={slots}")
         self.slots, self.size, self.heads, self.decay, self.shuffles = slots, size, heads, decay, shuffles
         self.outputs, self.sharpness, self.streams = outputs, sharpness, streams
@@ -71,20 +83,20 @@ class MANN(FeatureMethod):
         self.last = nn.Linear(controller + heads * size, outputs)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """The state after the support."""
+        """{"state": the state after the support, "ways": N}."""
         order = order_of(features, at_random=self.shuffles and self.training)
         features, targets = reordered(features, order), reordered(targets, order)
         return {"state": vars(self.see(features, targets)[1]), "ways": ways}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
-        """Each query as the next example, from the same state: T*B tasks for one step."""
+        """Logits [T, B, N] of the queries, each processed as the next example after the support."""
         queries = features.shape[1]
         state = State(**{name: x.repeat_interleave(queries, 0) for name, x in adapted["state"].items()})
         logits, _ = self.step(state, features.flatten(0, 1))
         return logits.unflatten(0, features.shape[:2])[..., : adapted["ways"]]
 
     def meta_loss(self, tasks: Episodes) -> Outcome:
-        """With `streams` the loss of all steps of the sequence, and the logits of its queries."""
+        """With `streams`, the mean loss over all steps of the sequence; the scores are of its queries."""
         if not self.streams:
             return super().meta_loss(tasks)
         support, query = self.embed_episodes(tasks)
@@ -92,7 +104,7 @@ class MANN(FeatureMethod):
         return tasks.outcome(logits[:, support.shape[1] :], self.loss_of(tasks)(logits, targets))
 
     def in_sequence(self, support: Tensor, query: Tensor, tasks: Episodes) -> tuple[Tensor, Tensor]:
-        """Logits [T, S + B, N] of all examples seen in one order, but listed as they were given."""
+        """Logits [T, S + B, N] and targets of all examples, processed as one sequence; support first."""
         features = torch.cat([support, query], 1)
         targets = torch.cat([tasks.support_y, tasks.query_y], 1)
         order = order_of(features, at_random=self.shuffles)
@@ -100,9 +112,15 @@ class MANN(FeatureMethod):
         return reordered(logits, order.argsort(1))[..., : tasks.ways], targets
 
     def by_instance(self, tasks: Episodes, order: Tensor) -> Tensor:
-        """Accuracy at the first, second, ... appearance of a class, [T, K + Q] (table 1 of the paper).
+        """Accuracy at the first, second, ... appearance of a class (table 1 of the paper).
 
-        Support and query examples are seen in the order [T, S + B], each answered before its label is.
+        Args:
+            tasks: their support and query examples form one sequence.
+            order: the order of each sequence, int64 [T, S + B]. Each example is predicted before its label
+                is given.
+
+        Returns:
+            Accuracies [T, K + Q].
         """
         features = torch.cat([self.embed(tasks.support_x), self.embed(tasks.query_x)], 1)
         targets = torch.cat([tasks.support_y, tasks.query_y], 1)
@@ -125,7 +143,7 @@ class MANN(FeatureMethod):
         return torch.stack(logits, 1), state
 
     def start(self, like: Tensor) -> State:
-        """An empty memory; reads start at none of the places."""
+        """The initial state: all zeros, with the dtype and device of `like` [T, ...]."""
         tasks = len(like)
 
         def zeros(*shape: int) -> Tensor:
@@ -143,9 +161,9 @@ class MANN(FeatureMethod):
         )
 
     def step(self, state: State, x: Tensor) -> tuple[Tensor, State]:
-        """One example x [T, F]: logits [T, N] and the next state."""
-        seen = torch.cat([x, state.label, state.read], 1)
-        hidden, cell = self.controller(seen, (state.hidden, state.cell))
+        """Process one example x [T, F] of each task: logits [T, N] and the next state."""
+        inputs = torch.cat([x, state.label, state.read], 1)
+        hidden, cell = self.controller(inputs, (state.hidden, state.cell))
         keys = self.keys(hidden).unflatten(1, (self.heads, self.size)).tanh()
         memory, write_weights = write(state, keys, self.gate)
         read_weights, read = read_by_content(memory, keys, self.sharpness)
@@ -155,21 +173,27 @@ class MANN(FeatureMethod):
 
 
 def write(state: State, keys: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """The memory with keys [T, R, size] written (equation 8), and the weights [T, R, slots] (equation 7).
+    """Clear the least used slots and write the keys.
 
-    The least used places are emptied first.
+    Args:
+        state: the current state.
+        keys: what each head writes, [T, R, size].
+        gate: a scalar; its sigmoid weighs the slots read last against the least used ones (equation 7).
+
+    Returns:
+        The new memory [T, slots, size] (equation 8) and the write weights [T, R, slots] (equation 7).
     """
     heads, slots = keys.shape[1], state.usage.shape[1]
-    places = state.usage.detach().argsort(dim=1, stable=True)[:, :heads]  # [T, R], equation 6
-    least_used = one_hot(places, slots, keys)  # [T, R, slots]
+    chosen = state.usage.detach().argsort(dim=1, stable=True)[:, :heads]  # [T, R], equation 6
+    least_used = one_hot(chosen, slots, keys)  # [T, R, slots]
     share = gate.sigmoid()
     weights = share * state.read_weights + (1 - share) * least_used
-    kept = 1 - least_used.sum(1)
-    return state.memory * kept.unsqueeze(-1) + weights.mT @ keys, weights
+    retained = 1 - least_used.sum(1)
+    return state.memory * retained.unsqueeze(-1) + weights.mT @ keys, weights
 
 
 def read_by_content(memory: Tensor, keys: Tensor, sharpness: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Weights [T, R, slots] by cosine (equations 2 and 3), and what is read [T, R, size] (equation 4)."""
+    """Read weights [T, R, slots] (equations 2 and 3), and the vectors read [T, R, size] (equation 4)."""
     similarity = F.normalize(keys, dim=-1) @ F.normalize(memory, dim=-1).mT
     weights = (sharpness * similarity).softmax(-1)
     return weights, weights @ memory

@@ -11,15 +11,18 @@ from metarun.algorithms.feature_method import FeatureMethod, cosines, one_hot, r
 
 
 class MatchingNet(FeatureMethod):
-    """A query's class is a weighted vote of the support examples.
+    """Classify a query by a weighted vote of the support examples.
 
-    The weights are a softmax over cosines (equation 1 and the attention of section 2.1.1), here
-    times `scale`: 1 in the paper, with which no weight can be near 1 and little is learned. With
-    `full_context` (section 2.1.2) every support example is seen by a bidirectional LSTM over the
-    support, and a query reads the support `reads` times by attention (appendix A);
-    `full_context=false` is the network without.
+    The weights are a softmax over scaled cosines (equation 1 and the attention of section 2.1.1).
 
-    The order in which the LSTM sees the support is that of the classes, as in the task.
+    Args:
+        backbone: passed by the builder; see `Algorithm`.
+        full_context: with True (section 2.1.2), a bidirectional LSTM encodes the support examples, in the
+            order of their classes in the task, and each query attends to the support repeatedly
+            (appendix A). False is the network without full context embeddings.
+        reads: how often a query attends to the support, at least 1.
+        scale: multiplies the cosines; 1 in the paper, with which no weight can be near 1 and little is
+            learned.
     """
 
     def __init__(
@@ -40,14 +43,14 @@ class MatchingNet(FeatureMethod):
         self.query_context = nn.LSTMCell(2 * size, size) if full_context else None
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """The support in context [T, S, F], and its classes as vectors [T, S, N]."""
+        """The support embeddings [T, S, F] and their one-hot classes [T, S, N]."""
         if self.support_context is not None:
             forward, backward = self.support_context(features)[0].chunk(2, -1)
             features = forward + backward + features
         return {"support": features, "classes": one_hot(targets, ways, features)}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
-        """The logarithm of each class's summed attention, up to a constant of each query."""
+        """The logarithm of the summed attention of each class, [T, B, N], up to a constant for each query."""
         support, classes = adapted["support"], adapted["classes"]
         if self.query_context is not None:
             features = self.read(support, features)
@@ -56,10 +59,10 @@ class MatchingNet(FeatureMethod):
         return logits.unsqueeze(2).masked_fill(outside, -torch.inf).logsumexp(-1)
 
     def read(self, support: Tensor, features: Tensor) -> Tensor:
-        """Queries [T, B, F] in the context of the support [T, S, F] (equations 3 to 6 of the appendix).
+        """Full context embeddings [T, B, F] of queries [T, B, F] (equations 3 to 6 of the appendix).
 
-        The LSTM's recurrent input is the hidden state beside what was read; that is the same as
-        the read vector beside its input.
+        In the paper, the read vector is concatenated with the hidden state; here it is concatenated with the
+        input, which is equivalent.
         """
         assert self.query_context is not None
         query = features.flatten(0, 1)  # [T*B, F]

@@ -21,25 +21,38 @@ from metarun.nn.per_task import AUTO, Params, is_groupable, layers, run_chain, r
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.objectives import cross_entropy
 
-RANGE = 7.0  # p of the gradients' preprocessing, 10 in the paper it is from
+RANGE = 7.0  # p in the preprocessing of gradients; 10 in Andrychowicz et al.
 
 
 class MetaNet(Algorithm):
-    """Loss gradients of the support become fast weights, which are looked up for each query.
+    """Map loss gradients of the support examples to fast weights, which each query retrieves by attention.
 
-    Two networks of the backbone's kind, each with a linear head. The representation network's
-    gradients, one for each support example, pass an LSTM over the examples and become fast
-    weights of the task (equations 1 to 3 and algorithm 1, lines 1 to 5); with these it makes a key of every
-    example. The base network's gradients each become fast weights of that example by a small
-    network of a coordinate (lines 6 to 11). A query's fast weights are the examples' own, weighted
-    by a softmax over the cosines of the keys (lines 12 to 15). Slow and fast weights act side by side
-    and are added after the activation, without it in the last layer ("layer augmentation", section 3.3).
+    There are two networks with the architecture of the backbone, each with a linear head:
 
-    Convolutions and linear layers have generators of their own, as in the author's code. Gradients
-    are constants of the meta-gradient there, and here, so that the representation's head stays as it
-    starts. Fast weights have no biases. The representation's loss is cross entropy for any number
-    of shots, again as in the code (the paper: contrastive above one). Keys are the backbone's features
-    (in the code those of a hidden layer, without its ReLU). `init=` fills the base network.
+    - The representation network computes keys. The gradients of its loss, one for each support example, pass
+      through an LSTM over the examples, which outputs fast weights of the task (equations 1 to 3 and
+      algorithm 1, lines 1 to 5). With these the network computes a key of every example.
+    - The base network predicts. A small network maps each coordinate of the gradient of each support example
+      to a fast weight of that example (lines 6 to 11). The fast weights of a query are the mean of those of
+      the examples, weighted by a softmax over the cosines of the keys (lines 12 to 15).
+
+    Slow and fast weights are applied in parallel, and their outputs are added after the activation; in the
+    last layer there is no activation ("layer augmentation", section 3.3).
+
+    Convolutions and linear layers have separate generators of fast weights, as in the author's code.
+    Gradients are constants of the meta-gradient, also as in the code, so that the head of the representation
+    network is not trained. Fast weights have no biases. The loss of the representation network is cross
+    entropy for any number of shots, again as in the code (the paper: contrastive above one shot). Keys are
+    the features of the backbone (in the code those of a hidden layer, without its ReLU). `init=` loads
+    weights into the base network.
+
+    Args:
+        backbone, outputs: passed by the builder; see `Algorithm`.
+        hidden: hidden units of the generators of fast weights.
+
+    Raises:
+        ConfigError: if the backbone has shortcuts, for which layer augmentation is not defined, or running
+            averages.
     """
 
     needs = Episodes
@@ -50,7 +63,7 @@ class MetaNet(Algorithm):
         # Layer augmentation is not defined across skip connections.
         if not is_groupable(backbone) or any(isinstance(part, Residual) for part in backbone.modules()):
             raise ConfigError(
-                "algorithm=meta_networks needs a backbone that is a chain of layers without shortcuts; "
+                "algorithm=meta_networks: needs a backbone that is a chain of layers without shortcuts; "
                 "choose backbone=conv4"
             )
         refuse_running_averages(backbone)
@@ -63,7 +76,7 @@ class MetaNet(Algorithm):
             nn.Linear(features, outputs),
         )
         for p in self.representation_head.parameters():
-            p.requires_grad_(False)  # only gradients pass through it, which are constants
+            p.requires_grad_(False)  # it only affects gradients, which are constants of the meta-gradient
         self.of_example = nn.ModuleDict({kind: per_coordinate(hidden) for kind in kinds_in(self.base)})
         self.over_examples = nn.ModuleDict({kind: LSTMCell(2, hidden) for kind in kinds_in(backbone)})
         self.of_task = nn.ModuleDict({kind: nn.Linear(hidden, 1) for kind in kinds_in(backbone)})
@@ -81,12 +94,12 @@ class MetaNet(Algorithm):
 
     def check(self, ways: int) -> None:
         if ways > self.outputs:
-            raise ConfigError(f"its network has {self.outputs} ways, not {ways}; train with ways={ways}")
+            raise ConfigError(f"the network has {self.outputs} ways, not {ways}; train with ways={ways}")
 
     def adapt(self, tasks: Episodes) -> dict[str, Any]:
-        """The task's fast weights [T, *shape], the examples' [T, S, P] and their keys [T, S, F]."""
+        """Fast weights of the task [T, *shape] and of its examples [T, S, P], and their keys [T, S, F]."""
         self.check(tasks.ways)
-        with without_autocast(tasks.support_x):  # vmap mixes its types up
+        with without_autocast(tasks.support_x):  # autocast within vmap produces mixed dtypes
             return self.learn(tasks.support_x, tasks.support_y, tasks.ways)
 
     def learn(self, support_x: Tensor, support_y: Tensor, ways: int) -> dict[str, Any]:
@@ -113,11 +126,11 @@ class MetaNet(Algorithm):
         return logits.view(*query_x.shape[:2], -1)[..., : adapted["ways"]]
 
     def keys(self, task: Params, x: Tensor) -> Tensor:
-        """What the representation network makes of x [T, B, *item] before its head, [T, B, F]."""
+        """Keys of x [T, B, *item]: the features of the representation network, [T, B, F]."""
         return augmented(self.representation, task, x)
 
     def gradients(self, network: nn.Module, x: Tensor, y: Tensor) -> Params:
-        """The gradient of each support example's own loss, [T, S, *shape] for each fast weight."""
+        """The gradient of the loss of each support example, [T, S, *shape] for each fast weight."""
         tasks, shots = y.shape
         constants = {name: p.detach() for name, p in network.named_parameters()}
         names = list(fast_weights(network))
@@ -137,14 +150,18 @@ class MetaNet(Algorithm):
         return torch.cat([part.squeeze(-1) for part in parts], -1)
 
     def task_weights(self, grads: Params) -> Params:
-        """Fast weights of the representation's body from its examples' gradients in turn, [T, *shape]."""
+        """Fast weights of the representation network without its head, [T, *shape] each.
+
+        Args:
+            grads: the gradients of the examples, [T, S, *shape] each, which the LSTM reads in order.
+        """
         weights = {}
         body = {name.removeprefix("0."): g for name, g in grads.items() if name.startswith("0.")}
         for name, g in body.items():
             kind = kind_of(g[0, 0])
-            seen = preprocessed(g.flatten(2), RANGE)  # [T, S, coordinates, 2]
+            inputs = preprocessed(g.flatten(2), RANGE)  # [T, S, coordinates, 2]
             state = None
-            for x in seen.unbind(1):
+            for x in inputs.unbind(1):
                 state = self.over_examples[kind](x.flatten(0, 1), state)
             assert state is not None
             weights[name] = self.of_task[kind](state[0]).view(len(g), *g.shape[2:])
@@ -152,9 +169,15 @@ class MetaNet(Algorithm):
 
 
 def augmented(network: nn.Module, fast: Params, x: Tensor) -> Tensor:
-    """The network on x [G, B, *item], each group with fast weights [G, *shape] beside the slow ones.
+    """Run a network with slow and fast weights ("layer augmentation").
 
-    `network` is a chain without residual blocks. Returns [G, B, *out].
+    Args:
+        network: a chain of layers without residual blocks; its own weights are the slow ones.
+        fast: the fast weights of each of G groups, [G, *shape] each.
+        x: [G, B, *item].
+
+    Returns:
+        [G, B, *out].
     """
 
     def run(weights: Params, group: Tensor) -> Tensor:
@@ -165,9 +188,9 @@ def augmented(network: nn.Module, fast: Params, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Streams:
-    """The outputs of the slow and of the fast weights for one input; `fast` is None once they are added.
+    """The outputs of the slow and the fast weights for one input; `fast` is None after they were added.
 
-    Not a tensor, so that the sum of two branches, which is not defined for streams, raises a TypeError.
+    Not a tensor, so that adding two branches, which is not defined for streams, raises a TypeError.
     """
 
     slow: Tensor
@@ -183,10 +206,11 @@ class Streams:
 
 
 def augmented_layer(fast: Params, name: str, layer: nn.Module, x: Streams) -> Streams:
-    """Run one layer, of this name, on both streams.
+    """Run one layer on both streams.
 
-    A layer with weights takes the sum of the streams and starts two new ones. Norms act on each stream.
-    An activation acts on each and adds the results (section 3.3). Any other layer takes the sum.
+    A layer with weights takes the sum of the streams and outputs two new streams. Normalisation is applied to
+    each stream. An activation is applied to each stream and the results are added (section 3.3). Any other
+    layer takes the sum.
     """
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         inputs = x.joined()
@@ -203,14 +227,14 @@ NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
 
 def without_bias(layer: nn.Conv2d | nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-    """The layer on x with another weight of the same shape, and without its bias."""
+    """The layer applied to x with this weight instead of its own, and without bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
     return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def fast_weights(network: nn.Module) -> Params:
-    """The weights that have fast weights beside them, by name: those of convolutions and linear layers."""
+    """The weights that have corresponding fast weights, by name: those of convolutions and linear layers."""
     return {
         f"{name}.weight": layer.weight
         for name, layer in layers(network)
@@ -219,7 +243,7 @@ def fast_weights(network: nn.Module) -> Params:
 
 
 def kinds_in(network: nn.Module) -> list[str]:
-    """The kinds of layers in the network that have fast weights, each of which has its own generator."""
+    """The kinds of layers in the network that have fast weights; each kind has its own generator."""
     return sorted({kind_of(p) for p in fast_weights(network).values()})
 
 
@@ -229,7 +253,7 @@ def kind_of(weight: Tensor) -> str:
 
 
 def per_coordinate(hidden: int) -> nn.Sequential:
-    """A network from the preprocessed gradient of one coordinate [..., 2] to its fast weight [..., 1]."""
+    """A network that maps the preprocessed gradient of a coordinate [..., 2] to its fast weight [..., 1]."""
     return nn.Sequential(
         nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
     )

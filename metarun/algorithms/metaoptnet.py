@@ -14,13 +14,19 @@ from metarun.algorithms.svm import crammer_singer_dual
 
 
 class MetaOptNet(FeatureMethod):
-    """A task's classifier is a linear support vector machine on its support features.
+    """The classifier of a task is a linear support vector machine on its support features.
 
-    `head="svm"` is the multi-class machine of Crammer and Singer in its dual form (equations 6 to
-    10), with the weight `penalty` C of a violated margin; `head="ridge"` is ridge regression
-    with the penalty `ridge` (their -RR). The derivative is that of the solution, by the implicit
-    function theorem (section 3.2). Predictions are multiplied by a learned `scale` (equation 12).
-    `label_smoothing` gives its share to all classes alike, the own one too (their code: to the others).
+    The derivative is that of the solution, by the implicit function theorem (section 3.2).
+
+    Args:
+        backbone: passed by the builder; see `Algorithm`.
+        head: "svm": the multi-class machine of Crammer and Singer in its dual form (equations 6 to 10);
+            "ridge": ridge regression (MetaOptNet-RR in the paper).
+        penalty: C, the weight of violated margins in the SVM, above 0.
+        ridge: the penalty of ridge regression, above 0.
+        scale: the initial value of the learned factor of the predictions (equation 12).
+        label_smoothing: the share of the target probability that is distributed over all classes, including
+            the true class (in the paper's code: over the other classes), at least 0 and below 1.
     """
 
     def __init__(
@@ -41,14 +47,14 @@ class MetaOptNet(FeatureMethod):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """The classifiers' weights [T, F, N]."""
+        """{"weights": weights of the classifiers, [T, F, N]}."""
         features = precise(features)
         wanted = one_hot(targets, ways, features)
         with without_autocast(features):
             if self.head == "ridge":
                 ridge = torch.full((), self.ridge, dtype=features.dtype, device=features.device)
                 return {"weights": ridge_regression(features, wanted, ridge)}
-            wide = features.double()  # rounding would leave the products indefinite
+            wide = features.double()  # in float32, rounding could make the Gram matrix indefinite
             dual = crammer_singer_dual(wide @ wide.mT, wanted, self.penalty).to(features)
             return {"weights": features.mT @ dual}
 

@@ -1,4 +1,4 @@
-"""Joint training on all tasks, then plain gradient descent on a new one: the honest baseline."""
+"""A baseline: joint training on all tasks, then fine-tuning on each new task."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from metarun.tasks.episodes import Episodes, Outcome
 
 
 class Pretrain(MAML):
-    """Multi-task pretraining followed by fine-tuning, with no inner loop in training.
+    """Supervised pretraining followed by fine-tuning, with no inner loop in training.
 
-    Training is ordinary supervised learning on the tasks' support and query examples: of values
-    by one network for all tasks (the joint training of Finn et al. 2017, section 5.1), of
-    images by one classifier over all training classes (as the Baseline of Chen et al. 2019, which
-    fine-tunes the head alone: `adapts="head"`). A new task fine-tunes the network by the inner
-    loop, in evaluation only; images with a new head that starts at zero. Examples of a task are
-    normalised together, as they will be then.
+    Training is ordinary supervised learning on the support and query examples of the tasks. For regression
+    one network fits all tasks (the joint training of Finn et al. 2017, section 5.1); for classification there
+    is one classifier over all training classes (as in the Baseline of Chen et al. 2019, which fine-tunes only
+    the head: `adapts="head"`). In evaluation the inner loop fine-tunes the network on each task; for
+    classification with a new head that starts at zero. Batch statistics are computed over the examples of one
+    task, as in evaluation.
+
+    Args:
+        backbone, inner_loop, outputs, classes: passed by the builder; see `Algorithm`.
+        adapts: what fine-tuning changes: "all" or "head".
+        transductive: see `MAML`.
     """
 
     needs = Episodes
@@ -44,7 +49,7 @@ class Pretrain(MAML):
                 nn.init.zeros_(p).requires_grad_(False)
 
     def meta_loss(self, tasks: Episodes) -> Outcome:
-        """The loss of all examples; the query outputs among a task's ways, [T, B, N]."""
+        """The loss of all examples; the scores are those of the queries, restricted to the task's ways."""
         whole = tasks.joined()
         x, y = whole.support_x, whole.support_y
         queries = tasks.query_x.shape[1]

@@ -11,11 +11,17 @@ from metarun.algorithms.feature_method import FeatureMethod, cosines, prototypes
 
 
 class ProtoNet(FeatureMethod):
-    """A class is the mean of its embedded shots (equation 1); a query belongs to the nearest.
+    """Classify by the distance to class prototypes, the means of the embedded shots (equation 1).
 
-    Logits are negative squared Euclidean distances (equation 2), or cosines, times `scale`: an
-    inverse temperature, learned where `learn_scale` says so. The cosine with a learned scale that
-    starts at 10 is the meta-learning stage of Meta-Baseline (Chen et al. 2021, equation 3).
+    Logits are negative squared Euclidean distances (equation 2), or cosines, times a scale. Cosines with a
+    learned scale that starts at 10 are the meta-learning stage of Meta-Baseline (Chen et al. 2021, equation
+    3).
+
+    Args:
+        backbone: passed by the builder; see `Algorithm`.
+        distance: "euclidean" or "cosine".
+        scale: multiplies the logits (an inverse temperature), above 0.
+        learn_scale: whether the scale is meta-learned.
     """
 
     def __init__(

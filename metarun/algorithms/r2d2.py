@@ -1,4 +1,4 @@
-"""R2D2 and LR-D2: closed-form and converging solvers as the inner step (Bertinetto et al. 2019)."""
+"""R2D2 and LR-D2: differentiable closed-form and iterative solvers (Bertinetto et al. 2019)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from metarun.algorithms.feature_method import FeatureMethod, one_hot, precise, r
 
 
 class R2D2(FeatureMethod):
-    """A task's classifier is the solution of a regression on its support features.
+    """The classifier of a task is the solution of a regression on its support features.
 
-    `solver="ridge"` (R2D2): ridge regression onto one-hot classes, by the Woodbury identity a
-    system of S equations, however many the features are (equation 5). `solver="logistic"`
-    (LR-D2): one-against-the-rest logistic regressions with the same penalty, by `steps` of
-    iteratively reweighted least squares from zero, by the same identity (equation 7); the paper
-    has two ways, for which one such regression is enough.
+    Both solvers use the Woodbury identity, so that the linear system has S equations for any number of
+    features. The penalty and the scale of the predictions (equation 6) are meta-learned; the
+    penalty by its logarithm, so that it stays positive. Their common bias is omitted, since a
+    softmax is invariant to it; a constant feature gives every class its own bias, as in the paper's code.
 
-    The penalty `ridge` and the `scale` of the predictions (equation 6) are meta-learned, the
-    penalty by its logarithm, so that it stays positive. Their common bias is left out, since a
-    softmax does not see it; a constant feature gives every class one of its own, as in the paper's code.
+    Args:
+        backbone: passed by the builder; see `Algorithm`.
+        solver: "ridge" (R2D2): ridge regression onto one-hot classes (equation 5). "logistic"
+            (LR-D2): one-against-the-rest logistic regressions with the same penalty, solved by
+            iteratively reweighted least squares from zero (equation 7); the paper has two ways, for which one
+            such regression is enough.
+        ridge: the initial penalty, above 0.
+        scale: the initial scale of the predictions.
+        steps: the number of steps of iteratively reweighted least squares, at least 1.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class R2D2(FeatureMethod):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """The classifiers' weights [T, F+1, N]."""
+        """{"weights": weights of the classifiers, [T, F+1, N]}."""
         features = with_constant(features)
         wanted = one_hot(targets, ways, features)
         ridge = self.log_ridge.exp()
@@ -56,7 +61,7 @@ class R2D2(FeatureMethod):
 
 
 def with_constant(features: Tensor) -> Tensor:
-    """Features [T, S, F+1] whose last one is 1."""
+    """Features [T, S, F] with a constant feature 1 appended, [T, S, F+1]."""
     return F.pad(precise(features), (0, 1), value=1.0)
 
 
@@ -81,7 +86,7 @@ def logistic_regression(x: Tensor, y: Tensor, ridge: Tensor, steps: int) -> Tens
     dual = torch.zeros_like(y)
     for _ in range(steps):
         mu = margins.sigmoid()
-        spread = (mu * (1 - mu)).clamp_min(1e-6)  # a margin in the hundreds has none left
+        spread = (mu * (1 - mu)).clamp_min(1e-6)  # underflows to zero for large margins
         z = margins + (y - mu) / spread
         system = gram + torch.diag_embed(ridge / spread)
         dual = torch.linalg.solve_ex(system, z.unsqueeze(-1)).result.squeeze(-1)

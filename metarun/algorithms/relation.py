@@ -10,18 +10,25 @@ from metarun.nn.layers import Norm, norm_layer
 
 
 class RelationNet(FeatureMethod):
-    """A second network compares a query's feature maps with a class's, and is trained by squared error.
+    """A second network compares the feature maps of a query and a class; it is trained by squared error.
 
-    A class is the sum of its shots' feature maps (section 3.2), so that shots at test should be those of
-    training; beside the query's maps it passes
-    two convolutional blocks and two linear layers, whose sigmoid is the relation score (equation 1), 1
-    for the query's own class and 0 for the others (equation 2). Logits are what the sigmoid takes.
+    A class is represented by the sum of the feature maps of its shots (section 3.2), so that evaluation
+    should use the same number of shots as training. Concatenated with the feature maps of the query, it is
+    the input of two convolutional blocks and two linear layers. The sigmoid of their output is the relation
+    score (equation 1), with the target 1 for the class of the query and 0 for the others (equation 2).
+    Logits are the values before the sigmoid.
 
-    A convolution of two stacked maps is the sum of one of each: the first layer sees every class and
-    every query once, and not every pair.
+    A convolution of concatenated maps is the sum of a convolution of each, so that the first layer is
+    computed once for every class and every query, not for every pair.
 
-    Feature maps smaller than 2x2 are not pooled, and a backbone whose features are no maps gives
-    maps of one pixel.
+    Feature maps smaller than 2x2 are not pooled. If the features of the backbone are not feature maps, they
+    are treated as maps of one pixel.
+
+    Args:
+        backbone: passed by the builder; see `Algorithm`.
+        width: channels of the convolutional blocks.
+        hidden: units of the first linear layer.
+        norm: the normalisation in the convolutional blocks.
     """
 
     def __init__(
@@ -32,12 +39,14 @@ class RelationNet(FeatureMethod):
         norm: Norm = "running",
     ) -> None:
         super().__init__(backbone)
-        require(min(width, hidden) >= 1, f"algorithm.width={width}, hidden={hidden}: must be at least 1")
+        sizes = f"algorithm.width={width}, algorithm.hidden={hidden}"
+        require(min(width, hidden) >= 1, f"{sizes}: must be at least 1")
         self.map_shape: tuple[int, int, int] = getattr(backbone, "map_shape", (self.features, 1, 1))
         channels, *sides = self.map_shape
         layers: list[nn.Module] = []
         for inputs in (2 * channels, width):
-            norms = "none" if norm == "instance" and max(sides) == 1 else norm  # would leave nothing
+            # Instance norm of a single pixel would always be zero.
+            norms = "none" if norm == "instance" and max(sides) == 1 else norm
             layers += [nn.Conv2d(inputs, width, 3, padding=1), norm_layer(norms, width), nn.ReLU()]
             if min(sides) >= 2:
                 layers.append(nn.MaxPool2d(2))
@@ -48,7 +57,7 @@ class RelationNet(FeatureMethod):
         )
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
-        """The summed features of each class [T, N, F]."""
+        """The sum of the features of each class, [T, N, F]."""
         return one_hot(targets, ways, features).mT @ features
 
     def score(self, adapted: Tensor, features: Tensor) -> Tensor:

@@ -20,17 +20,22 @@ from metarun.tasks.episodes import Episodes, Outcome, Tasks
 
 
 class Reptile(MAML):
-    """Move the weights towards where the inner loop takes each task (algorithm 2, batched).
+    """Move the weights towards the adapted weights of each task (algorithm 2, batched).
 
-    The meta-loss 0.5 * ||theta - phi||^2, phi held constant, has exactly Reptile's update
-    theta - phi as its gradient, so plain SGD with rate 1 decaying to 0 is the paper's outer
-    loop. A task's support and query together are its training set, of which every inner step
-    takes the next `batch` examples of a shuffled order (0: all of them). Testing adapts as
-    MAML does, with mini-batches too.
+    The meta-loss 0.5 * ||theta - phi||^2, with the adapted weights phi held constant, has exactly Reptile's
+    update theta - phi as its gradient, so plain SGD with a rate that decays from 1 to 0 is the paper's outer
+    loop. The support and the query of a task together are its training set. Evaluation adapts as
+    MAML does, also with mini-batches.
 
     With `proximal` > 0 each task minimises its loss plus proximal/2 ||phi - theta||^2: Meta-MinibatchProx
     (algorithm 1 of Zhou et al.). The gradient of the tasks' minima with respect to theta is then
-    proximal * (theta - phi), whose factor is part of the outer rate, as in the paper's code.
+    proximal * (theta - phi); the factor is part of the outer rate, as in the paper's code.
+
+    Args:
+        backbone, inner_loop, outputs, head, transductive: see `MAML`.
+        batch: the mini-batch size: each inner step uses the next `batch` examples of a shuffled order.
+            0: every step uses all examples.
+        proximal: the strength of the proximal term; 0 is Reptile.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class Reptile(MAML):
         self.batch, self.proximal = batch, proximal
 
     def meta_loss(self, tasks: Tasks) -> Outcome:
-        """Half the squared distance, a mean over tasks; and how phi predicts the queries."""
+        """0.5 * ||theta - phi||^2, the mean over tasks; the scores are those of phi on the queries."""
         with torch.no_grad():
             phi = self.adapt(tasks.joined() if isinstance(tasks, Episodes) else tasks)
             outcome = tasks.query(partial(self.predict, phi))
@@ -59,7 +64,7 @@ class Reptile(MAML):
         first = next(iter(theta.values()))
         distance = torch.zeros((), device=first.device, dtype=first.dtype)
         for name, p in theta.items():
-            # The copies of a shared head move their one vector by their mean.
+            # The N rows of a shared head are copies of one vector, which moves by the mean of their updates.
             copies = max(p[0].numel() // learned[name].numel(), 1)
             distance = distance + (p - phi["params"][name]).square().sum() / copies
         return replace(outcome, loss=0.5 * distance / len(tasks))
@@ -71,7 +76,7 @@ class Reptile(MAML):
         return (with_proximal_term(loss, fast, self.proximal) if self.proximal else loss), slow, fast
 
     def batch_loss(self, tasks: Episodes) -> Loss:
-        """The loss of each step's next `batch` support examples, in a random order of each task's own."""
+        """The loss of the next `batch` support examples at each step, in a random order for each task."""
         x, y = tasks.support_x, tasks.support_y
         size = x.shape[1]
         order = torch.rand(x.shape[:2], device=x.device).argsort(1)  # [T, S]

@@ -1,4 +1,4 @@
-"""What methods share that see a task's examples one after the other."""
+"""Functions for methods that process the examples of a task as a sequence."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def order_of(like: Tensor, at_random: bool) -> Tensor:
-    """An order for each task's examples [T, L, ...]: its own at random, or one that never changes; [T, L]."""
+    """An order of the examples [T, L, ...] of each task, int64 [T, L]: random, or always the same."""
     tasks, length = like.shape[:2]
     if at_random:
         return torch.rand(tasks, length, device=like.device).argsort(1)
-    # Scattered by a hash instead of a generator, which a recorded step could not repeat.
-    scattered = (torch.arange(1, length + 1, device=like.device) * 2654435761) % (1 << 32)
-    return scattered.argsort().expand(tasks, -1)
+    # A hash instead of a generator, which cannot be used in a trace or a CUDA graph.
+    hashed = (torch.arange(1, length + 1, device=like.device) * 2654435761) % (1 << 32)
+    return hashed.argsort().expand(tasks, -1)
 
 
 def reordered(sequence: Tensor, order: Tensor) -> Tensor:
-    """[T, L, ...] with its examples in the order [T, L]."""
+    """A sequence [T, L, ...] with its examples in the order [T, L]."""
     return sequence[torch.arange(len(order), device=order.device).unsqueeze(1), order]

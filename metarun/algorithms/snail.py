@@ -14,17 +14,21 @@ from metarun.algorithms.sequences import order_of, reordered
 
 
 class SNAIL(FeatureMethod):
-    """The support in a row, labels beside features, then one query without a label: a sequence model.
+    """A sequence model of the labelled support examples followed by one unlabelled query.
 
-    Attention(64, 32), TC(128), Attention(256, 128), TC(128), Attention(512, 256) and a linear
-    layer (appendix A), where TC is a stack of dense blocks of dilated causal convolutions that
-    covers sequences of up to `longest` support examples (section 3); attention reaches any number.
-    The loss is that of the last position (section 4.1). `width` scales all these sizes, 1 in the paper.
+    The layers are Attention(64, 32), TC(128), Attention(256, 128), TC(128), Attention(512, 256) and a linear
+    layer (appendix A), where TC is a stack of dense blocks of dilated causal convolutions (section 3).
+    The loss is that of the last position (section 4.1).
 
-    In training every task's support is in a random order, unless `shuffles` is false; in evaluation
-    the order is always the same, so that results are. Every query stands at the end of a sequence
-    of its own; what is computed of the support does not depend on what follows it, and so is
-    computed once for all queries of a task.
+    Every query is the end of its own sequence. The layers are causal, so activations of the support do not
+    depend on the query and are computed once for all queries of a task.
+
+    Args:
+        backbone, outputs: passed by the builder; see `Algorithm`.
+        longest: the number of support examples that the convolutions cover; attention has no such limit.
+        width: scales the sizes of all layers; 1 in the paper.
+        shuffles: whether the order of the support is random in training. In evaluation it is fixed, so that
+            results are reproducible.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class SNAIL(FeatureMethod):
         self.last = nn.Linear(size, outputs)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """The support's sequence before each layer, [T, S, D] each."""
+        """{"seen": the inputs of each layer for the support, [T, S, D] each, "ways": N}."""
         most = self.most_ways or ways
         sequence = torch.cat([features, one_hot(targets, most, features)], -1)
         sequence = reordered(sequence, order_of(sequence, self.shuffles and self.training))
@@ -73,24 +77,24 @@ class SNAIL(FeatureMethod):
 
 
 class Dense(nn.Module):
-    """What a dense block adds: tanh times sigmoid of causal convolutions of two positions (section 3)."""
+    """The new channels of a dense block: tanh times sigmoid of causal convolutions of size 2 (section 3)."""
 
     def __init__(self, inputs: int, filters: int, dilation: int) -> None:
         super().__init__()
         self.dilation = dilation
-        # The kernel's two places side by side: the position `dilation` before, and the position itself.
+        # The two positions of the kernel are concatenated: `dilation` steps back, and the current position.
         self.content, self.gate = (nn.Linear(2 * inputs, filters) for _ in range(2))
 
     def along(self, x: Tensor) -> Tensor:
-        """[T, S, filters] for every position of x [T, S, D]."""
+        """Outputs [T, S, filters] at every position of x [T, S, D]."""
         padded = F.pad(x, (0, 0, self.dilation, 0))
         return self.gated(padded[:, : x.shape[1]], x)
 
     def after(self, x: Tensor, last: Tensor) -> Tensor:
-        """[T, B, filters] for B continuations [T, B, D] of x [T, S, D] by one position."""
+        """Outputs [T, B, filters] at the position after x [T, S, D], for B inputs `last` [T, B, D]."""
         position = x.shape[1] - self.dilation
         earlier = x[:, position : position + 1] if position >= 0 else torch.zeros_like(x[:, :1])
-        return self.gated(earlier, last)  # what came before is the same for all B
+        return self.gated(earlier, last)
 
     def gated(self, earlier: Tensor, x: Tensor) -> Tensor:
         def convolved(layer: nn.Linear) -> Tensor:
@@ -101,7 +105,7 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-    """What an attention block adds: values of this position and those before it (section 3)."""
+    """The new channels of an attention block: causal self-attention (section 3)."""
 
     def __init__(self, inputs: int, keys: int, values: int) -> None:
         super().__init__()
@@ -109,13 +113,13 @@ class Attention(nn.Module):
         self.root = math.sqrt(keys)
 
     def along(self, x: Tensor) -> Tensor:
-        """[T, S, values] for every position of x [T, S, D]."""
+        """Outputs [T, S, values] at every position of x [T, S, D]."""
         logits = self.queries(x) @ self.keys(x).mT / self.root  # [T, S, S]
         later = torch.ones_like(logits[0], dtype=torch.bool).triu(1)
         return logits.masked_fill(later, -torch.inf).softmax(-1) @ self.values(x)
 
     def after(self, x: Tensor, last: Tensor) -> Tensor:
-        """[T, B, values] for B continuations [T, B, D] of x [T, S, D] by one position."""
+        """Outputs [T, B, values] at the position after x [T, S, D], for B inputs `last` [T, B, D]."""
         queries = self.queries(last)
         itself = (queries * self.keys(last)).sum(-1, keepdim=True)  # [T, B, 1]
         shares = (torch.cat([queries @ self.keys(x).mT, itself], -1) / self.root).softmax(-1)

@@ -1,10 +1,10 @@
-"""The quadratic program of a multi-class support vector machine, T at once and on the device.
+"""A batched solver on the device for the quadratic program of a multi-class support vector machine.
 
-An interior point method of plain PyTorch operations with a fixed number of steps. It reads no value back
-from the device, as a trace or a CUDA graph of the whole meta-gradient requires, and it needs no further
-dependency. qpth, which MetaOptNet's authors used, reads a convergence test back at every step. cvxpylayers
-hands general cone programs to solvers outside of PyTorch, since its version 1.0 also to solvers that run
-on a GPU.
+An interior point method in plain PyTorch operations with a fixed number of steps. It never copies a value
+from the device to the host, as a trace or a CUDA graph of the whole meta-gradient requires, and it adds no
+dependency. qpth, which MetaOptNet's authors used, copies the result of a convergence test at every step.
+cvxpylayers passes general cone programs to solvers outside of PyTorch; since version 1.0 also to solvers that
+run on a GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS = 20  # of the interior point method; most problems need 10 to 15
-STEP_SHARE = 0.99  # of the way to the boundary
+STEPS = 20  # steps of the interior point method; most problems need 10 to 15
+STEP_SHARE = 0.99  # each step goes at most this share of the way to the boundary of the feasible set
 
 
 def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor:
@@ -34,19 +34,19 @@ def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor
     Returns:
         a [T, S, N], float64. The machine's weights are X' a. Once differentiable with respect to `gram`.
 
-    The steps of the solver are not differentiated: that would keep all of its factorisations, and give the
+    The steps of the solver are not differentiated: that would store all of its factorisations, and give the
     derivative of an approximation. At the solution the optimality conditions F(a, K) = 0 hold for
-    every K, so da = -(dF/da)^-1 dF/dK (implicit function theorem). (dF/da)^-1 is the linear system of the
-    solver's last point, factorised as a constant, and K a is the only term of F that depends on K. So `step`
-    below has the value zero and the derivative -da. In dF/da, z / s is huge for bounds that are active,
-    which keeps their entries of a where they are, and about zero for the others.
+    every K, so da = -(dF/da)^-1 dF/dK (implicit function theorem). (dF/da)^-1 is the linear system at the
+    last point of the solver, whose factorisation is a constant, and K a is the only term of F that depends on
+    K. So `step` below has the value zero and the derivative -da. In dF/da, z / s is very large for active
+    bounds, whose entries of a therefore do not change, and about zero for the others.
     """
     shape = classes.shape
-    gram = penalty * gram  # in units of C the bounds are 1
+    gram = penalty * gram  # rescale a by 1 / C, so that the bounds are 1
     own = classes.double().flatten(1)  # [T, P] with P = S*N
     with torch.no_grad():
         solution, inverse = interior_point(gram.detach(), own, shape[-1])
-    change = (gram @ solution.view(shape)).flatten(1)  # K a, the part of F that K is in
+    change = (gram @ solution.view(shape)).flatten(1)  # K a, the only term of F that depends on K
     step = inverse(change - change.detach())
     return penalty * (solution - step).view(shape)
 
@@ -69,7 +69,7 @@ def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callab
     shots = size // ways
     hessian = torch.einsum("tij,kl->tikjl", gram, torch.eye(ways, dtype=own.dtype, device=own.device))
     hessian = hessian.reshape(tasks, size, size)
-    rounding = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # K may be singular
+    ridge = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # K may be singular
     a, v = torch.zeros_like(own), own.new_zeros(tasks, shots)
     s, z = torch.ones_like(own), torch.ones_like(own)
 
@@ -81,7 +81,7 @@ def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callab
 
     def solver(weights: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(r, q) -> (da, dv) with (K + diag(weights)) da + A' dv = r and A da = q."""
-        factor = torch.linalg.cholesky_ex(hessian + torch.diag_embed(weights + rounding)).L
+        factor = torch.linalg.cholesky_ex(hessian + torch.diag_embed(weights + ridge)).L
         spreads = spread(torch.eye(shots, dtype=own.dtype, device=own.device)).mT  # [P, S], A'
         through = torch.cholesky_solve(spreads.expand(tasks, -1, -1), factor)  # M^-1 A'
         small = torch.linalg.cholesky_ex(sums(through.mT.flatten(0, 1)).unflatten(0, (tasks, shots))).L
@@ -130,7 +130,7 @@ class Newton:
         return da, dv, ds, -(complementarity + self.z * ds) / self.s
 
 
-TINY = 1e-14  # slacks and multipliers stay positive, and their ratio finite
+TINY = 1e-14  # the least slack and multiplier, so that they stay positive and their ratio finite
 
 
 def longest(x: Tensor, dx: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""VERSA: amortised inference of a task's classifier (Gordon, Bronskill, Bauer, Nowozin and Turner 2019)."""
+"""VERSA: amortised inference of task classifiers (Gordon, Bronskill, Bauer, Nowozin and Turner 2019)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from metarun.algorithms.feature_method import FeatureMethod, prototypes, require
 
 
 class Versa(FeatureMethod):
-    """Networks turn the mean of a class's features into a distribution over its weights and bias.
+    """Networks map the mean feature of a class to a distribution over its classifier weights and bias.
 
-    Means and variances come from a class's own examples alone (section 3, "context independence"), so any
-    number of ways can be met. The loss is the log of the probability averaged over `samples`
-    of the weights (equation 5); logits are sampled instead of weights, which is the same in
-    distribution. Predictions average over as many samples, always the same ones in evaluation.
+    Means and variances depend on the examples of that class only (section 3, "context independence"), so that
+    any number of ways is supported. The loss is the negative logarithm of the probability averaged over
+    samples of the weights (equation 5); logits are sampled instead of weights, which is the same in
+    distribution. Predictions average over as many samples; evaluation always uses the same samples.
+
+    Args:
+        backbone: passed by the builder; see `Algorithm`.
+        samples: the number of samples, at least 1.
     """
 
     def __init__(self, backbone: nn.Module, samples: int = 10) -> None:
@@ -46,7 +50,7 @@ class Versa(FeatureMethod):
         return logits.log_softmax(-1).logsumexp(0) - math.log(self.samples)
 
     def noise(self, like: Tensor) -> Tensor:
-        """Standard normal numbers [L, T, B, N]; the same for all queries in evaluation."""
+        """Standard normal samples [L, T, B, N]; in evaluation fixed, and the same for all queries."""
         if self.training:
             return torch.randn(self.samples, *like.shape, dtype=like.dtype, device=like.device)
         generator = torch.Generator().manual_seed(0)
@@ -55,7 +59,7 @@ class Versa(FeatureMethod):
 
 
 def dense(inputs: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers of the inputs' size (appendix D.2)."""
+    """A network with two hidden layers of the size of its input (appendix D.2)."""
     return nn.Sequential(
         nn.Linear(inputs, inputs), nn.ELU(), nn.Linear(inputs, inputs), nn.ELU(), nn.Linear(inputs, outputs)
     )

@@ -1,6 +1,6 @@
-"""Backbones: networks from one example to a vector of `features`, written for one task.
+"""Backbones: networks that map examples to feature vectors, written as for a single task.
 
-A backbone is any nn.Module built with `item_shape`, mapping [B, *item] to [B, features], with
-an int attribute `features`. One that is an nn.Sequential of plain layers is run on many tasks
-at once in the fastest way (metarun.nn.per_task).
+A backbone is any `nn.Module` whose constructor takes `item_shape`, which maps [B, *item] to [B, features]
+and has an int attribute `features`. An `nn.Sequential` of plain layers is run on many tasks at once by the
+fastest of the methods in metarun.nn.per_task.
 """

@@ -12,13 +12,23 @@ from metarun.nn.layers import Norm, feature_count, norm_layer, require_images
 
 
 class Conv4(nn.Sequential):
-    """Four times: 3x3 convolution, normalisation, ReLU, halving of the image.
+    """Four blocks of 3x3 convolution, normalisation, ReLU and downsampling by 2.
 
-    `downsample="max_pool"` pools 2x2 after the ReLU and flattens the last feature map
-    (Vinyals et al.). `"stride"` is MAML's Omniglot network: the convolutions stride by 2
-    instead, a quarter of the work, and the last feature map is averaged. `halvings` less than 4
-    leaves the last blocks at the size they get, for methods that compare feature maps.
-    `map_shape` is that of the maps which the features are, [C, H, W].
+    Args:
+        item_shape: passed by the builder: [C, H, W].
+        width: channels of every convolution.
+        downsample: "max_pool" pools 2x2 after the ReLU and flattens the last feature map
+            (Vinyals et al.). "stride" is MAML's Omniglot network: the convolutions have stride 2
+            instead, which is a quarter of the computation, and the last feature map is averaged.
+        norm: the kind of normalisation.
+        halvings: how many of the blocks downsample, the first ones; less than 4 keeps larger feature maps,
+            for methods that compare them.
+
+    Attributes:
+        map_shape: the shape [C, H, W] of the feature maps before they are flattened.
+
+    Raises:
+        ConfigError: if the images are too small.
     """
 
     def __init__(
@@ -31,12 +41,13 @@ class Conv4(nn.Sequential):
     ) -> None:
         channels, height, side = require_images("conv4", item_shape)
         if not 0 <= halvings <= 4:
-            raise ConfigError(f"backbone.halvings={halvings}: must be 0 to 4, one of each block at most")
+            raise ConfigError(f"backbone.halvings={halvings}: must be 0 to 4, at most one for each block")
         least = 2**halvings
         if min(height, side) < least:
             times = "four times" if halvings == 4 else f"{halvings} times"
             raise ConfigError(
-                f"backbone=conv4 halves images {times}; {height}x{side} is under {least}x{least}"
+                f"backbone=conv4: halves images {times}, so they must be at least {least}x{least}, not "
+                f"{height}x{side}; lower backbone.halvings, or choose larger images"
             )
         strides = downsample == "stride"
         blocks = []

@@ -10,7 +10,12 @@ from torch import nn
 
 
 class MLP(nn.Sequential):
-    """Hidden layers with ReLU. With a linear head, (40, 40) is MAML's sinusoid network (section 5.1)."""
+    """Hidden layers with ReLU. With a linear head, (40, 40) is MAML's sinusoid network (section 5.1).
+
+    Args:
+        item_shape: passed by the builder: the shape of one example.
+        hidden: the sizes of the hidden layers.
+    """
 
     def __init__(self, item_shape: tuple[int, ...], hidden: Sequence[int] = (40, 40)) -> None:
         widths = [math.prod(item_shape), *hidden]

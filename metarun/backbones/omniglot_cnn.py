@@ -8,7 +8,14 @@ from metarun.nn.layers import Norm, feature_count, norm_layer, require_images
 
 
 class OmniglotCNN(nn.Sequential):
-    """Two 3x3 convolutions of `width` filters, each with 2x2 max pooling, then a hidden layer."""
+    """Two 3x3 convolutions, each with 2x2 max pooling, then a hidden layer.
+
+    Args:
+        item_shape: passed by the builder: [C, H, W].
+        width: channels of the convolutions.
+        hidden: units of the hidden layer, the number of features.
+        norm: the kind of normalisation.
+    """
 
     def __init__(
         self, item_shape: tuple[int, ...], width: int = 64, hidden: int = 128, norm: Norm = "none"

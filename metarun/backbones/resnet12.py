@@ -14,15 +14,23 @@ from metarun.nn.layers import Norm, Residual, convolution, initialise_convolutio
 
 
 class ResNet12(nn.Sequential):
-    """Four residual blocks of three 3x3 convolutions, each block halving the image.
+    """Four residual blocks of three 3x3 convolutions, each of which downsamples by 2.
 
     From SNAIL (Mishra et al. 2018) and TADAM (Oreshkin et al. 2018); widths and regularisation
     are MetaOptNet's (Lee et al. 2019): dropout after the first two blocks, DropBlock after the
-    last two, each dropping a share `drop_rate`. `pool` averages the last feature map; MetaOptNet
-    flattens it (`false`: 16000 features of 84x84 images).
+    last two.
 
-    Departures: the rate of DropBlock is constant, where MetaOptNet's code raises it from 0 in its
-    first 40,000 batches. Pooling comes before the activation, which gives the same.
+    Departures: the rate of DropBlock is constant; MetaOptNet's code raises it from 0 over the
+    first 40,000 batches. Pooling comes before the activation, which is equivalent.
+
+    Args:
+        item_shape: passed by the builder: [C, H, W].
+        widths: channels of the four blocks.
+        drop_rate: the share that dropout and DropBlock drop.
+        block_size: the side of the squares that DropBlock drops, in pixels of the feature map.
+        pool: whether the last feature map is averaged; MetaOptNet flattens it (`false`: 16000 features of
+            84x84 images).
+        norm: the kind of normalisation.
     """
 
     def __init__(
@@ -37,6 +45,10 @@ class ResNet12(nn.Sequential):
         channels, height, side = require_images("resnet12", item_shape, least=16)
         if len(widths) != 4:
             raise ConfigError(f"backbone.widths={list(widths)}: must be four numbers, one for each block")
+        if not 0 <= drop_rate < 1:
+            raise ConfigError(f"backbone.drop_rate={drop_rate}: must be at least 0 and below 1")
+        if block_size < 1:
+            raise ConfigError(f"backbone.block_size={block_size}: must be at least 1")
         blocks = []
         for i, (inputs, width) in enumerate(zip((channels, *widths), widths, strict=False)):
             drop = nn.Dropout(drop_rate) if i < 2 else DropBlock(drop_rate, block_size)
@@ -49,7 +61,7 @@ class ResNet12(nn.Sequential):
 
 
 def block(inputs: int, width: int, norm: Norm) -> list[nn.Module]:
-    """A residual block that halves the image, up to its activation."""
+    """The layers of a residual block that downsamples by 2."""
     body: list[nn.Module] = []
     for i in range(3):
         body += [convolution(width if i else inputs, width), norm_layer(norm, width), nn.LeakyReLU(0.1)]
@@ -58,16 +70,19 @@ def block(inputs: int, width: int, norm: Norm) -> list[nn.Module]:
 
 
 class DropBlock(nn.Module):
-    """Squares of each feature map set to zero in training (Ghiasi, Lin and Le 2018, algorithm 1).
+    """Sets squares of each feature map to zero in training (Ghiasi, Lin and Le 2018, algorithm 1).
 
-    `rate` is about the share that is dropped (squares may overlap). What is left is scaled up by the
-    share that is left, of each task by itself. Squares are smaller where the map is.
+    The remaining activations are divided by the share that remains, separately for each task.
+
+    Args:
+        rate: the approximate share that is dropped (squares may overlap).
+        block_size: the side of a square; the side of the feature map, if that is smaller.
     """
 
     def __init__(self, rate: float, block_size: int = 5) -> None:
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"drop_rate={rate}: must be at least 0 and below 1")
+            raise ValueError(f"rate={rate}: must be at least 0 and below 1")
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: must be at least 1")
         self.rate, self.block_size = rate, block_size
@@ -77,23 +92,23 @@ class DropBlock(nn.Module):
         return self.on_tasks({}, x, 1)
 
     def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
-        """x [B, T*C, H, W], with squares of each task's own."""
+        """x [B, T*C, H, W], scaled for each task separately."""
         if not self.training or self.rate == 0:
             return x
-        kept = self.kept(x).unflatten(1, (tasks, -1))  # [B, T, C, H, W]
-        share = kept.mean((0, 2, 3, 4)).clamp_min(1e-12)  # [T]; a tiny map may be dropped whole
-        return x * (kept / share.view(-1, 1, 1, 1)).flatten(1, 2).to(x.dtype)
+        mask = self.mask(x).unflatten(1, (tasks, -1))  # [B, T, C, H, W]
+        share = mask.mean((0, 2, 3, 4)).clamp_min(1e-12)  # [T]; a small map may be dropped entirely
+        return x * (mask / share.view(-1, 1, 1, 1)).flatten(1, 2).to(x.dtype)
 
-    def kept(self, x: Tensor) -> Tensor:
-        """1 where x [B, C, H, W] stays and 0 where it is dropped, of x's shape.
+    def mask(self, x: Tensor) -> Tensor:
+        """A mask [B, C, H, W] for x [B, C, H, W]: 0 where x is dropped, else 1.
 
-        Squares begin where they lie wholly within the map, at the rate of equation 1.
+        Squares lie completely within the map and are sampled at the rate of equation 1.
         """
         height, width = x.shape[2:]
         size = min(self.block_size, height, width)
         starts = (height - size + 1) * (width - size + 1)
         rate = self.rate / size**2 * (height * width) / starts
-        # Never in half precision, whose uniform numbers are too coarse for a small rate.
+        # Always in float32: uniform numbers in half precision are too coarse for a small rate.
         uniform = torch.rand_like(x[:, :, size - 1 :, size - 1 :], dtype=torch.float32)
-        begins = F.pad((uniform < rate).float(), (size - 1,) * 4)
-        return 1 - F.max_pool2d(begins, size, stride=1)
+        corners = F.pad((uniform < rate).float(), (size - 1,) * 4)
+        return 1 - F.max_pool2d(corners, size, stride=1)

@@ -1,4 +1,4 @@
-"""ResNet-18, with torchvision's ImageNet weights if wanted."""
+"""ResNet-18, optionally with torchvision's ImageNet weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from metarun.nn.layers import Norm, Residual, convolution, initialise_convolutio
 
 
 class ResNet18(nn.Sequential):
-    """He et al. 2016, as torchvision has it, without its classifier.
+    """ResNet-18 (He et al. 2016) as in torchvision, without its classifier.
 
-    `stem="imagenet"` begins with a strided 7x7 convolution and max pooling; `"small"` with a 3x3
-    convolution, for images that would soon be gone (He et al., section 4.2); `"auto"` is small under
-    64 pixels. `weights`, "imagenet" or the path of such a file, are loaded by `load_weights`; inputs in
-    [0, 1] are then normalised as they were for these, and one channel is repeated.
+    Args:
+        item_shape: passed by the builder: [C, H, W].
+        width: channels of the first stage; each of the other three stages doubles them.
+        stem: "imagenet": a 7x7 convolution with stride 2, and max pooling. "small": a 3x3 convolution, for
+            small images (He et al., section 4.2). "auto": "small" for images below 64 pixels, unless
+            `weights` are given.
+        weights: "imagenet", or the path of a file with weights of torchvision's ResNet-18; `load_weights`
+            loads them. Inputs in [0, 1] are then normalised as for ImageNet, and a single channel is
+            repeated.
+        norm: the kind of normalisation.
+
+    Raises:
+        ConfigError: if the weights do not fit the other settings.
     """
 
     def __init__(
@@ -38,27 +47,27 @@ class ResNet18(nn.Sequential):
             check_weights(weights, width, stem, norm, channels)
         begin: list[nn.Module] = [ImageNetInput()] if weights is not None else []
         begin += stem_layers(stem, channels if weights is None else 3, width, norm)
-        widths = [width * 2 ** (i // 2) for i in range(8)]  # two blocks a stage
+        widths = [width * 2 ** (i // 2) for i in range(8)]  # four stages of two blocks
         blocks = [block(widths[max(i - 1, 0)], widths[i], norm) for i in range(8)]
         super().__init__(*begin, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         initialise_convolutions(self)
         self.features, self.weights = widths[-1], weights
 
     def load_weights(self) -> None:
-        """Start from `weights`, where there are any. Raises ConfigError where they cannot be had."""
+        """Load `weights`, if any. Raises ConfigError if they cannot be read or do not fit."""
         if self.weights is None:
             return
         try:
             self.load_state_dict(own_names(read_weights(self.weights), self))
-        except (RuntimeError, AttributeError, TypeError):  # other weights, or none at all
+        except (RuntimeError, AttributeError, TypeError):  # weights of another network, or not weights
             raise ConfigError(
                 f"backbone.weights={self.weights}: not the weights of torchvision's ResNet-18; "
-                "choose others, or backbone.weights=null"
+                "choose another file, or backbone.weights=null"
             ) from None
 
 
 def stem_layers(stem: Literal["small", "imagenet"], channels: int, width: int, norm: Norm) -> list[nn.Module]:
-    """What comes before the blocks."""
+    """The layers before the residual blocks."""
     if stem == "small":
         return [convolution(channels, width), norm_layer(norm, width), nn.ReLU()]
     first = convolution(channels, width, kernel=7, stride=2)
@@ -66,7 +75,7 @@ def stem_layers(stem: Literal["small", "imagenet"], channels: int, width: int, n
 
 
 def block(inputs: int, width: int, norm: Norm) -> nn.Sequential:
-    """Two 3x3 convolutions; a wider block halves the image."""
+    """A residual block of two 3x3 convolutions; it downsamples by 2 if it changes the width."""
     stride = 1 if inputs == width else 2
     body = nn.Sequential(
         convolution(inputs, width, stride=stride),
@@ -82,7 +91,7 @@ def block(inputs: int, width: int, norm: Norm) -> nn.Sequential:
 
 
 class ImageNetInput(nn.Module):
-    """Images in [0, 1], grey or of three colours, normalised as torchvision's weights expect."""
+    """Normalises greyscale or RGB images in [0, 1] as torchvision's weights expect."""
 
     mean: Tensor
     deviation: Tensor
@@ -93,22 +102,24 @@ class ImageNetInput(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, 1 or 3, H, W]: [B, 3, H, W]."""
+        """x [B, 1 or 3, H, W] -> [B, 3, H, W]."""
         return (x - self.mean) / self.deviation
 
 
 def check_weights(weights: str, width: int, stem: str, norm: Norm, channels: int) -> None:
-    """Raise ConfigError where the network is not one that ImageNet's weights fit."""
+    """Raise ConfigError if torchvision's ImageNet weights do not fit the network."""
     if norm != "running":
         raise ConfigError(
-            f"backbone.weights={weights}: they come with running averages; choose norm=running, not {norm}"
+            f"backbone.weights={weights}: they contain running averages; choose norm=running, not {norm}"
         )
     if stem != "imagenet":
         raise ConfigError(
-            f"backbone.weights={weights}: they have another stem; choose backbone.stem=imagenet"
+            f"backbone.weights={weights}: they do not fit backbone.stem={stem}; choose backbone.stem=imagenet"
         )
     if width != 64:
-        raise ConfigError(f"backbone.weights={weights}: they have another width; choose backbone.width=64")
+        raise ConfigError(
+            f"backbone.weights={weights}: they do not fit backbone.width={width}; choose backbone.width=64"
+        )
     if channels not in (1, 3):
         raise ConfigError(
             f"backbone.weights={weights}: they are for images of 1 or 3 channels, not {channels}; "
@@ -117,7 +128,7 @@ def check_weights(weights: str, width: int, stem: str, norm: Norm, channels: int
 
 
 def read_weights(weights: str) -> Mapping[str, Tensor]:
-    """ImageNet's, downloaded once and checked by torchvision; or those of a file."""
+    """The weights by torchvision's names: ImageNet's, downloaded once and verified, or those of a file."""
     from torchvision.models import ResNet18_Weights
 
     published = ResNet18_Weights.IMAGENET1K_V1
@@ -125,18 +136,18 @@ def read_weights(weights: str) -> Mapping[str, Tensor]:
         if weights == "imagenet":
             return published.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
         return torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True)
-    except Exception as error:  # of the network, of the disk, of a damaged file
+    except Exception as error:  # network errors, file system errors and damaged files
         remedy = (
-            f"check the network, or get {published.url} some other way and set backbone.weights=FILE"
+            f"check the network, or download {published.url} by other means and set backbone.weights=FILE"
             if weights == "imagenet"
-            else "name a .pth file that holds a state_dict, or backbone.weights=imagenet"
+            else "name a .pth file that contains a state_dict, or set backbone.weights=imagenet"
         )
         reason = error.reason if isinstance(error, URLError) else first_line(error)
         raise ConfigError(f"backbone.weights={weights}: {reason}; {remedy}") from error
 
 
 def own_names(state: Mapping[str, Tensor], network: ResNet18) -> dict[str, Tensor]:
-    """Torchvision's weights by the names that they have in `network`, which come in the same order."""
+    """Torchvision's weights renamed to the names in `network`; both list them in the same order."""
     from torchvision.models import resnet18
 
     with torch.device("meta"):

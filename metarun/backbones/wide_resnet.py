@@ -9,12 +9,19 @@ from metarun.nn.layers import Norm, Residual, convolution, initialise_convolutio
 
 
 class WideResNet(nn.Sequential):
-    """WRN-depth-width (Zagoruyko and Komodakis 2016, table 1), 28-10 in few-shot learning.
+    """WRN-depth-width (Zagoruyko and Komodakis 2016, table 1); WRN-28-10 is used in few-shot learning.
 
     Three groups of pre-activation blocks of two 3x3 convolutions, with 16, 32 and 64 times `width`
-    filters; the second and third group halve the image, and the last feature map is averaged.
-    So it is in S2M2 (Mangla et al. 2020), and in LEO (Rusu et al. 2019), which trains it beforehand and
-    keeps its features. `drop_rate` is of dropout between a block's convolutions (section 2.4).
+    channels; the second and third group downsample by 2, and the last feature map is averaged.
+    S2M2 (Mangla et al. 2020) uses this network, and so does LEO (Rusu et al. 2019), which pretrains it and
+    keeps its features.
+
+    Args:
+        item_shape: passed by the builder: [C, H, W].
+        depth: the number of layers, 6 n + 4.
+        width: the widening factor.
+        drop_rate: the rate of dropout between the convolutions of a block (section 2.4).
+        norm: the kind of normalisation.
     """
 
     def __init__(
@@ -27,7 +34,7 @@ class WideResNet(nn.Sequential):
     ) -> None:
         channels, *_ = require_images("wrn28_10", item_shape, least=8)
         if depth < 10 or depth % 6 != 4:
-            raise ConfigError(f"backbone.depth={depth}: must be 10, 16, 22, 28 or another 6 more")
+            raise ConfigError(f"backbone.depth={depth}: must be 10, 16, 22, 28, ... (6 n + 4)")
         layers: list[nn.Module] = [convolution(channels, 16)]
         inputs = 16
         for stride, outputs in ((1, 16 * width), (2, 32 * width), (2, 64 * width)):
@@ -41,7 +48,7 @@ class WideResNet(nn.Sequential):
 
 
 def block(inputs: int, outputs: int, stride: int, drop_rate: float, norm: Norm) -> list[nn.Module]:
-    """Each convolution comes after normalisation and activation; so does the shortcut where widths differ."""
+    """A pre-activation block: normalisation and ReLU precede each convolution and a shortcut with weights."""
     activated = [norm_layer(norm, inputs), nn.ReLU()]
     body = [
         convolution(inputs, outputs, stride=stride),

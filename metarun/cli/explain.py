@@ -1,4 +1,4 @@
-"""Errors in one line: what, where, how to mend."""
+"""Converts errors to messages of one line: what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from metarun.errors import MetarunError, first_line
 
 
 def explain(error: BaseException, command: str, arguments: list[str]) -> str | None:
-    """One line for an error the user can mend; None for a fault of ours, which keeps its traceback."""
+    """The message of a user error.
+
+    Args:
+        error: the error.
+        command: the name of the command.
+        arguments: the arguments that Hydra received.
+
+    Returns:
+        One line; None for an internal error, which keeps its traceback.
+    """
     for cause in causes(error):
         if isinstance(cause, MetarunError):
             return str(cause)
@@ -20,9 +29,9 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
             return message
     if found := re.search(r"Ambiguous value for argument '(\S+?)=(.*?)'", str(error)):
         key, value = found.groups()
-        return f"{key}={value}: a list is typed {key}=[{value}], a sweep over the values needs -m"
+        return f"{key}={value}: type a list as {key}=[{value}]; for a sweep over the values add -m"
     if type(error).__module__.startswith("yaml") or "yaml" in type(error.__cause__).__module__:
-        return "a YAML file cannot be read: " + " ".join(str(error).split())
+        return "invalid YAML: " + " ".join(str(error).split())
     if is_config_error(error):
         return explain_config(error, command, arguments)
     if "Config group override must be" in str(error):
@@ -37,26 +46,27 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its chain of causes, as a traceback shows them."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def explain_os(error: OSError) -> str | None:
+    """The message for a full disk or a folder that cannot be written; None for other errors."""
     where = error.filename or "the output folder"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"{where}: the disk is full; make room, or choose another folder with hydra.run.dir=FOLDER"
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return f"{where}: cannot be written; choose another folder with hydra.run.dir=FOLDER"
+            return f"{where}: no permission to write; choose another folder with hydra.run.dir=FOLDER"
         case errno.ENOTDIR | errno.EEXIST:
-            return (
-                f"{where}: is in the way of a folder of that name; choose another with hydra.run.dir=FOLDER"
-            )
+            return f"{where}: is a file, not a folder; choose another folder with hydra.run.dir=FOLDER"
     return None
 
 
 def is_config_error(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf raised the error."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -64,7 +74,7 @@ def is_config_error(error: BaseException) -> bool:
 
 
 def explain_config(error: BaseException, command: str, arguments: list[str]) -> str:
-    """Hydra's and OmegaConf's messages, many lines long, told in one."""
+    """Convert the messages of Hydra and OmegaConf, which have many lines, to one line."""
     causes_list = list(causes(error))
     texts = [str(cause) for cause in causes_list]
     whole = "\n".join(texts)
@@ -76,7 +86,7 @@ def explain_config(error: BaseException, command: str, arguments: list[str]) -> 
         full = re.search(r"full_key: (\S+)", whole)
         return explain_key(full.group(1) if full else found.group(1), command, arguments)
     if found := re.search(r"full_key: (\S+)", texts[-1]):
-        return f"{found.group(1)}: {first_line(causes_list[-1])}"
+        return explain_value(found.group(1), first_line(causes_list[-1]), command, arguments)
     if found := re.search(r"Error parsing override '(.*)'", whole):
         return (
             f"{found.group(1)}: not understood; quote a value with special characters, as in 'key=\"a (b)\"'"
@@ -84,8 +94,38 @@ def explain_config(error: BaseException, command: str, arguments: list[str]) -> 
     return " ".join(texts[0].split())
 
 
+# What OmegaConf's messages say, and how a value must be.
+EXPECTED = {
+    "could not be converted to Integer": "must be a whole number",
+    "could not be converted to Float": "must be a number",
+    "is not a valid bool": "must be true or false",
+    "is not a ListConfig": "must be a list, as in {key}=[{value}]",
+}
+
+
+def explain_value(key: str, message: str, command: str, arguments: list[str]) -> str:
+    """The message for a value of the wrong type.
+
+    Args:
+        key: the setting.
+        message: the first line of OmegaConf's message.
+        command, arguments: see `explain`.
+    """
+    pairs = (argument.lstrip("+").partition("=") for argument in arguments)
+    value = next((value.strip("'\"") for name, _, value in pairs if name == key), None)
+    where = key if value is None else f"{key}={value}"
+    for text, expected in EXPECTED.items():
+        if text in message:
+            return f"{where}: {expected.format(key=key, value=value)}"
+    if "Invalid type assigned" in message and (settings := known_keys(key, command, [])):
+        hint = "; to continue a run set resume=RUN, to start from its backbone init=RUN"
+        hint = hint if (command, key) == ("train", "checkpoint") else ""
+        return f"{where}: is a group of settings; set one of them, as in {key}.{settings[0]}=VALUE{hint}"
+    return f"{where}: {message}"
+
+
 def explain_choice(name: str, whole: str) -> str:
-    """`group/option` that does not exist, with the closest that does."""
+    """The message for an option of a group, `group/option`, that does not exist."""
     from metarun.config.check import did_you_mean
 
     group, _, option = name.rpartition("/")
@@ -94,20 +134,20 @@ def explain_choice(name: str, whole: str) -> str:
 
 
 def explain_key(key: str, command: str, arguments: list[str]) -> str:
-    """A key that does not exist, with the closest one that does."""
+    """The message for a setting that does not exist, with the closest existing name."""
     from metarun.config.check import did_you_mean
 
     parent, _, last = key.rpartition(".")
     known = known_keys(parent, command, arguments)
     if parent and not known and parent in known_keys("", command, arguments):  # such as scheduler: null
-        return f"{key}: {parent} is null, so its settings are new and need a plus: +{key}=..."
+        return f"{key}: {parent} is null, so its settings are new and need a plus: +{key}=VALUE"
     return (
         f"{key}: there is no such setting{did_you_mean(last, known)} (metarun {command} --cfg job shows all)"
     )
 
 
 def known_keys(parent: str, command: str, arguments: list[str]) -> list[str]:
-    """The settings under `parent` in the config that the chosen group options give."""
+    """The names of the settings under `parent` ("": at the top), with the group options in `arguments`."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf

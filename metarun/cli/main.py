@@ -1,6 +1,6 @@
-"""The command line: argv -> command -> Hydra -> the command's function.
+"""The entry point of the command line: selects the command and runs it by Hydra.
 
-Torch is not imported here, so that help and mistakes in the command line are answered quickly.
+PyTorch is not imported here, so that help and usage errors appear quickly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ metarun {version}: meta-learning experiments from the command line
   metarun train  [group=option ...] [key=value ...] [-m]   meta-train an algorithm
   metarun eval   checkpoint=RUN [ways=[5,20] shots=[1,5]]  evaluate checkpoints on a grid of tasks
   metarun adapt  checkpoint=RUN [support=FOLDER query=FOLDER]  adapt to a new task, also of your own images
-  metarun data   [dataset=NAME]                            what data there is; prepare and look at one
+  metarun data   [dataset=NAME]                            list datasets; prepare one and show examples
 
 A first result in two minutes, without any download:
   metarun train
@@ -47,7 +47,7 @@ More to type:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 done, 1 a bad value, 2 bad usage, 130 interrupted."""
+    """Run a command and exit with status 0 (success), 1 (error), 2 (wrong usage) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP.format(version=metarun.__version__), end="")
@@ -67,51 +67,62 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Compose the command's config and run it; mistakes end in one line on standard error."""
+    """Compose the config of a command and run it; user errors are printed as one line."""
     import hydra
 
     from metarun.config.schema import register_frames
 
     register_frames()
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is told by name
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # unreadable images raise errors that name the file
     sys.argv = [f"metarun {name}", *arrange(name, arguments)]
-    sys.path.append(os.getcwd())  # for a user's own classes
-    # Let errors come here whole, to be told in one line each; `HYDRA_FULL_ERROR=1` shows them raw.
+    sys.path.append(os.getcwd())  # so that a config can name classes in the current folder
+    # Hydra must re-raise errors, so that they are formatted here; HYDRA_FULL_ERROR=1 shows the tracebacks.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     def task(cfg: Any) -> Any:
-        return guarded(name, cfg, raw)
+        return run_command(name, cfg, raw)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except KeyboardInterrupt:
         fail("interrupted", status=130)
-    except BrokenPipeError:  # such as `| head`: nobody reads on
+    except BrokenPipeError:  # the reader of the output has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         if raw:
             raise
-        fail(explained(error, name), status=1)
+        fail(message_of(error, name), status=1)
 
 
-def guarded(name: str, cfg: Any, raw: bool) -> Any:
-    """The command's result; a mistake ends the program, or in a sweep this job alone."""
+def run_command(name: str, cfg: Any, raw: bool) -> Any:
+    """Run a command on a composed config.
+
+    A user error ends the program; in a sweep it only ends this job.
+
+    Args:
+        name: the command, a key of `COMMANDS`.
+        cfg: the composed config.
+        raw: whether errors are raised instead, to show their traceback.
+
+    Returns:
+        The result of the command.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     try:
         return importlib.import_module(COMMANDS[name]).run(cfg)
     except KeyboardInterrupt:
-        remove_notes(Path(HydraConfig.get().runtime.output_dir))
+        remove_hydra_files(Path(HydraConfig.get().runtime.output_dir))
         raise
     except Exception as error:
         if raw:
             raise
-        message = explained(error, name)
+        message = message_of(error, name)
         folder = Path(HydraConfig.get().runtime.output_dir)
-        remove_notes(folder)
+        remove_hydra_files(folder)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from metarun.cli.sweep import record_failure
 
@@ -120,8 +131,8 @@ def guarded(name: str, cfg: Any, raw: bool) -> Any:
         fail(message, status=1)
 
 
-def explained(error: Exception, name: str) -> str:
-    """One line for a mistake; a fault of ours goes on with its traceback."""
+def message_of(error: Exception, name: str) -> str:
+    """The message of a user error; an internal error is raised again with its traceback."""
     from metarun.cli.explain import explain
 
     message = explain(error, name, sys.argv[1:])
@@ -130,19 +141,19 @@ def explained(error: Exception, name: str) -> str:
     return message
 
 
-def remove_notes(folder: Path) -> None:
-    """Remove the config's notes from a folder that holds nothing else, and what that leaves empty."""
+def remove_hydra_files(folder: Path) -> None:
+    """Remove .hydra from an output folder that contains nothing else, and folders that become empty."""
     if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {".hydra"}:
         return
     shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    with contextlib.suppress(OSError):  # not empty
+    with contextlib.suppress(OSError):  # the folder is not empty
         for empty in (folder.resolve(), folder.resolve().parent):
             if empty != Path.cwd():
                 empty.rmdir()
 
 
 def completed_command() -> str:
-    """The command on the line being completed, taken out of it: Hydra knows of no subcommands."""
+    """The command in the line to be completed. It is removed from the line: Hydra has no subcommands."""
     line = os.environ.get("COMP_LINE", "")
     for name in COMMANDS:
         before, found, after = line.partition(f" {name} ")

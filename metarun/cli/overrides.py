@@ -1,4 +1,4 @@
-"""What people type, as Hydra's grammar needs it: flags first, paths quoted, parts of a mixture in place."""
+"""Converts command line arguments to Hydra's grammar: flags first, paths quoted, parts of a mixture added."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NoReturn
 
 from metarun.config.paths import CONF
 
-# Settings that hold a path: what Hydra's grammar would trip over is quoted for the user.
+# Settings that are paths. Their values are quoted, since a path may contain characters of Hydra's grammar.
 PATH_KEYS = re.compile(r"checkpoint|support|query|resume|dataset\.(settings\.\w+\.)?root")
 
 PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
 
-# Hydra's flags, those followed by a word first.
+# Hydra's flags that take a value, and those that do not.
 VALUED_FLAGS = [
     "-c",
     "--cfg",
@@ -49,7 +49,16 @@ PLAIN_FLAGS = [
 
 
 def arrange(name: str, arguments: list[str]) -> list[str]:
-    """Flags before overrides, as Hydra's parser wants; paths quoted; a resumed run in its own folder."""
+    """Convert arguments to what Hydra's parser needs.
+
+    Args:
+        name: the command.
+        arguments: as typed.
+
+    Returns:
+        Flags, then overrides. Paths are quoted, the parts of a mixture and the settings that a dataset needs
+        are added, and the output folder of a resumed run is its own folder.
+    """
     flags = [a for a in arguments if not is_override(a)]
     overrides = [quote_path(a) for a in arguments if is_override(a)]
     for before, word in zip(["", *flags], flags, strict=False):
@@ -60,11 +69,11 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     if name == "train":
         overrides = pairing(overrides) + overrides
     overrides += parts_of(overrides)
-    # Datasets are names that Hydra does not know before.
+    # The names of parts are not in the config yet, so Hydra needs `++` to add them.
     overrides = [f"++{a}" if PART.fullmatch(a.partition("=")[0]) else a for a in overrides]
     resume = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
     if name != "train" or resume:
-        # `dataset.root=...` adjusts the checkpoint's own dataset, which Hydra knows nothing of.
+        # `dataset.root=...` adjusts the dataset of the checkpoint, which is not in Hydra's config.
         overrides = [f"++{a}" if a.startswith("dataset.") else a for a in overrides]
     if name == "train" and resume:
         folder = Path(resume[-1]).expanduser()
@@ -74,9 +83,10 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
 
 
 def pairing(overrides: list[str]) -> list[str]:
-    """What the chosen dataset asks of the other groups (conf/pairing), weaker than anything typed.
+    """The override for the settings that the chosen dataset needs in other groups (conf/pairing), if any.
 
-    Hydra has no defaults list that depends on a choice and may override another group.
+    Typed settings have precedence over them. Hydra's defaults lists do not support this: a list that depends
+    on a choice must not override another group.
     """
     chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
     name = chosen.get("dataset", "")
@@ -85,31 +95,36 @@ def pairing(overrides: list[str]) -> list[str]:
 
 
 def parts_of(overrides: list[str]) -> list[str]:
-    """The options of group `dataset` that a mixture is of, each put below `dataset.settings`.
+    """Overrides that add the config of each part of a mixture below `dataset.settings`.
 
-    So each brings its own settings, which can be typed and are checked like any other.
+    The settings of a part can then be typed, and they are checked like other settings.
     """
     chosen = dict(a.lstrip("+").split("=", 1) for a in overrides if not a.startswith("~"))
     dataset = chosen.get("dataset", "")
     if dataset != "mixture":
         if "mixture" in dataset.split(","):
-            fail(f"dataset={dataset}: only a mixture has parts; sweep over it by itself", status=1)
+            fail(
+                f"dataset={dataset}: a sweep over datasets must not include mixture; run it separately",
+                status=1,
+            )
         return []
     names = [match[1] for key in chosen if (match := PART.fullmatch(key))]
-    for parts in re.split(r"[}]", chosen.get("dataset.parts", "")):  # a sweep has several
+    for parts in re.split(r"[}]", chosen.get("dataset.parts", "")):  # a sweep has several mappings
         own = re.findall(r"([\w-]+)[\"']?\s*:", parts)
         if twice := [name for name in own if own.count(name) > 1]:
-            fail(f"dataset.parts: {twice[0]} is there twice; name each dataset once", status=1)
+            fail(f"dataset.parts: {twice[0]} is listed twice; name each dataset once", status=1)
         names += own
     packages = {f"dataset@dataset.settings.{name}": name for name in dict.fromkeys(names)}
     return [f"+{package}={name}" for package, name in packages.items() if package not in chosen]
 
 
 def is_override(argument: str) -> bool:
+    """Whether an argument is an override (key=value, ~key) and not a flag."""
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
 def check_flag(name: str, flag: str) -> None:
+    """Exit with status 2 if Hydra has no such flag."""
     if flag not in VALUED_FLAGS + PLAIN_FLAGS:
         close = difflib.get_close_matches(flag, VALUED_FLAGS + PLAIN_FLAGS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"see metarun {name} --help"
@@ -117,9 +132,9 @@ def check_flag(name: str, flag: str) -> None:
 
 
 def quote_path(override: str) -> str:
-    """A path's override in quotes, so that no character of it is read as Hydra's grammar; `~` is home.
+    """Quote the value of an override if it is a path, and expand `~`.
 
-    What is quoted already, null, and interpolations stay as they are.
+    Values that are already quoted, null, and interpolations are not changed.
     """
     key, _, value = override.partition("=")
     if not PATH_KEYS.fullmatch(key) or value == "null" or value[:1] in ("'", '"', "$"):
@@ -132,6 +147,7 @@ def quote_path(override: str) -> str:
 
 
 def quoted(path: str) -> str:
+    """A path in single quotes, with `~` expanded."""
     if path[:1] in ("'", '"'):
         return path
     path = os.path.expanduser(path).replace("'", "\\'").replace("${", "\\${")
@@ -139,6 +155,7 @@ def quoted(path: str) -> str:
 
 
 def fail(message: str, status: int) -> NoReturn:
+    """Print an error message of one line and exit."""
     prefix = "metarun: " if status == 130 else "metarun: error: "
     print(prefix + message, file=sys.stderr)
     sys.exit(status)

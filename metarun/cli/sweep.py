@@ -1,4 +1,4 @@
-"""A sweep's closing table: a Hydra callback, so that it works with every launcher."""
+"""The results table of a sweep: a Hydra callback, so that it works with every launcher."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Row = dict[str, Any]
 
 
 class SweepTable(Callback):
-    """Prints one row a job when a multirun ends, and saves sweep.csv beside the jobs."""
+    """Prints a table with one row for each job when a multirun ends, and saves it as sweep.csv."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.began = time.time()
         folder = Path(config.hydra.sweep.dir)
-        if (folder / "0" / "last.pt").exists():  # its table would be lost
-            message = f"{folder}: this folder already holds a sweep; choose another hydra.sweep.dir"
+        if (folder / "0" / "last.pt").exists():  # the new sweep would overwrite its table
+            message = f"hydra.sweep.dir={folder}: this folder already contains a sweep; choose another one"
             print(f"metarun: error: {message}", file=sys.stderr)
             sys.exit(1)
 
@@ -36,8 +36,8 @@ class SweepTable(Callback):
         from metarun.storage.files import write_csv
 
         folder = Path(config.hydra.sweep.dir)
-        # Not those of an earlier sweep into the same folder.
-        found = [*folder.glob("*/result.json"), *folder.glob("*/failure.json")]  # what failed counts
+        found = [*folder.glob("*/result.json"), *folder.glob("*/failure.json")]
+        # The folder may contain files of an earlier sweep, which are older.
         new = [path for path in found if path.stat().st_mtime >= self.began - 1]
         paths = sorted(new, key=job_number)
         results = {path.parent.name: json.loads(path.read_text()) for path in paths}
@@ -51,9 +51,12 @@ class SweepTable(Callback):
 
 
 def record_failure(folder: Path, message: str) -> float:
-    """Note a job that failed, so that the sweep goes on and its table tells.
+    """Write failure.json for a failed job, so that the sweep continues and its table shows the error.
 
-    Beside what another run may have left in the folder, which stays.
+    Other files in the folder of the job are not changed.
+
+    Returns:
+        NaN, as the result of the job.
     """
     from metarun.storage.files import write_json
 
@@ -63,18 +66,19 @@ def record_failure(folder: Path, message: str) -> float:
 
 
 def job_number(path: Path) -> tuple[int, str]:
+    """The sort key of a job's file: the number of the job; folders with other names come last."""
     name = path.parent.name
     return (int(name), "") if name.isdigit() else (1 << 30, name)
 
 
 def typed(result: Row) -> dict[str, str]:
-    """The settings a job was given, by key."""
+    """The typed settings of a job, by key."""
     pairs = (override.lstrip("+").partition("=") for override in result["overrides"])
     return {key: value for key, _, value in pairs if key != "pairing"}
 
 
 def row_of(job: str, result: Row) -> Row:
-    """Everything about a job, for sweep.csv; accuracies in [0, 1]."""
+    """The row of a job in sweep.csv; accuracies are in [0, 1]."""
     row: Row = {"job": job, **typed(result)}
     if "error" in result:
         return row | {"error": result["error"]}
@@ -87,7 +91,7 @@ def row_of(job: str, result: Row) -> Row:
 
 
 def table_of(results: dict[str, Row], folder: str) -> Table:
-    """What differs between the jobs, and what came out."""
+    """The table on the screen: the settings that differ between the jobs, and the scores."""
     settings = {job: typed(result) for job, result in results.items()}
     keys = list(dict.fromkeys(key for own in settings.values() for key in own))
     swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]

@@ -1,1 +1,1 @@
-"""The commands, each a recipe: build, run, report."""
+"""The commands. Each builds its objects from the config, runs, and reports results."""

@@ -1,4 +1,4 @@
-"""`metarun adapt`: one new task, of a user's own images or of a dataset."""
+"""`metarun adapt`: adapts a checkpoint to one new task, from image folders or from a dataset."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from metarun.tasks.sampling import fixed_draws
 from metarun.training import checkpoint
 from metarun.training.hardware import Hardware
 
-SHOWN = 30  # predictions listed on screen; all are in predictions.csv
-CURVE = 200  # queries of a regression, through which a curve is drawn
+SHOWN = 30  # the most predictions in the table on screen; predictions.csv contains all
+CURVE = 200  # the least number of queries of a regression task, so that its curve can be drawn
 
 
 @dataclass
 class Task:
-    """One task, batched as T = 1, as the support and the queries that there are.
+    """One task, batched with T = 1.
 
     Args:
-        episode: support and queries; queries of an unknown class have the target -1. Without queries the
-            support stands in their place.
+        episode: the support and the queries; queries of an unknown class have the target -1. If there are no
+            queries, the support is used in their place.
         has_queries: whether there are queries.
         classes: the names of the ways; empty for a regression.
-        query_names: what the queries are called.
+        query_names: the names of the queries.
     """
 
     episode: Episodes
@@ -60,11 +60,11 @@ class Task:
 
 
 def run(cfg: DictConfig) -> float:
-    """Adapt by the config; the query score after the last step, or the support's."""
+    """Adapt as configured; returns the query score after the last step, without queries the support score."""
     check(cfg, "adapt")
     command: AdaptConfig = typed(cfg)
     check_task(command)
-    hardware: Hardware = instantiate(command.hardware)
+    hardware: Hardware = instantiate(command.hardware, "hardware")
     model = load_model(checkpoint.find(command.checkpoint), command, hardware)
     model.algorithm.eval()
     task = (
@@ -84,19 +84,21 @@ def run(cfg: DictConfig) -> float:
 
 
 def check_task(command: AdaptConfig) -> None:
-    """Refuse settings of a dataset's task beside a user's own, and the other way round."""
+    """Raise ConfigError if settings for image folders and for a dataset are mixed."""
     if command.query is not None and command.support is None:
-        raise ConfigError("query= needs support=: a folder with one sub-folder of images a class")
+        raise ConfigError(
+            f"query={command.query}: needs support=FOLDER, with one sub-folder of images for each class"
+        )
     if command.support is not None:
         for key in ("dataset", "ways", "shots"):
             if getattr(command, key) is not None:
-                raise ConfigError(f"{key}= is for a task of a dataset; support= brings its own")
+                raise ConfigError(f"{key}: is for tasks of a dataset; leave it out, or leave support= out")
     if command.ink not in ("auto", "dark", "light"):
         raise ConfigError(f"ink={command.ink}: must be auto, dark or light")
 
 
 def user_task(command: AdaptConfig, model: Model) -> Task:
-    """A task of the user's folders, converted to what the checkpoint was trained on."""
+    """The task in the folders `support` and `query`, with images converted to the shape of the checkpoint."""
     assert command.support is not None
     classes = images.class_folders(Path(command.support).expanduser())
     support = [images.read(file) for files in classes.values() for file in files]
@@ -120,28 +122,28 @@ def user_task(command: AdaptConfig, model: Model) -> Task:
 
 
 def prepare(command: AdaptConfig, model: Model, name: str, pictures: list[Image]) -> Tensor:
-    """A folder's pictures as the model's [1, B, C, H, W].
+    """Convert the images of a folder to the input of the model, [1, B, C, H, W].
 
-    For a model of drawings, dark ink is inverted to bright; a message says what was assumed.
+    If the model was trained on drawings, dark ink is inverted to bright; a message reports what was assumed.
     """
     batch = images.to_batch(pictures, model.spec.item_shape)
     if build_dataset(model.settings.dataset).drawings:
         ink = images.ink_of(pictures) if command.ink == "auto" else command.ink
         how = (
-            "assumed from their borders; ink=dark or ink=light decides"
+            "detected from their borders; set ink=dark or ink=light to override"
             if command.ink == "auto"
-            else "as typed"
+            else "as set"
         )
         ground = "light" if ink == "dark" else "dark"
-        inform(f"{name} drawings: {ink} ink on a {ground} ground ({how})")
+        inform(f"{name} drawings: {ink} ink on a {ground} background ({how})")
         batch = images.as_drawings(batch, ink)  # type: ignore[arg-type]
     if blank := int((batch.amax((1, 2, 3)) - batch.amin((1, 2, 3)) < 0.05).sum()):
-        inform(f"{name}: {blank} of {len(batch)} images are blank at the model's size")
+        inform(f"{name}: {blank} of {len(batch)} images are blank after resizing to the model's input")
     return batch.unsqueeze(0)
 
 
 def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task:
-    """The first task that seed `command.seed` gives of the checkpoint's dataset, or of another."""
+    """The first task of the seed from the dataset of the checkpoint, or from another dataset."""
     trained = model.settings
     ways = command.ways or trained.validation.ways or trained.ways
     shots = command.shots or trained.validation.shots or trained.shots
@@ -152,7 +154,8 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     episode = source.gather(next(fixed_draws(source, shape, 1, command.seed)), shape)
     if not isinstance(episode, Episodes):
         raise ConfigError(
-            f"dataset: adapt needs labelled support and query examples, and {source.name} has none"
+            f"dataset={source.name}: has no labelled support and query examples, which adapt needs; "
+            "choose another dataset"
         )
     classes = [] if episode.classes is None else [source.names[i] for i in episode.classes[0].tolist()]
     names = [f"query {i}" for i in range(episode.query_x.shape[1])]
@@ -160,7 +163,12 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
 
 
 def follow(algorithm: Algorithm, task: Task) -> tuple[list[dict[str, Any]], Adapted]:
-    """The loss and the scores before the first inner step, after it, ...; and what was learned."""
+    """Adapt step by step.
+
+    Returns:
+        One row for the state before the first inner step and after each step, with the loss and the scores;
+        and the final state.
+    """
     rows: list[dict[str, Any]] = []
     adapted = None
     episode = task.episode
@@ -177,7 +185,15 @@ def follow(algorithm: Algorithm, task: Task) -> tuple[list[dict[str, Any]], Adap
 def figures(
     name: str, algorithm: Algorithm, episode: Episodes, outputs: Tensor, targets: Tensor
 ) -> dict[str, float]:
-    """The method's loss, and the scores, over the examples whose target is known; nothing where none is."""
+    """The loss and the scores over the examples with a known target; empty if there are none.
+
+    Args:
+        name: the first word of each key.
+        algorithm: its loss is used.
+        episode: the task.
+        outputs: predictions [1, B, N].
+        targets: [1, B]; -1 is an unknown class.
+    """
     if episode.classes is not None:
         known = targets[0] >= 0
         if not known.any():
@@ -191,7 +207,7 @@ def figures(
 def report(
     model: Model, task: Task, steps: list[dict[str, Any]], outputs: Tensor | None, folder: Path
 ) -> None:
-    """Tables on screen; steps.json, predictions.csv and pictures in the folder."""
+    """Print tables; write steps.json, predictions.csv and figures to the folder."""
     ways = f"{len(task.classes)} classes, " if task.classes else ""
     title = f"{model.name}: {ways}{task.episode.support_x.shape[1]} support examples"
     metrics, loss = task.objective.metrics, model.algorithm.loss_of(task.episode)
@@ -209,7 +225,7 @@ def report(
         saved += ["predictions.csv", "predictions.png"]
         saved += classes_of(task, outputs, folder)
         if model.algorithm.uses_query_statistics:
-            inform("the queries were predicted together, with each other's statistics (transductive)")
+            inform("the queries were predicted in one batch and depend on each other (transductive)")
     elif outputs is not None and task.episode.query_x.shape[2:] == (1,):
         draw_regression(model.algorithm, task, folder / "curves.png")
         saved.append("curves.png")
@@ -217,7 +233,7 @@ def report(
 
 
 def classes_of(task: Task, outputs: Tensor, folder: Path) -> list[str]:
-    """The figures of each class and the confusion matrix, where the queries' classes are known."""
+    """Report metrics by class and the confusion matrix, if the classes of queries are known; the files."""
     known = task.episode.query_y[0] >= 0
     if not known.any():
         return []
@@ -256,7 +272,7 @@ def step_table(
 
 
 def prediction_rows(task: Task, outputs: Tensor) -> list[dict[str, Any]]:
-    """One row a query: its prediction, the probability of every class, and the true class where known."""
+    """One row for each query: the prediction, the probability of every class, and the true class if known."""
     rows = []
     for name, probabilities, label in zip(
         task.query_names, outputs[0].softmax(-1).tolist(), task.episode.query_y[0].tolist(), strict=True
@@ -275,7 +291,7 @@ def prediction_rows(task: Task, outputs: Tensor) -> list[dict[str, Any]]:
 
 
 def prediction_table(rows: list[dict[str, Any]]) -> Table:
-    """The first predictions, the wrong ones in red."""
+    """A table of the first predictions, with wrong ones in red."""
     known = [row for row in rows if row["class"]]
     right = sum(row["prediction"] == row["class"] for row in known)
     title = f"{len(rows)} queries" + (
@@ -298,7 +314,8 @@ def prediction_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
-    if task.episode.query_x.dim() != 5:  # no images
+    """Write the figure of the queries and their predictions; nothing if the queries are not images."""
+    if task.episode.query_x.dim() != 5:
         return
     titles = [title_of(row) for row in rows]
     right = [row["prediction"] == row["class"] if row["class"] else None for row in rows]
@@ -306,20 +323,20 @@ def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None
 
 
 def title_of(row: dict[str, Any]) -> str:
-    """A query's prediction and its probability; where it is wrong, the true class too."""
+    """The prediction of a query and its probability, and the true class if the prediction is wrong."""
     wrong = row["class"] and row["prediction"] != row["class"]
     truth = f" (is {shorten(row['class'])})" if wrong else ""
     return f"{shorten(row['prediction'])}{truth}\n{row['probability']:.2f}"
 
 
 def shorten(name: str, most: int = 14) -> str:
-    """The end of a long name, where names of a kind differ."""
+    """Cut a long name to its end: similar names mostly differ there."""
     return name if len(name) <= most else "…" + name[-most + 1 :]
 
 
 @torch.no_grad()
 def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
-    """The model's curve before and after its inner steps, over the queries' points."""
+    """Write the figure of the predicted curve before and after the inner steps."""
     episode = task.episode
     trajectory = list(algorithm.trajectory(episode))
     shown = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
@@ -330,9 +347,9 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
 
 
 def save_adapted(model: Model, task: Task, adapted: Adapted, folder: Path) -> None:
-    """adapted.pt: what was learned of the task beside the algorithm it belongs to."""
-    kept = ("config", "choices", "algorithm")
-    body = {key: model.content[key] for key in kept} | {
+    """Write adapted.pt: the task-specific state, together with the algorithm."""
+    copied = ("config", "choices", "algorithm")
+    body = {key: model.content[key] for key in copied} | {
         "adapted": checkpoint.to_cpu(adapted),
         "classes": list(task.classes),
     }

@@ -1,4 +1,4 @@
-"""The cells of an evaluation: one checkpoint on tasks of one shape, after so many inner steps."""
+"""The cells of an evaluation: one checkpoint on tasks of one shape, with a number of inner steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,21 @@ from metarun.training.evaluation import Result
 
 @dataclass
 class Cell:
-    """One checkpoint on tasks of one shape after so many inner steps: a result, or why there is none."""
+    """One checkpoint on tasks of one shape, with a number of inner steps.
+
+    Args:
+        model: the checkpoint.
+        shape: the shape of the tasks.
+        steps: the number of inner steps; None: the setting of the checkpoint.
+        source: the split.
+        dataset: the name of the dataset.
+        result: the result, once the cell is evaluated.
+        reason: why the combination is not supported; "" if it is.
+    """
 
     model: Model
     shape: EpisodeShape
-    steps: int | None  # None: as trained
+    steps: int | None
     source: EpisodeSource
     dataset: str
     result: Result | None = None
@@ -29,7 +39,7 @@ class Cell:
 
     @property
     def task(self) -> str:
-        """The task, and the inner steps where they were asked for."""
+        """The shape of the tasks, and the number of inner steps if it is set."""
         if self.steps is None:
             return str(self.shape)
         return f"{self.shape}, {self.steps} step{'' if self.steps == 1 else 's'}"
@@ -40,14 +50,14 @@ class Cell:
 
 
 def grid(command: EvalConfig, trained: TrainConfig) -> list[EpisodeShape]:
-    """Every combination of the ways and shots asked for; by default those of training."""
+    """Every combination of the requested ways and shots; by default those of training."""
     ways = values_of(command.ways or trained.validation.ways or trained.ways)
     shots = values_of(command.shots or trained.validation.shots or trained.shots)
     return [EpisodeShape(w, s, command.queries) for w, s in itertools.product(ways, shots)]
 
 
 def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], command: EvalConfig) -> list[Cell]:
-    """The cells of one model; those that are not possible with the reason."""
+    """The cells of one model; combinations that are not supported have a reason."""
     source = data.source(model)
     parts = source.parts or {dataset_name(model): source}
     several = isinstance(command.steps, list) and model.algorithm.takes_steps

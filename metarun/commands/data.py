@@ -1,4 +1,4 @@
-"""`metarun data`: what datasets there are; one prepared ahead of time and looked at."""
+"""`metarun data`: lists datasets, prepares one, and verifies or deletes cached data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from metarun.tasks.source import SPLITS, EpisodeSource
 
 
 def run(cfg: DictConfig) -> None:
-    """The table of datasets, or one dataset's splits and pictures; or the care of prepared data."""
+    """Print the table of datasets, or prepare one; with `verify` or `clean`, maintain cached data."""
     name = HydraConfig.get().runtime.choices["dataset"]
     check(cfg, "data", complete=not (cfg.verify or cfg.clean))
     if cfg.verify or cfg.clean:
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> None:
         console.print(catalogue())
         inform("metarun data dataset=NAME prepares one; " + place())
     elif "_target_" not in command.dataset:
-        raise ConfigError("dataset: name one, as in metarun data dataset=image_folder dataset.root=FOLDER")
+        raise ConfigError("dataset: not chosen; as in metarun data dataset=image_folder dataset.root=FOLDER")
     else:
         prepare(command, name)
     return None
@@ -46,7 +46,7 @@ def run(cfg: DictConfig) -> None:
 
 def prepare(command: DataConfig, name: str) -> None:
     """Load the splits of a dataset, count them, and draw a contact sheet and an episode of images."""
-    hardware = instantiate(command.hardware)
+    hardware = instantiate(command.hardware, "hardware")
     table = Table(title=name)
     for heading in ("split", "classes", "items", "per class", "shape", "seconds"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
@@ -67,7 +67,11 @@ def prepare(command: DataConfig, name: str) -> None:
 
 
 def verify(dataset: str | None) -> None:
-    """Compare every prepared entry with the checksum noted when it was made. DataError where one differs."""
+    """Compare every cache entry with its checksum. Raises DataError if any is damaged.
+
+    Args:
+        dataset: the dataset whose entries are verified; None: all.
+    """
     entries = cache.cache_entries(dataset)
     table = Table(title=f"prepared data of {dataset or 'all datasets'}")
     for heading in ("dataset", "split", "size", "state"):
@@ -75,38 +79,40 @@ def verify(dataset: str | None) -> None:
     bad = 0
     with Bar("verify", sum(entry.size for entry in entries), "bytes") as bar:
         for entry in entries:
-            wrong = cache.damage(entry, bar.advance)
-            bad += wrong.startswith("damaged")
-            table.add_row(entry.dataset, entry.split, decimal(entry.size), wrong or "whole")
+            damage = cache.damage(entry, bar.advance)
+            bad += damage.startswith("damaged")
+            table.add_row(entry.dataset, entry.split, decimal(entry.size), damage or "whole")
     console.print(table)
     inform(place(dataset))
     if bad:
         raise DataError(
-            f"{bad} of {len(entries)} entries of the cache are damaged; they are made again when next used, "
-            "or removed by metarun data dataset=NAME clean=true"
+            f"{bad} of {len(entries)} cache entries are damaged; they are rebuilt when next used, "
+            "or deleted by metarun data dataset=NAME clean=true"
         )
 
 
 def root_of(cfg: DictConfig) -> str | None:
-    """The files that were named."""
+    """The setting `dataset.root`, or None."""
     return OmegaConf.select(cfg, "dataset.root", throw_on_missing=False) or None
 
 
 def clean(dataset: str | None, root: str | None = None) -> None:
-    """Remove a dataset's prepared data, or of every dataset's what is of no more use; each is named.
+    """Delete cache entries and print their names.
 
-    Of a dataset only what was made from `root`, where that is given.
+    Args:
+        dataset: delete all entries of this dataset; None: only stale entries, of all datasets.
+        root: only delete entries that were built from this path.
     """
     for entry in cache.cache_entries(dataset, root):
         if dataset or entry.stale:
-            why = entry.stale or "asked for"
-            done = "removed" if cache.remove(entry) else "kept, a run is at work on it:"
-            print_line(f"{done} {entry.path.name}, {decimal(entry.size)} ({why})")
+            reason = entry.stale or "requested"
+            done = "removed" if cache.remove(entry) else "kept, in use by another run:"
+            print_line(f"{done} {entry.path.name}, {decimal(entry.size)} ({reason})")
     inform(place(dataset))
 
 
 def place(dataset: str | None = None) -> str:
-    """How much prepared data there is, and where."""
+    """The number, size and location of cache entries, for a message."""
     entries = cache.cache_entries(dataset)
     whose = f" of {dataset}" if dataset else ""
     size = decimal(sum(entry.size for entry in entries))
@@ -114,21 +120,21 @@ def place(dataset: str | None = None) -> str:
 
 
 def catalogue() -> Table:
-    """Every option of the group, with what its YAML says of it."""
+    """A table of all options of the group `dataset`, with the comments in their YAML files."""
     table = Table(title="datasets", show_lines=True)
     for heading in ("dataset=", "what it is", "on this disk"):
         table.add_column(heading)
-    there = cache.cache_entries()
-    sources = HydraConfig.get().runtime.config_sources  # also a user's own, of --config-dir
+    entries = cache.cache_entries()
+    sources = HydraConfig.get().runtime.config_sources  # includes the folder of --config-dir
     folders = [Path(source.path) / "dataset" for source in sources if source.schema == "file"]
     for path in sorted(path for folder in folders for path in folder.glob("*.yaml")):
-        size = sum(entry.size for entry in there if entry.dataset == path.stem)
+        size = sum(entry.size for entry in entries if entry.dataset == path.stem)
         table.add_row(path.stem, described(path), decimal(size) if size else "")
     return table
 
 
 def described(path: Path) -> str:
-    """What the comments at the top of a dataset's YAML say."""
+    """The comments at the top of the YAML file of a dataset."""
     stated = facts(path)
     return "\n".join(
         [description(path), *(f"{name}: {stated[name]}" for name in DATASET_FACTS if name in stated)]
@@ -136,7 +142,7 @@ def described(path: Path) -> str:
 
 
 def counts(source: EpisodeSource) -> list[str]:
-    """The numbers of classes, items and items per class, and the shape of an item."""
+    """Table cells: the numbers of classes, items, and items per class, and the shape of an item."""
     shape = "x".join(map(str, source.spec.item_shape))
     if not isinstance(source, ClassStore):
         return ["", "drawn anew", "", shape]
@@ -146,13 +152,16 @@ def counts(source: EpisodeSource) -> list[str]:
 
 
 def draw(source: ClassStore, shape: EpisodeShape, seed: int, title: str) -> None:
-    """contact.png: ten classes, of each dataset as many, ten images of each; episode.png: one task."""
+    """Write two figures: contact.png (ten classes, ten images of each) and episode.png (one task).
+
+    The classes of a mixture are divided equally among its parts.
+    """
     source.check(shape)
     folder = Path(HydraConfig.get().runtime.output_dir)
     generator = torch.Generator().manual_seed(seed)
     chosen, first = [], 0
     parts = list(source.parts.values()) or [source]
-    for part in parts:  # as many classes of each
+    for part in parts:
         order = torch.randperm(len(part.names), generator=generator) + first
         chosen += order[: math.ceil(10 / len(parts))].sort().values.tolist()
         first += len(part.names)

@@ -1,4 +1,4 @@
-"""`metarun eval`: checkpoints on a grid of ways, shots and inner steps."""
+"""`metarun eval`: evaluates checkpoints on a grid of ways, shots and inner steps."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from metarun.tasks.objectives import Metric
 from metarun.training.evaluation import EvalSettings, evaluate, paired_difference
 from metarun.training.hardware import Hardware
 
-MANY = 4  # models; of more, only the pairs with the best one are shown
+MANY = 4  # with more models than this, the table of differences only shows pairs with the best model
 
 
 def run(cfg: DictConfig) -> float:
-    """Evaluate by the config; the first cell's mean, for sweepers."""
+    """Evaluate as configured; returns the mean of the first cell, for Hydra's sweepers."""
     check(cfg, "eval")
     command: EvalConfig = typed(cfg)
-    hardware: Hardware = instantiate(command.hardware)
+    hardware: Hardware = instantiate(command.hardware, "hardware")
     models = load_models(command, hardware)
     data = TestData(command, hardware)
     shapes = grid(command, models[0].settings)
@@ -52,7 +52,7 @@ def run(cfg: DictConfig) -> float:
                 cell.model.algorithm, cell.source, tasks, hardware, bar.advance, command.confusion
             )
     if data.datasets > 1:
-        inform("on different datasets, so not compared; dataset=NAME tests all on one")
+        inform("results on different datasets are not compared; set dataset=NAME to use one dataset for all")
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(cells, command, folder)
     if command.instances is not None:
@@ -61,19 +61,19 @@ def run(cfg: DictConfig) -> float:
 
 
 def is_several(cells: Sequence[Cell]) -> bool:
-    """Whether the cells are of more than one dataset, so that each must name its own."""
+    """Whether the cells are from more than one dataset."""
     return len({cell.dataset for cell in cells}) > 1
 
 
 def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
-    """Tables on screen; results.json, results.csv and pictures in the folder."""
+    """Print tables; write results.json, results.csv and figures to the folder."""
     rows = [row_of(cell, command) for cell in cells]
     datasets = ", ".join(dict.fromkeys(cell.dataset for cell in cells))
     title = f"{datasets}, {command.split} classes, {command.episodes} episodes, seed {command.seed}"
-    # Tasks of different kinds have tables of their own: their metrics are not the same.
+    # One table for each set of metrics: tasks of different kinds have different metrics.
     for metrics in dict.fromkeys(cell.metrics for cell in cells):
         console.print(table_of([cell for cell in cells if cell.metrics == metrics], metrics, title))
-    # Not a caption, which a narrow table would cut.
+    # Not a caption of the table, which would be wrapped to the width of the table.
     print_line("episodes' hash: " + ", ".join(hashes(cells)))
     pairs = comparisons(cells)
     if pairs:
@@ -81,7 +81,7 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
         console.print(pair_table(shown))
         if len(shown) < len(pairs):
             inform(
-                f"the best model of each task against the others; all {len(pairs)} pairs are in results.json"
+                f"differences to the best model of each task; results.json contains all {len(pairs)} pairs"
             )
     full = [row | scores_of(cell) for row, cell in zip(rows, cells, strict=True)]
     write_json(folder / "results.json", {"results": full, "comparisons": [plain_pair(p) for p in pairs]})
@@ -93,7 +93,11 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
 
 
 def draw(cells: Sequence[Cell], rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """A picture for each main metric: results.png, and steps.png where steps were asked for."""
+    """Write results.png, and steps.png if several numbers of steps were evaluated, for each main metric.
+
+    Returns:
+        The names of the files.
+    """
     names = []
     by_metric = dict.fromkeys(cell.metrics[0] for cell in cells)
     for metric in by_metric:
@@ -108,7 +112,7 @@ def draw(cells: Sequence[Cell], rows: Sequence[dict[str, Any]], folder: Path) ->
 
 
 def classes_of(cell: Cell, folder: Path) -> list[str]:
-    """The confusion matrix and the figures of each class of one cell, where its tasks have classes."""
+    """Report the confusion matrix and the metrics by class of a cell, if requested; returns the files."""
     if cell.result is None or cell.result.confusion is None:
         return []
     title = f"{cell.model.name}, {cell.dataset} {cell.task}"
@@ -116,7 +120,7 @@ def classes_of(cell: Cell, folder: Path) -> list[str]:
 
 
 def hashes(cells: Sequence[Cell]) -> list[str]:
-    """The hash of each task's episodes; of each model's where they met others under the same name."""
+    """The hash of the episodes of each task; for each model separately if models had different episodes."""
     several = is_several(cells)
     found: dict[str, dict[str, str]] = {}
     for cell in cells:
@@ -133,7 +137,7 @@ def hashes(cells: Sequence[Cell]) -> list[str]:
 
 
 def row_of(cell: Cell, command: EvalConfig) -> dict[str, Any]:
-    """Plain figures of one cell; accuracies in [0, 1]. `mean` and `interval` are of the main metric."""
+    """The row of a cell in results.csv; accuracies are in [0, 1]. `mean` and `interval`: the main metric."""
     result = cell.result
     row = {
         "model": cell.model.name,
@@ -161,7 +165,7 @@ def row_of(cell: Cell, command: EvalConfig) -> dict[str, Any]:
 
 
 def scores_of(cell: Cell) -> dict[str, Any]:
-    """Every episode's score by each metric, so that anyone can compute an interval of their own."""
+    """The score of every episode by each metric, for results.json and other statistics."""
     if cell.result is None:
         return {}
     return {"scores": {name: scores.tolist() for name, scores in cell.result.scores.items()}}
@@ -171,7 +175,7 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
     """A row for each cell; of several metrics a row for each, since columns would not fit a terminal."""
     with_steps = any(cell.steps is not None for cell in cells)
     several, many = is_several(cells), len(metrics) > 1
-    # No time of each where there is much else: a terminal of 80 columns has no room for both.
+    # A terminal of 80 columns has no space for the column of seconds beside many other columns.
     longest = max(len(cell.model.name) for cell in cells)
     timed = not (with_steps or several or many) and (longest <= 11 or console.width >= 100)
     table = Table(title=title)
@@ -214,7 +218,7 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
 
 
 def comparisons(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Every two checkpoints on every task where both have a result on the same episodes, by each metric."""
+    """Paired differences by each metric, for every two checkpoints with results on the same episodes."""
     pairs = []
     for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
         assert a.result and b.result
@@ -238,6 +242,7 @@ def comparisons(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def plain_pair(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair with the name of its metric, for JSON."""
     return pair | {"metric": pair["metric"].name}
 
 
@@ -256,6 +261,7 @@ def with_the_best(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> lis
 
 
 def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
+    """The table of paired differences on screen."""
     several = len({pair["metric"] for pair in pairs}) > 1
     table = Table(title="differences on the same episodes")
     for heading in ("task", "models", *(["metric"] if several else []), "difference, 95 % interval", ""):

@@ -19,13 +19,18 @@ from metarun.training.hardware import Hardware
 
 
 def instance_cells(cells: list[Cell], command: EvalConfig) -> list[Cell]:
-    """One cell for each model, dataset and number of ways whose appearances of a class can be shown."""
+    """One cell for each model that processes examples in sequence, dataset and number of ways.
+
+    Raises:
+        ConfigError: if no model supports this.
+    """
     if command.instances is None:
         return []
     found = [cell for cell in cells if cell.model.algorithm.sees_examples_in_turn]
     if not found:
         raise ConfigError(
-            f"instances={command.instances}: no method here sees examples one by one, as algorithm=mann does"
+            f"instances={command.instances}: needs a method that processes examples in sequence; train with "
+            "algorithm=mann, or leave instances out"
         )
     for cell in found:
         cell.source.check(EpisodeShape(cell.shape.ways, 1, command.instances - 1))
@@ -33,7 +38,7 @@ def instance_cells(cells: list[Cell], command: EvalConfig) -> list[Cell]:
 
 
 def instance_rows(cells: list[Cell], command: EvalConfig, hardware: Hardware) -> list[dict[str, Any]]:
-    """Accuracy at each appearance of a class, for methods that see a task's examples one by one."""
+    """Rows of the accuracy at each appearance of a class."""
     assert command.instances is not None
     rows = []
     with Bar("instances", len(cells) * command.episodes, "episodes") as bar:
@@ -56,7 +61,7 @@ def instance_rows(cells: list[Cell], command: EvalConfig, hardware: Hardware) ->
 
 
 def report_instances(rows: list[dict[str, Any]], folder: Path) -> None:
-    """A table on screen, and instances.csv."""
+    """Print the table and write instances.csv."""
     table = Table(title="accuracy at the n-th appearance of a class, before its label is shown")
     for heading in ("model", "task", "n", "accuracy, 95 % interval"):
         table.add_column(heading, justify="right" if heading == "n" else "left")

@@ -1,4 +1,4 @@
-"""Checkpoints restored for a test, and the data they are tested on."""
+"""Loads checkpoints, and the data to evaluate them on."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Command = EvalConfig | AdaptConfig
 
 @dataclass
 class Model:
-    """A checkpoint restored.
+    """A restored checkpoint.
 
     Args:
-        name: in tables.
+        name: its name in tables.
         path: of the checkpoint file.
-        settings: those it was trained with, adjusted by what the test asks for.
+        settings: the settings of its training run, adjusted by the settings of the command.
         spec: the kind of tasks it was trained on.
-        algorithm: with its weights, on the device.
-        content: what the checkpoint file holds.
+        algorithm: the algorithm with its weights, on the device.
+        content: the content of the checkpoint file.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Model:
     content: Mapping[str, Any]
 
     def objective(self, names: list[str] | None) -> Objective:
-        """The objective of its tasks with the metrics asked for, or else those it was trained with."""
+        """The objective of its tasks with the metrics of these names; None: the metrics of training."""
         return self.spec.objective.choosing(self.settings.metrics if names is None else names)
 
 
 def load_model(path: Path, command: Command, hardware: Hardware, alone: bool = True) -> Model:
-    """A checkpoint restored, with what a test asks for (`steps`, `transductive`) put into its settings.
+    """Restore a checkpoint; `steps` and `transductive` of the command replace its settings.
 
     Args:
         path: of the checkpoint file.
-        command: the settings of the test.
-        hardware: where to compute.
-        alone: whether a method without such a setting is an error, and not only a message.
+        command: the settings of the command.
+        hardware: the device, the precision and the batching.
+        alone: whether an algorithm without these settings is an error instead of a message.
     """
     content = checkpoint.load(path)
     settings, name = from_plain(content["config"]), content["choices"]["algorithm"]
@@ -69,13 +69,13 @@ def load_model(path: Path, command: Command, hardware: Hardware, alone: bool = T
 
 
 def load_models(command: EvalConfig, hardware: Hardware) -> list[Model]:
-    """The checkpoints of `checkpoint=`, each named so that it can be told from the others."""
+    """Restore all checkpoints of `checkpoint=`, with unique names."""
     references = values_of(command.checkpoint)
     if not references:
         raise ConfigError("checkpoint=[]: name at least one run folder or .pt file")
     alone = len(references) == 1
     models = [load_model(checkpoint.find(str(each)), command, hardware, alone) for each in references]
-    # The algorithm names a model; its folder, its file and the folder above distinguish equal names.
+    # The name is the algorithm. Equal names are extended by the folder, the file, and the folder above.
     places = [model.path.resolve() for model in models]
     for parts in zip(*((p.parent.name, p.stem, p.parent.parent.name) for p in places), strict=True):
         names = [model.name for model in models]
@@ -86,7 +86,14 @@ def load_models(command: EvalConfig, hardware: Hardware) -> list[Model]:
 
 
 def adjust(settings: TrainConfig, command: Command, name: str, alone: bool) -> None:
-    """Put `steps` and `transductive` of a test into the settings of a checkpoint."""
+    """Replace settings of a checkpoint by `steps` and `transductive` of the command.
+
+    Args:
+        settings: the settings of the checkpoint, changed in place.
+        command: the settings of the command.
+        name: of the algorithm, for messages.
+        alone: see `load_model`.
+    """
     places = {
         "steps": (settings.inner_loop, "test_steps"),
         "transductive": (settings.algorithm, "transductive"),
@@ -95,40 +102,40 @@ def adjust(settings: TrainConfig, command: Command, name: str, alone: bool) -> N
         if (value := getattr(command, key, None)) is None:
             continue
         if node and setting in node:
-            node[setting] = values_of(value)[0]  # the grid runs through the rest of a list
+            node[setting] = values_of(value)[0]  # cells set the other values of a list
         elif alone:
-            raise ConfigError(f"{key}={value}: {name} has no such setting")
+            raise ConfigError(f"{key}={value}: {name} has no such setting; leave it out")
         else:
-            inform(f"{name} has no setting {key}={value} and is tested as it is")
+            inform(f"{key}={value}: {name} has no such setting and is evaluated without it")
 
 
 def values_of(setting: Any) -> list[Any]:
-    """The values of a setting that is one value or a list of them."""
+    """The values of a setting that is a single value or a list, without repetitions."""
     return list(dict.fromkeys(setting)) if isinstance(setting, list) else [setting]
 
 
 def dataset_node(command: Command, trained: TrainConfig) -> Node:
-    """The dataset to test on: another one, or the checkpoint's own with the settings that were typed."""
+    """The dataset to evaluate on: another one, or that of the checkpoint with the typed settings."""
     if command.dataset and "_target_" in command.dataset:
         return command.dataset
     own = OmegaConf.merge(trained.dataset, command.dataset or {})
-    if command.dataset and "parts" in command.dataset:  # a list of datasets, which replaces the other
+    if command.dataset and "parts" in command.dataset:  # replace the parts of a mixture, do not merge them
         own.parts = command.dataset["parts"]
     check_node("dataset", own)  # type: ignore[arg-type]
     return OmegaConf.to_container(own)
 
 
 def dataset_name(model: Model) -> str:
-    """The name of the dataset that is tested on."""
+    """The name of the dataset to evaluate on."""
     return str(HydraConfig.get().runtime.choices.get("dataset") or model.content["choices"]["dataset"])
 
 
 class TestData:
-    """The data that models are tested on; what several models share is loaded once.
+    """The data to evaluate models on; data that several models share is loaded once.
 
     Args:
-        command: the settings of the test: its dataset, split and metrics.
-        hardware: where the data is put.
+        command: the settings of the command: dataset, split and metrics.
+        hardware: the device.
     """
 
     def __init__(self, command: Command, hardware: Hardware) -> None:
@@ -154,24 +161,25 @@ class TestData:
 
     @property
     def datasets(self) -> int:
-        """How many datasets were loaded, whatever the shape of their items."""
+        """The number of loaded datasets; the same dataset with different item shapes counts once."""
         return len({name for name, _ in self.sources})
 
 
 def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:
-    """The source with items as the model takes them. ConfigError where that is not possible."""
+    """The source with items of the shape that the model needs. Raises ConfigError if that is not possible."""
     wanted, there = trained.item_shape, source.spec.item_shape
     if wanted == there:
         return source
     if not (isinstance(source, ClassStore) and len(wanted) == len(there) == 3):
         raise ConfigError(
-            f"the checkpoint was trained on items of shape {wanted}; this dataset's have {there}: "
-            "only images can be converted"
+            f"dataset={source.name}: its items have shape {there}, but the checkpoint needs {wanted}, and "
+            "only images can be converted; choose another dataset"
         )
     inform_resized(source.name, there, wanted)
     return source.resized(wanted)
 
 
 def inform_resized(name: str, *shapes: tuple[int, ...]) -> None:
+    """Report that images are converted from one shape to another."""
     sizes = ("x".join(map(str, shape)) for shape in shapes)
     inform("{}: images converted from {} to the model's {}".format(name, *sizes))

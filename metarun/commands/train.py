@@ -1,4 +1,4 @@
-"""`metarun train`: meta-train an algorithm."""
+"""`metarun train`: meta-trains an algorithm."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ from metarun.training.hardware import Hardware
 from metarun.training.step import Clip
 from metarun.training.trainer import Best, Trainer, TrainSettings
 
-GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # whose options name a run in tables
-# What may change when a run is resumed; anything else would make it another run.
+GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
+# Settings that may change when a run is resumed; all others define the run.
 RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "dataset.root")
 ROOT_OF_PART = re.compile(r"dataset\.settings\.\w+\.root")
 
 
 def run(cfg: DictConfig) -> float:
-    """Meta-train by the config; the best validation score, for sweepers."""
+    """Meta-train as configured; returns the best validation score, for Hydra's sweepers."""
     resumed, folder = None, Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume is not None:
-        resumed = checkpoint.find(cfg.resume, ("last.pt",))
-        checkpoint.load(resumed)  # report what is wrong with it before its folder is locked
+        resumed = checkpoint.find(cfg.resume, "resume", ("last.pt",))
+        checkpoint.load(resumed)  # so that errors are reported before its folder is locked
         folder = resumed.parent
     with alone_in(folder):
         return train(cfg, folder, resumed)
@@ -66,7 +66,11 @@ def run(cfg: DictConfig) -> float:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Make sure that no other process trains in the folder: they would overwrite each other's checkpoints."""
+    """A context that locks the run folder: two processes would overwrite each other's checkpoints.
+
+    Raises:
+        ConfigError: if another process trains in the folder.
+    """
     place = folder / "run"
     with locked(place) as alone:
         if not alone:
@@ -77,13 +81,23 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows deletes no open file; its lock is deleted on release
-                # Nobody waits for this lock, so it may be deleted: a run's folder holds no files but its own.
+            # No process waits for this lock, so the file can be deleted. Windows does not delete open files;
+            # there it is deleted when the lock is released.
+            with suppress(OSError):
                 lock_path(place).unlink(missing_ok=True)
 
 
 def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
-    """Train in a folder that no other process works in; the best validation score."""
+    """Train in a locked folder.
+
+    Args:
+        cfg: the composed config.
+        folder: the run folder.
+        resumed: the checkpoint to resume from, if any.
+
+    Returns:
+        The best validation score.
+    """
     state, chosen = None, HydraConfig.get()
     choices = {group: chosen.runtime.choices[group] for group in GROUPS if group in chosen.runtime.choices}
     overrides = list(chosen.overrides.task)
@@ -93,7 +107,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         choices, overrides = state["choices"], state["overrides"]
     elif existing := [name for name in ("last.pt", "best.pt") if (folder / name).exists()]:
         raise ConfigError(
-            f"{folder / existing[0]}: this folder already holds a run; continue it with "
+            f"{folder / existing[0]}: this folder already contains a run; continue it with "
             f"resume={relative(folder)}, or choose another hydra.run.dir"
         )
     check(cfg, "train")
@@ -101,7 +115,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         write_hydra_files(cfg, folder)
     settings: TrainConfig = typed(cfg)
     start = read_start(settings) if state is None else None
-    hardware = instantiate(settings.hardware)
+    hardware = instantiate(settings.hardware, "hardware")
     torch.manual_seed(settings.seed)
     dataset = build_dataset(settings.dataset)
     objective = dataset.spec.objective.choosing(settings.metrics)
@@ -113,9 +127,9 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     else:
         load_weights(trainer.algorithm)
         if start is not None:
-            inform(f"starts with the {start_from(trainer.algorithm, *start)}")
+            inform(f"initialised from the {start_from(trainer.algorithm, *start)}")
         elif trainer.algorithm.frozen and not settings.backbone.get("weights"):
-            raise ConfigError("algorithm.frozen=true would keep a random backbone; add init=RUN")
+            raise ConfigError("algorithm.frozen=true: needs a pretrained backbone; add init=RUN")
     name = f"{choices['algorithm']} on {choices['dataset']}, {training_shape(settings)}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if trainer.iteration:
@@ -125,7 +139,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
     except KeyboardInterrupt:
-        inform(f"stopped, and saved at iteration {trainer.saved_at}; continue with")
+        inform(f"stopped and saved at iteration {trainer.saved_at}; continue with")
         inform(f"  metarun train {shlex.quote(f'resume={relative(folder)}')}")
         raise
     finally:
@@ -135,24 +149,24 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
 
 
 def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
-    """Write the config as Hydra would into .hydra, but not before the folder belongs to this run."""
+    """Write the config files that Hydra usually writes to .hydra, now that the folder is locked."""
     overrides = HydraConfig.get().overrides.task
     for name, node in {"config": cfg, "overrides": overrides, "hydra": HydraConfig.instance().cfg}.items():
         write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
 
 
 def read_start(settings: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a new run starts from, read before anything takes long."""
+    """The path and content of the checkpoint `init`, if any; read first, so that errors appear early."""
     if settings.init is None:
         return None
-    path = checkpoint.find(settings.init)
+    path = checkpoint.find(settings.init, "init")
     return path, checkpoint.load(path)
 
 
 def finish(
     trainer: Trainer, tracker: Tracker, test_source: EpisodeSource | None, settings: TrainConfig, name: str
 ) -> None:
-    """The learning curve, the test of the best checkpoint, and the report."""
+    """Write the learning curve, test the best checkpoint, and report."""
     plots.learning_curve(tracker.rows, trainer.metrics, name, trainer.folder / "learning_curve.png")
     test = test_best(trainer, test_source, settings) if test_source else None
     report(trainer, test, name)
@@ -166,20 +180,34 @@ def build_trainer(
     folder: Path,
     record: dict[str, Any],
 ) -> Trainer:
-    """Load the data, build the algorithm for it and check that both fit, before anything runs."""
+    """Load the data, build the algorithm and the trainer, and check that they fit.
+
+    Args:
+        settings: the settings of the run.
+        dataset: the dataset.
+        objective: the loss and the metrics.
+        hardware: the device, the precision and the batching.
+        folder: the run folder.
+        record: plain values to include in every checkpoint.
+
+    Raises:
+        ConfigError, DataError: if settings or data do not fit.
+    """
     train, validation = (
         build_source(dataset, split, hardware).reporting(objective) for split in ("train", "validation")
     )
     if "_target_" in (settings.augment or {}):
         if not isinstance(train, ClassStore):
             raise ConfigError(
-                f"augment: {record['choices']['dataset']} has no images to change; leave it out"
+                f"augment: dataset={record['choices']['dataset']} has no images to augment; leave augment out"
             )
-        train.augment = instantiate(settings.augment)
+        train.augment = instantiate(settings.augment, "augment")
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
     optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware)
-    scheduler = instantiate(settings.scheduler, optimizer=optimizer) if settings.scheduler else None
+    scheduler = None
+    if settings.scheduler:
+        scheduler = instantiate(settings.scheduler, "scheduler", optimizer=optimizer)
     clip = settings.clip
     plan = TrainSettings(
         iterations=settings.iterations,
@@ -200,7 +228,7 @@ def build_trainer(
 
 
 def check_validation(source: EpisodeSource, shape: EpisodeShape, settings: TrainConfig) -> None:
-    """Name the setting for validation's own ways where training's are used."""
+    """Check the validation split; the error also names `validation.ways` if it is not set."""
     try:
         source.check(shape)
     except DataError as error:
@@ -212,7 +240,7 @@ def check_validation(source: EpisodeSource, shape: EpisodeShape, settings: Train
 def build_test_source(
     settings: TrainConfig, dataset: Dataset, objective: Objective, hardware: Hardware
 ) -> EpisodeSource | None:
-    """The test split, where a test is asked for."""
+    """The test split, or None if test.episodes=0."""
     if not settings.test.episodes:
         return None
     source = build_source(dataset, "test", hardware).reporting(objective)
@@ -221,10 +249,19 @@ def build_test_source(
 
 
 def resumed_config(state: dict[str, Any], now: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config the run was started with, with what was typed now where that may change."""
+    """The config of a resumed run, with the typed settings that may change.
+
+    Args:
+        state: the content of the checkpoint.
+        now: the config composed from the command line.
+        overrides: the typed settings.
+
+    Raises:
+        ConfigError: if a setting must not change.
+    """
     cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), state["config"])
     assert isinstance(cfg, DictConfig)
-    for key in map(str, now):  # settings that are newer than the run, at their defaults
+    for key in map(str, now):  # settings that were added after the run was started get their defaults
         if key not in state["config"]:
             OmegaConf.update(cfg, key, now[key], force_add=True)
     for override in overrides:
@@ -236,10 +273,12 @@ def resumed_config(state: dict[str, Any], now: DictConfig, overrides: list[str])
             )
         OmegaConf.update(cfg, key, OmegaConf.select(now, key), force_add=True)
     if cfg.iterations < state["iteration"]:
-        raise ConfigError(f"iterations={cfg.iterations}: the run has already done {state['iteration']}")
+        raise ConfigError(
+            f"iterations={cfg.iterations}: the run has already done {state['iteration']}; choose more"
+        )
     if cfg.scheduler and cfg.iterations != state["config"]["iterations"]:
         raise ConfigError(
-            f"iterations={cfg.iterations}: this run's rate follows a schedule made for "
+            f"iterations={cfg.iterations}: the learning rate schedule of this run is for "
             f"{state['config']['iterations']} iterations; start a new run"
         )
     cfg.resume = None
@@ -247,21 +286,22 @@ def resumed_config(state: dict[str, Any], now: DictConfig, overrides: list[str])
 
 
 def count_parameters(trainer: Trainer) -> str:
+    """The number of parameters of the algorithm, formatted."""
     return f"{sum(p.numel() for p in trainer.algorithm.parameters()):,}"
 
 
 def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) -> Result:
-    """Score the best checkpoint on the test split, on tasks of validation's shape."""
+    """Evaluate the best checkpoint on the test split, on tasks with the shape of validation tasks."""
     best = checkpoint.load(trainer.folder / "best.pt")
     trainer.algorithm.load_state_dict(best["algorithm"])
-    trainer.best = Best(**best["best"])  # of the very weights that are tested
+    trainer.best = Best(**best["best"])  # the validation result of the tested weights
     test = EvalSettings(validation_shape(settings), settings.test.episodes, settings.test.seed)
     with Bar("test", max(len(source.parts), 1) * test.episodes, "episodes") as bar:
         return evaluate(trainer.algorithm, source, test, trainer.hardware, bar.advance)
 
 
 def report(trainer: Trainer, test: Result | None, name: str) -> None:
-    """result.json, and a closing panel with the result, the paths and the next command."""
+    """Write result.json, and print a panel with the results, the paths and the next command."""
     best, folder, metric = trainer.best, trainer.folder, trainer.metrics[0]
     assert best
     result: dict[str, Any] = {
@@ -277,7 +317,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
     lines = [f"validation  {metric.name} {text}  (best, iteration {best.iteration})"]
     if test is not None:
         result["test"] = test_record(test)
-        kind = "transductive" if test.uses_query_statistics else "each query by itself"
+        kind = "transductive" if test.uses_query_statistics else "not transductive"
         for each in test.metrics:
             head, tail = (
                 ("            ", "")
@@ -290,7 +330,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         for part, own in test.parts.items():
             lines.append(f"            {metric.show_interval(own.mean, own.interval)}  {part}")
     write_json(folder / "result.json", result)
-    (folder / "failure.json").unlink(missing_ok=True)  # of an earlier try in a sweep
+    (folder / "failure.json").unlink(missing_ok=True)  # it may exist from an earlier attempt in a sweep
     place = relative(folder)
     lines += [
         f"trained     {trainer.iteration} iterations in {trainer.seconds:.0f} s",
@@ -298,12 +338,12 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         "            best.pt  last.pt  learning_curve.png  metrics.jsonl  result.json",
     ]
     console.print(Panel(Text("\n".join(lines), overflow="fold"), title=name, expand=False))
-    # Below the panel, so that it can be copied in one piece.
+    # Below the panel, so that users can copy the whole line.
     print_line(f"next: metarun eval {shlex.quote(f'checkpoint={place}')}")
 
 
 def test_record(test: Result) -> dict[str, Any]:
-    """A test's figures as plain values; accuracies in [0, 1]."""
+    """The results of the test as plain values; accuracies are in [0, 1]."""
     record: dict[str, Any] = {
         "task": str(test.shape),
         "mean": test.mean,

@@ -1,8 +1,9 @@
-"""From settings to the objects that they name."""
+"""Builds the objects that the settings describe."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -24,18 +25,33 @@ from metarun.training.evaluation import EvalSettings
 from metarun.training.hardware import Hardware
 
 
-def instantiate(node: Node, **passed: Any) -> Any:
-    """The object a node names, with its settings as plain values and `passed` as it is.
+def instantiate(node: Node, group: str = "", /, **passed: Any) -> Any:
+    """Build the object that a node describes.
+
+    Args:
+        node: the class (`_target_`) and its settings, which are passed as plain values.
+        group: where the node is in the config, for messages.
+        passed: further arguments, passed unchanged.
 
     Raises:
-        ConfigError: where the class refuses a value with ValueError. Any other error inside the class
-            keeps its traceback.
+        ConfigError: if the class raises ValueError. Any other error inside the class keeps its traceback.
     """
     make = hydra.utils.instantiate(node, _partial_=True, _convert_="all", _recursive_=False)
     try:
         return make(**passed)
     except ValueError as error:
-        raise ConfigError(f"{node['_target_']}: {error}") from error
+        where = rejected_setting(node, group, str(error)) or group or "config"
+        raise ConfigError(f"{where}: {error} ({node['_target_']}); choose another value") from error
+
+
+def rejected_setting(node: Node, group: str, message: str) -> str:
+    """The setting whose value occurs last in an error message, as it is typed; "" if there is none."""
+    found = {}
+    for name, value in node.items():
+        places = list(re.finditer(rf"(?<![\w.-]){re.escape(str(value))}(?![\w.])", message))
+        if places and not str(name).startswith("_"):
+            found[f"{group}.{name}={value}"] = places[-1].start()
+    return max(found, key=found.__getitem__) if found else ""
 
 
 def parameters_of(node: Node) -> Any:
@@ -44,18 +60,18 @@ def parameters_of(node: Node) -> Any:
 
 
 def build_dataset(node: Node) -> Dataset:
-    """A dataset; one that is made of others is passed those, each built from its own node."""
+    """Build a dataset, and first its parts if it is a mixture of several datasets."""
     if "datasets" not in parameters_of(node):
-        return instantiate(node)
+        return instantiate(node, "dataset")
     datasets = {}
     for name, part in node["settings"].items():
         with naming_part(str(name), parameters_of(part)):
             datasets[str(name)] = build_dataset(part)
-    return instantiate(node, datasets=datasets)
+    return instantiate(node, "dataset", datasets=datasets)
 
 
 def build_source(dataset: Dataset, split: str, hardware: Hardware) -> EpisodeSource:
-    """One split of a dataset on the device; its items in host memory where they do not fit there."""
+    """One split of a dataset on the device; its items stay in host memory if they do not fit there."""
     source = dataset.split(split, torch.device("cpu"))  # type: ignore[arg-type]
     if not isinstance(source, ClassStore):
         return source if hardware.device.type == "cpu" else dataset.split(split, hardware.device)  # type: ignore[arg-type]
@@ -65,15 +81,23 @@ def build_source(dataset: Dataset, split: str, hardware: Hardware) -> EpisodeSou
 
 
 def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -> Algorithm:
-    """The algorithm on its device, for tasks of a kind; no data is needed.
+    """Build the algorithm; this needs no data.
+
+    Args:
+        settings: the settings of the training run.
+        spec: the kind of tasks.
+        hardware: the device, the precision and the batching.
+
+    Returns:
+        The algorithm, on the device.
 
     Raises:
-        ConfigError: where the algorithm cannot learn such tasks, or the inner loop does not fit it.
+        ConfigError: if the algorithm does not support these tasks, or the inner loop does not fit it.
     """
     cls: type[Algorithm] = get_class(settings.algorithm["_target_"])
     cls.check_tasks(spec)
     offered: dict[str, Any] = {
-        "backbone": instantiate(settings.backbone, item_shape=spec.item_shape),
+        "backbone": instantiate(settings.backbone, "backbone", item_shape=spec.item_shape),
         "item_shape": spec.item_shape,
         "outputs": settings.ways if spec.outputs is None else spec.outputs,
         "classes": spec.classes,
@@ -81,24 +105,27 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
     wanted = parameters_of(settings.algorithm)
     if "inner_loop" in wanted:
         if not settings.inner_loop:
-            raise ConfigError("this algorithm needs an inner loop; choose inner_loop=sgd or adam")
-        offered["inner_loop"] = instantiate(settings.inner_loop)
+            raise ConfigError(
+                f"inner_loop=none: {cls.__name__} needs an inner loop; choose inner_loop=sgd or adam"
+            )
+        offered["inner_loop"] = instantiate(settings.inner_loop, "inner_loop")
     elif "_target_" in (settings.inner_loop or {}):
         raise ConfigError(
-            "this algorithm takes no inner steps; leave inner_loop out, or choose inner_loop=none"
+            f"inner_loop={settings.inner_loop['_target_'].rpartition('.')[2]}: {cls.__name__} has no inner "
+            "loop; leave inner_loop out, or choose inner_loop=none"
         )
     passed = {name: value for name, value in offered.items() if name in wanted}
-    return hardware.place(instantiate(settings.algorithm, **passed))
+    return hardware.place(instantiate(settings.algorithm, "algorithm", **passed))
 
 
 def task_spec(dataset: Dataset, train: EpisodeSource | None = None) -> TaskSpec:
-    """The kind of a dataset's tasks; with the number of training classes, where that split is loaded."""
+    """The kind of tasks of a dataset, with the number of training classes if that split is given."""
     classes = len(train.names) if train is not None and train.names else None
     return dataset.spec if classes is None else replace(dataset.spec, classes=classes)
 
 
 def load_weights(algorithm: Algorithm) -> None:
-    """Give a new run the weights that its backbone starts from; a checkpoint brings its own."""
+    """Load pretrained weights into modules that have a method `load_weights`, at the start of a new run."""
     for part in algorithm.modules():
         load = getattr(part, "load_weights", None)
         if callable(load):
@@ -106,7 +133,13 @@ def load_weights(algorithm: Algorithm) -> None:
 
 
 def build_optimizer(node: Node, parameters: list[Tensor], hardware: Hardware) -> Optimizer:
-    """The outer optimizer: one kernel for all weights, and ready for a CUDA graph, where that is possible."""
+    """Build the outer optimizer, fused and ready for a CUDA graph if that is possible.
+
+    Args:
+        node: the class and its settings; settings in it have precedence.
+        parameters: the meta-parameters.
+        hardware: whether steps are captured as a CUDA graph.
+    """
     known = parameters_of(node)
     captured = hardware.graph and hardware.device.type == "cuda"
     wanted = ["capturable"] if captured else []
@@ -114,8 +147,9 @@ def build_optimizer(node: Node, parameters: list[Tensor], hardware: Hardware) ->
         wanted.append("fused")
     chosen: dict[str, Any] = {name: True for name in wanted if name in known and name not in node}
     if captured and chosen and "lr" in node:
-        chosen["lr"] = torch.tensor(float(node["lr"]), device=hardware.device)  # a schedule may change it
-    return instantiate(node, params=parameters, **chosen)
+        # A tensor: a captured graph reads its current value, which a scheduler may change.
+        chosen["lr"] = torch.tensor(float(node["lr"]), device=hardware.device)
+    return instantiate(node, "optimizer", params=parameters, **chosen)
 
 
 def training_shape(settings: TrainConfig) -> EpisodeShape:
@@ -124,7 +158,7 @@ def training_shape(settings: TrainConfig) -> EpisodeShape:
 
 
 def validation_shape(settings: TrainConfig) -> EpisodeShape:
-    """The shape of a validation or test task: its own ways, shots and queries where set, else training's."""
+    """The shape of a validation or test task: ways, shots and queries of training, unless set separately."""
     own = settings.validation
     return EpisodeShape(
         own.ways or settings.ways, own.shots or settings.shots, own.queries or settings.queries

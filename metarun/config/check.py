@@ -1,7 +1,7 @@
-"""The check of a config before anything heavy is loaded.
+"""Validates a config before data and models are loaded.
 
-Every node with a `_target_` is checked against that class's own signature and type hints, so that a user's
-class is checked like metarun's, without a schema to write.
+Every node with a `_target_` is checked against the signature and the type hints of its class, so that user
+classes are checked like metarun's classes, without a schema.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from metarun.config.schema import FRAMES
 from metarun.errors import ConfigError, first_line
 
-# What the builder passes to a node's class, so that the config must not.
+# Constructor arguments that the builder passes, by group; the config must not set them.
 SUPPLIED = {
     "dataset": {"datasets"},
     "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes"},
@@ -30,7 +30,7 @@ SUPPLIED = {
     "optimizer": {"params"},
     "scheduler": {"optimizer"},
 }
-# What each group's class must be. By name: torch is imported only when there is something to check.
+# The base class of each group. By name, so that torch is imported only if a node is checked.
 KINDS = {
     "dataset": "metarun.datasets.base.Dataset",
     "algorithm": "metarun.algorithms.base.Algorithm",
@@ -41,13 +41,23 @@ KINDS = {
     "optimizer": "torch.optim.Optimizer",
     "scheduler": "torch.optim.lr_scheduler.LRScheduler",
 }
-POSITIVE = ("inner_loop.rate", "backbone.width", "backbone.hidden", "algorithm.width")  # of nodes
-MOST = (1 << 63) - 1
+# Settings of nodes that must be above zero.
+POSITIVE = ("inner_loop.rate", "backbone.width", "backbone.hidden", "algorithm.width")
+MOST = (1 << 63) - 1  # the largest int64
 NORMS = ("batch", "running", "group", "layer", "instance", "none")
 
 
 def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
-    """Raise ConfigError for the first setting that does not work, or where `complete` that is not set."""
+    """Validate a composed config.
+
+    Args:
+        cfg: the config.
+        command: the name of the command, a key of `FRAMES`.
+        complete: whether all mandatory settings must be set.
+
+    Raises:
+        ConfigError: for the first invalid or missing setting.
+    """
     frame = FRAMES[command]
     known = [each.name for each in fields(frame)]
     for key in map(str, cfg):
@@ -73,7 +83,7 @@ def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
 
 
 def check_bounds(cfg: DictConfig, frame: type, prefix: str = "") -> None:
-    """Check the numbers of a frame, and of the frames in it, against the bounds that their fields state."""
+    """Check the numbers of a frame and of its nested frames against the bounds in their field metadata."""
     for each in fields(frame):
         key, value = f"{prefix}{each.name}", cfg.get(each.name)
         if each.default_factory is not MISSING and OmegaConf.is_dict(value):
@@ -85,12 +95,12 @@ def check_bounds(cfg: DictConfig, frame: type, prefix: str = "") -> None:
 
 
 def check_positive(key: str, number: Any) -> None:
-    if isinstance(number, (int, float)) and not 0 < number < math.inf:  # also NaN
+    if isinstance(number, (int, float)) and not 0 < number < math.inf:  # also rejects NaN
         raise ConfigError(f"{key}={number}: must be above 0 and finite")
 
 
 def value_of(cfg: DictConfig, key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
+    """The value of a dotted key, or None if there is no such key."""
     group, _, name = key.rpartition(".")
     node = cfg.get(group) if group else cfg
     return node.get(name) if OmegaConf.is_dict(node) else None
@@ -105,23 +115,36 @@ def check_number(key: str, value: Any, least: int) -> None:
 
 
 def check_node(path: str, node: DictConfig) -> None:
-    """Check a `_target_` node's settings against the signature of its class.
+    """Check the settings of a `_target_` node against the signature of its class.
 
-    The datasets that a dataset is made of (its `settings`) are checked in the same way.
+    The parts of a mixture (the nodes in `settings`) are checked in the same way.
+
+    Args:
+        path: where the node is in the config, such as "backbone" or "dataset.settings.NAME".
+        node: the class (`_target_`) and its settings.
+
+    Raises:
+        ConfigError: if the class cannot be imported or does not belong to the group, or if a setting is
+            unknown, of the wrong type, missing, or passed by the builder.
     """
     group = path.partition(".")[0]
     try:
         cls = get_class(node._target_)
     except Exception as error:
         reason = first_line(error.__cause__ or error)
-        raise ConfigError(f"{path}._target_={node._target_}: cannot be imported ({reason})") from None
+        raise ConfigError(
+            f"{path}._target_={node._target_}: import failed ({reason}); check the name, and that the "
+            "module is installed or in the current folder"
+        ) from None
     check_kind(path, group, cls)
     parameters = inspect.signature(cls).parameters
     supplied = SUPPLIED.get(group, set())
     if "datasets" in supplied & parameters.keys():
         for name, part in node.get("settings", {}).items():
             if not (OmegaConf.is_dict(part) and "_target_" in part):
-                raise ConfigError(f"{path}.settings.{name}: is not a dataset")
+                raise ConfigError(
+                    f"{path}.settings.{name}: is not a dataset; choose it by {path}.parts={{...}}"
+                )
             check_node(f"{path}.settings.{name}", part)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
@@ -132,7 +155,7 @@ def check_node(path: str, node: DictConfig) -> None:
         if key.startswith("_") or value == "???":
             continue
         if key in supplied:
-            raise ConfigError(f"{path}.{key} is set by metarun and cannot be chosen")
+            raise ConfigError(f"{path}.{key}={value}: is set by metarun; leave it out")
         if key not in allowed:
             raise ConfigError(
                 f"{path}.{key}: {cls.__name__} has no setting {key!r}{did_you_mean(key, allowed)}"
@@ -145,23 +168,29 @@ def check_node(path: str, node: DictConfig) -> None:
 
 
 def type_hints(cls: type) -> dict[str, Any]:
+    """The type hints of a class's constructor; none if they cannot be resolved."""
     try:
         return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except Exception:  # hints that name what was never imported
+    except Exception:  # hints may name types that are not imported at run time
         return {}
 
 
 def check_kind(path: str, group: str, cls: type) -> None:
-    """Refuse a class that is not what its group holds: a checkpoint's config must not call at will."""
+    """Raise ConfigError unless the class is a subclass of the base class of its group.
+
+    The config in a checkpoint must not be able to call arbitrary functions.
+    """
     if group not in KINDS:
-        raise ConfigError(f"{path}._target_: no group of this name is built from a class")
+        raise ConfigError(f"{path}._target_: {path} takes no class; leave _target_ out")
     module, _, name = KINDS[group].rpartition(".")
     if not issubclass(cls, getattr(importlib.import_module(module), name)):
-        raise ConfigError(f"{path}._target_: {cls.__name__} is not a {KINDS[group]}")
+        raise ConfigError(
+            f"{path}._target_={cls.__module__}.{cls.__name__}: is not a {KINDS[group]}; choose a subclass"
+        )
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a plain value fits a type hint; hints that are not understood accept anything."""
+    """Whether a plain value fits a type hint; unsupported hints accept any value."""
     if hint is Any:
         return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -187,13 +216,13 @@ def matches(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(matches(item, arguments[1]) for item in value.values())
     if origin in (list, typing.get_origin(typing.Sequence[int])):
         return isinstance(value, (list, tuple)) and all(matches(item, arguments[0]) for item in value)
-    if isinstance(hint, type):  # an object: only a node with its own `_target_` can become one
+    if isinstance(hint, type):  # an object, which only a node with a `_target_` can describe
         return isinstance(value, (hint, dict))
     return True
 
 
 def describe(hint: Any) -> str:
-    """A type hint in words."""
+    """A type hint in words, for messages."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
@@ -212,7 +241,7 @@ def describe(hint: Any) -> str:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or what there is."""
+    """The end of a message: `; did you mean 'x'?`, or the list of known words."""
     known = list(known)
     if close := difflib.get_close_matches(str(word), known, n=1):
         return f"; did you mean {close[0]!r}?"

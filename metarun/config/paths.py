@@ -1,4 +1,4 @@
-"""Where metarun's own config files are."""
+"""The location of metarun's config files."""
 
 from __future__ import annotations
 

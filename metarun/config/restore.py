@@ -1,4 +1,4 @@
-"""From a checkpoint back to the objects that it was saved from."""
+"""Rebuilds the objects of a training run from its checkpoint."""
 
 from __future__ import annotations
 
@@ -22,16 +22,23 @@ from metarun.training.hardware import Hardware
 def rebuild(
     content: Mapping[str, Any], settings: TrainConfig, hardware: Hardware, path: Path
 ) -> tuple[Algorithm, TaskSpec]:
-    """The algorithm of a checkpoint, and the kind of tasks that it was trained on.
+    """Rebuild the algorithm of a checkpoint.
 
-    Its settings are checked like typed ones: a checkpoint must not name a class that is not an algorithm,
-    backbone, inner loop or dataset.
+    The settings are checked like settings from the command line, since a checkpoint must not name a class
+    that is not an algorithm, backbone, inner loop or dataset.
 
     Args:
-        content: what the checkpoint file holds.
-        settings: the settings in it, or an adjusted copy of them.
-        hardware: where to compute.
+        content: the content of the checkpoint file.
+        settings: its settings, or an adjusted copy of them.
+        hardware: the device, the precision and the batching.
         path: of the file, for messages.
+
+    Returns:
+        The algorithm with its weights, and the kind of tasks that it was trained on.
+
+    Raises:
+        ConfigError: if a setting is invalid.
+        CheckpointError: if the weights do not fit the config.
     """
     for group in ("dataset", "backbone", "inner_loop", "algorithm"):
         if node := getattr(settings, group):
@@ -42,42 +49,55 @@ def rebuild(
         algorithm.load_state_dict(content["algorithm"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(f"{path}: its weights do not fit its config ({reason})") from None
+        raise CheckpointError(
+            f"{path}: its weights do not fit its config ({reason}); use another checkpoint or train again"
+        ) from None
     return algorithm, spec
 
 
 def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> str:
-    """Give an algorithm's backbone the weights of a checkpoint's backbone.
+    """Load the backbone of a checkpoint into the backbone of an algorithm (`init=`).
 
-    Weights are matched by their order, since a method may insert layers of its own. Running averages
-    are copied where both backbones have them.
+    Weights are matched by order, not by name, since an algorithm may insert layers into its backbone. Running
+    averages are copied if both backbones have them.
+
+    Args:
+        algorithm: the algorithm whose backbone is changed.
+        path: of the checkpoint, for messages.
+        content: the content of the checkpoint.
 
     Returns:
-        Where the weights come from, for a message.
+        A description of the origin of the weights, for a message.
+
+    Raises:
+        ConfigError: if the backbones do not match.
     """
     backbone = algorithm.own_backbone()
     if backbone is None:
-        raise ConfigError(f"init={path}: {type(algorithm).__name__} has no backbone to start with it")
+        raise ConfigError(f"init={path}: {type(algorithm).__name__} has no backbone; leave init out")
     choices = content["choices"]
     run = f"{choices.get('algorithm')} on {choices.get('dataset')}"
     offered, wanted = backbone_of(content["algorithm"]), dict(backbone.state_dict())
     has, wants = (any(map(is_average, names)) for names in (offered, wanted))
     if wants and not has and algorithm.frozen:
-        raise ConfigError(f"init={path}: a frozen backbone needs running averages, and it has none ({run})")
+        raise ConfigError(
+            f"init={path}: a frozen backbone needs running averages, and the checkpoint ({run}) has none; "
+            "choose a run with norm=running"
+        )
     if has != wants:
         offered, wanted = ({n: x for n, x in d.items() if not is_average(n)} for d in (offered, wanted))
     if [x.shape for x in offered.values()] != [x.shape for x in wanted.values()]:
         raise ConfigError(
             f"init={path}: its backbone ({choices.get('backbone')}, {run}) does not fit this one; "
             "choose the backbone, its settings and the image size of that run (algorithm=cavia and "
-            "maml_plus_plus change theirs)"
+            "maml_plus_plus change their backbone)"
         )
     backbone.load_state_dict(dict(zip(wanted, offered.values(), strict=True)), strict=False)
     return f"backbone of {run}, iteration {content.get('iteration', '?')}"
 
 
 def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's part of an algorithm's state."""
+    """The state of the backbone in the state of an algorithm, by the names in the backbone."""
     names = {name: name.removeprefix("learner.") for name in state}
     return {
         own.removeprefix("backbone."): state[name]
@@ -87,5 +107,5 @@ def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_average(name: str) -> bool:
-    """Whether a tensor of a backbone's state is a running average, or counts what went into one."""
+    """Whether a tensor in the state of a backbone belongs to running averages."""
     return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")

@@ -1,7 +1,7 @@
-"""The settings of each command: their types and bounds. The values are in conf/*.yaml.
+"""The settings of each command: their types and bounds. The default values are in conf/*.yaml.
 
-A setting whose type is a class (the dataset, the algorithm, ...) is a node with a `_target_`, which is
-checked against that class's own signature (metarun.config.check).
+A setting that describes an object (the dataset, the algorithm, ...) is a node with a `_target_`, which is
+checked against the signature of that class (metarun.config.check).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ OneOrMore = Any  # a number, or a list of numbers
 
 
 def whole(least: int, default: Any = MISSING) -> Any:
-    """A whole number, or a list of them, of at least `least`."""
+    """A field for a whole number of at least `least`, or a list of such numbers."""
     return field(default=default, metadata={"least": least})
 
 
 def positive(default: Any = MISSING) -> Any:
-    """A finite number above zero."""
+    """A field for a finite number above zero."""
     return field(default=default, metadata={"positive": True})
 
 
 @dataclass
 class Validation:
     every: int = whole(1)
-    episodes: int = whole(2)  # an interval needs two
+    episodes: int = whole(2)  # a confidence interval needs two
     ways: int | None = whole(1, None)
     shots: int | None = whole(1, None)
     queries: int | None = whole(1, None)
@@ -149,15 +149,15 @@ def register_frames() -> None:
 
 
 def typed(cfg: DictConfig) -> Any:
-    """A composed and checked config as its frame: dataclasses, with nodes as plain dicts."""
+    """Convert a checked config to its frame: dataclasses, with nodes as plain dicts."""
     return OmegaConf.to_object(cfg)
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """A frame as plain dicts and lists, as checkpoints hold it."""
+    """Convert a frame to plain dicts and lists, for a checkpoint."""
     return OmegaConf.to_container(OmegaConf.structured(settings), resolve=True)  # type: ignore[return-value]
 
 
 def from_plain(config: dict[str, Any]) -> TrainConfig:
-    """The settings of a training run as a checkpoint holds them."""
+    """Convert the plain settings in a checkpoint to a frame."""
     return typed(OmegaConf.merge(OmegaConf.structured(TrainConfig), config))  # type: ignore[arg-type]

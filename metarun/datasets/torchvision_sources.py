@@ -1,7 +1,7 @@
 """Where the files of torchvision's datasets are downloaded from, and what they are unpacked to.
 
 torchvision keeps these facts in private attributes or inside its functions, and unpacks archives without
-checking their members; so they are written down here, and metarun downloads and unpacks by itself.
+checking their members; so they are written down here, and metarun downloads and unpacks the files itself.
 """
 
 from __future__ import annotations

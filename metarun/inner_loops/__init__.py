@@ -1,1 +1,1 @@
-"""Inner loops: the rules by which a task's own weights follow its loss."""
+"""Inner loops: update rules that adapt the weights of each task to its loss."""

@@ -14,8 +14,14 @@ from metarun.nn.per_task import Params
 class Adam(InnerLoop):
     """Adam (Kingma and Ba 2015, algorithm 1) on T tasks at once.
 
-    Every task starts with fresh moments. Reptile's own code carries the second moment on from
-    task to task, which has no meaning for tasks that run side by side.
+    Departure: the moments of every task start at zero. Reptile's own code carries the second moment over
+    from one task to the next, which is not defined for tasks that run in parallel.
+
+    Args:
+        rate: the learning rate.
+        steps, test_steps, order: see `InnerLoop`.
+        beta1, beta2: decay rates of the first and second moment.
+        epsilon: added to the denominator.
     """
 
     def __init__(
@@ -48,5 +54,5 @@ class Adam(InnerLoop):
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, with a finite derivative at zero for second order."""
+    """The square root, with a finite derivative at zero, as second-order gradients need."""
     return (x + 1e-30).sqrt()

@@ -1,4 +1,4 @@
-"""Learned rates for every layer and step (Antoniou, Edwards and Storkey 2019, "How to train your MAML")."""
+"""Learned rates per layer and step (Antoniou, Edwards and Storkey 2019, "How to train your MAML")."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from metarun.nn.per_task import Params
 class LayerRates(InnerLoop):
     """MAML++'s LSLR: theta <- theta - alpha[layer, step] * gradient, alpha learned (section 4).
 
-    Every weight tensor has rates of its own, as in the paper's code, all starting at `rate`.
-    Steps beyond those of training use the last rate.
+    Every weight tensor has its own rates, as in the paper's code, all initialised to `rate`.
+    Test steps beyond the number of training steps use the last rate.
+
+    Args:
+        rate: the initial learning rate.
+        steps, test_steps, order: see `InnerLoop`; at least one step.
     """
 
     learned = True
@@ -25,7 +29,7 @@ class LayerRates(InnerLoop):
     ) -> None:
         super().__init__(steps, test_steps, order)
         if steps < 1:
-            raise ConfigError(f"inner_loop.steps={steps}: rates are learned for at least one step")
+            raise ConfigError(f"inner_loop.steps={steps}: learned rates need at least one step")
         self.rate = rate
 
     def attach(self, weights: Params) -> None:

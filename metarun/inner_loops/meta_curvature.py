@@ -14,8 +14,12 @@ from metarun.nn.per_task import Params
 class MetaCurvature(InnerLoop):
     """theta <- theta - rate * MC(gradient), with MC learned (section 3, equation 8).
 
-    MC multiplies a gradient [out, in, kernel] by one matrix in each of its dimensions, and a
-    vector elementwise; all start as the identity, so that training starts as MAML's.
+    MC multiplies a gradient [out, in, kernel] by one matrix in each of its dimensions, and the gradient of a
+    vector elementwise. All start as the identity, so that training starts as MAML does.
+
+    Args:
+        rate: the learning rate.
+        steps, test_steps, order: see `InnerLoop`.
     """
 
     learned = True
@@ -51,13 +55,13 @@ class MetaCurvature(InnerLoop):
             yield params
 
     def curved(self, name: str, grad: Tensor) -> Tensor:
-        """MC of a gradient [T, *shape], of that shape: one matrix after the other, in each dimension."""
+        """MC applied to a gradient [T, *shape], one dimension after the other; returns the same shape."""
         if grad.dim() == 2:
             return rows(self.scales(name), grad) * grad
         out = self.matrices[0](name)
-        ways = min(len(out), grad.shape[1])  # a head with fewer ways
+        ways = min(len(out), grad.shape[1])  # the head of a task with fewer ways has fewer rows
         g = grad.flatten(3) if grad.dim() > 3 else grad.unsqueeze(3)  # [T, out, in, kernel]
-        # A shared head has one vector for every way, and so one number here.
+        # A shared head has one vector for all ways, so this matrix is 1 x 1.
         g = out * g if len(out) == 1 else torch.einsum("ao,toik->taik", out[:ways, :ways], g)
         g = torch.einsum("bi,toik->tobk", self.matrices[1](name), g)
         if grad.dim() > 3:

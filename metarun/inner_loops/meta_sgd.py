@@ -14,8 +14,12 @@ from metarun.nn.per_task import Params
 class MetaSGD(InnerLoop):
     """theta <- theta - alpha * gradient, elementwise, with alpha learned for every weight (equation 2).
 
-    The rates start at random, uniform between `low` and `high`, and may become negative, as in
-    the paper. The paper takes one step; with more, every step has the same rates.
+    The rates are initialised uniformly at random and may become negative, as in the paper. The paper takes
+    one step; with more, every step uses the same rates.
+
+    Args:
+        low, high: bounds of the initial rates.
+        steps, test_steps, order: see `InnerLoop`.
     """
 
     learned = True

@@ -1,4 +1,4 @@
-"""Learned optimizers: recurrent networks that turn a weight's gradients into its updates."""
+"""Learned optimizers: recurrent networks that map the gradients of a weight to its updates."""
 
 from __future__ import annotations
 
@@ -14,32 +14,37 @@ from metarun.nn.per_task import Params, flatten, unflatten
 
 
 class LSTMCell(nn.LSTMCell):
-    """PyTorch's, for far more rows than units, as where every weight of a network is a row.
+    """`nn.LSTMCell`, optimised for far more rows than units: here every weight of a network is a row.
 
-    On a CPU the units come first in memory, so that every gate is one piece of it: half the time.
+    On a CPU the gates are computed with the units as the first dimension, so that each gate is contiguous in
+    memory. This takes half the time.
     """
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """x [B, inputs] and a state of two [B, units] to the next state; no state is one of zeros."""
-        if x.is_cuda:  # in one kernel
+        """The next state (hidden, cell), [B, units] each, from x [B, inputs] and a state (None: zeros)."""
+        if x.is_cuda:  # PyTorch has a fused kernel
             return super().forward(x, state)
-        none = x.new_zeros(self.hidden_size, len(x))
-        hidden, cell = (none, none) if state is None else (state[0].mT, state[1].mT)
+        zeros = x.new_zeros(self.hidden_size, len(x))
+        hidden, cell = (zeros, zeros) if state is None else (state[0].mT, state[1].mT)
         biases = (self.bias_ih + self.bias_hh).unsqueeze(1)
         gates = torch.addmm(torch.addmm(biases, self.weight_ih, x.mT), self.weight_hh, hidden)
-        take, keep, new, show = gates.chunk(4)  # [units, B] each
-        cell = keep.sigmoid() * cell + take.sigmoid() * new.tanh()
-        return (show.sigmoid() * cell.tanh()).mT, cell.mT
+        input_gate, forget_gate, candidate, output_gate = gates.chunk(4)  # [units, B] each
+        cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+        return (output_gate.sigmoid() * cell.tanh()).mT, cell.mT
 
 
 class MetaLSTM(InnerLoop):
     """The LSTM meta-learner (Ravi and Larochelle 2017, "Optimization as a Model for Few-Shot Learning").
 
-    The weights are the cell state of an LSTM (equation 2), theta_t = f_t theta_(t-1) - i_t g_t,
-    whose gates see the gradient and the loss through an ordinary LSTM of `hidden` units, the
-    weight, and their own value before (section 3.2). All weights share the two networks, and
-    the first cell state is the learner's own start, learned with the rest. Gradients and losses
-    are constants to the meta-gradient (the paper's gradient independence assumption).
+    The weights are the cell state of an LSTM (equation 2), theta_t = f_t theta_(t-1) - i_t g_t.
+    Inputs of its gates are the gradient and the loss, encoded by an ordinary LSTM of `hidden` units, the
+    weight, and the gate's previous value (section 3.2). All weights share the two networks, and
+    the first cell state is the meta-learned initialisation. Gradients and losses
+    are constants of the meta-gradient (the paper's gradient independence assumption).
+
+    Args:
+        hidden: units of the LSTM.
+        steps, test_steps: see `InnerLoop`; at least one step.
     """
 
     learned = True
@@ -50,7 +55,8 @@ class MetaLSTM(InnerLoop):
         self.cell = LSTMCell(4, hidden)
         self.forget = nn.Linear(hidden + 2, 1)
         self.input = nn.Linear(hidden + 2, 1)
-        # As in the paper: little is forgotten and taken in, so that training starts near gradient descent.
+        # As in the paper: with a large forget gate and a small input gate, training starts near gradient
+        # descent.
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.01, 0.01)
         nn.init.uniform_(self.forget.bias, 4, 6)
@@ -59,23 +65,23 @@ class MetaLSTM(InnerLoop):
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
         theta = flatten(params)  # [T, P]
         state = None
-        keep = take = torch.zeros_like(theta)  # the gates' values before
+        forget_gate = input_gate = torch.zeros_like(theta)  # their previous values
         for step in range(self.step_count()):
             losses, grads = self.losses_and_gradients(loss, unflatten(theta, params), step)
             grad = flatten(grads)
-            seen = torch.cat(
+            inputs = torch.cat(
                 [preprocessed(grad), preprocessed(losses).unsqueeze(1).expand(*grad.shape, 2)], 2
-            )
-            state = self.cell(seen.flatten(0, 1), state)
+            )  # [T, P, 4]
+            state = self.cell(inputs.flatten(0, 1), state)
             hidden = state[0].unflatten(0, grad.shape)  # [T, P, hidden]
-            keep = self.gate(self.forget, hidden, theta, keep)
-            take = self.gate(self.input, hidden, theta, take)
-            theta = keep * theta - take * grad
+            forget_gate = self.gate(self.forget, hidden, theta, forget_gate)
+            input_gate = self.gate(self.input, hidden, theta, input_gate)
+            theta = forget_gate * theta - input_gate * grad
             yield unflatten(theta, params)
 
     @staticmethod
     def gate(layer: nn.Linear, hidden: Tensor, theta: Tensor, before: Tensor) -> Tensor:
-        """sigmoid(W [hidden, theta, the gate before] + b), [T, P], without putting them side by side."""
+        """sigmoid(W [hidden, theta, before] + b), [T, P], computed without concatenating the inputs."""
         weight = layer.weight[0]
         return (hidden @ weight[:-2] + weight[-2] * theta + weight[-1] * before + layer.bias).sigmoid()
 
@@ -83,10 +89,17 @@ class MetaLSTM(InnerLoop):
 class LearnedOptimizer(InnerLoop):
     """Learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016).
 
-    theta_(t+1) = theta_t + g_t, where g_t comes from a two-layer LSTM of `hidden` units that
-    sees each weight's gradient (equation 3 and section 2.1) and is shared by all weights.
-    Gradients are constants to the meta-gradient (section 2). The paper trains it alone and on
-    the summed losses of the steps; here it is trained on the queries, with the learner's start.
+    theta_(t+1) = theta_t + g_t, where g_t is the output of a two-layer LSTM of `hidden` units, which
+    takes the gradient of each weight (equation 3 and section 2.1) and is shared by all weights.
+    Gradients are constants of the meta-gradient (section 2).
+
+    Departure: the paper trains the optimizer alone, on the summed losses of the steps; here it is trained
+    on the query loss, together with the initialisation of the learner.
+
+    Args:
+        hidden: units of each layer.
+        scale: multiplies the updates.
+        steps, test_steps: see `InnerLoop`; at least one step.
     """
 
     learned = True
@@ -114,7 +127,7 @@ class LearnedOptimizer(InnerLoop):
 
 
 def preprocessed(x: Tensor, p: float = 10.0) -> Tensor:
-    """Size and sign of numbers of any scale, [*shape, 2] (Andrychowicz et al., appendix A)."""
+    """Logarithm of the magnitude, and sign, of x; [*shape, 2] (Andrychowicz et al., appendix A)."""
     small = math.exp(-p)
     is_large = x.abs() >= small
     size = torch.where(is_large, x.abs().clamp(min=small).log() / p, -1.0)
@@ -124,4 +137,4 @@ def preprocessed(x: Tensor, p: float = 10.0) -> Tensor:
 
 def require_steps(steps: int) -> None:
     if steps < 1:
-        raise ConfigError(f"inner_loop.steps={steps}: a learned optimizer is trained on at least one step")
+        raise ConfigError(f"inner_loop.steps={steps}: a learned optimizer needs at least one step")

@@ -15,6 +15,10 @@ class SGD(InnerLoop):
 
     MAML's own code sums the loss over the N classes, so its published rates are N times
     smaller than the same rate here (docs/protocols.md).
+
+    Args:
+        rate: the learning rate.
+        steps, test_steps, order: see `InnerLoop`.
     """
 
     def __init__(

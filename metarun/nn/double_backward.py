@@ -94,11 +94,11 @@ class _BatchNormBackward(Function):
 
     and a cotangent u of dw adds u n to g and u P(g) to x; one of db adds itself to g.
 
-    Why this is short: P(g) with both of its sums is what PyTorch's batch norm backward computes for a
-    weight of one, in one kernel. P(g) and its sums are kept from this forward pass, P(v) and its sums are
-    one more call of that kernel, and sum(g v) is a third call (`inner_products`). All other
-    quantities are numbers per channel; what is left is adding three maps for x and two for g, in place.
-    Autograd would differentiate each sum and product of the formula by itself, a pass over the maps each.
+    Why this is short: P(g) with both of its sums is what PyTorch's batch norm backward computes for a weight
+    of one, in one kernel. P(g) and its sums are kept from this forward pass, P(v) and its sums are one more
+    call of that kernel, and sum(g v) is a third call (`inner_products`). All other quantities are numbers
+    per channel; what is left is adding three maps for x and two for g, in place. Autograd would
+    differentiate each sum and product of the formula separately: a pass over the maps for each.
     """
 
     @staticmethod

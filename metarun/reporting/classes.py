@@ -1,4 +1,4 @@
-"""Which classes are taken for which: a confusion matrix, and the figures of each class."""
+"""Reports the confusion matrix and the metrics of each class."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from metarun.reporting import plots
 from metarun.reporting.console import console
 from metarun.storage.files import write_csv
 
-SHOWN = 10  # classes listed on screen, the worst first
-DRAWN = 40  # classes of which a matrix can still be read
+SHOWN = 10  # the most classes in the table on screen, the worst first
+DRAWN = 40  # the most classes for which a figure of the matrix is readable
 
 
 def class_rows(confusion: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision, recall and F1 of each class that occurs, and the class it is most often taken for.
+    """Precision, recall and F1 of each class that occurs, and the class it is most often confused with.
 
     Args:
         confusion: [classes, classes], how many examples of class i were predicted as class j.
-        names: of the classes.
+        names: the names of the classes.
     """
     rows = []
     predicted = confusion.sum(0).tolist()
@@ -48,7 +48,7 @@ def class_rows(confusion: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def class_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The classes with the lowest F1 first."""
+    """A table of the classes, those with the lowest F1 first."""
     worst = sorted(rows, key=lambda row: row["f1"])[:SHOWN]
     caption = f"the {SHOWN} classes with the lowest F1 of {len(rows)}" if len(rows) > SHOWN else None
     table = Table(title=title, caption=caption)
@@ -62,13 +62,13 @@ def class_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def report_classes(confusion: Tensor, names: Sequence[str], title: str, folder: Path) -> list[str]:
-    """Print the table of classes; save it, the matrix and, for up to 40 classes, its picture.
+    """Print the table of classes; write it, the matrix and, for up to 40 classes, a figure of the matrix.
 
     Args:
         confusion: [classes, classes], how many examples of class i were predicted as class j.
-        names: of the classes.
-        title: what the figures are of; files are called by it.
-        folder: where to save.
+        names: the names of the classes.
+        title: the title of the table and the figure; it is part of the file names.
+        folder: where to write the files.
 
     Returns:
         The names of the files.
@@ -78,17 +78,17 @@ def report_classes(confusion: Tensor, names: Sequence[str], title: str, folder: 
     stem = re.sub(r"[^\w.-]+", "_", title).strip("_")
     files = [f"classes_{stem}.csv", f"confusion_{stem}.csv"]
     write_csv(folder / files[0], rows)
-    there = [i for i, name in enumerate(names) if confusion[i].any() or confusion[:, i].any()]
-    matrix = confusion[there][:, there]
-    kept = [names[i] for i in there]
+    present = [i for i, name in enumerate(names) if confusion[i].any() or confusion[:, i].any()]
+    matrix = confusion[present][:, present]
+    labels = [names[i] for i in present]
     write_csv(
         folder / files[1],
         [
-            {"class": name, **{f"as {other}": count for other, count in zip(kept, row, strict=True)}}
-            for name, row in zip(kept, matrix.tolist(), strict=True)
+            {"class": name, **{f"as {other}": count for other, count in zip(labels, row, strict=True)}}
+            for name, row in zip(labels, matrix.tolist(), strict=True)
         ],
     )
-    if len(kept) <= DRAWN:
+    if len(labels) <= DRAWN:
         files.append(f"confusion_{stem}.png")
-        plots.confusion_matrix(matrix, kept, title, folder / files[-1])
+        plots.confusion_matrix(matrix, labels, title, folder / files[-1])
     return files

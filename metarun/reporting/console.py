@@ -1,4 +1,4 @@
-"""What people see on the terminal: results, messages and progress bars."""
+"""Output on the terminal: results, messages and progress bars."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Messages and progress go to standard error, so that standard output holds results only.
+# Messages and progress go to standard error, so that standard output contains only results.
 console = Console()
 messages = Console(stderr=True)
 
 
 def print_line(text: str) -> None:
-    """A line of results on standard output, which can be copied in one piece: not wrapped, without markup."""
+    """Print a line of results on standard output, without wrapping or markup, so that it can be copied."""
     _line(console, text)
 
 
 def inform(text: str) -> None:
-    """A message on standard error, such as what was decided or where a file was saved."""
+    """Print a message on standard error, such as an automatic decision or the location of a file."""
     _line(messages, text)
 
 
@@ -35,7 +35,7 @@ def _line(where: Console, text: str) -> None:
 
 
 def progress_bar(unit: str) -> Progress:
-    """A progress bar with count, speed, remaining time, and free text; it fits 80 columns."""
+    """A progress bar with count, speed, remaining time and a text, for terminals of 80 columns."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=6),
@@ -50,7 +50,14 @@ def progress_bar(unit: str) -> Progress:
 
 
 class Bar:
-    """One bar of a known length; on a terminal live, elsewhere a plain line now and then."""
+    """A progress bar, used as a context. It is live on a terminal; otherwise rich prints its last state.
+
+    Args:
+        description: the text before the bar.
+        total: the number of units when it is complete.
+        unit: the name of a unit, for the speed.
+        start: the number of units completed before, which do not count for the speed.
+    """
 
     def __init__(self, description: str, total: int, unit: str = "it", start: int = 0) -> None:
         self.progress = progress_bar(unit)
@@ -66,6 +73,12 @@ class Bar:
         self.progress.stop()
 
     def advance(self, count: int = 1, text: str | None = None) -> None:
+        """Advance the bar; it is redrawn at most ten times a second.
+
+        Args:
+            count: completed units.
+            text: the new text behind the bar; None: no change.
+        """
         self.done += count
         now = time.perf_counter()
         self.text = self.text if text is None else text
@@ -77,12 +90,12 @@ class Bar:
         self.progress.update(self.task, completed=self.done, rate=shown, text=self.text)
 
     def line(self, text: str) -> None:
-        """A lasting line above the bar."""
+        """Print a permanent line above the bar."""
         _line(self.progress.console, text)
 
 
 def relative(path: Path) -> str:
-    """The path as a person here would type it."""
+    """The path relative to the current folder if it is inside, else unchanged."""
     with contextlib.suppress(ValueError):
         return str(path.resolve().relative_to(Path.cwd()))
     return str(path)

@@ -1,4 +1,4 @@
-"""Pictures a run leaves behind."""
+"""Figures of results, written as PNG files."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ COLOURS = {"train": "#8c8c8c", "validation": "#1f77b4"}
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure to a PNG file atomically, and close it."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
     atomic_write(path, lambda file: file.write(buffer.getvalue()))
 
 
 def learning_curve(rows: Sequence[dict[str, Any]], metrics: Sequence[Metric], title: str, path: Path) -> None:
-    """Each metric and the loss of training and validation over iterations."""
+    """Plot each metric and the loss, for training and validation, over iterations."""
     figure, axes = plt.subplots(
         1, len(metrics) + 1, figsize=(5 * (len(metrics) + 1), 3.8), layout="constrained"
     )
@@ -58,11 +59,11 @@ def learning_curve(rows: Sequence[dict[str, Any]], metrics: Sequence[Metric], ti
     save(figure, path)
 
 
-MOST_COLOURS = 6  # bars beside each other that can be told apart
+MOST_COLOURS = 6  # the most models that colours can distinguish
 
 
 def evaluation_grid(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
-    """One bar for each checkpoint in each cell of ways and shots, with 95 % intervals."""
+    """Plot a bar for each checkpoint in each cell of ways and shots, with 95 % intervals."""
     rows = [row for row in rows if row.get("mean") is not None]
     if not rows:
         return
@@ -103,7 +104,7 @@ def evaluation_grid(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) 
 def evaluation_panels(
     rows: Sequence[dict[str, Any]], metric: Metric, cells: list[str], models: list[str], path: Path
 ) -> None:
-    """A panel for each cell, a named bar for each of many checkpoints, the best of a cell marked."""
+    """Plot one panel for each cell with a labelled bar for each checkpoint; the best bar is coloured."""
     percent, scale = metric.percent, metric.scale
     columns = min(3, len(cells))
     lines = math.ceil(len(cells) / columns)
@@ -139,11 +140,12 @@ def evaluation_panels(
 
 
 def datasets_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The names of the datasets in the rows, for a title."""
     return ", ".join(dict.fromkeys(row["dataset"] for row in rows))
 
 
 def step_curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
-    """Score over inner steps, one line for each checkpoint, one panel for each task, with 95 % intervals."""
+    """Plot the score over inner steps: a panel for each task, a line for each checkpoint, 95 % intervals."""
     rows = [row for row in rows if row.get("mean") is not None]
     tasks = list(dict.fromkeys((row["dataset"], row["ways"], row["shots"]) for row in rows))
     several = len({dataset for dataset, *_ in tasks}) > 1
@@ -152,7 +154,7 @@ def step_curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> N
         1, len(tasks), figsize=(5.2 * len(tasks) + 1.5, 4), layout="constrained", squeeze=False
     )
     models = list(dict.fromkeys(row["model"] for row in rows))
-    labels = {}  # a method may be missing from some panels
+    labels = {}  # collected over all panels, since a model may be missing in some
     for axis, task in zip(axes[0], tasks, strict=True):
         own = [row for row in rows if (row["dataset"], row["ways"], row["shots"]) == task]
         finite = [row["mean"] for row in own if math.isfinite(row["mean"])]
@@ -171,12 +173,12 @@ def step_curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> N
                 continue
             x, y, half = (np.array(values, dtype=float) for values in zip(*line, strict=True))
             (labels[model],) = axis.plot(x, y, ".-", color=f"C{i}")
-            # A logarithmic axis has no place for less than nothing.
+            # A logarithmic axis cannot show values below zero.
             low = np.maximum(y - half, y / 10) if logarithmic else y - half
             axis.fill_between(x, low, y + half, color=f"C{i}", alpha=0.2, linewidth=0)
         if logarithmic:
             axis.set_yscale("log")
-            # A rule taken for more steps than it was made for may diverge, and would flatten the rest.
+            # An inner loop with more steps than in training may diverge, which would flatten other curves.
             fewest = min(row["steps"] for row in own if row["steps"] is not None)
             axis.set_ylim(top=2 * max(row["mean"] for row in own if row["steps"] in (None, fewest)))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -194,7 +196,7 @@ def step_curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> N
 
 
 def confusion_matrix(counts: Tensor, names: Sequence[str], title: str, path: Path) -> None:
-    """Counts of examples of each class (row) predicted as each class (column), shaded by row."""
+    """Plot a confusion matrix: counts of examples of each class (row) predicted as each class (column)."""
     shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy(force=True)
     side = 2.5 + 0.34 * len(names)
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
@@ -214,7 +216,7 @@ def confusion_matrix(counts: Tensor, names: Sequence[str], title: str, path: Pat
 
 
 def contact_sheet(rows: dict[str, Tensor], title: str, path: Path, mark: int = 0) -> None:
-    """A line of images [n, C, H, W], uint8 or in [0, 1], for each name; the first `mark` are the support."""
+    """Plot a row of images [n, C, H, W] (uint8 or in [0, 1]) for each name; the first `mark` are support."""
     columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(1.1 * columns + 1.5, 1.15 * len(rows) + 0.5), squeeze=False
@@ -240,7 +242,7 @@ def contact_sheet(rows: dict[str, Tensor], title: str, path: Path, mark: int = 0
 def predictions(
     images: Tensor, titles: Sequence[str], right: Sequence[bool | None], path: Path, most: int = 60
 ) -> None:
-    """Query images [B, C, H, W] in [0, 1] under their predictions; green right, red wrong, black unknown."""
+    """Plot queries [B, C, H, W] in [0, 1] with predictions: right (green), wrong (red), unknown (black)."""
     shown = min(len(images), most)
     columns = min(10, shown)
     lines = -(-shown // columns)
@@ -260,7 +262,7 @@ def predictions(
 def regression_curves(
     support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor], curves: dict[str, Tensor], path: Path
 ) -> None:
-    """One task's support points, its true curve and the model's after each named number of steps."""
+    """Plot a regression task: support points, the true curve, and the predicted curves by name."""
     x, truth = (tensor.flatten().numpy(force=True) for tensor in query)
     order = x.argsort()
     figure, axis = plt.subplots(figsize=(6, 4))

@@ -1,4 +1,4 @@
-"""How a training run is going, in one line."""
+"""The progress of a training run as a line of text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from metarun.tasks.objectives import Metric
 
 
 def latest(rows: Sequence[Row], split: str) -> Row | None:
-    """The last row of a split, if there is one."""
+    """The last row of a split, or None."""
     return next((row for row in reversed(rows) if row["split"] == split), None)
 
 
 def live_line(rows: Sequence[Row], metric: Metric) -> str:
-    """The text beside the progress bar: loss, and the training and validation score."""
+    """The text beside the progress bar: the training loss, and the training and validation scores."""
     train, validation = latest(rows, "train"), latest(rows, "validation")
     loss = f"{train['loss']:.3f}" if train else "-"
     scores = (metric.show(row[metric.name]) if row else "-" for row in (train, validation))
@@ -22,7 +22,7 @@ def live_line(rows: Sequence[Row], metric: Metric) -> str:
 
 
 def validation_line(rows: Sequence[Row], metric: Metric) -> str:
-    """The lasting line of a validation."""
+    """The permanent line that reports a validation."""
     train, validation = latest(rows, "train"), latest(rows, "validation")
     assert validation
     parts = [f"iteration {validation['iteration']:>6}"]

@@ -1,1 +1,1 @@
-"""The outer loop, evaluation, checkpoints and the hardware they run on."""
+"""The outer loop, evaluation, checkpoints and hardware settings."""

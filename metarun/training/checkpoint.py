@@ -1,4 +1,4 @@
-"""Checkpoints: plain containers and tensors, written atomically, loaded with weights_only=True."""
+"""Checkpoint files: plain containers and tensors, written atomically, loaded with weights_only=True."""
 
 from __future__ import annotations
 
@@ -16,28 +16,47 @@ import metarun
 from metarun.errors import CheckpointError
 from metarun.storage.files import atomic_write
 
-FORMAT = 3  # raised when older checkpoints can no longer be read
+FORMAT = 3  # the version of the format, incremented when older checkpoints can no longer be read
 
 
 def save(path: Path, content: Mapping[str, Any], kind: str = "run") -> None:
-    """Write plain content to `path`, whole or not at all."""
+    """Write a checkpoint atomically.
+
+    Args:
+        path: the file, which is replaced if it exists.
+        content: plain containers and tensors.
+        kind: a key of `KINDS`.
+    """
     marked = {"format": FORMAT, "metarun": metarun.__version__, "kind": kind, **content}
     atomic_write(path, lambda file: torch.save(marked, file))
 
 
 def load(path: Path, kind: str = "run") -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU. CheckpointError where it cannot be used."""
+    """Read a checkpoint file.
+
+    Args:
+        path: the file.
+        kind: the kind of checkpoint that is needed, a key of `KINDS`.
+
+    Returns:
+        The content, with tensors on the CPU.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, of another format or of another kind.
+    """
     try:
         check_bytes(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of foreign files; the error below says it
+            warnings.simplefilter("ignore")  # torch.load warns about files of other formats; we raise below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; name a run folder or a .pt file") from None
     except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a folder, not a checkpoint file") from None
+        raise CheckpointError(
+            f"{path}: this is a folder, not a checkpoint file; name a .pt file in it"
+        ) from None
     except PermissionError:
-        raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
+        raise CheckpointError(f"{path}: permission denied; make the file readable") from None
     except (
         RuntimeError,
         EOFError,
@@ -51,46 +70,70 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
             f"{path}: damaged, or not a metarun checkpoint; use another of the run's files or train again"
         ) from None
     if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{path}: a PyTorch file, but not a metarun checkpoint")
-    if content["format"] == FORMAT and not content.keys() >= {"kind", "config", "choices", "algorithm"}:
-        raise CheckpointError(f"{path}: damaged, or not a metarun checkpoint: it lacks what one holds")
+        raise CheckpointError(
+            f"{path}: a PyTorch file, but not a metarun checkpoint; name a run folder or its .pt file"
+        )
+    needed = {"kind", "config", "choices", "algorithm"}
+    if content["format"] == FORMAT and (missing := sorted(needed - content.keys())):
+        raise CheckpointError(
+            f"{path}: damaged, or not a metarun checkpoint: it has no entry {missing[0]!r}; "
+            "use another of the run's files or train again"
+        )
     if content["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: written by metarun {content.get('metarun')} in checkpoint format {content['format']}; "
-            f"this is metarun {metarun.__version__}, which reads format {FORMAT}; install that version"
+            f"this is metarun {metarun.__version__}, which reads format {FORMAT}; install the other version"
         )
     if content["kind"] != kind:
         raise CheckpointError(
-            f"{path}: holds {KINDS.get(content['kind'], 'something else')}; {KINDS[kind]} is needed here"
+            f"{path}: this is {KINDS.get(content['kind'], 'another kind of file')}; "
+            f"name {KINDS[kind]} instead"
         )
     return content
 
 
 def check_bytes(path: Path) -> None:
-    """Compare the stored checksums, which torch.load does not."""
+    """Verify the checksums of the zip file, which torch.load ignores. Raises zipfile.BadZipFile."""
     with zipfile.ZipFile(path) as archive:
         if (member := archive.testzip()) is not None:
             raise zipfile.BadZipFile(member)
 
 
-KINDS = {"run": "a training run", "adapted": "an adapted model"}
+KINDS = {"run": "a checkpoint of a training run", "adapted": "an adapted model"}
 
 
-def find(reference: str, names: tuple[str, ...] = ("best.pt", "last.pt")) -> Path:
-    """The checkpoint file a person means: a file, or the first of `names` in a run folder."""
+def find(
+    reference: str, setting: str = "checkpoint", names: tuple[str, ...] = ("best.pt", "last.pt")
+) -> Path:
+    """The checkpoint file that a setting names.
+
+    Args:
+        reference: the value of the setting: a checkpoint file or a run folder.
+        setting: the name of the setting, for messages.
+        names: the files to look for in a run folder, in this order.
+
+    Raises:
+        CheckpointError: if there is no such file or folder, or the folder has none of `names`.
+    """
     path = Path(reference).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"{setting}={reference}: no such checkpoint; name a run folder or a .pt file")
     if not path.is_dir():
         return path
     for name in names:
         if (path / name).is_file():
             return path / name
     if (path / "metrics.jsonl").is_file():
-        raise CheckpointError(f"{path}: this run stopped before its first checkpoint; start it again")
-    raise CheckpointError(f"{path}: this folder has no {' or '.join(names)}; name a run folder or a .pt file")
+        raise CheckpointError(
+            f"{setting}={reference}: the run stopped before its first checkpoint; start it again"
+        )
+    raise CheckpointError(
+        f"{setting}={reference}: this folder has no {' or '.join(names)}; name a run folder or a .pt file"
+    )
 
 
 def to_cpu(value: Any) -> Any:
-    """Nested containers with every tensor detached and on the CPU, as saved checkpoints hold them."""
+    """Copy nested containers, with every tensor detached and moved to the CPU, for a checkpoint."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, Mapping):

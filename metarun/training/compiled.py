@@ -1,9 +1,9 @@
-"""The whole meta-gradient as one graph without a backward pass, which TorchInductor may compile.
+"""The meta-gradient as a single graph without a backward pass, which TorchInductor can compile.
 
-`torch.compile` cannot differentiate twice what it compiled, and a meta-gradient of second order is the
-derivative of a computation that holds derivatives. So the computation is traced below autograd: `make_fx`
-runs it once with autograd at work and records the tensor operations that the forward, inner backward and
-outer backward passes come to. Nothing in that record is left to differentiate, so it can be run, or
+`torch.compile` does not support double backward, and a second-order meta-gradient is the
+derivative of a computation that contains derivatives. Therefore the computation is traced below autograd:
+`make_fx` runs it once with autograd enabled and records the tensor operations of the forward, inner backward
+and outer backward passes. The trace needs no further differentiation, so it can be run, or
 compiled, like any forward pass.
 """
 
@@ -22,8 +22,8 @@ from metarun.tasks.episodes import Outcome, Tasks
 from metarun.tasks.source import Draw
 from metarun.training.hardware import Hardware
 
-#: The gradient of each weight, None for a weight without; and sums over tasks of the loss and each score,
-#: float64 [1 + metrics].
+#: The gradient of each weight (None if the loss does not depend on it), and the sums over tasks of the loss
+#: and of each score, float64 [1 + metrics].
 Gradient = tuple[list[Tensor | None], Tensor]
 GradientOfDraw = Callable[[Draw], Gradient]
 MetaLoss = Callable[[Tasks], Outcome]
@@ -34,14 +34,17 @@ EagerGradient = Callable[[MetaLoss, Sequence[Tensor], Draw], Gradient]
 def traced_gradient(
     algorithm: Algorithm, eager: EagerGradient, example: Draw, hardware: Hardware, compiles: bool
 ) -> GradientOfDraw:
-    """The gradient of draws like `example`, from a trace.
+    """Trace the meta-gradient for draws with the shapes of `example`.
 
     Args:
-        algorithm: whose meta-loss is differentiated. Its weights are read anew at every call.
-        eager: computes the gradient by autograd; this is what is traced.
-        example: a draw of the size that the trace is made for: a trace has fixed shapes.
+        algorithm: its meta-loss is differentiated. The trace reads its current weights at every call.
+        eager: the function to trace: it computes the gradient by autograd.
+        example: a draw with the shapes that the trace is made for; a trace has fixed shapes.
         hardware: the precision.
         compiles: whether TorchInductor compiles the trace, which takes from seconds to minutes.
+
+    Returns:
+        The function draw -> gradient that runs the trace.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -51,8 +54,8 @@ def traced_gradient(
     used: list[bool] = []
 
     def flat(*inputs: Tensor) -> list[Tensor]:
-        # The weights must be inputs of the trace, or it would hold today's values as constants. They are
-        # put into the module by `functional_call`, detached, so that autograd starts at them.
+        # The weights must be inputs of the trace; otherwise it would hold their current values as constants.
+        # `functional_call` puts them into the module, detached, so that they are leaves of autograd.
         state = dict(zip(tensors, inputs, strict=False))
         state |= {name: state[name].detach().requires_grad_() for name in weights}
         grads, figures = eager(
@@ -66,7 +69,7 @@ def traced_gradient(
     inputs: list[Any] = [tensor.detach() for tensor in tensors.values()] + list(example)
     with hardware.forked_random(), restored(module.named_buffers()):
         traced = make_fx(flat, decomposition_table=VECTOR_PRODUCTS if compiles else None)(*inputs)
-        for node in traced.graph.nodes:  # what is left of detach()
+        for node in traced.graph.nodes:  # detach() is recorded as an alias operation, which is not needed
             if node.target is torch.ops.aten.alias.default:
                 node.replace_all_uses_with(node.args[0])
                 traced.graph.erase_node(node)
@@ -79,7 +82,7 @@ def traced_gradient(
             run(*inputs)
 
     def gradient(draw: Draw) -> Gradient:
-        with torch.no_grad(), hardware.without_autocast():  # its casts are in the trace already
+        with torch.no_grad(), hardware.without_autocast():  # the trace already contains the casts of autocast
             *grads, figures = run(*tensors.values(), *draw)
         rest = iter(grads)
         return [next(rest) if is_used else None for is_used in used], figures
@@ -88,7 +91,7 @@ def traced_gradient(
 
 
 class _MetaLoss(nn.Module):
-    """The meta-loss as a module's forward, to be called with other weights."""
+    """The meta-loss as the forward of a module, so that `functional_call` can replace the weights."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ class _MetaLoss(nn.Module):
 
 @contextlib.contextmanager
 def restored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
-    """Give tensors back the values they had before."""
+    """A context that restores the values of tensors on exit."""
     before = [(tensor, tensor.clone()) for _, tensor in tensors]
     try:
         yield
@@ -110,7 +113,7 @@ def restored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
 
 
 def can_trace(algorithm: Algorithm) -> bool:
-    """Whether all of its modules are metarun's or PyTorch's; a user's may do what a trace does not show."""
+    """Whether all modules are metarun's or PyTorch's; other modules may do what a trace does not record."""
     return all(type(part).__module__.split(".")[0] in ("metarun", "torch") for part in algorithm.modules())
 
 
@@ -127,8 +130,8 @@ def _baddbmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return product if product is NotImplemented else c + product
 
 
-# TorchInductor fuses products of vectors with what is around them, but leaves matrix products to a library,
-# whose call costs more than such a product.
+# Decompositions of matrix products that involve a vector. TorchInductor calls a library for matrix products,
+# and the call costs more than such a product; as pointwise operations they are fused with their neighbours.
 VECTOR_PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.bmm.default: _bmm,
     torch.ops.aten.baddbmm.default: _baddbmm,

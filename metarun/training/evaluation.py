@@ -21,12 +21,18 @@ from metarun.tasks.source import Draw, EpisodeSource, split_draw
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
 
-INSTANCE_TASKS = 10  # tasks at once, where examples are seen one by one
+INSTANCE_TASKS = 10  # tasks at once in `instance_scores`
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What to evaluate on: `episodes` fixed tasks of a shape, which depend on the seed and the data alone."""
+    """The tasks of an evaluation: fixed tasks, which depend only on the seed and the data.
+
+    Args:
+        shape: the shape of the tasks.
+        episodes: the number of tasks.
+        seed: of the tasks.
+    """
 
     shape: EpisodeShape
     episodes: int
@@ -39,15 +45,15 @@ class Result:
 
     Args:
         shape: the shape of the tasks.
-        metrics: the metrics that were computed, the main one first.
-        scores: each metric's score of each task [episodes], on the CPU, by the metric's name.
-        losses: [episodes].
+        metrics: the computed metrics, the main metric first.
+        scores: the score of each task [episodes] on the CPU, by the name of the metric.
+        losses: the loss of each task, [episodes].
         episodes_hash: identifies the tasks: results with the same hash can be compared task by task.
-        uses_query_statistics: whether the queries of a task were predicted with each other's statistics.
-        seconds: how long it took.
-        parts: the results by dataset, where there were several.
-        confusion: [classes, classes] int64, how many queries of class i were predicted as class j; where it
-            was asked for.
+        uses_query_statistics: whether predictions for the queries of a task depend on each other.
+        seconds: the duration of the evaluation.
+        parts: the results by dataset, if there were several.
+        confusion: int64 [classes, classes], how many queries of class i were predicted as class j, if
+            requested.
     """
 
     shape: EpisodeShape
@@ -80,14 +86,14 @@ class Result:
 
     @property
     def interval(self) -> float:
-        """Half of the 95 % interval of the main metric's mean."""
+        """Half-width of the 95 % confidence interval of the mean of the main metric."""
         return self.interval_of(self.metric)
 
     def mean_of(self, metric: Metric) -> float:
         return self.scores[metric.name].mean().item()
 
     def interval_of(self, metric: Metric) -> float:
-        """Half of the 95 % interval of the mean; of a mean over datasets, from the intervals of each."""
+        """Half-width of the 95 % interval of the mean; for several datasets, of the mean of their means."""
         if self.parts:
             halves = (part.interval_of(metric) for part in self.parts.values())
             return math.hypot(*halves) / len(self.parts)
@@ -95,23 +101,26 @@ class Result:
 
 
 def interval(values: Tensor) -> float:
-    """Half of the 95 % confidence interval of the mean over tasks: 1.96 s / sqrt(n); NaN for one task."""
+    """Half-width of the 95 % interval of the mean over tasks, 1.96 s / sqrt(n); NaN for one task."""
     if len(values) < 2:
         return math.nan
     return 1.96 * values.double().std().item() / math.sqrt(len(values))
 
 
 def paired_difference(a: Result, b: Result, metric: Metric) -> tuple[float, float]:
-    """The mean of a's score minus b's on the same tasks, and half of its 95 % interval."""
+    """The mean over tasks of a's score minus b's, and the half-width of its 95 % confidence interval."""
     if a.episodes_hash != b.episodes_hash:
-        raise ValueError("results on different episodes cannot be paired")
+        raise ValueError("the results are on different episodes; a paired comparison needs the same episodes")
     difference = a.scores[metric.name] - b.scores[metric.name]
     return difference.mean().item(), interval(difference)
 
 
 @contextmanager
 def evaluating(algorithm: Algorithm, hardware: Hardware, seed: int) -> Iterator[None]:
-    """In evaluation mode, without gradients, on random numbers of `seed`; afterwards all is as before."""
+    """A context for evaluation: evaluation mode, no gradients, and the random seed `seed`.
+
+    On exit, the mode and the global random state are restored.
+    """
     training = algorithm.training
     algorithm.eval()
     try:
@@ -142,15 +151,22 @@ def evaluate(
 ) -> Result:
     """Adapt to fixed tasks and score their queries.
 
-    The algorithm is left in the mode it was in, and the global random state as it was.
+    The mode of the algorithm and the global random state are restored.
 
     Args:
         algorithm: the algorithm, on the hardware's device.
-        source: the split. Where it mixes datasets, the result is the mean over as many tasks of each.
+        source: the split. If it mixes datasets, the same number of tasks is evaluated on each, and the
+            result is the mean.
         settings: the tasks.
-        hardware: where to compute.
+        hardware: the device, the precision and the number of tasks at once.
         advance: called with n after every n tasks.
-        confusion: whether to count which class is taken for which.
+        confusion: whether to compute the confusion matrix.
+
+    Returns:
+        The scores of every task.
+
+    Raises:
+        DataError: if the split is too small for the shape of the tasks.
     """
     if source.parts:
         results = {
@@ -202,20 +218,23 @@ def evaluate(
 
 
 class ClassCounts:
-    """How many queries of each class of a split were predicted as each class.
+    """Accumulates a confusion matrix: how many queries of each class of a split were predicted as each class.
 
     Args:
         classes: the number of classes of the split.
-        device: where to count.
+        device: of the counts.
+
+    Attributes:
+        total: int64 [classes, classes].
     """
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self.total = torch.zeros(classes, classes, dtype=torch.long, device=device)
 
     def add(self, tasks: Episodes, outputs: Tensor) -> None:
-        """Count the predictions that outputs [T, B, N] make for the tasks' queries."""
+        """Add the predictions for the queries of tasks, given their logits [T, B, N]."""
         assert tasks.classes is not None
-        true = tasks.classes.gather(1, tasks.query_y)  # [T, B], classes of the split
+        true = tasks.classes.gather(1, tasks.query_y)  # [T, B], indices of classes of the split
         predicted = tasks.classes.gather(1, outputs.argmax(-1))
         cells = (true * len(self.total) + predicted).flatten()
         self.total += torch.bincount(cells, minlength=self.total.numel()).view_as(self.total)
@@ -228,7 +247,14 @@ def instance_scores(
     hardware: Hardware,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """Accuracy at a class's first, second, ... appearance, [episodes, K + Q], of a method that has it."""
+    """Accuracy at the first, second, ... appearance of a class, for an algorithm with `by_instance` (MANN).
+
+    Args:
+        algorithm, source, settings, hardware, advance: see `evaluate`.
+
+    Returns:
+        [episodes, K + Q].
+    """
     shape = settings.shape
     source.check(shape)
     scores = []
@@ -244,7 +270,7 @@ def instance_scores(
 
 
 def mean_of(results: Mapping[str, Result]) -> Result:
-    """One result of those of several datasets, each on as many tasks."""
+    """Combine the results on several datasets, with the same number of tasks each, into one."""
     one, *_ = results.values()
     hashes = " ".join(result.episodes_hash for result in results.values())
     return Result(

@@ -1,4 +1,4 @@
-"""Where and how to compute: device, precision, tasks at once."""
+"""Device, precision, memory limits and compilation settings."""
 
 from __future__ import annotations
 
@@ -15,25 +15,37 @@ from metarun.nn.per_task import TaskBatching
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# What was fastest on a CPU without needing half as much memory again as a loop (docs/speed.md): small tasks
-# by the dozen, large ones three at a time, fewer where these would not fit.
+# Limits in bytes, tuned on a CPU: the fastest number of tasks at once with a peak memory below 1.5 times that
+# of a sequential loop (docs/speed.md). Small tasks run in groups within CPU_BYTES_OF_SMALL; large tasks at
+# most three at once, within CPU_BYTES_OF_LARGE.
 CPU_SMALL_TASK, CPU_BYTES_OF_SMALL, CPU_BYTES_OF_LARGE = 16 << 20, 256 << 20, 384 << 20
-TINY_TASK = 1 << 20
-GPU_SHARE_OF_IMAGES = 0.5  # of the free memory; what training needs must fit beside them
-GPU_SHARE = 0.8  # of the free memory; the rest is for what measuring one task does not show
+TINY_TASK = 1 << 20  # bytes; hardware.compile=auto traces tasks up to this size
+GPU_SHARE_OF_IMAGES = 0.5  # images may use this share of the free GPU memory; the rest is for training
+GPU_SHARE = 0.8  # tasks may use this share; measuring one task does not include all overheads
 
 
 class Hardware:
     """The settings of group `hardware`, resolved for this machine.
 
-    Precision: `float32`; `tf32` (float32 with TensorFloat-32 matrix products, GPU); `bf16`
-    (autocast; too coarse for second-order meta-gradients); `float64` (for checks).
-    `tasks_at_once` splits a meta-batch into chunks whose gradients are added up: the same
-    gradient, in less memory; `auto` measures one task. `compile` compiles the meta-gradient; `auto`
-    only traces it, in half a second, and only for tiny tasks on a CPU, where Python takes the time;
-    `graph` captures an outer step as one CUDA graph (GPU). `batching` and `channels_last` say
-    how per-task weights are run (metarun.nn.per_task). `images` says where a split's images are kept:
-    on the device, or in host memory, from which each meta-batch is copied.
+    Args:
+        device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:INDEX".
+        precision: "float32"; "tf32" (float32 with TensorFloat-32 matrix products, GPU only); "bf16"
+            (autocast; too coarse for second-order meta-gradients); "float64" (for checks).
+        tasks_at_once: the number of tasks in one forward pass. A meta-batch is split into chunks of this size
+            and their gradients are added: the same gradient, with less memory. "auto" measures the memory of
+            one task and chooses.
+        threads: the number of CPU threads; None: PyTorch's default.
+        compile: True compiles the meta-gradient by TorchInductor. "auto" only traces it, which takes half a
+            second, and only for tiny tasks on a CPU, where the overhead of Python dominates. False does
+            neither.
+        graph: whether an outer step is captured as a CUDA graph (GPU only).
+        batching: how networks with per-task weights are run; see metarun.nn.per_task.
+        channels_last: the memory layout of images in networks with per-task weights; see metarun.nn.per_task.
+        images: where the images of a split are kept: on the "device", or in "host" memory, from which each
+            meta-batch is copied. "auto": on the device, unless they exceed half of the free GPU memory.
+
+    Raises:
+        ConfigError: if a setting is invalid or not available on this machine.
     """
 
     def __init__(
@@ -52,10 +64,10 @@ class Hardware:
         if self.device.type == "cpu":
             keep_freed_memory()
         elif self.device.index is not None:
-            torch.cuda.set_device(self.device)  # streams and graphs are the current device's
+            torch.cuda.set_device(self.device)  # streams and graphs belong to the current device
         self.precision = precision
         if precision == "tf32" and self.device.type != "cuda":
-            raise ConfigError("hardware.precision=tf32 is for GPUs; choose float32")
+            raise ConfigError("hardware.precision=tf32: needs a GPU; choose hardware.precision=float32")
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         if isinstance(tasks_at_once, int) and tasks_at_once < 1:
             raise ConfigError(f"hardware.tasks_at_once={tasks_at_once}: must be at least 1, or auto")
@@ -69,18 +81,24 @@ class Hardware:
             torch.set_num_threads(threads)
 
     def keeps_on_host(self, size: int) -> bool:
-        """Whether so many bytes of images stay in host memory, from which each meta-batch is copied."""
+        """Whether images of `size` bytes are kept in host memory, from which each meta-batch is copied."""
         if self.images != "auto" or self.device.type != "cuda":
             return self.images == "host"
         return size > GPU_SHARE_OF_IMAGES * torch.cuda.mem_get_info(self.device)[0]
 
     def tasks_at_once(self, tasks: int, bytes_of_one: Callable[[], int]) -> int:
-        """How many of `tasks` tasks to run in one pass, when one needs `bytes_of_one()` at its peak."""
+        """The number of tasks in one forward pass.
+
+        Args:
+            tasks: the most tasks, for example the meta-batch.
+            bytes_of_one: measures the peak memory of one task, in bytes. Called only if the setting is
+                "auto".
+        """
         if self._tasks_at_once != "auto":
             return min(tasks, int(self._tasks_at_once))
         need = max(bytes_of_one(), 1)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what is kept for reuse is free too
+            torch.cuda.empty_cache()  # memory that PyTorch caches for reuse also counts as free
             fit = int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]) // need
         elif need <= CPU_SMALL_TASK:
             fit = CPU_BYTES_OF_SMALL // need
@@ -89,11 +107,15 @@ class Hardware:
         return max(1, min(tasks, fit))
 
     def traces(self, bytes_of_one: Callable[[], int]) -> bool:
-        """Whether to run the meta-gradient from a trace, without Python's and autograd's overhead."""
+        """Whether to run the meta-gradient from a trace, which avoids the overhead of Python and autograd.
+
+        Args:
+            bytes_of_one: measures the peak memory of one task, in bytes.
+        """
         return self.compile == "auto" and self.device.type == "cpu" and bytes_of_one() <= TINY_TASK
 
     def place(self, module: Module) -> Module:
-        """The module on this device, in this precision, its per-task networks run by this batching."""
+        """Move a module to the device and dtype, and set how its networks run per-task weights."""
         for part in module.modules():
             if isinstance(getattr(part, "batching", None), TaskBatching):
                 part.batching = self.batching  # type: ignore[assignment]
@@ -101,23 +123,23 @@ class Hardware:
 
     @contextlib.contextmanager
     def forked_random(self):
-        """Leave the global random numbers as they were."""
+        """A context that restores the global random state on exit."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             yield
 
     def without_autocast(self) -> contextlib.AbstractContextManager:
-        """Run what is inside in the types it has; costs nothing where there is no autocast."""
+        """A context that disables autocast; it does nothing unless the precision is bf16."""
         if self.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, enabled=False)
 
     def captures_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step of this optimizer can be part of a CUDA graph."""
+        """Whether a CUDA graph can contain a step of this optimizer."""
         return all(group.get("capturable", group.get("fused")) for group in optimizer.param_groups)
 
     @contextlib.contextmanager
     def compute(self):
-        """The precision, for everything inside."""
+        """A context that sets the precision."""
         with contextlib.ExitStack() as stack:
             if self.precision == "tf32":
                 before = torch.get_float32_matmul_precision()
@@ -127,33 +149,33 @@ class Hardware:
             elif self.device.type == "cuda":
                 torch.backends.cudnn.allow_tf32 = False
             if self.precision == "bf16":
-                # No cache: it would keep the first step's weights for as long as this context lasts.
+                # The cache of autocast would return the weights of the first step in all later steps.
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
             yield
 
     def describe(self) -> str:
-        """One line for people."""
+        """The device and the precision in one line, for messages."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f" ({torch.get_num_threads()} threads)" if name == "CPU" else ""
         return f"{name}{threads}, {self.precision}"
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse freed blocks instead of returning them to the system at once.
+    """Make glibc keep freed blocks for reuse instead of returning them to the system immediately.
 
-    Every outer step frees and asks for the same large activations; fresh pages for each cost up
-    to a third of a CPU's time.
+    Every outer step frees and allocates the same large activations; new pages for each cost up
+    to a third of the CPU time.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # the C library is not glibc
         mallopt = ctypes.CDLL(None).mallopt
         if not mallopt(m_mmap_threshold, 1 << 30):
-            mallopt(m_mmap_threshold, 32 << 20)  # the most that some versions allow
+            mallopt(m_mmap_threshold, 32 << 20)  # the maximum in some versions
         mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. ConfigError where one was asked for in vain."""
+    """The device of this name; "auto" is the GPU if there is one. Raises ConfigError if not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -161,12 +183,15 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"hardware.device={name}: not a device; choose auto, cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"hardware.device={name}: metarun runs on cpu and cuda")
+        raise ConfigError(f"hardware.device={name}: not supported; choose auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"hardware.device={name}: PyTorch {torch.__version__} finds no GPU here; "
+            f"hardware.device={name}: PyTorch {torch.__version__} finds no GPU on this machine; "
             "choose hardware=auto or hardware=cpu"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"hardware.device={name}: this machine has {torch.cuda.device_count()} GPUs")
+        raise ConfigError(
+            f"hardware.device={name}: this machine has {torch.cuda.device_count()} GPUs, counted from 0; "
+            "choose hardware=auto or another index"
+        )
     return device

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held until a step has ended."""
+"""Deferred handling of Ctrl-C and SIGTERM, so that a step always completes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def hold_interrupts() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM in the list that is given; a second one stops at once."""
+    """A context that defers SIGINT and SIGTERM.
+
+    Yields:
+        A list, empty until a signal arrives; then it contains the number of the signal. A second signal
+        raises KeyboardInterrupt immediately.
+    """
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
         yield caught
         return
 
@@ -21,11 +26,10 @@ def hold_interrupts() -> Iterator[list[int]]:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-        with contextlib.suppress(
-            OSError
-        ):  # the reader of a pipe may have ended: saving must not depend on it
-            # Not through rich, which may be interrupted while it draws.
-            os.write(2, b"\nstopping and saving (once more: stop at once)\n")
+        # Saving must not fail because standard error is a closed pipe.
+        with contextlib.suppress(OSError):
+            # Not by rich, which is not reentrant: the signal may arrive while it draws.
+            os.write(2, b"\nstopping and saving (press Ctrl-C again to stop immediately)\n")
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,4 +1,4 @@
-"""How much memory a computation needs, measured by running it once."""
+"""Measures the peak memory of a computation by running it once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Run `function` and return the most bytes that tensors created by it occupied at one time.
+    """Run `function` and measure the peak memory of the tensors that it creates.
 
     Args:
-        function: the computation, called once; its result is dropped.
-        device: where it runs. On CUDA the allocator's own statistics are read, and its peak is reset; the
-            CPU's allocator has none, so there every operation is observed, which is slower.
+        function: the computation, called once; its result is discarded.
+        device: where it runs. On CUDA the statistics of the allocator are used, and its peak is reset. The
+            allocator of the CPU has no statistics, so every operation is observed, which is slower.
+
+    Returns:
+        Bytes.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -47,15 +50,15 @@ class LiveBytes(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for watch in self.watches:
-            watch.detach()  # this counter has ended; tensors may live on
+            watch.detach()  # tensors may outlive this counter
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # True imports torch's compiler, 1.5 s, and nothing is compiled here
+        return False  # True would import the compiler, which takes 1.5 s and is not needed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):  # created outside, or known already
+            if isinstance(tensor, Tensor):  # an unknown storage was created before and counts as zero
                 self.follow(tensor.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

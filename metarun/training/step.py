@@ -1,6 +1,6 @@
-"""One outer step on this hardware: in chunks of tasks, compiled, as one CUDA graph.
+"""One outer step: in chunks of tasks, from a compiled trace, or as a CUDA graph.
 
-Whatever is chosen, the episodes are the same, and the arithmetic is to rounding
+All ways of running use the same episodes and give the same result up to rounding
 (tests/unit/test_engine.py).
 """
 
@@ -26,17 +26,23 @@ from metarun.training.compiled import Gradient, GradientOfDraw, MetaLoss, can_tr
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
 
-WARM_UP = 3  # eager steps before a CUDA graph is captured, as PyTorch asks
+WARM_UP = 3  # eager steps before a CUDA graph is captured, as PyTorch recommends
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Gradient clipping of the meta-gradient: by value, and by global norm."""
+    """Gradient clipping of the meta-gradient.
+
+    Args:
+        value: the largest absolute value of an entry, if any.
+        norm: the largest global norm, if any; applied after `value`.
+    """
 
     value: float | None = None
     norm: float | None = None
 
     def apply(self, params: Sequence[Tensor]) -> None:
+        """Clip the `.grad` of the parameters in place."""
         if self.value is not None:
             nn.utils.clip_grad_value_(params, self.value)
         if self.norm is not None:
@@ -44,20 +50,22 @@ class Clip:
 
 
 class OuterStep:
-    """Outer steps on this hardware: the meta-gradient of a meta-batch, and one step of the optimizer.
+    """Runs outer steps: the meta-gradient of a meta-batch, followed by a step of the optimizer.
+
+    Call `prepare` before the first `step`.
 
     Args:
-        algorithm: on the hardware's device.
-        optimizer: of the algorithm's parameters.
+        algorithm: the algorithm, on the hardware's device.
+        optimizer: the optimizer of the algorithm's parameters.
         source: the training split.
         shape: the shape of a task.
-        meta_batch: tasks of a step.
-        seed: of the tasks that are drawn.
-        hardware: how many tasks to run at once, compilation, CUDA graphs.
+        meta_batch: the number of tasks in a step.
+        seed: of the training tasks.
+        hardware: the number of tasks at once, compilation and CUDA graphs.
         clip: gradient clipping, if any.
 
     Attributes:
-        running_totals: sums over tasks of the loss and of each metric since they were last set to zero,
+        running_totals: sums over tasks of the loss and of each metric since they were last reset,
             float64 [1 + metrics], on the device.
     """
 
@@ -78,27 +86,27 @@ class OuterStep:
         self.metrics = source.spec.objective.metrics
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
         self.running_totals = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=hardware.device)
-        self.at_once = self.most_at_once = meta_batch  # the latter is lowered when memory runs out
-        self.traced: dict[int, GradientOfDraw] = {}  # by number of tasks; other numbers are run eagerly
+        self.at_once = self.most_at_once = meta_batch  # `most_at_once` is lowered when memory runs out
+        self.traced: dict[int, GradientOfDraw] = {}  # by number of tasks; other numbers run eagerly
         self.say: Callable[[str], object] = lambda text: None
         self.iteration = 0
         self.draws: Iterator[Draw] = iter(())
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.static_draw: Draw = ()  # the inputs of the graph
+        self.static_draw: Draw = ()  # the input tensors of the graph
         self.capturing = False
-        self.eager_steps_left: int | None = None  # before a capture; None: there will be none
+        self.eager_steps_left: int | None = None  # until the graph is captured; None: it will not be captured
 
     def prepare(self, start: int, say: Callable[[str], object] = lambda text: None) -> None:
-        """Choose how to run from iteration `start` on; call it within `hardware.compute()`.
+        """Choose how to run the steps from iteration `start` on; call it within `hardware.compute()`.
 
         Args:
             start: the next iteration.
-            say: called with each decision that a user should know.
+            say: called with a message for each decision that a user should know.
         """
         self.say, self.iteration = say, start
         self.algorithm.on_step_start(start)
         self.traced.clear()
-        # Before memory is measured: an earlier graph holds memory of its own.
+        # Release an earlier graph before memory is measured: it holds memory.
         self.graph, self.static_draw = None, ()
         self.optimizer.zero_grad()
         self.draws = self.draws_from(start)
@@ -108,8 +116,8 @@ class OuterStep:
         self.capturing = False
         on_host = self.host_store() is not None
         wants_graph = self.hardware.graph and on_gpu and static and not on_host
-        if on_gpu and on_host:  # a graph cannot be captured beside the thread that fetches
-            say("items stay in host memory, each meta-batch is copied ahead of its step; no CUDA graph")
+        if on_gpu and on_host:  # capture is not possible while another thread copies to the device
+            say("images are kept in host memory, each meta-batch is copied ahead of its step; no CUDA graph")
         self.eager_steps_left = WARM_UP if wants_graph else None
         if self.at_once < self.meta_batch:
             say(f"{self.at_once} of {self.meta_batch} tasks at once")
@@ -121,30 +129,34 @@ class OuterStep:
             self.trace(compiles=self.hardware.compile is True)
 
     def draws_from(self, start: int) -> Iterator[Draw]:
+        """The draws of the meta-batches from iteration `start` on."""
         store = self.host_store()
         device = "cpu" if store else self.hardware.device
         draws = training_draws(self.source, self.meta_batch, self.shape, self.seed, start, device)
         return fetched_ahead(draws, store) if store else draws
 
     def host_store(self) -> ClassStore | None:
-        """The source, where its images stay in host memory."""
+        """The source if its items are kept in host memory, else None."""
         if self.source.host_for is None:
             return None
         assert isinstance(self.source, ClassStore)
         return self.source
 
     def bytes_of_one_task(self) -> int:
-        """Measured on a copy, so that weights, averages and random numbers stay as they are."""
+        """The peak memory of the meta-gradient of one task, in bytes.
+
+        Measured on a copy, so that weights, running averages and the random state do not change.
+        """
         draw = next(split_draw(next(self.draws_from(0)), 1))
-        twin = copy.deepcopy(self.algorithm)
-        params = [p for p in twin.parameters() if p.requires_grad]
+        clone = copy.deepcopy(self.algorithm)
+        params = [p for p in clone.parameters() if p.requires_grad]
         with self.hardware.forked_random():
-            return peak_bytes(lambda: self.meta_gradient(twin.meta_loss, params, draw), self.hardware.device)
+            return peak_bytes(lambda: self.meta_gradient(clone.meta_loss, params, draw), self.hardware.device)
 
     # one step
 
     def step(self) -> None:
-        """One outer step on the next meta-batch; nothing is read back from the device."""
+        """Run one outer step on the next meta-batch, without copying anything from the device to the host."""
         if self.algorithm.on_step_start(self.iteration):
             self.prepare(self.iteration, self.say)
         self.iteration += 1
@@ -163,18 +175,19 @@ class OuterStep:
         self.optimizer.step()
 
     def backward(self, draw: Draw) -> None:
-        """The meta-gradient into each weight's `.grad`; half as many tasks at once where memory runs out."""
+        """Write the meta-gradient to each weight's `.grad`; if memory runs out, halve the tasks at once."""
         while True:
             try:
                 grads, figures = self.summed_gradient(draw)
                 break
             except torch.OutOfMemoryError as error:
                 if self.capturing:
-                    raise  # what was captured so far would stay in the graph
+                    raise  # the graph already contains part of the failed step
                 failed = first_line(error)
             self.halve(failed)
         for p, grad in zip(self.params, grads, strict=True):
-            # Optimizers expect the weight's own layout; bounds are put in place, on no tensor that two share.
+            # Optimizers expect the memory layout of the weight. Clipping works in place, so it needs a copy:
+            # two weights may share a gradient tensor.
             fits = grad is None or (grad.stride() == p.stride() and not self.clip)
             p.grad = grad if fits else torch.empty_like(p).copy_(grad)  # type: ignore[arg-type]
         if self.clip:
@@ -182,6 +195,7 @@ class OuterStep:
         self.running_totals += figures
 
     def halve(self, reason: str) -> None:
+        """Halve the tasks at once. Raises TrainingError if a single task does not fit."""
         if self.at_once == 1:
             raise TrainingError(
                 f"out of memory with one task at a time ({reason}); "
@@ -193,11 +207,11 @@ class OuterStep:
         self.say(f"out of memory: continuing with {self.at_once} tasks at once")
 
     def summed_gradient(self, draw: Draw) -> Gradient:
-        """Over chunks of tasks; the same gradient however many there are at once."""
+        """The gradient of a meta-batch, added up over chunks of tasks; it does not depend on their size."""
         total: Gradient | None = None
         store = self.host_store()
         for chunk in split_draw(draw, self.at_once):
-            if store and not isinstance(chunk, Fetched):  # the whole draw did not fit beside the one before
+            if store and not isinstance(chunk, Fetched):  # there was no memory to fetch the whole draw ahead
                 chunk = store.fetch(chunk)
             part = self.traced.get(len(chunk[0]), self.eager_gradient)(chunk)
             total = part if total is None else add(total, part)
@@ -208,7 +222,7 @@ class OuterStep:
         return self.meta_gradient(self.algorithm.meta_loss, self.params, draw)
 
     def meta_gradient(self, meta_loss: MetaLoss, params: Sequence[Tensor], draw: Draw) -> Gradient:
-        """These tasks' share of the meta-batch's gradient, and the sums of their losses and scores."""
+        """The share of these tasks in the meta-gradient, and the sums of their losses and scores."""
         tasks = self.source.gather(draw, self.shape).to(self.hardware.dtype)
         outcome = run_parts(meta_loss, tasks)
         loss, count = outcome.loss.mean(), len(tasks)
@@ -220,7 +234,7 @@ class OuterStep:
     # one CUDA graph
 
     def capture(self, draw: Draw) -> None:
-        """Record sampling, gradient and optimizer as one graph; eager, and said why, where that fails."""
+        """Capture gather, gradient and optimizer as one graph; if that fails, report it and run eagerly."""
         self.eager_steps_left = None
         self.static_draw = tuple(tensor.clone() for tensor in draw)
         graph = torch.cuda.CUDAGraph()
@@ -233,8 +247,9 @@ class OuterStep:
                 if self.hardware.captures_optimizer(self.optimizer):
                     self.optimizer.step()
         except Exception as error:
-            reason = first_line(error.__context__ or error)  # ending a failed capture raises anew
-            self.say(f"no CUDA graph, steps run one kernel after another: {reason}")
+            # Ending a failed capture raises another error; the context is the first one.
+            reason = first_line(error.__context__ or error)
+            self.say(f"no CUDA graph, continuing with eager steps: {reason}")
             self.capturing = False
             self.eager_step(draw)
             return
@@ -243,6 +258,7 @@ class OuterStep:
         self.replay(draw)
 
     def replay(self, draw: Draw) -> None:
+        """Run the captured graph on a draw."""
         assert self.graph is not None
         for static, fresh in zip(self.static_draw, draw, strict=True):
             static.copy_(fresh)
@@ -253,7 +269,7 @@ class OuterStep:
     # the gradient from a trace
 
     def trace(self, compiles: bool) -> None:
-        """Trace, and compile, the gradient for each size of chunk; run eagerly where that fails."""
+        """Trace, and optionally compile, the gradient for each size of chunk; if that fails, run eagerly."""
         began = time.perf_counter()
         draw = next(self.draws_from(0))
         try:
@@ -265,12 +281,13 @@ class OuterStep:
         except Exception as error:
             self.traced.clear()
             if compiles:
-                self.say(f"not compiled, continuing without: {first_line(error)}")
+                self.say(f"compilation failed, continuing without: {first_line(error)}")
         else:
             if compiles:
                 self.say(f"compiled in {time.perf_counter() - began:.0f} s")
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:
+    """The sum of two gradients, in which None counts as zero."""
     grads = [y if x is None else x if y is None else x + y for x, y in zip(a[0], b[0], strict=True)]
     return grads, a[1] + b[1]

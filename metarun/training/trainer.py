@@ -1,4 +1,4 @@
-"""The outer loop: sample, backward, step; validate, checkpoint and log on the way."""
+"""The outer loop: training steps, validation, checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class TrainSettings:
     """The settings of the outer loop; an iteration is one outer step.
 
     Args:
-        iterations: outer steps in all.
-        meta_batch: tasks of an outer step.
+        iterations: the total number of outer steps.
+        meta_batch: the number of tasks in an outer step.
         shape: the shape of a training task.
         validation: the fixed validation tasks.
-        validation_every, checkpoint_every, log_every: in iterations.
+        validation_every, checkpoint_every, log_every: intervals, in iterations.
         seed: of the training tasks.
         clip: gradient clipping, if any.
     """
@@ -54,7 +54,14 @@ class TrainSettings:
 
 @dataclass
 class Best:
-    """The best validation so far, by the main metric."""
+    """The best validation result so far, by the main metric.
+
+    Args:
+        iteration: when it was reached.
+        score: the mean of the main metric.
+        interval: half-width of its 95 % confidence interval.
+        metric: the name of the main metric.
+    """
 
     iteration: int
     score: float
@@ -63,7 +70,22 @@ class Best:
 
 
 class Trainer:
-    """Meta-trains an algorithm; its whole state is in `last.pt`, so that a killed run resumes bit-exactly."""
+    """Meta-trains an algorithm.
+
+    `last.pt` contains the complete state, so that a killed run resumes bit-exactly; `best.pt` is the state
+    with the best validation score.
+
+    Args:
+        algorithm: the algorithm, on the hardware's device.
+        optimizer: the optimizer of its parameters.
+        scheduler: changes the learning rate after every outer step, if any.
+        train: the training split.
+        validation: the validation split.
+        settings: the settings of the outer loop.
+        hardware: the device, the precision and how steps are run.
+        folder: where checkpoints are written.
+        record: plain values to include in every checkpoint.
+    """
 
     def __init__(
         self,
@@ -75,7 +97,7 @@ class Trainer:
         settings: TrainSettings,
         hardware: Hardware,
         folder: Path,
-        record: Mapping[str, Any],  # of plain values, which go into every checkpoint
+        record: Mapping[str, Any],
     ) -> None:
         self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
         self.train_source, self.validation_source = train, validation
@@ -91,15 +113,16 @@ class Trainer:
             hardware,
             settings.clip,
         )
-        self.tasks = 0  # that the running totals are of
+        self.tasks = 0  # the number of tasks in the running totals
         self.iteration = 0
-        self.saved_at = 0  # the iteration that last.pt holds
-        self.seconds = 0.0  # of training so far, over all sessions
+        self.saved_at = 0  # the iteration of last.pt
+        self.seconds = 0.0  # the time spent in training, over all sessions
         self.best: Best | None = None
 
     # state
 
     def state(self) -> dict[str, Any]:
+        """The complete training state for a checkpoint, on the CPU."""
         cuda = self.hardware.device.type == "cuda"
         return checkpoint.to_cpu(
             {
@@ -118,6 +141,7 @@ class Trainer:
         )
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restore the training state from the content of a checkpoint."""
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.saved_at = self.iteration
         self.best = Best(**state["best"]) if state["best"] else None
@@ -134,9 +158,14 @@ class Trainer:
     # the loop
 
     def run(self, tracker: Tracker) -> None:
-        """Train to `settings.iterations`.
+        """Train up to `settings.iterations`.
 
-        KeyboardInterrupt after Ctrl-C and a save; TrainingError for a loss that is not finite.
+        Args:
+            tracker: receives the rows of training and validation.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, once last.pt is saved.
+            TrainingError: if a loss or a weight is not finite, or a single task does not fit in memory.
         """
         settings = self.settings
         self.algorithm.train()
@@ -160,9 +189,11 @@ class Trainer:
             raise KeyboardInterrupt
 
     def due(self, every: int) -> bool:
+        """Whether an action with this interval is due after the current iteration; always after the last."""
         return self.iteration % every == 0 or self.iteration == self.settings.iterations
 
     def step(self) -> None:
+        """Run one outer step and one step of the scheduler."""
         self.outer_step.step()
         self.tasks += self.settings.meta_batch
         if self.scheduler:
@@ -170,7 +201,7 @@ class Trainer:
         self.iteration += 1
 
     def log_running_totals(self, tracker: Tracker) -> None:
-        """Log the averages since the last row. TrainingError where the loss is not finite."""
+        """Log the averages since the last row. Raises TrainingError if the loss is not finite."""
         loss, *scores = (self.outer_step.running_totals / self.tasks).tolist()
         self.outer_step.running_totals.zero_()
         self.tasks = 0
@@ -187,7 +218,7 @@ class Trainer:
         tracker.log(row)
 
     def validate(self, tracker: Tracker, bar: Bar) -> None:
-        """Score the fixed validation tasks; the best model so far becomes best.pt."""
+        """Evaluate on the fixed validation tasks, and save best.pt if the main metric improved."""
         result = evaluate(self.algorithm, self.validation_source, self.settings.validation, self.hardware)
         if not math.isfinite(result.loss):
             raise TrainingError(self.not_finite("the validation loss"))
@@ -208,7 +239,7 @@ class Trainer:
             self.save("best.pt", tracker)
 
     def save(self, name: str, tracker: Tracker) -> None:
-        """Write a checkpoint; one with weights that are not finite never replaces a good one."""
+        """Write a checkpoint. Raises TrainingError instead if a weight is not finite."""
         if not all(p.isfinite().all() for p in self.algorithm.parameters()):
             raise TrainingError(self.not_finite("a weight"))
         tracker.sync()
@@ -217,18 +248,22 @@ class Trainer:
             self.saved_at = self.iteration
 
     def not_finite(self, what: str) -> str:
-        kept = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]
-        where = f"the last good checkpoint is {self.folder / kept[-1]}" if kept else "nothing was saved yet"
+        """The error message for a quantity that is not finite."""
+        saved = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]
+        where = f"the last good checkpoint is {self.folder / saved[-1]}" if saved else "nothing was saved yet"
         rates = "inner_loop.rate or optimizer.lr" if self.algorithm.takes_steps else "optimizer.lr"
         return f"{what} is no longer finite at iteration {self.iteration}; {where}; lower {rates}"
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what was learned, and keep what belongs to this machine: the state may come from another."""
-    machine = ("fused", "capturable", "foreach")
+    """Load the state of an optimizer, but keep the options that depend on the machine.
+
+    The state may come from a machine with other hardware.
+    """
+    machine_options = ("fused", "capturable", "foreach")
     own = [dict(group) for group in optimizer.param_groups]
     groups = [
-        saved | {key: group[key] for key in machine if key in group}
+        saved | {key: group[key] for key in machine_options if key in group}
         for saved, group in zip(state["param_groups"], own, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})

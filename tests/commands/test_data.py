@@ -54,7 +54,7 @@ def test_training_images_are_changed_and_a_run_with_them_resumes(metarun, traine
     losses = [[line.split('"loss": ')[1].split(",")[0] for line in lines] for lines in rows]
     assert losses[0] == losses[1] != losses[2]
     done = metarun("train", "dataset=sinusoid", "augment=standard", "iterations=2", status=1)
-    assert "sinusoid has no images to change" in done.stderr
+    assert "dataset=sinusoid has no images to augment" in done.stderr
 
 
 def folder_of_classes(root: Path) -> Path:
@@ -78,7 +78,7 @@ def test_prepared_data_is_listed_verified_and_removed(metarun, tmp_path: Path, m
     content[-1] ^= 1
     entry.write_bytes(content)
     done = metarun("data", "verify=true", status=1)
-    assert "1 of 3 entries of the cache are damaged" in done.stderr
+    assert "1 of 3 cache entries are damaged" in done.stderr
     assert done.stdout.count("whole") == 2
     assert "damaged" in done.stdout
     done = metarun("data", "clean=true")

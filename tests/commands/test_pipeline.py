@@ -41,7 +41,7 @@ def test_the_pipeline(metarun, pretrained: Path, tmp_path: Path):
     """Each stage by the command line; starting from a checkpoint beats starting from nothing."""
     words = ["algorithm=meta_baseline", *SMALL, "iterations=3", "validation.every=3"]
     done = metarun("train", *words, f"init={pretrained}", "hydra.run.dir=meta")
-    assert "starts with the backbone of baseline on glyphs, iteration 60" in done.stderr
+    assert "initialised from the backbone of baseline on glyphs, iteration 60" in done.stderr
     metarun("train", *words, "hydra.run.dir=scratch")
     assert accuracy(tmp_path / "meta") > accuracy(tmp_path / "scratch") + 0.05
     grid = metarun("eval", f"checkpoint=[{pretrained},meta]", "ways=[3,7]", "shots=[1,2]", "episodes=10")
@@ -95,9 +95,9 @@ def test_a_stopped_run_ends_as_one_that_never_was(metarun, tmp_path: Path, algor
 @pytest.mark.parametrize("algorithm", ["gnn", "meta_networks", "snail"])
 def test_more_ways_than_it_has_are_refused_everywhere(metarun, tmp_path: Path, algorithm: str):
     words = ["train", f"algorithm={algorithm}", *TINY, "ways=3", "iterations=1"]
-    assert "its network has 3 ways" in metarun(*words, "validation.ways=5", status=1).stderr
+    assert "the network has 3 ways" in metarun(*words, "validation.ways=5", status=1).stderr
     metarun(*words, "hydra.run.dir=run")
-    assert "its network has 3 ways, not 5" in metarun("adapt", "checkpoint=run", "ways=5", status=1).stderr
+    assert "the network has 3 ways, not 5" in metarun("adapt", "checkpoint=run", "ways=5", status=1).stderr
 
 
 def test_a_frozen_backbone_needs_a_start(metarun, tmp_path: Path):

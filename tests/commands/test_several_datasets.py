@@ -103,7 +103,7 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
             "dataset.settings.omniglot.size: there is no such setting",
         ),
         (["dataset.parts={glyphs:0}"], "dataset.parts.glyphs=0: a weight must be above 0"),
-        (["dataset.parts={glyphs:1,glyphs:2}"], "dataset.parts: glyphs is there twice"),
+        (["dataset.parts={glyphs:1,glyphs:2}"], "dataset.parts: glyphs is listed twice"),
         (
             ["dataset.parts={glyphs:1,image_folder:1}", "dataset.settings.image_folder.root=gone"],
             "dataset.settings.image_folder.root=gone: no such folder",

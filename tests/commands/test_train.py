@@ -89,9 +89,7 @@ def test_a_run_and_an_adaptation_leave_pictures(metarun, tmp_path: Path):
 @pytest.mark.parametrize("algorithm", CLASSIFIERS)
 def test_a_method_that_classifies_says_so(metarun, algorithm: str):
     done = metarun("train", "dataset=sinusoid", "backbone=mlp", f"algorithm={algorithm}", status=1)
-    assert (
-        "classifies, and this dataset's tasks have no classes" in done.stderr or "takes images" in done.stderr
-    )
+    assert "needs tasks with classes" in done.stderr or "takes images" in done.stderr
 
 
 @pytest.mark.xdist_group("learned")
@@ -178,7 +176,7 @@ def test_a_sweep_ends_with_one_table_and_is_not_overwritten_by_another(metarun, 
     assert lines[0].startswith("job,algorithm,seed")
     before = everything(tmp_path / "sweep")
     done = metarun(*words, "hydra.sweep.dir=sweep", status=1)
-    assert "sweep: this folder already holds a sweep; choose another hydra.sweep.dir" in done.stderr
+    assert "sweep: this folder already contains a sweep; choose another one" in done.stderr
     assert everything(tmp_path / "sweep") == before
 
 
@@ -243,7 +241,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(metarun, trained, tmp_path
     shutil.copytree(trained(*UNTESTED), tmp_path / "run")
     before = contents(tmp_path / "run")
     done = metarun("train", *TINY, "hydra.run.dir=run", "ways=3", status=1)
-    assert "already holds a run" in done.stderr and "resume=run" in done.stderr
+    assert "already contains a run" in done.stderr and "resume=run" in done.stderr
     assert contents(tmp_path / "run") == before
 
 

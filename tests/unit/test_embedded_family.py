@@ -210,7 +210,7 @@ def test_any_ways_and_shots_it_allows(name: str, ways: int, shots: int):
         del algorithm.noise
     episodes = episodes_of(ways=ways, shots=shots)
     if algorithm.most_ways is not None and ways > algorithm.most_ways:
-        with pytest.raises(ConfigError, match="its network has 3 ways, not 5; train with ways=5"):
+        with pytest.raises(ConfigError, match="the network has 3 ways, not 5; train with ways=5"):
             algorithm.check(ways)
         return
     algorithm.check(ways)
@@ -484,8 +484,8 @@ def test_snail_reaches_the_whole_support():
         (lambda: Versa(Numbers(2), samples=0), "algorithm.samples=0: must be at least 1"),
         (lambda: MetaNet(Numbers(2), outputs=2), "chain of layers"),
         (lambda: MetaNet(WideResNet(SHAPE, 10, 1, norm="none"), outputs=2), "chain of layers"),
-        (lambda: CNAPs(Numbers(2), SHAPE), "no layer with any"),
-        (lambda: CNAPs(MLP((4,), (4,)), (4,)), "takes images; choose algorithm=versa"),
+        (lambda: CNAPs(Numbers(2), SHAPE), "no layer with channels"),
+        (lambda: CNAPs(MLP((4,), (4,)), (4,)), "needs images; choose algorithm=versa"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(build, words: str):

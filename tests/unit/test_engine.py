@@ -228,7 +228,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.M
     engine.hardware.compile = True
     engine.prepare(0, said.append)
     engine.step()
-    assert said == ["not compiled, continuing without: no compiler"]
+    assert said == ["compilation failed, continuing without: no compiler"]
 
 
 @pytest.mark.gpu

@@ -260,7 +260,7 @@ def test_a_context_is_all_that_adapts():
 @pytest.mark.parametrize(("layer", "says"), [(9, "1 to 4"), (0, "1 to 4")])
 def test_a_context_needs_a_layer_there_is(layer: int, says: str):
     with pytest.raises(
-        ConfigError, match=f"algorithm.layer={layer}: choose one of its weight layers, {says}"
+        ConfigError, match=f"algorithm.layer={layer}: choose a weight layer of the backbone, {says}"
     ):
         CAVIA(Conv4((1, 16, 16), width=8), SGD(1.0, 2), 3, layer=layer)
 

@@ -164,14 +164,14 @@ def test_its_parts_are_checked_like_any_dataset_before_they_are_built():
     for bad, says in (
         (
             node("subprocess.Popen", args="true"),
-            "settings.glyphs._target_: Popen is not a metarun.datasets.base.Dataset",
+            "settings.glyphs._target_=subprocess.Popen: is not a metarun.datasets.base.Dataset",
         ),
         (
             node("metarun.datasets.glyphs.Glyphs", sise=3),
             "settings.glyphs.sise: Glyphs has no setting 'sise'",
         ),
         (OmegaConf.merge(good, {"settings": {"x": 3}}), "settings.x: is not a dataset"),
-        (OmegaConf.merge(good, {"datasets": {}}), "dataset.datasets is set by metarun"),
+        (OmegaConf.merge(good, {"datasets": {}}), "is set by metarun; leave it out"),
         (OmegaConf.merge(good, {"parts": {"glyphs": "much"}}), "must be names, each with a number"),
     ):
         with pytest.raises(ConfigError, match=says):

@@ -185,11 +185,11 @@ def test_dropblock_drops_as_often_as_it_should(side: tuple[int, int], block_size
     chances = torch.outer(*(torch.tensor(r, dtype=torch.float32) for r in reach))  # [H, W]
     begins = 0.1 / size**2 * side[0] * side[1] / ((side[0] - size + 1) * (side[1] - size + 1))
     expected = (1 - begins) ** chances
-    kept = layer.kept(torch.ones(4000, 8, *side))
+    kept = layer.mask(torch.ones(4000, 8, *side))
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
     torch.testing.assert_close(kept.mean((0, 1)), expected, rtol=0, atol=0.01)  # 6 standard errors
     assert 0.08 < 1 - kept.mean() < 0.105
-    # What is left is scaled up, so that a task's mean stays as it was, of every task by itself.
+    # The rest is scaled up, so that the mean of each task does not change.
     x = torch.ones(50, 3 * 8, *side)
     means = layer.on_tasks({}, x, 3).unflatten(1, (3, 8)).mean((0, 2, 3, 4))
     torch.testing.assert_close(means, torch.ones(3))
@@ -197,7 +197,7 @@ def test_dropblock_drops_as_often_as_it_should(side: tuple[int, int], block_size
 
 def test_dropblock_drops_whole_squares():
     torch.manual_seed(0)
-    dropped = 1 - DropBlock(0.1, 3).kept(torch.ones(200, 1, 8, 8))
+    dropped = 1 - DropBlock(0.1, 3).mask(torch.ones(200, 1, 8, 8))
     squares = nn.functional.conv2d(dropped, torch.ones(1, 1, 3, 3)) == 9
     again = nn.functional.conv_transpose2d(squares.float(), torch.ones(1, 1, 3, 3)) > 0
     assert torch.equal(again, dropped > 0)
@@ -236,7 +236,8 @@ def test_a_trace_draws_anew_every_time():
 
 @pytest.mark.parametrize("settings", [{"drop_rate": 1.0}, {"drop_rate": -0.1}, {"block_size": 0}])
 def test_impossible_dropping_is_refused(settings: dict):
-    with pytest.raises(ValueError, match=r"rate|probability|block_size"):
+    (name, value), *_ = settings.items()
+    with pytest.raises(ConfigError, match=f"backbone.{name}={value}: must be at least"):
         ResNet12(SHAPE, widths=(2, 2, 2, 2), **settings)
 
 
