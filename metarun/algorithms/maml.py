@@ -98,7 +98,7 @@ class MAML(Algorithm):
             return {"params": params}
         if not isinstance(tasks, Episodes):
             raise ConfigError(
-                "algorithm.transductive=false: predicts a query together with the support examples, and these "
+                "algorithm.transductive=false: predicts a query beside the support examples, and these "
                 f"tasks ({type(tasks).__name__}) have none; leave it out"
             )
         return {"params": params, "support_x": tasks.support_x}
