@@ -39,7 +39,9 @@ def run(cfg: DictConfig) -> None:
         inform("metarun data dataset=NAME prepares one; " + place())
         return None
     if "_target_" not in cfg.dataset:
-        raise ConfigError("dataset: not chosen; as in metarun data dataset=image_folder dataset.root=FOLDER")
+        raise ConfigError(
+            "dataset: not chosen; name one, as in metarun data dataset=image_folder dataset.root=FOLDER"
+        )
     hardware = instantiate(cfg.hardware, "hardware")
     table = Table(title=name)
     for heading in ("split", "classes", "images", "a class", "shape", "seconds"):
