@@ -132,6 +132,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture
+def real_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One cache for all tests of real data in a process, which is decoded once."""
+    cache = tmp_path_factory.getbasetemp() / "real"
+    monkeypatch.setenv("METARUN_CACHE", str(cache))
+    return cache
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Real data, where METARUN_TEST_DATA says."""

@@ -38,7 +38,9 @@ def run(cfg: DictConfig) -> None:
         console.print(catalogue())
         inform("metarun data dataset=NAME prepares one; " + place())
     elif "_target_" not in command.dataset:
-        raise ConfigError("dataset: not chosen; as in metarun data dataset=image_folder dataset.root=FOLDER")
+        raise ConfigError(
+            "dataset: not chosen; name one, as in metarun data dataset=image_folder dataset.root=FOLDER"
+        )
     else:
         prepare(command, name)
     return None

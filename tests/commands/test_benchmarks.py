@@ -65,7 +65,7 @@ def test_a_wrong_gradient_gets_no_number(benchmarks, monkeypatch: pytest.MonkeyP
     assert "ms" in rows["plain loop"]
 
 
-@pytest.mark.parametrize("name", ["W1c", "W2c", "W4b", "W5b"])
+@pytest.mark.parametrize("name", ["W1c", "W2c", pytest.param("W4b", marks=pytest.mark.long), "W5b"])
 def test_every_kind_of_workload_is_exact(benchmarks, name: str):
     workload = benchmarks.WORKLOADS[name]
     reference = benchmarks.PlainLoop(workload, 2, torch.float64, CPU).gradient()

@@ -34,16 +34,16 @@ def cifar(test_data: Path) -> Path:
     return folder
 
 
-def test_training_on_fc100(metarun, cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
+@pytest.mark.xdist_group("real")
+def test_training_on_fc100(metarun, real_cache: Path, cifar: Path, tmp_path: Path):
     words = (
-        "iterations=60 meta_batch=4 queries=5 validation.every=60 validation.episodes=40 backbone.width=16"
+        "iterations=40 meta_batch=4 queries=5 validation.every=40 validation.episodes=40 backbone.width=16"
     )
     root = ["dataset=fc100", f"dataset.root={cifar}", "test.episodes=100", "log.tensorboard=false"]
     metarun("train", *root, *words.split(), "hardware=cpu", "hardware.threads=1", "hydra.run.dir=out")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["test"]["mean"] > 0.22  # chance is 0.2
-    assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "cache").glob("fc100-*[!n]")} == {
+    assert {path.name.rsplit("-", 1)[0] for path in real_cache.glob("fc100-*[!n]")} == {
         f"fc100-{split}" for split in ("train", "validation", "test")
     }
 

@@ -140,7 +140,7 @@ BAD_VALUES = {
     "algorithm=maml_plus_plus inner_loop.steps=0": "learned rates need at least one step",
     "algorithm=meta_sgd inner_loop.low=1": "inner_loop.low=1: must not be above inner_loop.high=0.1",
     "algorithm=boil algorithm.head=shared": "gives every way the same output until the head is adapted",
-    "algorithm=pretrain +algorithm.classes=10": "algorithm.classes is set by metarun",
+    "algorithm=pretrain +algorithm.classes=10": "algorithm.classes=10: is set by metarun",
     "algorithm=pretrain algorithm.adapts=body": "must be one of all, head",
     "scheduler._target_=torch.optim.lr_scheduler.StepLR": "scheduler is null, so its settings are new",
     "clip.norm=0": "clip.norm=0.0: must be above 0",

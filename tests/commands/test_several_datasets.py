@@ -112,7 +112,10 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
             ["dataset.parts={image_folder:1}", "dataset.settings.image_folder={root:gone,size:0}"],
             "dataset.settings.image_folder.size=0: choose",
         ),
-        (["-m", "dataset=glyphs,mixture", "dataset.parts={glyphs:1}"], "only a mixture has parts; sweep"),
+        (
+            ["-m", "dataset=glyphs,mixture", "dataset.parts={glyphs:1}"],
+            "must not include mixture; run it separately",
+        ),
         (["dataset.parts=glyphs:1"], "dataset.parts=glyphs:1: must be names, each with a number"),
         (["dataset.parts={glyphs:1,sinusoid:1}"], "dataset.parts: sinusoid has no images"),
         (["dataset.parts={glyphs:1,image_folder:1}"], "dataset.settings.image_folder.root is not set"),

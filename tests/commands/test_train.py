@@ -312,7 +312,7 @@ def test_a_sweep_over_a_run_that_is_not_there_tells_of_each_job(metarun):
 def test_a_schedule_cannot_be_stretched_and_iterations_cannot_be_undone(metarun, tmp_path: Path):
     metarun("train", "algorithm=reptile", *TINY, "hydra.run.dir=run", "test.episodes=0")
     assert (
-        "follows a schedule made for 12" in metarun("train", "resume=run", "iterations=24", status=1).stderr
+        "schedule of this run is for 12" in metarun("train", "resume=run", "iterations=24", status=1).stderr
     )
     assert "already done 12" in metarun("train", "resume=run", "iterations=3", status=1).stderr
 

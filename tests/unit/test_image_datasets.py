@@ -299,7 +299,8 @@ def test_cifar_that_is_not_there_and_may_not_be_downloaded(tmp_path: Path, monke
 
 @pytest.mark.parametrize("layout", ["zips", pytest.param("folders", marks=pytest.mark.long)])
 @pytest.mark.parametrize("dataset", [CifarFS, FC100])
-def test_the_real_cifar(test_data: Path, tmp_path: Path, dataset, layout: str):
+@pytest.mark.xdist_group("real")
+def test_the_real_cifar(test_data: Path, real_cache, tmp_path: Path, dataset, layout: str):
     """Counts, and mean and standard deviation of each channel, of CIFAR-100's 60,000 images."""
     if not (root := test_data / "cifar_fs").is_dir():
         pytest.skip("no cifar_fs in METARUN_TEST_DATA")

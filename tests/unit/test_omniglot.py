@@ -330,23 +330,20 @@ def real_root():
     return root
 
 
-@pytest.mark.parametrize(
-    ("classes", "rotations", "split", "fingerprint"),
-    [
+@pytest.mark.xdist_group("real")
+def test_the_fingerprints_of_the_real_data_stay_as_they_are(real_root, real_cache):
+    """Episodes are named by them, so results are comparable only while they are the same."""
+    for classes, rotations, split, fingerprint in (
         ("maml", "train", "test", "9a15ca97eee29a0a"),
         ("vinyals", "none", "validation", "48fcf30ce41f8baf"),
         ("lake", "train", "train", "f0f04e8c5ccb80fc"),
-    ],
-)
-def test_the_fingerprints_of_the_real_data_stay_as_they_are(
-    real_root, classes, rotations, split, fingerprint
-):
-    """Episodes are named by them, so results are comparable only while they are the same."""
-    store = Omniglot(root=real_root, classes=classes, rotations=rotations).split(split)
-    assert store.fingerprint[:16] == fingerprint
+    ):
+        store = Omniglot(root=real_root, classes=classes, rotations=rotations).split(split)
+        assert store.fingerprint[:16] == fingerprint, (classes, rotations, split)
 
 
-def test_the_real_data(real_root):
+@pytest.mark.xdist_group("real")
+def test_the_real_data(real_root, real_cache):
     for classes, sizes in SIZES.items():
         dataset = Omniglot(root=real_root, classes=classes, rotations="none")
         stores = {split: dataset.split(split) for split in SPLITS}
