@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Iterator
 
@@ -53,8 +54,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def explain_os(error: OSError) -> str | None:
-    """The message for a full disk or a folder that cannot be written; None for other errors."""
+    """The message for a full disk or a path that cannot be used; None for other errors."""
     where = error.filename or "the output folder"
+    if isinstance(where, (str, bytes)) and os.path.islink(where) and not os.path.exists(where):
+        return f"{os.fsdecode(where)}: is a link that leads nowhere; remove it or name another path"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"{where}: the disk is full; make room, or choose another folder with hydra.run.dir=FOLDER"
@@ -62,6 +65,12 @@ def explain_os(error: OSError) -> str | None:
             return f"{where}: no permission to write; choose another folder with hydra.run.dir=FOLDER"
         case errno.ENOTDIR | errno.EEXIST:
             return f"{where}: is a file, not a folder; choose another folder with hydra.run.dir=FOLDER"
+        case errno.ENAMETOOLONG:
+            return f"{where}: the name is too long; choose a shorter one"
+        case errno.ELOOP:
+            return f"{where}: its links lead in a circle; name another path"
+        case errno.ENOENT if error.filename:
+            return f"{where}: no such file or folder, or its parent cannot have one; name another path"
     return None
 
 

@@ -5,13 +5,14 @@ PyTorch is not imported here, so that help and usage errors appear quickly.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import os
+import re
 import shutil
 import sys
 import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,13 +76,15 @@ def run(name: str, arguments: list[str]) -> None:
     register_frames()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # unreadable images raise errors that name the file
     sys.argv = [f"metarun {name}", *arrange(name, arguments)]
+    kept = existing_folders(sys.argv[1:])
+    check_output_folder(name, kept)
     sys.path.append(os.getcwd())  # so that a config can name classes in the current folder
     # Hydra must re-raise errors, so that they are formatted here; HYDRA_FULL_ERROR=1 shows the tracebacks.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     def task(cfg: Any) -> Any:
-        return run_command(name, cfg, raw)
+        return run_command(name, cfg, raw, kept)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
@@ -96,7 +99,7 @@ def run(name: str, arguments: list[str]) -> None:
         fail(message_of(error, name), status=1)
 
 
-def run_command(name: str, cfg: Any, raw: bool) -> Any:
+def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozenset()) -> Any:
     """Run a command on a composed config.
 
     A user error ends the program; in a sweep it only ends this job.
@@ -105,6 +108,7 @@ def run_command(name: str, cfg: Any, raw: bool) -> Any:
         name: the command, a key of `COMMANDS`.
         cfg: the composed config.
         raw: whether errors are raised instead, to show their traceback.
+        kept: folders that existed before, which an error does not remove.
 
     Returns:
         The result of the command.
@@ -115,14 +119,14 @@ def run_command(name: str, cfg: Any, raw: bool) -> Any:
     try:
         return importlib.import_module(COMMANDS[name]).run(cfg)
     except KeyboardInterrupt:
-        remove_hydra_files(Path(HydraConfig.get().runtime.output_dir))
+        remove_hydra_files(Path(HydraConfig.get().runtime.output_dir), kept)
         raise
     except Exception as error:
         if raw:
             raise
         message = message_of(error, name)
         folder = Path(HydraConfig.get().runtime.output_dir)
-        remove_hydra_files(folder)
+        remove_hydra_files(folder, kept)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from metarun.cli.sweep import record_failure
 
@@ -141,15 +145,45 @@ def message_of(error: Exception, name: str) -> str:
     return message
 
 
-def remove_hydra_files(folder: Path) -> None:
-    """Remove .hydra from an output folder that contains nothing else, and folders that become empty."""
+def existing_folders(arguments: list[str]) -> frozenset[Path]:
+    """The typed output folders, their .hydra folders and their parents, as far as they exist now."""
+    typed = (re.fullmatch(r"\+*hydra\.(?:run|sweep)\.dir=(.+)", argument) for argument in arguments)
+    folders = [Path(os.path.abspath(match[1].strip("'\""))) for match in typed if match]
+    paths = {path for folder in folders for path in (folder / ".hydra", folder, folder.parent)}
+    return frozenset(path for path in paths if os.path.isdir(path))
+
+
+def check_output_folder(name: str, folders: Iterable[Path]) -> None:
+    """Exit with status 1 if the output folder of a command other than `train` is a training run."""
+    for folder in folders:
+        if name != "train" and (folder / "last.pt").is_file() and (folder / ".hydra") in folders:
+            fail(
+                f"hydra.run.dir={folder}: has a training run, whose files this would replace; "
+                "name another folder",
+                status=1,
+            )
+
+
+def remove_hydra_files(folder: Path, kept: Collection[Path]) -> None:
+    """Remove an output folder that contains nothing but .hydra, and its parent if that is empty then.
+
+    Args:
+        folder: the output folder.
+        kept: folders that are not removed, nor what contains them.
+    """
+    folder = Path(os.path.abspath(folder))
     if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {".hydra"}:
         return
-    shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    with contextlib.suppress(OSError):  # the folder is not empty
-        for empty in (folder.resolve(), folder.resolve().parent):
-            if empty != Path.cwd():
-                empty.rmdir()
+    for path in (folder / ".hydra", folder, folder.parent):
+        if path in kept or path == Path.cwd():
+            return
+        if path.name == ".hydra":
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        try:
+            path.rmdir()
+        except OSError:  # it is not empty
+            return
 
 
 def completed_command() -> str:

@@ -42,6 +42,8 @@ def run(cfg: DictConfig) -> float:
     if all(cell.reason for cell in cells):
         raise ConfigError(cells[0].reason)
     possible = [cell for cell in cells if not cell.reason]
+    if command.confusion and not any(cell.source.names for cell in possible):
+        raise ConfigError("confusion=true: these tasks have no classes; leave it out")
     shown = instance_cells(possible, command)
     with Bar("eval", len(possible) * command.episodes, "episodes") as bar:
         for cell in possible:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import math
 import types
 import typing
@@ -111,7 +112,9 @@ def check_number(key: str, value: Any, least: int) -> None:
         raise ConfigError(f"{key}=[]: must name at least one number")
     for number in list(value) if OmegaConf.is_list(value) else [value]:
         if number is not None and not (matches(number, int) and least <= number <= MOST):
-            raise ConfigError(f"{key}={number}: must be a whole number of at least {least}")
+            large = matches(number, int) and number > MOST
+            bound = "at most 2**63 - 1" if large else f"at least {least}"
+            raise ConfigError(f"{key}={number}: must be a whole number of {bound}")
 
 
 def check_node(path: str, node: DictConfig) -> None:
@@ -128,6 +131,8 @@ def check_node(path: str, node: DictConfig) -> None:
             unknown, of the wrong type, missing, or passed by the builder.
     """
     group = path.partition(".")[0]
+    log = logging.getLogger("hydra.utils")  # it would print the error, and so would we
+    log.disabled = True
     try:
         cls = get_class(node._target_)
     except Exception as error:
@@ -136,6 +141,8 @@ def check_node(path: str, node: DictConfig) -> None:
             f"{path}._target_={node._target_}: import failed ({reason}); check the name, and that the "
             "module is installed or in the current folder"
         ) from None
+    finally:
+        log.disabled = False
     check_kind(path, group, cls)
     parameters = inspect.signature(cls).parameters
     supplied = SUPPLIED.get(group, set())

@@ -21,6 +21,14 @@ from metarun.storage.files import CHUNK, add_bytes, encoded
 MEMBER_LIMIT = 64 << 20  # bytes one zip member that is read in place may unpack to
 SIZE_LIMIT = 64 << 20  # bytes any archive may unpack to, ...
 RATIO_LIMIT = 100  # ... and this many times its own size on top
+HEADER_LIMIT = 1 << 20  # bytes of an extended header of a tar
+HEADERS = {
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+}
 MEMBER_COST = 512  # bytes a member counts for besides its content, so that millions of empty ones add up
 
 
@@ -81,16 +89,23 @@ class BadArchive(DataError):
 
 
 class _Member(tarfile.TarInfo):
-    """A tar member whose damaged header is an error: tarfile takes one for the archive's end."""
+    """A tar member whose damaged or huge header is an error.
+
+    tarfile takes a damaged header for the archive's end, and reads the content of an extended header, such as
+    a long name, into memory whatever its size.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:  # type: ignore[override]
         try:
-            return super().frombuf(buf, encoding, errors)  # type: ignore[return-value]
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(first_line(error)) from error
+        if member.type in HEADERS and member.size > HEADER_LIMIT:
+            raise tarfile.ReadError(f"it has a header of {member.size:,} bytes")
+        return member  # type: ignore[return-value]
 
 
 def unpack(archive: Path, folder: Path) -> None:

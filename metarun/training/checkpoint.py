@@ -31,6 +31,11 @@ def save(path: Path, content: Mapping[str, Any], kind: str = "run") -> None:
     atomic_write(path, lambda file: torch.save(marked, file))
 
 
+# The entries that are needed and their types; a checkpoint of a run also has those of `TRAINING`.
+ENTRIES = {"kind": str, "config": dict, "choices": dict, "algorithm": dict}
+TRAINING = {"iteration": int, "optimizer": dict, "random": torch.Tensor, "running_totals": torch.Tensor}
+
+
 def load(path: Path, kind: str = "run") -> dict[str, Any]:
     """Read a checkpoint file.
 
@@ -73,10 +78,11 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: a PyTorch file, but not a metarun checkpoint; name a run folder or its .pt file"
         )
-    needed = {"kind", "config", "choices", "algorithm"}
-    if content["format"] == FORMAT and (missing := sorted(needed - content.keys())):
+    needed = (ENTRIES | TRAINING) if kind == content.get("kind") == "run" else ENTRIES
+    wrong = sorted(key for key, of in needed.items() if not isinstance(content.get(key), of))
+    if content["format"] == FORMAT and wrong:
         raise CheckpointError(
-            f"{path}: damaged, or not a metarun checkpoint: it has no entry {missing[0]!r}; "
+            f"{path}: damaged, or not a metarun checkpoint: it has no usable entry {wrong[0]!r}; "
             "use another of the run's files or train again"
         )
     if content["format"] != FORMAT:

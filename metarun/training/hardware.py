@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
@@ -19,6 +20,7 @@ Module = TypeVar("Module", bound=nn.Module)
 # of a sequential loop (docs/speed.md). Small tasks run in groups within CPU_BYTES_OF_SMALL; large tasks at
 # most three at once, within CPU_BYTES_OF_LARGE.
 CPU_SMALL_TASK, CPU_BYTES_OF_SMALL, CPU_BYTES_OF_LARGE = 16 << 20, 256 << 20, 384 << 20
+THREADS_PER_CPU = 16  # more threads than this for each CPU are a mistake; the system may not have so many
 TINY_TASK = 1 << 20  # bytes; hardware.compile=auto traces tasks up to this size
 GPU_SHARE_OF_IMAGES = 0.5  # images may use this share of the free GPU memory; the rest is for training
 GPU_SHARE = 0.8  # tasks may use this share; measuring one task does not include all overheads
@@ -76,8 +78,9 @@ class Hardware:
         self.compile, self.graph = compile, graph
         self.batching = TaskBatching(batching, channels_last)
         if threads is not None:
-            if threads < 1:
-                raise ConfigError(f"hardware.threads={threads}: must be at least 1")
+            most = THREADS_PER_CPU * (os.cpu_count() or 1)
+            if not 1 <= threads <= most:
+                raise ConfigError(f"hardware.threads={threads}: must be from 1 to {most} on this machine")
             torch.set_num_threads(threads)
 
     def keeps_on_host(self, size: int) -> bool:

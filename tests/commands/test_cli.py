@@ -107,6 +107,9 @@ BAD_VALUES = {
     "dataset=sinusoid backbone=conv4": "backbone=conv4 takes images",
     "dataset=sinusoid algorithm=protonet": "needs tasks with classes",
     "dataset=sinusoid algorithm=maml ways=2": "a regression task has one way",
+    "hardware.threads=100000": "hardware.threads=100000: must be from 1 to",
+    "optimizer._target_=os.system": "import failed",
+    "hydra.run.dir=dangling": "dangling: is a link that leads nowhere",
     "hardware=gpu": "finds no GPU on this machine",
     "hardware.device=tpuu": "not a device",
     "hardware.tasks_at_once=0": "must be at least 1",
@@ -156,6 +159,7 @@ def test_a_bad_value_is_one_line_and_exit_1_and_leaves_nothing(metarun, tmp_path
     if words == "hardware=gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "dangling").symlink_to("nowhere")
     asked = words.split()
     # What is typed replaces the small run's settings, and another group option has other settings.
     replaced = {word.split("=")[0].lstrip("+") for word in asked}
@@ -171,6 +175,36 @@ def test_a_bad_value_is_one_line_and_exit_1_and_leaves_nothing(metarun, tmp_path
     assert lines[0].startswith("metarun: error: ")
     assert BAD_VALUES[words] in lines[0]
     assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_a_failing_command_removes_only_its_own_folders(metarun, tmp_path: Path):
+    def folders() -> set[str]:
+        return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+
+    for name in ("run/.hydra", "empty/inner"):
+        (tmp_path / name).mkdir(parents=True)
+    before = folders()
+    for words in (
+        "train resume=run",
+        "train resume=empty/inner",
+        "train ways=1 hydra.run.dir=empty/inner",
+        "train ways=1 hydra.run.dir=empty/inner/new",
+        "train ways=1 hydra.run.dir=new/inner",
+        "train ways=1",
+        "eval checkpoint=none hydra.run.dir=empty/inner",
+    ):
+        metarun(*words.split(), status=1)
+        assert {name for name in folders() - before if name != "outputs"} == set(), words
+        assert before <= folders(), words
+
+
+def test_eval_and_adapt_do_not_write_into_a_training_run(metarun, trained):
+    run = trained(*UNTESTED)
+    before = (run / ".hydra" / "config.yaml").read_bytes()
+    for command in ("eval", "adapt"):
+        done = metarun(command, f"checkpoint={run}", f"hydra.run.dir={run}", status=1)
+        assert "has a training run, whose files this would replace" in done.stderr
+    assert (run / ".hydra" / "config.yaml").read_bytes() == before
 
 
 def flipped(content: bytes) -> bytes:
@@ -196,6 +230,8 @@ def test_checkpoints_that_cannot_be_used(metarun, trained, tmp_path: Path):
     torch.save({"model": torch.zeros(1)}, tmp_path / "foreign.pt")
     torch.save(content | {"algorithm": {}}, tmp_path / "misfit.pt")
     torch.save({"format": FORMAT}, tmp_path / "hollow.pt")
+    torch.save(content | {"config": None}, tmp_path / "empty_config.pt")
+    torch.save({key: content[key] for key in content if key != "optimizer"}, tmp_path / "no_optimizer.pt")
     (tmp_path / "folder").mkdir()
     cases = {
         "missing.pt": "no such checkpoint",
@@ -205,7 +241,10 @@ def test_checkpoints_that_cannot_be_used(metarun, trained, tmp_path: Path):
         "future.pt": "written by metarun 9.0 in checkpoint format 99",
         "foreign.pt": "not a metarun checkpoint",
         "misfit.pt": "its weights do not fit its config",
-        "hollow.pt": "it has no entry",
+        "hollow.pt": "it has no usable entry",
+        "empty_config.pt": "it has no usable entry 'config'",
+        "no_optimizer.pt": "it has no usable entry 'optimizer'",
+        "n" * 300: "the name is too long",
         str(damaged(tmp_path / "flipped.pt", flipped(good))): "damaged",
         str(damaged(tmp_path / "byte.pt", b"\x80")): "damaged",
         "folder": "has no best.pt or last.pt",

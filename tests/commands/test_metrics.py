@@ -102,6 +102,8 @@ def test_a_metric_that_does_not_exist_is_one_line(metarun, trained, tmp_path: Pa
         done = metarun(command, f"checkpoint={run}", "metrics=[mse]", status=1)
         assert f"no 'mse'; choose from {names}" in only_line(done.stderr)
     sinusoid = trained(*SINUSOID)
+    done = metarun("eval", f"checkpoint={sinusoid}", "confusion=true", status=1)
+    assert "confusion=true: these tasks have no classes" in done.stderr
     done = metarun("eval", f"checkpoint={sinusoid}", "metrics=[accuracy]", status=1)
     assert "no 'accuracy'; choose from mse, mae, r2" in only_line(done.stderr)
 

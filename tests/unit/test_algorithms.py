@@ -99,7 +99,7 @@ def difference(algorithm: Algorithm, episodes: Episodes, direction: Gradient, h:
 
 @pytest.mark.parametrize("batching", ["grouped", "unfold", "vmap", "loop"])
 @pytest.mark.parametrize("name", PER_TASK)
-def test_every_lowering_gives_the_same_meta_gradient(name: str, batching: str):
+def test_every_batching_gives_the_same_meta_gradient(name: str, batching: str):
     algorithm = METHODS[name].build(BACKBONES["conv4"](), 2)
     episodes = episodes_of()
     expected = METHODS[name].reference(algorithm, episodes, 2)
@@ -283,7 +283,7 @@ def test_reptile_moves_a_shared_head_by_the_mean_of_its_copies():
 
 
 def odd_networks() -> dict[str, nn.Module]:
-    """Networks a user may well write, which the grouped lowering does not know."""
+    """Networks a user may well write, which the grouped batching does not know."""
     act, tied = nn.ReLU(), nn.Linear(8, 8)
     return {
         "one activation used twice": nn.Sequential(

@@ -1,4 +1,4 @@
-"""The lowerings' own kernels against PyTorch's, in float64."""
+"""The batchings' own kernels against PyTorch's, in float64."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import inspect
 import io
 import socket
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -215,13 +216,14 @@ def odd_member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: i
 HOSTILE = {
     "a name that leads out": odd_member("../../../evil"),
     "a name that leads out on Windows": odd_member("dtd\\..\\..\\evil"),
-    "an absolute name": odd_member("/evil"),
+    "an absolute name": odd_member(f"{tempfile.gettempdir()}/evil-of-metarun"),
     "a drive": odd_member("C:/evil"),
     "a link that leads out": odd_member("dtd/images/link", tarfile.SYMTYPE, "../../../../outside"),
     "a link that stays inside": odd_member("dtd/images/link", tarfile.SYMTYPE, "kind1"),
     "a hard link that leads out": odd_member("dtd/images/link", tarfile.LNKTYPE, "../outside"),
     "a device": odd_member("dtd/images/device", tarfile.CHRTYPE),
     "a pipe": odd_member("dtd/images/pipe", tarfile.FIFOTYPE),
+    "an absurd header": odd_member("dtd/long", tarfile.GNUTYPE_LONGNAME, size=3 << 20),
     "an absurd size": odd_member("dtd/images/bomb", size=3 << 20),
 }
 
@@ -244,6 +246,7 @@ def test_a_hostile_archive_is_refused(textures, tmp_path: Path, monkeypatch, nam
     assert "dtd is not in" in message and "gave a file that cannot be used (it" in message
     assert leftovers(tmp_path) == pending(tmp_path) == []
     assert not [path for path in tmp_path.rglob("*") if path.name in ("evil", "outside", "link", "bomb")]
+    assert not Path(HOSTILE["an absolute name"].name).exists()
     textures(texture_archive())
     assert split("dtd") == 2 * 3  # got again, and now good
 

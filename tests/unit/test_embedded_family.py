@@ -432,7 +432,7 @@ class Halves(nn.Module):
 def test_cnaps_scales_each_task_by_itself(build, channels_last: bool):
     """Whatever the network does with its batch, in evaluation and in training."""
     algorithm = CNAPs(build(), (1, 16, 16), width=4)
-    algorithm.lowering = TaskBatching(channels_last=channels_last)
+    algorithm.batching = TaskBatching(channels_last=channels_last)
     for generator in algorithm.film:
         nn.init.normal_(generator.size)
     x, y = torch.rand(3, 4, 1, 16, 16), torch.arange(4).expand(3, 4)

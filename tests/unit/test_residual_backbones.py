@@ -93,7 +93,7 @@ def test_a_resnet12_has_four_widths():
 
 @pytest.mark.parametrize("how", ["grouped", "unfold", "vmap"])
 @pytest.mark.parametrize("name", PLAIN)
-def test_every_lowering_is_the_loop_to_second_order(float64: None, name: str, how: str):
+def test_every_batching_is_the_loop_to_second_order(float64: None, name: str, how: str):
     """Outputs, gradients, and gradients of the gradients' length."""
     network = PLAIN[name]()
     assert is_groupable(network)
@@ -147,7 +147,7 @@ def test_contexts_are_found_in_residual_blocks():
 
 
 def test_a_residual_block_of_any_kind():
-    """Vectors, an identity, a branch that no lowering knows."""
+    """Vectors, an identity, a branch that no batching knows."""
     inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
     network = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), Residual(inner), Residual(nn.Linear(6, 6)))
     unknown = nn.Sequential(nn.Flatten(), Residual(nn.Sequential(nn.Linear(9, 9), nn.Softmax(1))))
