@@ -326,7 +326,7 @@ def test_a_resumed_run_keeps_its_settings(metarun, trained, tmp_path: Path):
 
 
 @pytest.mark.parametrize("full", ["best.pt", "metrics.jsonl"])
-def test_a_full_disk_is_told_in_one_line_and_nothing_is_half_written(
+def test_a_full_disk_is_reported_in_one_line_and_nothing_is_half_written(
     metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
 ):
     """The system's own error for a full disk, at the moment a file is made safe."""

@@ -171,7 +171,7 @@ def test_many_checkpoints_get_a_panel_for_each_task(tmp_path: Path):
         assert max(picture.size) < 2000
 
 
-def test_models_of_one_kind_are_told_apart_by_their_place(metarun, runs: Path, tmp_path: Path):
+def test_models_of_one_kind_are_distinguished_by_their_path(metarun, runs: Path, tmp_path: Path):
     for name in ("one", "two"):
         shutil.copytree(runs / "protonet", tmp_path / name / "run")
     paths = "one/run/best.pt,one/run/last.pt,two/run/best.pt"

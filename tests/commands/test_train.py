@@ -274,16 +274,16 @@ def test_a_sweep_leaves_a_folder_in_use_as_it_is(metarun, tmp_path: Path):
     assert not after
 
 
-def test_nothing_to_tell_apart_or_of_no_size_is_refused(metarun):
-    for word, told in (
+def test_one_way_and_width_zero_are_refused(metarun):
+    for word, message in (
         ("ways=1", "ways=1: classification needs at least 2 classes; set ways to 2 or more"),
         ("backbone.width=0", "backbone.width=0: must be above 0"),
     ):
         words = [other for other in TINY if other.split("=")[0] != word.split("=")[0]]
-        assert told in metarun("train", *words, word, status=1).stderr
+        assert message in metarun("train", *words, word, status=1).stderr
 
 
-def test_a_run_that_never_saved_is_told_from_a_folder_that_is_none(metarun, tmp_path: Path):
+def test_a_run_that_never_saved_is_distinguished_from_a_missing_folder(metarun, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("")
     assert "before its first checkpoint; start it again" in metarun("train", "resume=run", status=1).stderr

@@ -1,4 +1,4 @@
-"""What files people really have: doubled, dangling, damaged, oddly named; each is told in one line."""
+"""What files people really have: doubled, dangling, damaged, oddly named; each is reported in one line."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_a_zip_and_what_was_unpacked_from_it_count_once(tmp_path: Path, where: s
     shutil.copy(root / "data.zip", root / "data (1).zip")
     store = CifarFS(root=str(root)).split("test")
     assert set(store.counts.tolist()) == {2}
-    told = capsys.readouterr().err
-    assert "data.zip: 200 of its files are also elsewhere" in told
-    assert "data (1).zip: 200 of its files are also elsewhere" in told
+    printed = capsys.readouterr().err
+    assert "data.zip: 200 of its files are also elsewhere" in printed
+    assert "data (1).zip: 200 of its files are also elsewhere" in printed
     picture(root / ("mine" if "another" in where else "data") / names[0] / "0.png", 3)  # no more the same
     assert len([entry for entry in entries(root) if entry.own_name == (names[0], "0.png")]) == 2
 

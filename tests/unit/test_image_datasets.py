@@ -195,8 +195,8 @@ def test_the_cache_serves_and_a_flipped_byte_or_a_changed_file_is_noticed(tmp_pa
     content = bytearray(entry.read_bytes())
     content[100] ^= 1
     entry.write_bytes(content)
-    mended = ImageFolder(root=str(root), size=8).split("train")
-    assert torch.equal(mended.items, pixels)
+    repaired = ImageFolder(root=str(root), size=8).split("train")
+    assert torch.equal(repaired.items, pixels)
     assert entry.stat().st_mtime_ns != stamp
     picture(root / first.names[0] / "0.png", 250)
     changed = ImageFolder(root=str(root), size=8).split("train")

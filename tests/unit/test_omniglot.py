@@ -207,7 +207,7 @@ def test_a_folder_with_a_changed_drawing_is_read_again(imitation, tmp_path):
     assert str(file) in failing(root=str(root))
 
 
-def test_a_damaged_cache_is_mended(imitation, tmp_path):
+def test_a_damaged_cache_is_repaired(imitation, tmp_path):
     first = Omniglot(root=str(imitation), size=4).split("test")
     (entry,) = (path for path in (tmp_path / "cache").iterdir() if path.name[0] != "." and not path.suffix)
     content = bytearray(entry.read_bytes())

@@ -72,13 +72,13 @@ def test_sizes_are_the_published_ones():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_too_small_images_are_told_in_one_line(name: str):
+def test_too_small_images_are_reported_in_one_line(name: str):
     with pytest.raises(ConfigError, match=rf"^backbone={name} needs images of at least (\d+)x\1, and .* 6x7"):
         NETWORKS[name]((3, 6, 7))
 
 
 @pytest.mark.parametrize("depth", [4, 12])
-def test_an_impossible_depth_is_told(depth: int):
+def test_an_impossible_depth_is_reported(depth: int):
     with pytest.raises(ConfigError, match=rf"backbone.depth={depth}: must be 10, 16"):
         WideResNet((3, 32, 32), depth=depth)
 
@@ -273,7 +273,7 @@ def test_a_file_of_weights_gives_torchvisions_features(tmp_path: Path, theirs: n
             network.load_weights()
 
 
-def test_imagenets_weights_without_a_network_are_told_in_one_line(
+def test_imagenets_weights_without_a_network_are_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def offline(*arguments: object, **settings: object) -> None:
