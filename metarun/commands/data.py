@@ -83,7 +83,7 @@ def verify(dataset: str | None) -> None:
         for entry in entries:
             damage = cache.damage(entry, bar.advance)
             bad += damage.startswith("damaged")
-            table.add_row(entry.dataset, entry.split, decimal(entry.size), damage or "whole")
+            table.add_row(entry.dataset, entry.split, decimal(entry.size), damage or "intact")
     console.print(table)
     inform(place(dataset))
     if bad:

@@ -70,11 +70,12 @@ def is_several(cells: Sequence[Cell]) -> bool:
 def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     """Print tables; write results.json, results.csv and figures to the folder."""
     rows = [row_of(cell, command) for cell in cells]
-    datasets = ", ".join(dict.fromkeys(cell.dataset for cell in cells))
-    title = f"{datasets}, {command.split} classes, {command.episodes} episodes, seed {command.seed}"
+    title = f"{command.split} classes, {command.episodes} episodes, seed {command.seed}"
     # One table for each set of metrics: tasks of different kinds have different metrics.
     for metrics in dict.fromkeys(cell.metrics for cell in cells):
-        console.print(table_of([cell for cell in cells if cell.metrics == metrics], metrics, title))
+        own = [cell for cell in cells if cell.metrics == metrics]
+        datasets = ", ".join(dict.fromkeys(cell.dataset for cell in own))
+        console.print(table_of(own, metrics, f"{datasets}, {title}"))
     # Not a caption of the table, which would be wrapped to the width of the table.
     print_line("episodes' hash: " + ", ".join(hashes(cells)))
     pairs = comparisons(cells)
@@ -101,9 +102,9 @@ def draw(cells: Sequence[Cell], rows: Sequence[dict[str, Any]], folder: Path) ->
         The names of the files.
     """
     names = []
-    by_metric = dict.fromkeys(cell.metrics[0] for cell in cells)
+    by_metric = dict.fromkeys(cell.metrics[0] for cell in cells if cell.result)
     for metric in by_metric:
-        own = [row for row, cell in zip(rows, cells, strict=True) if cell.metrics[0] == metric]
+        own = [r for r, cell in zip(rows, cells, strict=True) if cell.result and cell.metrics[0] == metric]
         suffix = "" if len(by_metric) == 1 else f"_{metric.name}"
         names.append(f"results{suffix}.png")
         plots.evaluation_grid(own, metric, folder / names[-1])
@@ -266,7 +267,8 @@ def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
     """The table of paired differences on screen."""
     several = len({pair["metric"] for pair in pairs}) > 1
     table = Table(title="differences on the same episodes")
-    for heading in ("task", "models", *(["metric"] if several else []), "difference, 95 % interval", ""):
+    metric = ["metric"] if several else []
+    for heading in ("task", "models", *metric, "difference, 95 % interval", "excludes 0"):
         table.add_column(heading)
     for pair in pairs:
         clear = abs(pair["difference"]) > pair["interval"]
@@ -276,5 +278,5 @@ def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
             Text(f"{pair['a']} - {pair['b']}"),
             *([pair["metric"].name] if several else []),
         ]
-        table.add_row(*names, text, "" if clear else "within the interval")
+        table.add_row(*names, text, "yes" if clear else "no")
     return table

@@ -317,12 +317,12 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
     lines = [f"validation  {metric.name} {text}  (best, iteration {best.iteration})"]
     if test is not None:
         result["test"] = test_record(test)
-        kind = "transductive" if test.uses_query_statistics else "not transductive"
+        kind = ", transductive" if test.uses_query_statistics else ""
         for each in test.metrics:
             head, tail = (
                 ("            ", "")
                 if each is not metric
-                else ("test        ", f"  ({test.shape}, {test.episodes} episodes, {kind})")
+                else ("test        ", f"  ({test.shape}, {test.episodes} episodes{kind})")
             )
             lines.append(
                 f"{head}{each.name} {each.show_interval(test.mean_of(each), test.interval_of(each))}{tail}"

@@ -147,7 +147,9 @@ class Omniglot(ImageDataset):
             try:
                 download(f"{URL}/{piece}.zip", folder / f"{piece}.zip", MD5[piece])
             except DataError as error:
-                raise DataError(f"{error} (Omniglot needs {wanted} there)") from error
+                raise DataError(
+                    f"{error} (Omniglot needs {wanted} there, or in a folder that dataset.root names)"
+                ) from error
         return pieces_in(folder)
 
     def _pieces_below(self, root: Path) -> dict[str, Path]:

@@ -72,14 +72,14 @@ def test_prepared_data_is_listed_verified_and_removed(metarun, tmp_path: Path, m
     done = metarun("data", "dataset=image_folder", f"dataset.root={root}", "dataset.size=8", "ways=2")
     assert f"prepared data of image_folder: 3 entries, 6.9 kB, in {tmp_path / 'cache'}" in done.stderr
     assert "6.9 kB" in metarun("data").stdout
-    assert metarun("data", "dataset=image_folder", "verify=true").stdout.count("whole") == 3
+    assert metarun("data", "dataset=image_folder", "verify=true").stdout.count("intact") == 3
     entry = next((tmp_path / "cache").glob("image_folder-test-*[!n]"))
     content = bytearray(entry.read_bytes())
     content[-1] ^= 1
     entry.write_bytes(content)
     done = metarun("data", "verify=true", status=1)
     assert "1 of 3 cache entries are damaged" in done.stderr
-    assert done.stdout.count("whole") == 2
+    assert done.stdout.count("intact") == 2
     assert "damaged" in done.stdout
     done = metarun("data", "clean=true")
     assert "removed" not in done.stdout

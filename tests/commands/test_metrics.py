@@ -178,6 +178,10 @@ def test_each_kind_of_task_is_shown_by_its_own_metric(metarun, trained, tmp_path
     assert "accuracy, 95 % interval" in done.stdout and "mse, 95 % interval" in done.stdout
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"results_accuracy.png", "results_mse.png"} <= names
+    words = ["ways=1", "shots=1", "steps=[0,1]", "episodes=6", "queries=4", "hydra.run.dir=steps"]
+    done = metarun("eval", f"checkpoint=[{runs[0]},{runs[1]}]", *words)  # no result of Prototypical networks
+    figures = {path.name for path in (tmp_path / "steps").glob("*.png")}
+    assert figures == {"results.png", "steps.png"} and "results.png and steps.png in" in done.stderr
     assert not [name for name in names if "sinusoid" in name]  # it has no classes to confuse
     for name in names:
         with Image.open(tmp_path / "out" / name) as picture:
