@@ -44,6 +44,11 @@ def naming_part(part: str, settings: Iterable[str]) -> Iterator[None]:
         raise type(error)(text) from error
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: "1 class" or "1,000 classes". The plural is the noun with an s unless given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metarun.commands.models import Model, TestData, dataset_name, values_of
-from metarun.config.schema import EvalConfig, TrainConfig
+from metarun.config.build import validation_shape
+from metarun.config.schema import EvalConfig
 from metarun.errors import MetarunError
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Metric
@@ -41,19 +42,31 @@ class Cell:
     def task(self) -> str:
         """The shape of the tasks, and the number of inner steps if it is set."""
         if self.steps is None:
-            return str(self.shape)
-        return f"{self.shape}, {self.steps} step{'' if self.steps == 1 else 's'}"
+            return self.shape_name
+        return f"{self.shape_name}, {self.steps} step{'' if self.steps == 1 else 's'}"
+
+    @property
+    def shape_name(self) -> str:
+        """The shape of the tasks, such as "5-way 1-shot"."""
+        return self.source.spec.task_name(self.shape)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
         return self.source.spec.objective.metrics
 
 
-def grid(command: EvalConfig, trained: TrainConfig) -> list[EpisodeShape]:
-    """Every combination of the requested ways and shots; by default those of training."""
-    ways = values_of(command.ways or trained.validation.ways or trained.ways)
-    shots = values_of(command.shots or trained.validation.shots or trained.shots)
-    return [EpisodeShape(w, s, command.queries) for w, s in itertools.product(ways, shots)]
+def shapes_for(model: Model, models: Sequence[Model], command: EvalConfig) -> list[EpisodeShape]:
+    """The shapes of the tasks of one model: every combination of the requested ways and shots.
+
+    What is not requested is as in the training of the model, and of the others on the same dataset, so that
+    they are compared on the same tasks.
+    """
+    shapes: list[EpisodeShape] = []
+    for each in (each for each in models if dataset_name(each) == dataset_name(model)):
+        own = validation_shape(each.settings)
+        ways, shots = values_of(command.ways or own.ways), values_of(command.shots or own.shots)
+        shapes += [EpisodeShape(w, s, command.queries) for w, s in itertools.product(ways, shots)]
+    return list(dict.fromkeys(shapes))
 
 
 def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], command: EvalConfig) -> list[Cell]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
-from metarun.commands.cells import Cell, cells_of, grid
+from metarun.commands.cells import Cell, cells_of, shapes_for
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
 from metarun.commands.models import TestData, load_models
 from metarun.config.build import instantiate
@@ -37,8 +37,11 @@ def run(cfg: DictConfig) -> float:
     hardware: Hardware = instantiate(command.hardware, "hardware")
     models = load_models(command, hardware)
     data = TestData(command, hardware)
-    shapes = grid(command, models[0].settings)
-    cells = [cell for model in models for cell in cells_of(model, data, shapes, command)]
+    cells = [
+        cell
+        for model in models
+        for cell in cells_of(model, data, shapes_for(model, models, command), command)
+    ]
     if all(cell.reason for cell in cells):
         raise ConfigError(cells[0].reason)
     possible = [cell for cell in cells if not cell.reason]
@@ -128,7 +131,7 @@ def hashes(cells: Sequence[Cell]) -> list[str]:
     found: dict[str, dict[str, str]] = {}
     for cell in cells:
         if cell.result:
-            task = f"{cell.dataset} {cell.shape}" if several else str(cell.shape)
+            task = f"{cell.dataset} {cell.shape_name}" if several else cell.shape_name
             found.setdefault(task, {})[cell.model.name] = cell.result.episodes_hash
     texts = []
     for task, own in found.items():
@@ -148,6 +151,7 @@ def row_of(cell: Cell, command: EvalConfig) -> dict[str, Any]:
         "dataset": cell.dataset,
         "split": command.split,
         "cell": cell.task,
+        "task": cell.shape_name,
         "ways": cell.shape.ways,
         "shots": cell.shape.shots,
         "queries": cell.shape.queries,
@@ -200,7 +204,7 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
         row: list[str | Text] = [
             Text(cell.model.name),
             *([Text(cell.dataset)] if several else []),
-            str(cell.shape),
+            cell.shape_name,
         ]
         if with_steps:
             row.append("" if cell.steps is None else str(cell.steps))
@@ -225,10 +229,10 @@ def comparisons(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     pairs = []
     for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
         assert a.result and b.result
-        same = (a.dataset, a.task) == (b.dataset, b.task) and a.metrics == b.metrics
+        same = (a.dataset, a.task) == (b.dataset, b.task)
         if not same or a.result.episodes_hash != b.result.episodes_hash:
             continue
-        for metric in a.metrics:
+        for metric in (metric for metric in a.metrics if metric in b.metrics):
             difference, half = paired_difference(a.result, b.result, metric)
             pairs.append(
                 {
@@ -250,17 +254,16 @@ def plain_pair(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_the_best(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The pairs that include the best model of their task, by the main metric."""
-    best: dict[tuple[str, str], Cell] = {}
-    for cell in cells:
-        if cell.result is None:
-            continue
-        other = best.setdefault((cell.dataset, cell.task), cell)
-        assert other.result
-        if other.result.metric.is_better(cell.result.mean, than=other.result.mean):
-            best[cell.dataset, cell.task] = cell
-    names = {key: cell.model.name for key, cell in best.items()}
-    return [pair for pair in pairs if names[pair["dataset"], pair["task"]] in (pair["a"], pair["b"])]
+    """The pairs that include the best model of their task by their metric."""
+    best: dict[tuple[str, str, Metric], tuple[float, str]] = {}
+    for cell in (cell for cell in cells if cell.result):
+        for metric in cell.metrics:
+            mean = cell.result.mean_of(metric)  # type: ignore[union-attr]
+            key = cell.dataset, cell.task, metric
+            if key not in best or metric.is_better(mean, than=best[key][0]):
+                best[key] = mean, cell.model.name
+    keys = [(pair["dataset"], pair["task"], pair["metric"]) for pair in pairs]
+    return [pair for key, pair in zip(keys, pairs, strict=True) if best[key][1] in (pair["a"], pair["b"])]
 
 
 def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:

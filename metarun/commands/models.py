@@ -15,7 +15,7 @@ from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
 from metarun.config.restore import rebuild
 from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, from_plain
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, counted
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Objective
@@ -168,14 +168,25 @@ class TestData:
 def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:
     """The source with items of the shape that the model needs. Raises ConfigError if that is not possible."""
     wanted, there = trained.item_shape, source.spec.item_shape
-    if wanted == there:
-        return source
-    if not (isinstance(source, ClassStore) and len(wanted) == len(there) == 3):
+    images = isinstance(source, ClassStore) and len(wanted) == len(there) == 3
+    if wanted != there and not images:
         raise ConfigError(
             f"dataset={source.name}: its items have shape {there}, but the checkpoint needs {wanted}, and "
             "only images can be converted; choose another dataset"
         )
+    if source.spec.outputs != trained.outputs:
+        outputs = [
+            "one output for each class" if n is None else counted(n, "output")
+            for n in (source.spec.outputs, trained.outputs)
+        ]
+        raise ConfigError(
+            f"dataset={source.name}: its tasks need {outputs[0]}, but the checkpoint has {outputs[1]}; "
+            "choose another dataset"
+        )
+    if wanted == there:
+        return source
     inform_resized(source.name, there, wanted)
+    assert isinstance(source, ClassStore)
     return source.resized(wanted)
 
 

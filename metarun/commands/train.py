@@ -130,7 +130,8 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
             inform(f"initialised from the {start_from(trainer.algorithm, *start)}")
         elif trainer.algorithm.frozen and not settings.backbone.get("weights"):
             raise ConfigError("algorithm.frozen=true: needs a pretrained backbone; add init=RUN")
-    name = f"{choices['algorithm']} on {choices['dataset']}, {training_shape(settings)}"
+    shape = dataset.spec.task_name(training_shape(settings))
+    name = f"{choices['algorithm']} on {choices['dataset']}, {shape}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if trainer.iteration:
         inform(f"resumed at iteration {trainer.iteration}")
@@ -316,13 +317,14 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
     text = metric.show_interval(best.score, best.interval)
     lines = [f"validation  {metric.name} {text}  (best, iteration {best.iteration})"]
     if test is not None:
-        result["test"] = test_record(test)
+        task = trainer.train_source.spec.task_name(test.shape)
+        result["test"] = {"task": task, **test_record(test)}
         kind = ", transductive" if test.uses_query_statistics else ""
         for each in test.metrics:
             head, tail = (
                 ("            ", "")
                 if each is not metric
-                else ("test        ", f"  ({test.shape}, {test.episodes} episodes{kind})")
+                else ("test        ", f"  ({task}, {test.episodes} episodes{kind})")
             )
             lines.append(
                 f"{head}{each.name} {each.show_interval(test.mean_of(each), test.interval_of(each))}{tail}"
@@ -345,7 +347,6 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
 def test_record(test: Result) -> dict[str, Any]:
     """The results of the test as plain values; accuracies are in [0, 1]."""
     record: dict[str, Any] = {
-        "task": str(test.shape),
         "mean": test.mean,
         "interval": test.interval,
         "metrics": {

@@ -9,8 +9,9 @@ number for each task, [T]:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ CALIBRATION_BINS = 15
 class Metric:
     """A score of each task, and how it is compared and shown.
 
+    Metrics of the same name that are shown in the same way are equal, so that the results of models from
+    different runs of a dataset with a metric of its own can be compared.
+
     Args:
         name: the name in `metrics=[...]`, in tables and in result files.
         score: (outputs, targets) -> scores [T].
@@ -33,14 +37,21 @@ class Metric:
         higher_is_better: the direction in which one score is better than another.
         percent: whether a score in [0, 1] is shown as a percentage.
         chance: the score of guessing among N classes, where there is one to draw beside results.
+        bounds: the lowest and the highest possible score, where it is not a percentage.
     """
 
     name: str
-    score: PerTask
+    score: PerTask = field(compare=False)
     title: str
     higher_is_better: bool = True
     percent: bool = False
-    chance: Callable[[int], float] | None = None
+    chance: Callable[[int], float] | None = field(default=None, compare=False)
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest possible score."""
+        return (0.0, 1.0) if self.percent else self.bounds
 
     @property
     def scale(self) -> int:
@@ -183,7 +194,8 @@ def _check_shapes(outputs: Tensor, targets: Tensor) -> None:
 
 
 ACCURACY = Metric("accuracy", accuracy, "accuracy", percent=True, chance=lambda ways: 1 / ways)
-MSE = Metric("mse", mean_squared_error, "mean squared error", higher_is_better=False)
+POSITIVE = (0.0, math.inf)
+MSE = Metric("mse", mean_squared_error, "mean squared error", higher_is_better=False, bounds=POSITIVE)
 
 CLASSIFICATION = Objective(
     cross_entropy,
@@ -195,7 +207,7 @@ CLASSIFICATION = Objective(
         ),
         Metric("macro_f1", macro_f1, "macro F1", percent=True),
         Metric("ece", calibration_error, "expected calibration error", higher_is_better=False, percent=True),
-        Metric("nll", cross_entropy, "negative log-likelihood", higher_is_better=False),
+        Metric("nll", cross_entropy, "negative log-likelihood", higher_is_better=False, bounds=POSITIVE),
     ),
 )
 REGRESSION = Objective(
@@ -203,8 +215,8 @@ REGRESSION = Objective(
     metrics=(MSE,),
     available=(
         MSE,
-        Metric("mae", mean_absolute_error, "mean absolute error", higher_is_better=False),
-        Metric("r2", r_squared, "R squared"),
+        Metric("mae", mean_absolute_error, "mean absolute error", higher_is_better=False, bounds=POSITIVE),
+        Metric("r2", r_squared, "R squared", bounds=(-math.inf, 1.0)),
     ),
 )
 

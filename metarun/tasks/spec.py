@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from metarun.tasks.episodes import Episodes, Tasks
+from metarun.tasks.episodes import Episodes, EpisodeShape, Tasks
 from metarun.tasks.objectives import CLASSIFICATION, Objective
 
 
@@ -33,3 +33,7 @@ class TaskSpec:
     item_dtype: torch.dtype = torch.float32
     static: bool = True
     tasks: type[Tasks] = Episodes
+
+    def task_name(self, shape: EpisodeShape) -> str:
+        """The shape of a task for people, such as "5-way 1-shot"; without the one way of a regression."""
+        return f"{shape.shots}-shot" if self.outputs is not None and shape.ways == 1 else str(shape)

@@ -16,14 +16,14 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from metarun.commands.cells import Cell
+from metarun.commands.cells import Cell, shapes_for
 from metarun.commands.evaluate import comparisons, table_of, with_the_best
 from metarun.commands.models import Model
-from metarun.config.schema import TrainConfig
+from metarun.config.schema import EvalConfig, TrainConfig
 from metarun.reporting import plots
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
-from metarun.tasks.objectives import ACCURACY
+from metarun.tasks.objectives import ACCURACY, CLASSIFICATION, metric_named
 from metarun.training.evaluation import Result
 
 
@@ -182,6 +182,49 @@ def test_models_of_one_kind_are_distinguished_by_their_path(metarun, runs: Path,
 
 def result_of(shape: EpisodeShape, scores: torch.Tensor) -> Result:
     return Result(shape, (ACCURACY,), {"accuracy": scores}, scores, "same", False, 1.0)
+
+
+def test_models_with_other_metrics_are_compared_by_those_that_they_share():
+    """The best of each metric is the best by that metric, whichever is the main metric of a model."""
+    own = {"a": (0.9, 0.3), "b": (0.8, 0.1), "c": (0.7, None)}  # accuracy and calibration error
+    cells = []
+    for name, (accuracy, error) in own.items():
+        cell = cell_of(name, result_of(EpisodeShape(5, 1, 5), torch.full((4,), accuracy)))
+        if error is not None:
+            metrics = (metric_named("ece"), ACCURACY)
+            scores = cell.result.scores | {"ece": torch.full((4,), error)}
+            cell.result = replace(cell.result, metrics=metrics, scores=scores)
+            cell.source = cell.source.reporting(replace(CLASSIFICATION, metrics=metrics))
+        cells.append(cell)
+    pairs = comparisons(cells)
+    assert [(pair["a"], pair["b"], pair["metric"].name) for pair in pairs] == [
+        ("a", "b", "ece"),
+        ("a", "b", "accuracy"),
+        ("a", "c", "accuracy"),
+        ("b", "c", "accuracy"),
+    ]
+    assert [round(pair["difference"], 3) for pair in pairs] == [0.2, 0.1, 0.2, 0.1]
+    assert with_the_best(pairs, cells) == pairs[:3]
+
+
+def test_what_is_not_typed_is_as_in_the_training_of_models_on_the_same_dataset(monkeypatch):
+    monkeypatch.setattr("metarun.commands.cells.dataset_name", lambda model: model.content["dataset"])
+    trained = {"a": ("glyphs", 5, 1), "b": ("glyphs", 20, 1), "c": ("sinusoid", 1, 10)}
+    models = [
+        Model(name, Path(name), TrainConfig(ways=ways, shots=shots, queries=9), None, None, {"dataset": data})  # type: ignore[arg-type]
+        for name, (data, ways, shots) in trained.items()
+    ]
+
+    def shapes(**typed: object) -> list[str]:
+        command = EvalConfig(queries=15, **typed)  # type: ignore[arg-type]
+        return [" ".join(map(str, shapes_for(model, models, command))) for model in models]
+
+    assert shapes() == ["5-way 1-shot 20-way 1-shot"] * 2 + ["1-way 10-shot"]
+    assert shapes(shots=[2, 3])[1:] == [
+        "5-way 2-shot 5-way 3-shot 20-way 2-shot 20-way 3-shot",
+        "1-way 2-shot 1-way 3-shot",
+    ]
+    assert shapes(ways=7, shots=1) == ["7-way 1-shot"] * 3
 
 
 def cell_of(name: str, result: Result) -> Cell:

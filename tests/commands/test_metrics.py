@@ -156,19 +156,22 @@ def test_an_evaluation_takes_the_metrics_of_training_unless_others_are_typed(
 
 @pytest.mark.pictures
 def test_each_kind_of_task_is_shown_by_its_own_metric(metarun, trained, tmp_path: Path):
+    """Without `ways` and `shots`, each model has the tasks of its own training, not those of the first."""
     runs = [trained(*PROTONET), trained(*SINUSOID)]
     done = metarun(
         "eval",
         f"checkpoint=[{runs[0]},{runs[1]}]",
-        "ways=[1,5]",
-        "shots=1",
         "episodes=6",
         "queries=4",
         "confusion=true",
         "hydra.run.dir=out",
     )
-    rows = [row for row in results_of(tmp_path / "out") if not row["reason"]]
-    assert [(row["dataset"], row["metric"]) for row in rows] == [("glyphs", "accuracy"), ("sinusoid", "mse")]
+    rows = results_of(tmp_path / "out")
+    assert [(row["dataset"], row["metric"], row["task"]) for row in rows] == [
+        ("glyphs", "accuracy", "5-way 1-shot"),
+        ("sinusoid", "mse", "10-shot"),
+    ]
+    assert "10-shot" in done.stdout and "1-way" not in done.stdout
     lines = [line for line in done.stdout.splitlines() if "±" in line]
     (glyphs,) = (line for line in lines if "protonet" in line)
     (sinusoid,) = (line for line in lines if "maml" in line)
