@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError
@@ -42,8 +43,10 @@ class Algorithm(nn.Module, ABC):
     sees_examples_in_turn: ClassVar[bool] = False
     #: Whether the backbone keeps the weights that it starts with.
     frozen: bool = False
-    #: Whether predictions for one query depend on the other queries of its task (transductive).
-    uses_query_statistics: bool = False
+    #: Whether evaluation normalises an example by the statistics of the batch that it is in.
+    normalises_batches: bool = False
+    #: Whether all queries of a task are then one batch; False: each is in a batch with the support alone.
+    transductive: bool = True
     #: The loss of the queries, (outputs, targets) -> [T], which training minimises and evaluation reports;
     #: None: the loss of the tasks' objective. A method with another loss defines a method of this name.
     loss: PerTask | None = None
@@ -61,6 +64,11 @@ class Algorithm(nn.Module, ABC):
                 f"algorithm={cls.__name__}: needs tasks with classes, which this dataset does not have; "
                 "choose algorithm=maml or reptile"
             )
+
+    @property
+    def uses_query_statistics(self) -> bool:
+        """Whether predictions for one query depend on the other queries of its task (transductive)."""
+        return self.normalises_batches and self.transductive
 
     def own_backbone(self) -> nn.Module | None:
         """The network that `init=RUN` fills with another run's weights; None: there is none."""
@@ -108,6 +116,34 @@ class Algorithm(nn.Module, ABC):
             Logits [T, B, N], or the values of a regression [T, B, V].
         """
 
+    def predictor(self, adapted: Adapted, tasks: Any) -> Callable[[Tensor], Tensor]:
+        """How the queries of tasks are predicted, [T, B, *item] -> [T, B, N].
+
+        This is `predict` of all queries. If it normalises batches and `transductive` is False, each query is
+        predicted in a batch with the support alone, as in Reptile's paper (Nichol et al. 2018, section 6.1).
+
+        Args:
+            adapted: the state that `adapt` returned for these tasks.
+            tasks: an instance of the class `needs`.
+
+        Raises:
+            ConfigError: the tasks have no support examples, which are needed if `transductive` is False.
+        """
+        predict = partial(self.predict, adapted)
+        if self.transductive or not self.normalises_batches:
+            return predict
+        if not isinstance(tasks, Episodes):
+            raise ConfigError(
+                "algorithm.transductive=false: predicts a query beside the support examples, and these "
+                f"tasks ({type(tasks).__name__}) have none; leave it out"
+            )
+
+        def one_by_one(query_x: Tensor) -> Tensor:
+            batches = (torch.cat([tasks.support_x, query], 1) for query in query_x.split(1, dim=1))
+            return torch.cat([predict(batch)[:, -1:] for batch in batches], 1)
+
+        return one_by_one
+
     def meta_loss(self, tasks: Any) -> Outcome:
         """The outcome whose mean loss over tasks is minimised by training.
 
@@ -119,7 +155,7 @@ class Algorithm(nn.Module, ABC):
         Returns:
             The loss, one for each task [T] or a scalar, and the scores of the queries.
         """
-        return tasks.query(partial(self.predict, self.adapt(tasks)), self.loss)
+        return tasks.query(self.predictor(self.adapt(tasks), tasks), self.loss)
 
     def trajectory(self, tasks: Any) -> Iterator[Adapted]:
         """Yield the state before the first inner step and after each step; a single state without steps."""

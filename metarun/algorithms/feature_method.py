@@ -82,7 +82,7 @@ class FeatureMethod(Algorithm):
         return self.backbone.features  # type: ignore[return-value]
 
     @cached_property
-    def uses_query_statistics(self) -> bool:  # type: ignore[override]
+    def normalises_batches(self) -> bool:  # type: ignore[override]
         return uses_batch_statistics(self)
 
     def adapt(self, tasks: Episodes) -> Adapted:
@@ -90,7 +90,7 @@ class FeatureMethod(Algorithm):
         return self.fit(self.embed(tasks.support_x), tasks.support_y, tasks.ways)
 
     def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
-        if self.training or self.uses_query_statistics:
+        if self.training or self.normalises_batches:
             return self.score(adapted, self.embed(query_x))
         # Methods that build graphs or pairs would need gigabytes for hundreds of queries at once.
         parts = query_x.split(QUERIES_AT_ONCE, 1)

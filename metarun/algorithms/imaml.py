@@ -61,7 +61,7 @@ class IMAML(MAML):
         with torch.no_grad():
             end = self.adapt(tasks)
         phi = {name: p.detach().requires_grad_() for name, p in end["params"].items()}
-        outcome = tasks.query(partial(self.predict, end | {"params": phi}), self.loss)
+        outcome = tasks.query(self.predictor(end | {"params": phi}, tasks), self.loss)
         weights = list(phi.values())
         v = torch.autograd.grad(outcome.loss.sum(), weights, materialize_grads=True)
         support = tasks.support_loss(partial(self.learner, phi), self.inner_loop.step_count())

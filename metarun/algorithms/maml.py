@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
@@ -37,8 +36,7 @@ class MAML(Algorithm):
         head: "fixed" or "shared"; see `Learner`.
         adapts: what the inner loop adapts: "all"; "head", which keeps the backbone constant (ANIL, Raghu et
             al. 2020); or "body", which keeps the head constant (BOIL, Oh et al. 2021).
-        transductive: False predicts each query in a batch with the support only, as Reptile's paper also
-            reports.
+        transductive: see `Algorithm`.
 
     Raises:
         ConfigError: if a shared head is not adapted.
@@ -59,9 +57,8 @@ class MAML(Algorithm):
         self.learner = Learner(backbone, outputs, head)
         self.inner_loop = inner_loop
         self.adapts = adapts
-        normalises = uses_batch_statistics(backbone)
-        self.uses_query_statistics = transductive and normalises
-        self.predicts_beside_support = normalises and not transductive
+        self.normalises_batches = uses_batch_statistics(backbone)
+        self.transductive = transductive
         learned = dict(self.learner.named_parameters())
         inner_loop.attach({name: p.detach() for name, p in learned.items() if self.is_fast(name)})
         if head == "shared" and not self.is_fast("head.weight"):
@@ -82,34 +79,18 @@ class MAML(Algorithm):
         self.learner.check(ways, "algorithm.head=shared" if can_share else f"ways={ways}")
 
     def adapt(self, tasks: Tasks) -> dict[str, Any]:
-        """The adapted weights {"params": Params}, and "support_x" [T, S, *item] if `predict` needs it."""
+        """The adapted weights, {"params": Params}."""
         loss, slow, fast = self.inner_problem(tasks)
-        return self.state(tasks, slow | self.inner_loop(loss, fast))
+        return {"params": slow | self.inner_loop(loss, fast)}
 
     def trajectory(self, tasks: Tasks) -> Iterator[dict[str, Any]]:
         loss, slow, fast = self.inner_problem(tasks)
-        yield self.state(tasks, slow | fast)
+        yield {"params": slow | fast}
         for params in self.inner_loop.trajectory(loss, fast):
-            yield self.state(tasks, slow | params)
-
-    def state(self, tasks: Tasks, params: Params) -> dict[str, Any]:
-        """The state for `predict`: the weights, and the support if queries are predicted together with it."""
-        if not self.predicts_beside_support:
-            return {"params": params}
-        if not isinstance(tasks, Episodes):
-            raise ConfigError(
-                "algorithm.transductive=false: predicts a query beside the support examples, and these "
-                f"tasks ({type(tasks).__name__}) have none; leave it out"
-            )
-        return {"params": params, "support_x": tasks.support_x}
+            yield {"params": slow | params}
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
-        params = adapted["params"]
-        if not self.predicts_beside_support:
-            return self.learner(params, query_x)
-        support_x = adapted["support_x"]
-        alone = [torch.cat([support_x, query], 1) for query in query_x.split(1, dim=1)]
-        return torch.cat([self.learner(params, batch)[:, -1:] for batch in alone], 1)
+        return self.learner(adapted["params"], query_x)
 
     def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
         """The support loss of the tasks, the constant weights, and the adapted weights, [T, *shape] each."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -102,7 +101,7 @@ class MAMLPlusPlus(MAML):
             return super().meta_loss(tasks)
         states = self.trajectory(tasks)
         next(states)  # skip the state before the first step
-        outcomes = [tasks.query(partial(self.predict, adapted), self.loss) for adapted in states]
+        outcomes = [tasks.query(self.predictor(adapted, tasks), self.loss) for adapted in states]
         losses = torch.stack([outcome.loss.mean() for outcome in outcomes])
         return replace(outcomes[-1], loss=(self.loss_weights * losses).sum())
 

@@ -68,7 +68,7 @@ class MetaNet(Algorithm):
             )
         refuse_running_averages(backbone)
         self.outputs, self.batching = outputs, AUTO
-        self.uses_query_statistics = uses_batch_statistics(backbone)
+        self.normalises_batches = uses_batch_statistics(backbone)
         features: int = backbone.features  # type: ignore[assignment]
         self.backbone, self.head = backbone, nn.Linear(features, outputs)
         self.representation, self.representation_head = (

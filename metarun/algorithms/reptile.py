@@ -56,9 +56,10 @@ class Reptile(MAML):
 
     def meta_loss(self, tasks: Tasks) -> Outcome:
         """0.5 * ||theta - phi||^2, the mean over tasks; the scores are those of phi on the queries."""
+        whole = tasks.joined() if isinstance(tasks, Episodes) else tasks
         with torch.no_grad():
-            phi = self.adapt(tasks.joined() if isinstance(tasks, Episodes) else tasks)
-            outcome = tasks.query(partial(self.predict, phi))
+            phi = self.adapt(whole)
+            outcome = tasks.query(self.predictor(phi, whole))
         theta = self.learner.task_params(len(tasks), tasks.outputs)
         learned = dict(self.learner.named_parameters())
         first = next(iter(theta.values()))

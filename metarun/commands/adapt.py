@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,7 @@ def run(cfg: DictConfig) -> float:
     task.episode = task.episode.map(lambda tensor: tensor.to(hardware.device)).to(hardware.dtype)
     torch.manual_seed(command.seed)
     with torch.no_grad(), hardware.compute():
-        steps, adapted = follow(model.algorithm, task)
-        outputs = model.algorithm.predict(adapted, task.episode.query_x) if task.has_queries else None
+        steps, adapted, outputs = follow(model.algorithm, task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(model, task, steps, outputs, folder)
     save_adapted(model, task, adapted, folder)
@@ -162,24 +160,28 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     return Task(episode, True, classes, names)
 
 
-def follow(algorithm: Algorithm, task: Task) -> tuple[list[dict[str, Any]], Adapted]:
+def follow(algorithm: Algorithm, task: Task) -> tuple[list[dict[str, Any]], Adapted, Tensor | None]:
     """Adapt step by step.
 
     Returns:
         One row for the state before the first inner step and after each step, with the loss and the scores;
-        and the final state.
+        the final state; and its predictions for the queries, [1, B, N], if there are queries.
     """
     rows: list[dict[str, Any]] = []
-    adapted = None
+    adapted, outputs = None, None
     episode = task.episode
+    scored = task.has_queries and (episode.classes is None or bool((episode.query_y >= 0).any()))
     for step, adapted in enumerate(algorithm.trajectory(episode)):
-        predict = partial(algorithm.predict, adapted)
         row: dict[str, Any] = {"step": step}
-        row |= figures("support", algorithm, episode, predict(episode.support_x), episode.support_y)
-        if task.has_queries:
-            row |= figures("query", algorithm, episode, predict(episode.query_x), episode.query_y)
+        support = algorithm.predict(adapted, episode.support_x)
+        row |= figures("support", algorithm, episode, support, episode.support_y)
+        if scored:
+            outputs = algorithm.predictor(adapted, episode)(episode.query_x)
+            row |= figures("query", algorithm, episode, outputs, episode.query_y)
         rows.append(row)
-    return rows, adapted
+    if task.has_queries and outputs is None:
+        outputs = algorithm.predictor(adapted, episode)(episode.query_x)
+    return rows, adapted, outputs
 
 
 def figures(
@@ -226,6 +228,10 @@ def report(
         saved += classes_of(task, outputs, folder)
         if model.algorithm.uses_query_statistics:
             inform("the queries were predicted in one batch and depend on each other (transductive)")
+        elif model.algorithm.normalises_batches:
+            inform(
+                "each query was predicted by itself; transductive=true normalises all queries as one batch"
+            )
     elif outputs is not None and task.episode.query_x.shape[2:] == (1,):
         draw_regression(model.algorithm, task, folder / "curves.png")
         saved.append("curves.png")
@@ -341,7 +347,7 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     trajectory = list(algorithm.trajectory(episode))
     shown = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
     names = {i: "before adapting" if i == 0 else f"after step {i}" for i in shown}
-    curves = {names[i]: algorithm.predict(trajectory[i], episode.query_x) for i in shown}
+    curves = {names[i]: algorithm.predictor(trajectory[i], episode)(episode.query_x) for i in shown}
     support, query = (episode.support_x, episode.support_y), (episode.query_x, episode.query_y)
     plots.regression_curves(support, query, curves, path)
 

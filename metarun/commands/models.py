@@ -53,7 +53,7 @@ class Model:
 
 
 def load_model(path: Path, command: Command, hardware: Hardware, alone: bool = True) -> Model:
-    """Restore a checkpoint; `steps` and `transductive` of the command replace its settings.
+    """Restore a checkpoint; `steps` and `transductive` of the command have precedence over its settings.
 
     Args:
         path: of the checkpoint file.
@@ -63,8 +63,9 @@ def load_model(path: Path, command: Command, hardware: Hardware, alone: bool = T
     """
     content = checkpoint.load(path)
     settings, name = from_plain(content["config"]), content["choices"]["algorithm"]
-    adjust(settings, command, name, alone)
+    set_steps(settings, command, name, alone)
     algorithm, spec = rebuild(content, settings, hardware, path)
+    set_transductive(algorithm, command.transductive, name, alone)
     return Model(name, path, settings, spec, algorithm, content)
 
 
@@ -85,8 +86,8 @@ def load_models(command: EvalConfig, hardware: Hardware) -> list[Model]:
     return models
 
 
-def adjust(settings: TrainConfig, command: Command, name: str, alone: bool) -> None:
-    """Replace settings of a checkpoint by `steps` and `transductive` of the command.
+def set_steps(settings: TrainConfig, command: Command, name: str, alone: bool) -> None:
+    """Replace the inner steps in the settings of a checkpoint by `steps` of the command.
 
     Args:
         settings: the settings of the checkpoint, changed in place.
@@ -94,19 +95,33 @@ def adjust(settings: TrainConfig, command: Command, name: str, alone: bool) -> N
         name: of the algorithm, for messages.
         alone: see `load_model`.
     """
-    places = {
-        "steps": (settings.inner_loop, "test_steps"),
-        "transductive": (settings.algorithm, "transductive"),
-    }
-    for key, (node, setting) in places.items():
-        if (value := getattr(command, key, None)) is None:
-            continue
-        if node and setting in node:
-            node[setting] = values_of(value)[0]  # cells set the other values of a list
-        elif alone:
-            raise ConfigError(f"{key}={value}: {name} has no such setting; leave it out")
-        else:
-            inform(f"{key}={value}: {name} has no such setting and is evaluated without it")
+    if command.steps is None:
+        return
+    if settings.inner_loop and "test_steps" in settings.inner_loop:
+        # Cells set the other values of a list.
+        settings.inner_loop["test_steps"] = values_of(command.steps)[0]
+    elif alone:
+        raise ConfigError(f"steps={command.steps}: {name} has no such setting; leave it out")
+    else:
+        inform(f"steps={command.steps}: {name} has no such setting and is evaluated without it")
+
+
+def set_transductive(algorithm: Algorithm, transductive: bool | None, name: str, alone: bool) -> None:
+    """Choose whether the queries of a task are predicted in one batch; None: as in training.
+
+    Args:
+        algorithm: a restored algorithm. One that does not normalise batches predicts each query
+            independently in any case.
+        transductive, name: the setting of the command, and the name of the algorithm for messages.
+        alone: see `load_model`.
+    """
+    if transductive is not None:
+        algorithm.transductive = transductive
+    if transductive and not algorithm.normalises_batches:
+        why = f"{name} with this backbone does not normalise by batch statistics"
+        if alone:
+            raise ConfigError(f"transductive=true: {why}; leave it out")
+        inform(f"transductive=true: {why} and predicts each query independently")
 
 
 def values_of(setting: Any) -> list[Any]:

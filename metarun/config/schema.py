@@ -121,6 +121,7 @@ class AdaptConfig:
     split: str = MISSING
     steps: int | None = whole(0, None)
     metrics: list[str] | None = None
+    transductive: bool = False
     seed: int = whole(0)
 
 

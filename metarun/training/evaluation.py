@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -135,7 +134,7 @@ def adapted_outcome(algorithm: Algorithm, tasks: Tasks, dtype: torch.dtype) -> O
     """Adapt to each task's support and predict its queries, with outputs in `dtype`."""
 
     def run(part: Tasks) -> Outcome:
-        predict = partial(algorithm.predict, algorithm.adapt(part))
+        predict = algorithm.predictor(algorithm.adapt(part), part)
         return part.query(lambda x: predict(x).to(dtype), algorithm.loss)
 
     return run_parts(run, tasks)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import LEARNED
+from helpers.runs import LEARNED, UNTESTED
 from PIL import Image
 
 from metarun.datasets.glyphs import Glyphs
@@ -45,6 +45,13 @@ def draw(
             image.save(place / f"{i}.png")
 
 
+def predicted(out: Path) -> dict[str, list[float]]:
+    """The probabilities of every class, by query."""
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {row["query"]: [float(v) for key, v in row.items() if key.startswith("p(")] for row in rows}
+
+
 @pytest.mark.pictures
 @pytest.mark.parametrize("dark", [True, False])
 def test_a_users_drawings_of_either_polarity(metarun, run: Path, tmp_path: Path, dark: bool):
@@ -75,13 +82,19 @@ def test_ink_on_paper_beside_chalk_on_a_board(metarun, run: Path, tmp_path: Path
     assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query accuracy"] >= 0.7
 
 
-def test_a_single_query_and_what_systems_leave_behind(metarun, run: Path, tmp_path: Path):
+def test_a_single_query_and_what_systems_leave_behind(metarun, trained, tmp_path: Path):
+    """A prediction does not depend on the other queries, though the model normalises batches."""
     draw(tmp_path, dark=True)
     (tmp_path / "support/.DS_Store").write_bytes(b"x")
     (tmp_path / "support/gamma/Thumbs.db").write_bytes(b"x")
-    one = next((tmp_path / "query/gamma").iterdir())
-    done = metarun("adapt", f"checkpoint={run}", "support=support", f"query={one}")
+    words = ["adapt", f"checkpoint={trained('algorithm=maml', *UNTESTED)}", "support=support"]
+    done = metarun(*words, "query=query/gamma/7.png", "hydra.run.dir=one")
     assert "1 queries" in done.stdout
+    ((one, alone),) = predicted(tmp_path / "one").items()
+    metarun(*words, "query=query", "hydra.run.dir=all")
+    assert predicted(tmp_path / "all")[one] == pytest.approx(alone, abs=1e-5)
+    metarun(*words, "query=query", "transductive=true", "hydra.run.dir=all")
+    assert predicted(tmp_path / "all")[one] != pytest.approx(alone, abs=1e-5)
 
 
 def test_a_flat_query_folder_is_predicted_but_not_scored(metarun, run: Path, tmp_path: Path):

@@ -223,8 +223,8 @@ def test_queries_see_each_other_only_when_transductive():
         algorithm = maml(transductive=transductive)(backbone, 1)
         assert algorithm.uses_query_statistics is transductive
         adapted = algorithm.adapt(episodes)
-        predictions = algorithm.predict(adapted, episodes.query_x)
-        fewer = algorithm.predict(adapted, episodes.query_x[:, :2])
+        predict = algorithm.predictor(adapted, episodes)
+        predictions, fewer = predict(episodes.query_x), predict(episodes.query_x[:, :2])
         assert torch.allclose(predictions[:, :2], fewer) == (not transductive)
     net = references.network(algorithm.learner.backbone, algorithm.learner.head)
     for t in range(3):
@@ -234,6 +234,20 @@ def test_queries_see_each_other_only_when_transductive():
             batch = torch.cat([episodes.support_x[t], episodes.query_x[t, q : q + 1]])
             expected = functional_call(net, weights, (batch,))[-1]
             torch.testing.assert_close(predictions[t, q], expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_batch_statistics_do_not_make_a_query_depend_on_others_unless_asked(name: str):
+    algorithm = METHODS[name].build(BACKBONES["conv4"](), 1).eval()
+    assert algorithm.uses_query_statistics
+    episodes = episodes_of()
+    with torch.no_grad():
+        adapted = algorithm.adapt(episodes)
+        for transductive in (True, False):
+            algorithm.transductive = transductive
+            predict = algorithm.predictor(adapted, episodes)
+            together, alone = predict(episodes.query_x), predict(episodes.query_x[:, :1])
+            assert torch.allclose(together[:, :1], alone) != transductive
 
 
 def test_test_steps_are_taken_in_evaluation_only():
