@@ -145,7 +145,7 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     trained = model.settings
     ways = command.ways or trained.validation.ways or trained.ways
     shots = command.shots or trained.validation.shots or trained.shots
-    source = TestData(command, hardware).source(model)
+    source = TestData(command, hardware, [model]).source(model)
     queries = command.queries if source.names else max(command.queries, CURVE)
     shape = EpisodeShape(ways, shots, queries)
     source.check(shape)

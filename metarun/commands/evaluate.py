@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> float:
     command: EvalConfig = typed(cfg)
     hardware: Hardware = instantiate(command.hardware, "hardware")
     models = load_models(command, hardware)
-    data = TestData(command, hardware)
+    data = TestData(command, hardware, models)
     cells = [
         cell
         for model in models
@@ -57,7 +57,10 @@ def run(cfg: DictConfig) -> float:
                 cell.model.algorithm, cell.source, tasks, hardware, bar.advance, command.confusion
             )
     if data.datasets > 1:
-        inform("results on different datasets are not compared; set dataset=NAME to use one dataset for all")
+        inform(
+            "results on different datasets are not compared; set dataset=NAME to test all models on the same "
+            "classes, without those that any of them was trained on"
+        )
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(cells, command, folder)
     if command.instances is not None:
@@ -150,6 +153,7 @@ def row_of(cell: Cell, command: EvalConfig) -> dict[str, Any]:
         "checkpoint": str(cell.model.path),
         "dataset": cell.dataset,
         "split": command.split,
+        "classes": len(cell.source.names) or None,
         "cell": cell.task,
         "task": cell.shape_name,
         "ways": cell.shape.ways,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from metarun.algorithms.base import Algorithm
+from metarun.commands.trained_on import compare_with, trained_classes, without_trained
 from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
 from metarun.config.restore import rebuild
@@ -151,10 +152,12 @@ class TestData:
     Args:
         command: the settings of the command: dataset, split and metrics.
         hardware: the device.
+        models: all models. Those on the same dataset get the same classes, without those that any of them
+            was trained on, so that their results can be compared.
     """
 
-    def __init__(self, command: Command, hardware: Hardware) -> None:
-        self.command, self.hardware = command, hardware
+    def __init__(self, command: Command, hardware: Hardware, models: Sequence[Model]) -> None:
+        self.command, self.hardware, self.models = command, hardware, models
         self.sources: dict[tuple[str, tuple[int, ...]], EpisodeSource] = {}
 
     def source(self, model: Model) -> EpisodeSource:
@@ -170,9 +173,21 @@ class TestData:
             inform_resized(dataset_name(model), dataset.spec.item_shape, wanted)
         key = OmegaConf.to_yaml(node), shaped.spec.item_shape
         if key not in self.sources:
-            self.sources[key] = build_source(shaped, self.command.split, self.hardware)
+            source = build_source(shaped, self.command.split, self.hardware)
+            same = [each for each in self.models if dataset_node(self.command, each.settings) == node]
+            if {*(self.command.dataset or {})} <= {"root", "download"}:  # the data of training
+                compare_with([each.content for each in same], self.command.split, source)
+            trained = {each.name: trained_classes(each.content) for each in same}
+            self.sources[key] = without_trained(source, trained, self.kept_by)
         source = fitted(self.sources[key], model.spec)
         return source.reporting(model.objective(self.command.metrics))
+
+    @property
+    def kept_by(self) -> str:
+        """The setting that keeps training classes among the classes to test on; "" if there is none."""
+        if self.command.split == "train":
+            return "split=train"
+        return "trained_classes=keep" if self.command.trained_classes == "keep" else ""
 
     @property
     def datasets(self) -> int:

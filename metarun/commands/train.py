@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.panel import Panel
 from rich.text import Text
 
+from metarun.commands.trained_on import classes_before, load_split
 from metarun.config.build import (
     build_algorithm,
     build_dataset,
     build_optimizer,
-    build_source,
     instantiate,
     load_weights,
     task_spec,
@@ -119,9 +119,9 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     torch.manual_seed(settings.seed)
     dataset = build_dataset(settings.dataset)
     objective = dataset.spec.objective.choosing(settings.metrics)
-    record = {"choices": choices, "overrides": overrides}
-    trainer = build_trainer(settings, dataset, objective, hardware, folder, record)
-    test_source = build_test_source(settings, dataset, objective, hardware)
+    record = {"choices": choices, "overrides": overrides, **classes_before(state, start and start[1])}
+    trainer = build_trainer(settings, dataset, objective, hardware, folder, record, state or {})
+    test_source = build_test_source(settings, dataset, objective, hardware, record, state or {})
     if state is not None:
         trainer.load_state(state)
     else:
@@ -180,6 +180,7 @@ def build_trainer(
     hardware: Hardware,
     folder: Path,
     record: dict[str, Any],
+    resumed: Mapping[str, Any],
 ) -> Trainer:
     """Load the data, build the algorithm and the trainer, and check that they fit.
 
@@ -190,12 +191,14 @@ def build_trainer(
         hardware: the device, the precision and the batching.
         folder: the run folder.
         record: plain values to include in every checkpoint.
+        resumed: the content of the checkpoint that is resumed; empty for a new run.
 
     Raises:
         ConfigError, DataError: if settings or data do not fit.
     """
     train, validation = (
-        build_source(dataset, split, hardware).reporting(objective) for split in ("train", "validation")
+        load_split(dataset, split, hardware, record, resumed).reporting(objective)
+        for split in ("train", "validation")
     )
     if "_target_" in (settings.augment or {}):
         if not isinstance(train, ClassStore):
@@ -239,12 +242,17 @@ def check_validation(source: EpisodeSource, shape: EpisodeShape, settings: Train
 
 
 def build_test_source(
-    settings: TrainConfig, dataset: Dataset, objective: Objective, hardware: Hardware
+    settings: TrainConfig,
+    dataset: Dataset,
+    objective: Objective,
+    hardware: Hardware,
+    record: dict[str, Any],
+    resumed: Mapping[str, Any],
 ) -> EpisodeSource | None:
-    """The test split, or None if test.episodes=0."""
+    """The test split, or None if test.episodes=0; the arguments are those of `build_trainer`."""
     if not settings.test.episodes:
         return None
-    source = build_source(dataset, "test", hardware).reporting(objective)
+    source = load_split(dataset, "test", hardware, record, resumed).reporting(objective)
     source.check(validation_shape(settings))
     return source
 

@@ -76,6 +76,8 @@ def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
 
         if cfg.split not in SPLITS:
             raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
+    if "trained_classes" in cfg and cfg.trained_classes not in ("leave_out", "keep"):
+        raise ConfigError(f"trained_classes={cfg.trained_classes}: must be leave_out or keep")
     if "optimizer" in cfg and not OmegaConf.is_dict(cfg.optimizer):
         raise ConfigError(f"optimizer={cfg.optimizer}: set optimizer._target_ and its settings instead")
     for path in map(str, cfg):

@@ -99,6 +99,7 @@ class EvalConfig:
     queries: int = whole(1)
     episodes: int = whole(2)
     split: str = MISSING
+    trained_classes: str = MISSING
     steps: OneOrMore = whole(0, None)  # noqa: RUF009
     metrics: list[str] | None = None
     confusion: bool = MISSING
@@ -119,6 +120,7 @@ class AdaptConfig:
     shots: int | None = whole(1, None)
     queries: int = whole(1)
     split: str = MISSING
+    trained_classes: str = MISSING
     steps: int | None = whole(0, None)
     metrics: list[str] | None = None
     transductive: bool = False

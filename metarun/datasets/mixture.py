@@ -6,7 +6,7 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -127,6 +127,7 @@ class MixtureStore(ClassStore):
             decode=first.decode,
         )
         self.parts = dict(stores)
+        self.sizes = {part: len(store.items) for part, store in stores.items()}
         self.parts = self.with_items(self.items).parts
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.weights /= self.weights.max()  # the sum of large weights could overflow
@@ -139,11 +140,23 @@ class MixtureStore(ClassStore):
 
     def with_items(self, items: Tensor, host_for: torch.device | None = None) -> ClassStore:
         twin = super().with_items(items, host_for)
-        pieces = items.split([sum(store.counts.tolist()) for store in self.parts.values()])
-        twin.parts = {
-            part: store.with_items(piece, host_for)
-            for (part, store), piece in zip(self.parts.items(), pieces, strict=True)
-        }
+        pieces = dict(zip(self.sizes, items.split(list(self.sizes.values())), strict=True))
+        twin.parts = {part: store.with_items(pieces[part], host_for) for part, store in self.parts.items()}
+        return twin
+
+    def keeping(self, classes: Sequence[int]) -> ClassStore:
+        """Only some classes; datasets of which none is left are never drawn."""
+        twin = super().keeping(classes)
+        assert isinstance(twin, MixtureStore)
+        twin.owners = self.owners[torch.tensor(classes)]
+        twin.parts, twin.weights, first = {}, torch.zeros_like(self.weights), 0
+        for part, store in self.parts.items():
+            own = [i - first for i in classes if first <= i < first + len(store.names)]
+            first += len(store.names)
+            if own:
+                twin.parts[part] = store if len(own) == len(store.names) else store.keeping(own)
+                number = list(self.sizes).index(part)
+                twin.weights[number] = self.weights[number]
         return twin
 
     def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:

@@ -6,9 +6,12 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metarun.errors import DataError
@@ -17,6 +20,9 @@ from metarun.tasks.resize import resized
 from metarun.tasks.source import Draw, EpisodeSource, Fetched
 from metarun.tasks.spec import TaskSpec
 
+MARKS = 8  # hashes kept of each class
+NO_MARK = -(1 << 63)  # in place of a hash, of classes with fewer items
+HASHED = 256  # items hashed at once, which stay in the processor's cache
 PADDING = 0  # the token id that fills a sequence up to the length of the longest
 
 
@@ -92,6 +98,9 @@ class ClassStore(EpisodeSource):
         self.name = name
         self.names = list(names)
         digest = hashlib.sha256(f"{self.names} {list(counts)}".encode())
+        if decode is not pixels or items.dtype != torch.uint8:  # the same bytes may be other items
+            kind = getattr(decode, "__qualname__", type(decode).__qualname__)
+            digest.update(f" {kind} {items.dtype} {tuple(items.shape[1:])} ".encode())
         digest.update(fingerprint.encode() if fingerprint else _bytes_of(items))
         self.fingerprint = digest.hexdigest()
         self.decode = decode
@@ -137,6 +146,37 @@ class ClassStore(EpisodeSource):
         twin.items, twin.host_for = items, host_for
         twin.spec = spec_of(items, self.decode, len(self.names), self.spec)
         twin.counts, twin.starts = self.counts.to(items.device), self.starts.to(items.device)
+        return twin
+
+    @cached_property
+    def marks(self) -> Tensor:
+        """The content of each class, int64 [classes, MARKS] on the CPU: the smallest hashes of its items.
+
+        Classes that have many items in common have some of these in common, whatever the order of the items
+        (Broder, "On the resemblance and containment of documents", 1997). Blank items are not counted.
+        """
+        found = torch.full((len(self.names), MARKS), NO_MARK)
+        hashes = torch.cat([hashes_of(block) for block in self.items.split(HASHED)]).cpu()
+        for row, start, count in zip(found, self.starts.tolist(), self.counts.tolist(), strict=True):
+            own = hashes[start : start + count].unique()  # sorted
+            own = own[own != NO_MARK][:MARKS]
+            row[: len(own)] = own
+        return found
+
+    def keeping(self, classes: Sequence[int]) -> ClassStore:
+        """The same items, of which only those of some classes are drawn.
+
+        Args:
+            classes: the numbers of the classes to keep, at least one, in ascending order.
+        """
+        twin, chosen = copy.copy(self), torch.tensor(classes)
+        twin.names = [self.names[i] for i in classes]
+        twin.name = f"{self.name} without {len(self.names) - len(classes)} training classes"
+        twin.fingerprint = hashlib.sha256(f"{self.fingerprint} {twin.names}".encode()).hexdigest()
+        twin.marks = self.marks[chosen]
+        twin.counts, twin.starts = self.counts[chosen], self.starts[chosen]
+        twin.smallest_class, twin.largest_class = int(twin.counts.min()), int(twin.counts.max())
+        twin.spec = replace(self.spec, classes=len(classes))
         return twin
 
     def resized(self, item_shape: tuple[int, ...]) -> ClassStore:
@@ -203,5 +243,20 @@ def spec_of(
     return spec if like is None else replace(spec, objective=like.objective)
 
 
+def hashes_of(items: Tensor) -> Tensor:
+    """The hash of each item, int64 [items]; NO_MARK for items whose numbers are all equal.
+
+    It is the sum of the item's 32-bit words, each times a fixed random number, modulo 2**64: multilinear
+    hashing (Lemire and Kaser, "Strongly universal string hashing is fast", 2014).
+    """
+    flat = items.reshape(len(items), -1)
+    blank = flat.amin(1) == flat.amax(1)
+    octets = flat.contiguous().view(torch.uint8)
+    words = F.pad(octets, (0, -octets.shape[1] % 4)).view(torch.int32).long()
+    # Not by torch's generator: checkpoints keep hashes, and NumPy promises the same numbers in all versions.
+    factors = torch.from_numpy(np.random.PCG64(0).random_raw(words.shape[1]).view(np.int64))
+    return (words * factors.to(words.device)).sum(1).masked_fill(blank, NO_MARK)
+
+
 def _bytes_of(items: Tensor) -> memoryview:
-    return items.contiguous().numpy(force=True).data
+    return items.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

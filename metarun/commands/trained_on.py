@@ -1,0 +1,125 @@
+"""Leaves out the classes that a model was trained on, where new classes are wanted; notices changed data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metarun.config.build import build_source
+from metarun.datasets.base import Dataset
+from metarun.errors import DataError
+from metarun.reporting.console import inform
+from metarun.tasks.class_store import ClassStore
+from metarun.tasks.source import EpisodeSource
+from metarun.tasks.trained_classes import TrainedClasses
+from metarun.training.hardware import Hardware
+
+Trained = Mapping[str, TrainedClasses | None]  # by the name of a model; None: its checkpoint has no record
+ENTRIES = ("train_classes", "init_classes")  # of a checkpoint: the classes of its own run, and those before
+
+
+def trained_classes(content: Mapping[str, Any]) -> TrainedClasses | None:
+    """All classes that the weights in a checkpoint were trained on; None if it has no record of them."""
+    own, before = (TrainedClasses.from_plain(content.get(entry)) for entry in ENTRIES)
+    return own + before if own and before else own
+
+
+def classes_before(resumed: Mapping[str, Any] | None, init: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The entry of a checkpoint for the classes that weights were trained on before the run.
+
+    Args:
+        resumed: the content of the checkpoint that is resumed, if any.
+        init: the content of the checkpoint that the backbone is taken from, if any.
+    """
+    if resumed is not None:
+        return {"init_classes": resumed.get("init_classes")}
+    classes = trained_classes(init) if init is not None else None
+    if init is not None and classes is None:
+        inform("init: this checkpoint has no record of its training classes, so they cannot be recognised")
+    return {"init_classes": classes and classes.plain()}
+
+
+def load_split(
+    dataset: Dataset, split: str, hardware: Hardware, record: dict[str, Any], resumed: Mapping[str, Any]
+) -> EpisodeSource:
+    """One split of a run. Those to validate and to test on have no classes that were trained on.
+
+    Args:
+        dataset: the dataset.
+        split: "train", which must be loaded first, "validation" or "test".
+        hardware: the device.
+        record: of the run, which gets the entries that identify its data.
+        resumed: the content of the checkpoint that is resumed; empty for a new run.
+
+    Raises:
+        DataError: the run cannot be resumed because its training classes are others now.
+    """
+    source = build_source(dataset, split, hardware)
+    record.setdefault("fingerprints", {})[split] = source.fingerprint
+    if split == "train":
+        require_same_classes(resumed, source)
+        classes = TrainedClasses.of(source)
+        record["train_classes"] = classes and classes.plain()
+    compare_with([resumed], split, source)
+    return source if split == "train" else without_trained(source, {"this run": trained_classes(record)})
+
+
+def without_trained(source: EpisodeSource, trained: Trained, keep: str = "") -> EpisodeSource:
+    """A split without the classes that any of some models was trained on.
+
+    Args:
+        source: the split. Without classes, as for a regression, it is returned as it is.
+        trained: the classes that each model was trained on.
+        keep: the setting that keeps these classes, which are then only counted; "" leaves them out.
+
+    Raises:
+        DataError: no class is left.
+    """
+    if not isinstance(source, ClassStore):
+        return source
+    known: set[int] = set()
+    for model, classes in trained.items():
+        if classes is None:
+            inform(
+                f"{model}: this checkpoint has no record of its training classes, so classes of "
+                f"{source.name} that it was trained on cannot be recognised"
+            )
+            continue
+        found = classes.among(source)
+        known |= set(found.classes)
+        if found.classes:
+            only_name = f" ({len(found.same_name)} of them only by name)" if found.same_name else ""
+            inform(
+                f"{model} was trained on {len(found.classes)} of the {len(source.names)} classes of "
+                f"{source.name}{only_name}, such as {source.names[found.classes[0]]!r}; "
+                + (f"{keep} keeps them, and the results are not for new classes" if keep else "left out")
+            )
+    if not known or keep:
+        return source
+    if len(known) == len(source.names):
+        raise DataError(
+            f"{source.name}: the model was trained on all of its {len(known)} classes; choose another "
+            "dataset or split, or trained_classes=keep to evaluate on them"
+        )
+    return source.keeping([i for i in range(len(source.names)) if i not in known])
+
+
+def compare_with(contents: Sequence[Mapping[str, Any]], split: str, source: EpisodeSource) -> None:
+    """Report if a split is not the one that the runs of checkpoints had."""
+    before = {(content.get("fingerprints") or {}).get(split) for content in contents} - {None}
+    if before - {source.fingerprint}:
+        inform(f"{source.name}: its classes or their images have changed since the model was trained")
+
+
+def require_same_classes(content: Mapping[str, Any], train: EpisodeSource) -> None:
+    """Raise DataError if a run cannot be resumed because its training classes are others now."""
+    before = TrainedClasses.from_plain(content.get("train_classes"))
+    now = TrainedClasses.of(train)
+    if before is None or now is None or before.names == now.names:
+        return
+    added, gone = sorted(set(now.names) - set(before.names)), sorted(set(before.names) - set(now.names))
+    example = f"{added[0]!r} was not there" if added else f"{gone[0]!r} is missing" if gone else "their order"
+    raise DataError(
+        f"{train.name}: the training classes have changed since the run was started "
+        f"({len(before.names)} then, {len(now.names)} now, {example}); restore the data, or start a new run"
+    )
