@@ -28,10 +28,13 @@ class Peak:
     bytes: float  # bytes per second
 
 
+#: Rows of the square matrices that are multiplied, and float32 numbers that are copied, on each device.
+SIZES = {"cuda": (8192, 1 << 29), "cpu": (4096, 1 << 26)}
+
+
 def measured_peak(device: torch.device) -> Peak:
-    """Measure a 4096^3 (GPU: 8192^3) float32 matrix product and a copy of 256 MiB (GPU: 2 GiB)."""
-    on_gpu = device.type == "cuda"
-    n, size = (8192, 1 << 29) if on_gpu else (4096, 1 << 26)
+    """Measure a float32 matrix product and a copy, of the sizes in `SIZES`."""
+    n, size = SIZES[device.type]
     a, b = torch.rand(n, n, device=device), torch.rand(n, n, device=device)
     x, y = torch.rand(size, device=device), torch.empty(size, device=device)
     product = median(seconds(lambda: torch.mm(a, b), device) for _ in range(7))

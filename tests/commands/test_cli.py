@@ -184,13 +184,14 @@ def test_a_failing_command_removes_only_its_own_folders(metarun, tmp_path: Path)
     for name in ("run/.hydra", "empty/inner"):
         (tmp_path / name).mkdir(parents=True)
     before = folders()
+    few = "ways=1 dataset.train_classes=6 dataset.validation_classes=6"
     for words in (
         "train resume=run",
         "train resume=empty/inner",
-        "train ways=1 hydra.run.dir=empty/inner",
-        "train ways=1 hydra.run.dir=empty/inner/new",
-        "train ways=1 hydra.run.dir=new/inner",
-        "train ways=1",
+        f"train {few} hydra.run.dir=empty/inner",
+        f"train {few} hydra.run.dir=empty/inner/new",
+        f"train {few} hydra.run.dir=new/inner",
+        f"train {few}",
         "eval checkpoint=none hydra.run.dir=empty/inner",
     ):
         metarun(*words.split(), status=1)
