@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any, NoReturn
 
 import metarun
 from metarun.cli.overrides import arrange, fail
+from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
+from metarun.errors import first_line
+from metarun.training.interrupts import ending_on_signals, stop_requested
 
 COMMANDS = {
     "train": "metarun.commands.train",
@@ -49,13 +53,22 @@ More to type:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit with status 0 (success), 1 (error), 2 (wrong usage) or 130 (interrupted)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with ending_on_signals(), output_that_never_fails():
+        try:
+            dispatch(list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt:
+            fail("interrupted", status=130)
+    sys.exit(0)
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Run the command that the arguments name; exits with a status above 0 if that is not possible."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP.format(version=metarun.__version__), end="")
-        sys.exit(0 if arguments else 2)
+        return None if arguments else sys.exit(2)
     if arguments[0] == "--version":
         print(f"metarun {metarun.__version__}")
-        sys.exit(0)
+        return
     name, *rest = arguments
     if name in ("-sc", "--shell-completion"):
         name, rest = completed_command(), arguments
@@ -64,13 +77,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
         fail(f"{name!r} is not a command; {hint}", status=2)
     run(name, rest)
-    sys.exit(0)
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Compose the config of a command and run it; user errors are printed as one line."""
     import hydra
 
+    from metarun.cli.sweep import ending_sweep
     from metarun.config.schema import register_frames
 
     register_frames()
@@ -87,13 +100,11 @@ def run(name: str, arguments: list[str]) -> None:
         return run_command(name, cfg, raw, kept)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
-    except KeyboardInterrupt:
-        fail("interrupted", status=130)
-    except BrokenPipeError:  # the reader of the output has ended, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        with ending_sweep():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except Exception as error:
+        if stop_requested():  # code that was interrupted, such as an import, may turn that into its own error
+            raise KeyboardInterrupt from None
         if raw:
             raise
         fail(message_of(error, name), status=1)
@@ -116,23 +127,47 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        return importlib.import_module(COMMANDS[name]).run(cfg)
-    except KeyboardInterrupt:
-        remove_hydra_files(Path(HydraConfig.get().runtime.output_dir), kept)
-        raise
-    except Exception as error:
-        if raw:
+        result = importlib.import_module(COMMANDS[name]).run(cfg)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or stop_requested():
+            remove_hydra_files(folder, kept)
+            raise KeyboardInterrupt from None
+        if sweep:
+            return failed_job(error, name, raw, folder)
+        if raw or not isinstance(error, Exception):
             raise
         message = message_of(error, name)
-        folder = Path(HydraConfig.get().runtime.output_dir)
         remove_hydra_files(folder, kept)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            from metarun.cli.sweep import record_failure
-
-            print(f"metarun: error: {message}", file=sys.stderr)
-            return record_failure(folder, message)
         fail(message, status=1)
+    if sweep:
+        (folder / "failure.json").unlink(missing_ok=True)  # written before the job was started
+    return result
+
+
+def failed_job(error: BaseException, name: str, raw: bool, folder: Path) -> float:
+    """Report an error of one job of a sweep, and record it for the table; the sweep continues.
+
+    Args:
+        error: any error; one that is not the user's is printed with its traceback.
+        name: the command.
+        raw: whether to print the traceback of every error.
+        folder: the folder of the job.
+
+    Returns:
+        NaN, as the result of the job.
+    """
+    from metarun.cli.explain import explain
+    from metarun.cli.sweep import record_failure
+
+    message = explain(error, name, sys.argv[1:])
+    if raw or message is None:
+        traceback.print_exception(error)
+    message = message or f"internal error: {type(error).__name__}: {first_line(error)}"
+    print(f"metarun: error: {message}", file=sys.stderr)
+    return record_failure(folder, message)
 
 
 def message_of(error: Exception, name: str) -> str:

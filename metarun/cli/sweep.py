@@ -2,58 +2,131 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
-from metarun.reporting.console import print_line
+from metarun.reporting.console import inform, print_line, relative
 
 Row = dict[str, Any]
+MARKS = ("multirun.yaml", "sweep.csv")  # files of a sweep: the first is from Hydra
 
 
 class SweepTable(Callback):
-    """Prints a table with one row for each job when a multirun ends, and saves it as sweep.csv."""
+    """Keeps sweep.csv, with one row for each job, and prints it as a table when the sweep ends or is stopped.
+
+    The rows come from files in the folders of the jobs: result.json of a finished job, failure.json of any
+    other. The latter is written before the job starts, so that a job has a row however it ends.
+    """
+
+    running: ClassVar[SweepTable | None] = None  # the sweep of this process, until it has ended
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.began = time.time()
-        folder = Path(config.hydra.sweep.dir)
-        if (folder / "0" / "last.pt").exists():  # the new sweep would overwrite its table
+        self.folder = folder = Path(config.hydra.sweep.dir)
+        if any((folder / mark).exists() for mark in MARKS) and any(folder.rglob("last.pt")):
             message = f"hydra.sweep.dir={folder}: this folder already contains a sweep; choose another one"
             print(f"metarun: error: {message}", file=sys.stderr)
             sys.exit(1)
+        # Files of an earlier sweep. Not by their times: the clock of a file server may be another one.
+        self.before = {path: version_of(path) for path in record_files(folder)}
+        self.jobs = planned_jobs(config)
+        SweepTable.running = self
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        number, jobs = config.hydra.job.num, self.jobs
+        words = list(config.hydra.overrides.task)
+        if jobs:
+            words = [word for word in jobs[number] if not all(word in job for job in jobs)]
+        inform(f"job {number + 1}{f' of {len(jobs)}' if jobs else ''}: {' '.join(words)}".rstrip(": "))
+        folder = Path(config.hydra.runtime.output_dir)
+        again = f"; metarun train resume={relative(folder)} continues it"
+        record_failure(folder, "not finished" + (again if config.hydra.job.name == "train" else ""))
+        self.write()
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            self.write()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if any("error" in result for result in self.end().values()):
+            sys.exit(1)
+
+    def end(self) -> dict[str, Row]:
+        """Write and print the table, and return the results by job."""
         from metarun.reporting.console import console
+
+        SweepTable.running = None
+        results = self.results()
+        if results:
+            console.print(table_of(results, str(self.folder), len(self.jobs)))
+            if self.write():
+                print_line(f"saved {self.folder / 'sweep.csv'}")
+        return results
+
+    def results(self) -> dict[str, Row]:
+        """The content of the files of this sweep's jobs, by the folder of the job."""
+        found = [path for path in record_files(self.folder) if version_of(path) != self.before.get(path)]
+        jobs = {str(path.parent.relative_to(self.folder)): path for path in found}
+        return {job: json.loads(jobs[job].read_text()) for job in sorted(jobs, key=job_number)}
+
+    def write(self) -> bool:
+        """Write sweep.csv, and return whether that was possible; a full disk must not end the sweep."""
         from metarun.storage.files import write_csv
 
-        folder = Path(config.hydra.sweep.dir)
-        found = [*folder.glob("*/result.json"), *folder.glob("*/failure.json")]
-        # The folder may contain files of an earlier sweep, which are older.
-        new = [path for path in found if path.stat().st_mtime >= self.began - 1]
-        paths = sorted(new, key=job_number)
-        results = {path.parent.name: json.loads(path.read_text()) for path in paths}
-        if not results:
-            return
-        write_csv(folder / "sweep.csv", [row_of(job, result) for job, result in results.items()])
-        console.print(table_of(results, str(folder)))
-        print_line(f"saved {folder / 'sweep.csv'}")
-        if any("error" in result for result in results.values()):
-            sys.exit(1)
+        path = self.folder / "sweep.csv"
+        try:
+            write_csv(path, [row_of(job, result) for job, result in self.results().items()])
+        except OSError as error:
+            inform(f"{path}: cannot be written ({error.strerror})")
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def ending_sweep() -> Iterator[None]:
+    """A context that prints the table of a sweep also if the sweep is stopped."""
+    SweepTable.running = None
+    try:
+        yield
+    finally:
+        if SweepTable.running is not None:
+            SweepTable.running.end()
+
+
+def planned_jobs(config: DictConfig) -> list[list[str]]:
+    """The overrides of each job; empty for a sweeper that chooses its jobs while it runs."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    sweeper = config.hydra.sweeper
+    if not sweeper._target_.endswith(".BasicSweeper"):
+        return []
+    words = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    overrides = parser.parse_overrides([*words, *config.hydra.overrides.task])
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    return jobs
 
 
 def record_failure(folder: Path, message: str) -> float:
-    """Write failure.json for a failed job, so that the sweep continues and its table shows the error.
+    """Write failure.json for a job, so that the sweep continues and its table shows the error.
 
-    Other files in the folder of the job are not changed.
+    Other files in the folder of the job are not changed. A full disk leaves the file as it was.
 
     Returns:
         NaN, as the result of the job.
@@ -61,14 +134,25 @@ def record_failure(folder: Path, message: str) -> float:
     from metarun.storage.files import write_json
 
     overrides = list(HydraConfig.get().overrides.task)
-    write_json(folder / "failure.json", {"overrides": overrides, "error": message})
+    with contextlib.suppress(OSError):
+        write_json(folder / "failure.json", {"overrides": overrides, "error": message})
     return math.nan
 
 
-def job_number(path: Path) -> tuple[int, str]:
-    """The sort key of a job's file: the number of the job; folders with other names come last."""
-    name = path.parent.name
-    return (int(name), "") if name.isdigit() else (1 << 30, name)
+def record_files(folder: Path) -> list[Path]:
+    """The files with the results of jobs; if a job has both, failure.json, the last one, counts."""
+    return [*folder.rglob("result.json"), *folder.rglob("failure.json")]
+
+
+def version_of(path: Path) -> tuple[int, ...]:
+    """Changes whenever the file is replaced."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def job_number(job: str) -> tuple[int, str]:
+    """The sort key of a job: its number; folders with other names come last."""
+    return (int(job), "") if job.isdigit() else (1 << 30, job)
 
 
 def typed(result: Row) -> dict[str, str]:
@@ -90,12 +174,13 @@ def row_of(job: str, result: Row) -> Row:
     return row | {"best iteration": best, "seconds": result["seconds"], "checkpoint": result["checkpoint"]}
 
 
-def table_of(results: dict[str, Row], folder: str) -> Table:
+def table_of(results: dict[str, Row], folder: str, jobs: int) -> Table:
     """The table on the screen: the settings that differ between the jobs, and the scores."""
     settings = {job: typed(result) for job, result in results.items()}
     keys = list(dict.fromkeys(key for own in settings.values() for key in own))
     swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]
-    table = Table(title=f"{len(results)} jobs in {folder}")
+    count = f"{len(results)} of {jobs}" if len(results) < jobs else f"{len(results)}"
+    table = Table(title=f"{count} jobs in {folder}")
     for heading in ("job", *swept, "validation", "test", "seconds"):
         table.add_column(heading, overflow="fold")
     for job, result in results.items():

@@ -140,8 +140,11 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
     except KeyboardInterrupt:
-        inform(f"stopped and saved at iteration {trainer.saved_at}; continue with")
-        inform(f"  metarun train {shlex.quote(f'resume={relative(folder)}')}")
+        if trainer.saved_at is None:
+            inform("stopped before the first checkpoint; nothing was saved")
+        else:
+            inform(f"stopped and saved at iteration {trainer.saved_at}; continue with")
+            inform(f"  metarun train {shlex.quote(f'resume={relative(folder)}')}")
         raise
     finally:
         tracker.close()

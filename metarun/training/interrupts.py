@@ -1,39 +1,118 @@
-"""Deferred handling of Ctrl-C and SIGTERM, so that a step always completes."""
+"""Signals that ask a command to stop: Ctrl-C, a closed terminal, the warning of a batch system.
+
+Outside of training they raise KeyboardInterrupt (`ending_on_signals`). Training holds them until it has
+saved (`hold_interrupts`), and nothing interrupts the writing of a checkpoint (`uninterrupted`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+
+# A closed terminal sends SIGHUP. Batch systems announce the end of a job by SIGTERM, SIGUSR1, SIGUSR2 or
+# SIGXCPU. Windows has only some of these, and SIGBREAK.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# Signals within so many seconds are one request: terminals, shells and batch systems send several at once.
+ONE_REQUEST = 1.0
+
+_last_request: list[float] = []  # the time of the last request in this process, if there was one
+
+
+def stop_requested() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return bool(_last_request)
+
+
+@contextlib.contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """A context for a whole command, in which a signal raises KeyboardInterrupt.
+
+    Further signals of the same request are ignored, so that they do not interrupt the cleaning up.
+    """
+
+    def handler(number: int, frame: object) -> None:
+        if _is_new_request():
+            raise KeyboardInterrupt
+
+    _last_request.clear()
+    try:
+        with _handling(handler):
+            yield
+    finally:
+        if stop_requested():  # the process is about to end; Python would answer Ctrl-C by a traceback
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def hold_interrupts() -> Iterator[list[int]]:
-    """A context that defers SIGINT and SIGTERM.
+    """A context that holds signals.
 
     Yields:
-        A list, empty until a signal arrives; then it contains the number of the signal. A second signal
-        raises KeyboardInterrupt immediately.
+        A list, empty until a signal arrives; then it contains the number of the signal. Ctrl-C pressed
+        again, but no other signal, raises KeyboardInterrupt immediately.
     """
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
-        yield caught
-        return
 
     def handler(number: int, frame: object) -> None:
-        if caught:
+        new = _is_new_request()
+        if not caught:
+            caught.append(number)
+            _say(b"\nstopping and saving (press Ctrl-C again to stop immediately)\n")
+        elif new and number == signal.SIGINT:
             raise KeyboardInterrupt
-        caught.append(number)
-        # Saving must not fail because standard error is a closed pipe.
-        with contextlib.suppress(OSError):
-            # Not by rich, which is not reentrant: the signal may arrive while it draws.
-            os.write(2, b"\nstopping and saving (press Ctrl-C again to stop immediately)\n")
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handling(handler):
         yield caught
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A context at whose end signals that arrived in it are delivered."""
+    caught: list[int] = []
+    with _handling(lambda number, frame: caught.append(number)):
+        yield
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """A context with a handler for all signals, except those that the caller ignores, as nohup does."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        yield
+        return
+    # Shells ignore SIGINT in background jobs of scripts, but who sends it to a run wants it to stop.
+    kept = (signal.SIG_IGN, None)  # None: a handler that was not installed from Python
+    numbers = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) not in kept]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+def _is_new_request() -> bool:
+    """Whether a signal that arrives now is a request of its own; if it is, its time is noted."""
+    now = time.monotonic()
+    if _last_request and now - _last_request[0] < ONE_REQUEST:
+        return False
+    _last_request[:] = [now]
+    return True
+
+
+def _say(message: bytes) -> None:
+    """Write to standard error from a signal handler; nothing happens if it is closed or full.
+
+    Not by rich or print, which are not reentrant: the signal may arrive while they write.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if os.name != "posix" or select.select([], [2], [], 0)[1]:
+            os.write(2, message)

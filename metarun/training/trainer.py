@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, evaluate
 from metarun.training.hardware import Hardware
-from metarun.training.interrupts import hold_interrupts
+from metarun.training.interrupts import hold_interrupts, uninterrupted
 from metarun.training.step import Clip, OuterStep
 
 
@@ -67,6 +68,10 @@ class Best:
     score: float
     interval: float
     metric: str
+
+
+class Stopped(Exception):
+    """A validation was stopped by a signal."""
 
 
 class Trainer:
@@ -115,7 +120,8 @@ class Trainer:
         )
         self.tasks = 0  # the number of tasks in the running totals
         self.iteration = 0
-        self.saved_at = 0  # the iteration of last.pt
+        self.saved_at: int | None = None  # the iteration of last.pt, if there is one
+        self.validation_due = False  # whether this iteration is still to be validated
         self.seconds = 0.0  # the time spent in training, over all sessions
         self.best: Best | None = None
 
@@ -137,6 +143,7 @@ class Trainer:
                 "cuda_random": torch.cuda.get_rng_state(self.hardware.device) if cuda else None,
                 "running_totals": self.outer_step.running_totals,
                 "tasks": self.tasks,
+                "validation_due": self.validation_due,
             }
         )
 
@@ -154,6 +161,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_random"], self.hardware.device)
         self.outer_step.running_totals.copy_(state["running_totals"])
         self.tasks = state["tasks"]
+        self.validation_due = state.get("validation_due", False)  # older checkpoints have no such entry
 
     # the loop
 
@@ -164,29 +172,43 @@ class Trainer:
             tracker: receives the rows of training and validation.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C or SIGTERM, once last.pt is saved.
+            KeyboardInterrupt: after Ctrl-C or another signal to stop, once last.pt is saved; after Ctrl-C
+                pressed again, immediately.
             TrainingError: if a loss or a weight is not finite, or a single task does not fit in memory.
         """
-        settings = self.settings
         self.algorithm.train()
         began = time.perf_counter() - self.seconds
-        bar = Bar("train", settings.iterations, start=self.iteration)
-        with bar, hold_interrupts() as interrupts, self.hardware.compute():
-            self.outer_step.prepare(self.iteration, bar.line)
-            while self.iteration < settings.iterations and not interrupts:
-                self.step()
-                self.seconds = time.perf_counter() - began
-                if self.due(settings.log_every):
-                    self.log_running_totals(tracker)
-                if self.due(settings.validation_every):
-                    self.validate(tracker, bar)
-                if self.due(settings.checkpoint_every):
-                    self.save("last.pt", tracker)
-                new = self.due(settings.log_every) or self.due(settings.validation_every)
-                bar.advance(1, live_line(tracker.rows, self.metrics[0]) if new else None)
-        if interrupts and self.iteration < settings.iterations:
+        bar = Bar("train", self.settings.iterations, start=self.iteration - self.validation_due)
+        with hold_interrupts() as interrupts:
+            with suppress(Stopped), bar, self.hardware.compute():
+                self.outer_step.prepare(self.iteration, bar.line)
+                while not interrupts and (self.validation_due or self.iteration < self.settings.iterations):
+                    self.iterate(tracker, bar, began, interrupts)
+            if interrupts:
+                self.save("last.pt", tracker)
+                raise KeyboardInterrupt
+
+    def iterate(self, tracker: Tracker, bar: Bar, began: float, interrupts: Sequence[int]) -> None:
+        """Run one iteration, or the part of it that is left to do.
+
+        Args:
+            tracker: receives the rows of training and validation.
+            bar: shows the progress.
+            began: when training began, as if it had never stopped, in seconds.
+            interrupts: signals to stop, if there were any; a validation stops then.
+        """
+        if not self.validation_due:
+            self.step()
+            self.seconds = time.perf_counter() - began
+            if self.due(self.settings.log_every):
+                self.log_running_totals(tracker)
+            self.validation_due = self.due(self.settings.validation_every)
+        new = self.validation_due or self.due(self.settings.log_every)
+        if self.validation_due:
+            self.validate(tracker, bar, interrupts)
+        if self.due(self.settings.checkpoint_every):
             self.save("last.pt", tracker)
-            raise KeyboardInterrupt
+        bar.advance(1, live_line(tracker.rows, self.metrics[0]) if new else None)
 
     def due(self, every: int) -> bool:
         """Whether an action with this interval is due after the current iteration; always after the last."""
@@ -217,9 +239,23 @@ class Trainer:
         }
         tracker.log(row)
 
-    def validate(self, tracker: Tracker, bar: Bar) -> None:
-        """Evaluate on the fixed validation tasks, and save best.pt if the main metric improved."""
-        result = evaluate(self.algorithm, self.validation_source, self.settings.validation, self.hardware)
+    def validate(self, tracker: Tracker, bar: Bar, interrupts: Sequence[int]) -> None:
+        """Evaluate on the fixed validation tasks, and save best.pt if the main metric improved.
+
+        Raises:
+            Stopped: if there is a signal to stop; the validation is then still due.
+            TrainingError: if the loss is not finite.
+        """
+
+        def stop_on_interrupt(count: int) -> None:
+            if interrupts:
+                raise Stopped
+
+        validation = self.settings.validation
+        result = evaluate(
+            self.algorithm, self.validation_source, validation, self.hardware, stop_on_interrupt
+        )
+        self.validation_due = False
         if not math.isfinite(result.loss):
             raise TrainingError(self.not_finite("the validation loss"))
         main = result.metric
@@ -242,10 +278,11 @@ class Trainer:
         """Write a checkpoint. Raises TrainingError instead if a weight is not finite."""
         if not all(p.isfinite().all() for p in self.algorithm.parameters()):
             raise TrainingError(self.not_finite("a weight"))
-        tracker.sync()
-        checkpoint.save(self.folder / name, self.state())
-        if name == "last.pt":
-            self.saved_at = self.iteration
+        with uninterrupted():
+            tracker.sync()
+            checkpoint.save(self.folder / name, self.state())
+            if name == "last.pt":
+                self.saved_at = self.iteration
 
     def not_finite(self, what: str) -> str:
         """The error message for a quantity that is not finite."""

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,17 +30,6 @@ def rows_of(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl without the times, which no two runs share."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def same(a: object, b: object) -> bool:
-    """Whether nested containers are equal bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("algorithm", some_quick(ALGORITHMS, "maml", "protonet"))
@@ -105,66 +89,6 @@ def test_the_same_seed_gives_the_same_run(metarun, trained, tmp_path: Path):
     metarun("train", "algorithm=maml", *UNTESTED, "hydra.run.dir=other", "seed=1")
     first = rows_of(trained("algorithm=maml", *UNTESTED))
     assert first == rows_of(tmp_path / "again") != rows_of(tmp_path / "other")
-
-
-@pytest.mark.parametrize("algorithm", ["reptile", "maml_plus_plus"])  # a random order, an annealed loss
-def test_killed_three_times_it_ends_bit_identical(metarun, tmp_path: Path, algorithm: str):
-    """kill -9 at any moment; weights, optimizer, random state and metrics as if never stopped."""
-    words = [f"algorithm={algorithm}", *TINY, "iterations=60", "validation.every=10", "log.every=4"]
-    metarun("train", *words, "hydra.run.dir=whole")
-    command = [sys.executable, "-m", "metarun", "train"]
-    start = [*words, "hydra.run.dir=killed"]
-    killed = 0
-    for fraction in (0.15, 0.4, 0.7):
-        resume = (tmp_path / "killed/last.pt").exists()
-        process = subprocess.Popen(
-            [*command, *(["resume=killed"] if resume else start)],
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_for_rows(tmp_path / "killed/metrics.jsonl", int(fraction * 60), process)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert killed == 3
-    metarun("train", "resume=killed")
-    for file in ("last.pt", "best.pt"):
-        states = [torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "killed")]
-        for state in states:
-            del state["seconds"], state["overrides"]
-        assert file == "best.pt" or states[0]["iteration"] == 60
-        assert same(*states)
-    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "killed")
-
-
-def wait_for_rows(path: Path, iteration: int, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until the metrics have reached an iteration."""
-    for _ in range(int(seconds / 0.01)):
-        found = re.findall(r'"iteration": (\d+)', path.read_text()) if path.exists() else []
-        if any(int(number) >= iteration for number in found) or process.poll() is not None:
-            return
-        time.sleep(0.01)
-    raise TimeoutError(f"{path} did not reach iteration {iteration}")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_says_how_to_go_on(metarun, tmp_path: Path, number: int):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "metarun", "train", *TINY, "iterations=100000", "hydra.run.dir=run"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    wait_for_rows(tmp_path / "run/metrics.jsonl", 6, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "metarun train resume=run" in errors
-    assert "Traceback" not in errors
-    stopped = torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"]
-    metarun("train", "resume=run", f"iterations={stopped + 4}")
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] == stopped + 4
 
 
 def test_a_sweep_ends_with_one_table_and_is_not_overwritten_by_another(metarun, tmp_path: Path):

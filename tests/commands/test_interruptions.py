@@ -1,0 +1,273 @@
+"""Runs that are stopped lose nothing: by any signal, at any moment, whether or not they can print."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import TINY, UNTESTED
+
+from metarun.cli.streams import Output
+from metarun.commands import train
+from metarun.training import interrupts, trainer
+from metarun.training.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """The handlers that were there before: an interrupted command leaves the default ones."""
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    yield
+    interrupts._last_request.clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl without the times, which no two runs share."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def same(a: object, b: object) -> bool:
+    """Whether nested containers are equal bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(whole: Path, stopped: Path) -> None:
+    """Weights, optimizer, scheduler, random state and metrics are equal bit by bit."""
+    for file in ("last.pt", "best.pt"):
+        states = [torch.load(folder / file, weights_only=True) for folder in (whole, stopped)]
+        for state in states:
+            del state["seconds"], state["overrides"]
+        assert same(*states), file
+    assert rows_of(whole) == rows_of(stopped)
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: object, name: str, count: int, action: Callable) -> None:
+    """Call `action` before the call number `count` of a function."""
+    calls, original = iter(range(1, 10**6)), getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == count:
+            action()
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, wrapped)
+
+
+class Died(BaseException):
+    """Stands for kill -9: no handler, no checkpoint."""
+
+
+def die() -> None:
+    raise Died
+
+
+# What stops a run: the call of a function before which it happens, the signal, or None for a death, and the
+# iteration at which the run goes on. The tests are of different runs.
+STOPS = {
+    "reptile": [  # shuffles batches
+        (trainer.OuterStep, "prepare", 1, signal.SIGHUP, 0),
+        (Trainer, "step", 5, None, 4),
+        (trainer, "evaluate", 1, signal.SIGTERM, 5),  # this validation is still to be done
+        (train, "evaluate", 1, signal.SIGUSR2, 14),  # in the test
+    ],
+    "maml_plus_plus": [  # anneals its loss, and has a scheduler
+        (Trainer, "log_running_totals", 1, signal.SIGUSR1, 3),
+        (trainer.checkpoint, "save", 1, signal.SIGXCPU, 4),
+        (trainer, "evaluate", 3, signal.SIGINT, 14),  # the last validation
+    ],
+}
+
+
+@pytest.mark.parametrize("algorithm", STOPS)
+def test_stopped_at_every_stage_it_ends_bit_identical(metarun, tmp_path: Path, algorithm: str):
+    words = [f"algorithm={algorithm}", *TINY, "iterations=14", "validation.every=5", "checkpoint.every=2"]
+    metarun("train", *words, "hydra.run.dir=whole")
+    start = [*words, "hydra.run.dir=stopped"]
+    for owner, name, count, number, iteration in STOPS[algorithm]:
+        interrupts._last_request.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            at_call(
+                patch, owner, name, count, die if number is None else partial(signal.raise_signal, number)
+            )
+            if number is None:
+                with pytest.raises(Died):
+                    metarun("train", *start)
+            else:
+                errors = metarun("train", *start, status=130).stderr
+                assert f"stopped and saved at iteration {iteration}; continue with" in errors
+                assert "metarun train resume=stopped\n" in errors
+        assert torch.load(tmp_path / "stopped/last.pt", weights_only=True)["iteration"] == iteration
+        start = ["resume=stopped"]
+    metarun("train", *start)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def started(tmp_path: Path, *words: str, **streams) -> subprocess.Popen:
+    """A run in a process of its own that has written a few rows."""
+    command = [sys.executable, "-m", "metarun", "train", *UNTESTED, "hydra.run.dir=run", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, **streams)
+    path = tmp_path / "run/metrics.jsonl"
+    for _ in range(6000):
+        if process.poll() is not None or (path.exists() and len(path.read_text().splitlines()) > 4):
+            return process
+        time.sleep(0.01)
+    raise TimeoutError(f"{path} has too few rows")
+
+
+def finished_like_a_whole_run(metarun, tmp_path: Path) -> None:
+    """Resume the run and compare it with one that was never stopped."""
+    iterations = torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] + 3
+    metarun("train", "resume=run", f"iterations={iterations}")
+    metarun("train", *UNTESTED, f"iterations={iterations}", "hydra.run.dir=whole")
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "run")]
+    assert same(*(state["algorithm"] for state in states))
+
+
+def test_killed_it_goes_on_from_its_last_checkpoint(metarun, tmp_path: Path):
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = started(tmp_path, "iterations=100000", **nowhere)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished_like_a_whole_run(metarun, tmp_path)
+
+
+def test_ctrl_c_saves_also_when_the_reader_of_the_pipe_has_gone(metarun, tmp_path: Path):
+    """`metarun train 2>&1 | tee log`: Ctrl-C ends tee first."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = started(tmp_path, "iterations=100000", "checkpoint.every=100000", **streams)
+    process.stdout.close()
+    time.sleep(0.1)  # lines are written into the broken pipe
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    finished_like_a_whole_run(metarun, tmp_path)
+
+
+def test_ctrl_c_again_stops_at_once_but_not_a_save(monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: clock[0])
+    with interrupts.hold_interrupts() as caught:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # from the shell and from the terminal
+        clock[0] = 5.0
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGHUP]
+        clock[0] = 10.0
+        with pytest.raises(KeyboardInterrupt), interrupts.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            clock[0] = 20.0  # reached
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with interrupts.hold_interrupts() as caught:
+        signal.raise_signal(signal.SIGHUP)
+    assert not caught
+
+
+def test_output_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatch):
+    """Closed, without a reader, on a full disk; in a full pipe, only once the run must stop."""
+    reader, writer = os.pipe()
+    full = Output(writer)
+    while interrupts.select.select([], [writer], [], 0)[1]:
+        assert full.write(b"x" * 4096) > 0
+    assert full.error is None
+    monkeypatch.setattr(interrupts, "_last_request", [0.0])
+    assert full.write(b"message") == len(b"message")
+    assert isinstance(full.error, BlockingIOError)
+    os.close(reader)
+    gone = Output(writer)
+    assert (gone.write(b"ab"), type(gone.error)) == (2, BrokenPipeError)
+    os.close(writer)
+    closed = Output(writer)
+    assert (closed.write(b"ab"), type(closed.error)) == (2, OSError)
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as file:
+            disk = Output(file.fileno())
+            assert (disk.write(b"ab"), disk.write(b"c")) == (2, 1)
+        assert "No space" in str(disk.error)
+
+
+@pytest.mark.parametrize("redirected, status", [(">&- 2>&- <&-", 0), (">/dev/full 2>&1", 1), ("| true", 1)])
+def test_streams_that_are_closed_full_or_gone(tmp_path: Path, redirected: str, status: int):
+    command = f"{{ {sys.executable} -m metarun --version; echo $? >status; }} {redirected}"
+    subprocess.run(["sh", "-c", f"sleep 0.05; {command}"], cwd=tmp_path, check=False)
+    assert (tmp_path / "status").read_text() in (f"{status}\n", "0\n" if "|" in redirected else "")
+
+
+# sweeps
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
+
+
+def test_a_stopped_sweep_lists_what_was_done(metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["train", "-m", "seed=0,1,2", *UNTESTED, "iterations=2", "hydra.sweep.dir=sweep"]
+    at_call(monkeypatch, Trainer, "step", 3, lambda: signal.raise_signal(signal.SIGTERM))
+    done = metarun(*words, status=130)
+    assert "job 2 of 3: seed=1\n" in done.stderr and "job 3" not in done.stderr
+    assert "2 of 3 jobs in sweep" in done.stdout
+    finished, stopped = table(tmp_path / "sweep")
+    assert (finished["seed"], finished["error"], stopped["seed"]) == ("0", "", "1")
+    assert "metarun train resume=sweep/1 continues it" in stopped["error"]
+    metarun("train", "resume=sweep/1")
+    assert not (tmp_path / "sweep/1/failure.json").exists()
+
+
+def test_a_job_that_fails_in_any_way_is_a_row(metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of an error of torch and of an exit; while a job runs, its row is there too, in case it is killed."""
+    meanwhile: list[dict[str, str]] = []
+
+    def act(seed: int) -> None:
+        if seed == 2:
+            meanwhile.extend(table(tmp_path / "sweep"))
+        else:
+            raise [RuntimeError("a fault inside\nof torch"), SystemExit(3)][seed]
+
+    for seed in range(3):
+        at_call(monkeypatch, Trainer, "step", 1 + seed, partial(act, seed))
+    words = [*UNTESTED, "iterations=1", "hydra.sweep.dir=sweep"]
+    assert "Traceback" in metarun("train", "-m", "seed=0,1,2", *words, status=1).stderr
+    errors = [row["error"] for row in table(tmp_path / "sweep")]
+    assert errors == ["internal error: RuntimeError: a fault inside", "internal error: SystemExit: 3", ""]
+    assert meanwhile[2]["error"] == "not finished; metarun train resume=sweep/2 continues it"
+
+
+def test_the_clock_of_the_file_server_does_not_matter(
+    metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nor the depth of the jobs' folders; files of an earlier sweep are no rows."""
+    old = tmp_path / "sweep/7"
+    old.mkdir(parents=True)
+    (old / "failure.json").write_text('{"overrides": [], "error": "old"}')
+    replace = os.replace
+
+    def late(source: Path, target: Path) -> None:
+        replace(source, target)
+        os.utime(target, (1e9, 1e9))
+
+    monkeypatch.setattr(os, "replace", late)
+    words = ["train", "-m", "seed=0,1", *UNTESTED, "iterations=2", "hydra.sweep.dir=sweep"]
+    metarun(*words, "hydra.sweep.subdir='${hydra:job.num}/run'")
+    assert [row["job"] for row in table(tmp_path / "sweep")] == ["0/run", "1/run"]
