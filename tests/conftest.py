@@ -73,14 +73,14 @@ def exit_status(words: list[str], draws: bool) -> int:
         patch.setattr(sys, "argv", ["metarun"])
         patch.delenv("HYDRA_FULL_ERROR", raising=False)
         if not draws:
-            patch.setattr("metarun.reporting.plots.save", close_undrawn)
+            patch.setattr("metarun.reporting.drawing.save", close_undrawn)
         main(words)
     GlobalHydra.instance().clear()
     return int(stopped.value.code or 0)
 
 
 def close_undrawn(figure: object, path: Path) -> None:
-    """Stands for `plots.save`: the figure is complete, only its rendering is left out."""
+    """Stands for `drawing.save`: the figure is complete, only its rendering is left out."""
     import matplotlib.pyplot as plt
 
     assert path.parent.is_dir()

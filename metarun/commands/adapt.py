@@ -22,7 +22,7 @@ from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.datasets import images
 from metarun.errors import ConfigError
-from metarun.reporting import plots
+from metarun.reporting import pictures, plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import console, inform, relative
 from metarun.storage.files import write_csv, write_json
@@ -244,7 +244,7 @@ def classes_of(task: Task, outputs: Tensor, folder: Path) -> list[str]:
     if not known.any():
         return []
     counts = confusion(outputs[:, known], task.episode.query_y[:, known])[0].long().cpu()
-    return report_classes(counts, task.classes, "queries by class", folder)
+    return report_classes({"queries by class": (counts, task.classes)}, folder)
 
 
 def step_tables(
@@ -325,19 +325,13 @@ def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None
         return
     titles = [title_of(row) for row in rows]
     right = [row["prediction"] == row["class"] if row["class"] else None for row in rows]
-    plots.predictions(task.episode.query_x[0].float(), titles, right, path)
+    pictures.predictions(task.episode.query_x[0].float(), titles, right, path)
 
 
-def title_of(row: dict[str, Any]) -> str:
-    """The prediction of a query and its probability, and the true class if the prediction is wrong."""
+def title_of(row: dict[str, Any]) -> list[str]:
+    """The prediction of a query, the true class if it is another one, and the probability, a line each."""
     wrong = row["class"] and row["prediction"] != row["class"]
-    truth = f" (is {shorten(row['class'])})" if wrong else ""
-    return f"{shorten(row['prediction'])}{truth}\n{row['probability']:.2f}"
-
-
-def shorten(name: str, most: int = 14) -> str:
-    """Cut a long name to its end: similar names mostly differ there."""
-    return name if len(name) <= most else "…" + name[-most + 1 :]
+    return [row["prediction"], *([f"(is {row['class']})"] if wrong else []), f"{row['probability']:.2f}"]
 
 
 @torch.no_grad()

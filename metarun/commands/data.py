@@ -17,7 +17,7 @@ from metarun.config.check import check
 from metarun.config.comments import DATASET_FACTS, description, facts
 from metarun.config.schema import DataConfig, typed
 from metarun.errors import ConfigError, DataError
-from metarun.reporting import plots
+from metarun.reporting import pictures
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.storage import cache
 from metarun.storage.files import cache_dir
@@ -171,12 +171,12 @@ def draw(source: ClassStore, shape: EpisodeShape, seed: int, title: str) -> None
         source.names[i]: source.items[source.starts[i] : source.starts[i] + min(int(source.counts[i]), 10)]
         for i in chosen
     }
-    plots.contact_sheet(rows, title, folder / "contact.png")
+    pictures.contact_sheet(rows, title, folder / "contact.png")
     episode = sample(source, 1, shape, generator)
     assert isinstance(episode, Episodes) and episode.classes is not None
     names = [source.names[i] for i in episode.classes[0].tolist()]
     support = episode.support_x[0].unflatten(0, (shape.ways, shape.shots))
     query = episode.query_x[0].unflatten(0, (shape.ways, shape.queries))
-    pictures = {name: torch.cat([support[i], query[i]]) for i, name in enumerate(names)}
-    plots.contact_sheet(pictures, f"{title}, {shape}", folder / "episode.png", mark=shape.shots)
+    examples = {name: torch.cat([support[i], query[i]]) for i, name in enumerate(names)}
+    pictures.contact_sheet(examples, f"{title}, {shape}", folder / "episode.png", mark=shape.shots)
     inform(f"saved contact.png and episode.png in {relative(folder)}")

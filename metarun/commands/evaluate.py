@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from metarun.commands.cells import Cell, cells_of, shapes_for
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
@@ -95,37 +97,65 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     full = [row | scores_of(cell) for row, cell in zip(rows, cells, strict=True)]
     write_json(folder / "results.json", {"results": full, "comparisons": [plain_pair(p) for p in pairs]})
     write_csv(folder / "results.csv", rows)
-    names = ["results.json", "results.csv", *draw(cells, rows, folder)]
+    names = ["results.json", "results.csv", *draw(cells, rows, pairs, folder)]
     if command.confusion:
-        names += [name for cell in cells for name in classes_of(cell, folder)]
+        names += report_classes(matrices_of(cells), folder)
     inform(f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")
 
 
-def draw(cells: Sequence[Cell], rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """Write results.png, and steps.png if several numbers of steps were evaluated, for each main metric.
+def draw(
+    cells: Sequence[Cell], rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], folder: Path
+) -> list[str]:
+    """Write the figures for each main metric: the curves in steps.png if several numbers of steps were
+    evaluated; else the scores in results.png, and their differences to the best model in differences.png.
 
     Returns:
         The names of the files.
     """
     names = []
+    best = best_models(cells)
     by_metric = dict.fromkeys(cell.metrics[0] for cell in cells if cell.result)
     for metric in by_metric:
         own = [r for r, cell in zip(rows, cells, strict=True) if cell.result and cell.metrics[0] == metric]
-        suffix = "" if len(by_metric) == 1 else f"_{metric.name}"
-        names.append(f"results{suffix}.png")
-        plots.evaluation_grid(own, metric, folder / names[-1])
+        suffix = ".png" if len(by_metric) == 1 else f"_{metric.name}.png"
         if len({row["steps"] for row in own if row["steps"] is not None}) > 1:
-            names.append(f"steps{suffix}.png")
+            names.append(f"steps{suffix}")
             plots.step_curves(own, metric, folder / names[-1])
+            continue
+        names.append(f"results{suffix}")
+        plots.evaluation_grid(own, metric, folder / names[-1])
+        if to_best := difference_rows(own, pairs, best, metric):
+            names.append(f"differences{suffix}")
+            plots.differences(to_best, metric, folder / names[-1])
     return names
 
 
-def classes_of(cell: Cell, folder: Path) -> list[str]:
-    """Report the confusion matrix and the metrics by class of a cell, if requested; returns the files."""
-    if cell.result is None or cell.result.confusion is None:
-        return []
-    title = f"{cell.model.name}, {cell.dataset} {cell.task}"
-    return report_classes(cell.result.confusion, cell.source.names, title, folder)
+def difference_rows(
+    rows: Sequence[dict[str, Any]],
+    pairs: Sequence[dict[str, Any]],
+    best: Mapping[tuple[str, str, Metric], str],
+    metric: Metric,
+) -> list[dict[str, Any]]:
+    """The rows with the difference to the best model of their task as `mean`; see `plots.differences`."""
+    values: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for pair in (pair for pair in pairs if pair["metric"] == metric):
+        dataset, task, a, b = (pair[key] for key in ("dataset", "task", "a", "b"))
+        name, difference = best[dataset, task, metric], pair["difference"]
+        if name in (a, b):
+            other, value = (b, -difference) if name == a else (a, difference)
+            values[dataset, task, other] = {"mean": value, "interval": pair["interval"], "best": False}
+            values[dataset, task, name] = {"mean": 0.0, "interval": math.nan, "best": True}
+    keys = [(row["dataset"], row["cell"], row["model"]) for row in rows]
+    return [row | values[key] for row, key in zip(rows, keys, strict=True) if key in values]
+
+
+def matrices_of(cells: Sequence[Cell]) -> dict[str, tuple[Tensor, Sequence[str]]]:
+    """The confusion matrix and the names of the classes of each cell that has one, by its title."""
+    return {
+        f"{cell.model.name}, {cell.dataset} {cell.task}": (cell.result.confusion, cell.source.names)
+        for cell in cells
+        if cell.result and cell.result.confusion is not None
+    }
 
 
 def hashes(cells: Sequence[Cell]) -> list[str]:
@@ -257,8 +287,8 @@ def plain_pair(pair: dict[str, Any]) -> dict[str, Any]:
     return pair | {"metric": pair["metric"].name}
 
 
-def with_the_best(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The pairs that include the best model of their task by their metric."""
+def best_models(cells: Sequence[Cell]) -> dict[tuple[str, str, Metric], str]:
+    """The name of the best model of each dataset, task and metric."""
     best: dict[tuple[str, str, Metric], tuple[float, str]] = {}
     for cell in (cell for cell in cells if cell.result):
         for metric in cell.metrics:
@@ -266,8 +296,13 @@ def with_the_best(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> lis
             key = cell.dataset, cell.task, metric
             if key not in best or metric.is_better(mean, than=best[key][0]):
                 best[key] = mean, cell.model.name
-    keys = [(pair["dataset"], pair["task"], pair["metric"]) for pair in pairs]
-    return [pair for key, pair in zip(keys, pairs, strict=True) if best[key][1] in (pair["a"], pair["b"])]
+    return {key: name for key, (_, name) in best.items()}
+
+
+def with_the_best(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The pairs that include the best model of their task by their metric."""
+    best = best_models(cells)
+    return [p for p in pairs if best[p["dataset"], p["task"], p["metric"]] in (p["a"], p["b"])]
 
 
 def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:

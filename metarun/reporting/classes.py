@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from metarun.reporting import plots
+from metarun.reporting import pictures
 from metarun.reporting.console import console
 from metarun.storage.files import write_csv
 
 SHOWN = 10  # the most classes in the table on screen, the worst first
-DRAWN = 40  # the most classes for which a figure of the matrix is readable
+TABLES = 3  # the most tables of classes on screen; of more matrices, only the worst class of each is shown
 
 
 def class_rows(confusion: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -61,22 +61,48 @@ def class_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def report_classes(confusion: Tensor, names: Sequence[str], title: str, folder: Path) -> list[str]:
-    """Print the table of classes; write it, the matrix and, for up to 40 classes, a figure of the matrix.
+def worst_table(reports: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
+    """The class with the lowest F1 of each of several reports, one line each."""
+    table = Table(title="the class with the lowest F1", caption="all classes are in classes_*.csv")
+    for heading in ("tasks", "class", "f1", "most often taken for"):
+        table.add_column(heading, justify="right" if heading == "f1" else "left", overflow="fold")
+    for title, rows in reports.items():
+        worst = min(rows, key=lambda row: row["f1"])
+        taken = Text(worst["most often taken for"])
+        table.add_row(Text(title), Text(worst["class"]), f"{100 * worst['f1']:.1f} %", taken)
+    return table
+
+
+def report_classes(matrices: Mapping[str, tuple[Tensor, Sequence[str]]], folder: Path) -> list[str]:
+    """Print the metrics of each class; write them, the confusion matrix and a figure of it.
 
     Args:
-        confusion: [classes, classes], how many examples of class i were predicted as class j.
-        names: the names of the classes.
-        title: the title of the table and the figure; it is part of the file names.
+        matrices: [classes, classes], how many examples of class i were predicted as class j, and the names of
+            the classes; by the title of the table and the figure, which is part of the file names.
         folder: where to write the files.
 
     Returns:
-        The names of the files.
+        The names of the files; of more than three matrices, patterns of names.
     """
-    rows = class_rows(confusion, names)
-    console.print(class_table(rows, Text(title)))  # type: ignore[arg-type]
+    files: list[str] = []
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for title, (confusion, names) in matrices.items():
+        reports[title] = class_rows(confusion, names)
+        files += write_classes(reports[title], confusion, names, title, folder)
+    if len(reports) > TABLES:
+        console.print(worst_table(reports))
+        return ["classes_*.csv", "confusion_*.csv", "confusion_*.png"]
+    for title, rows in reports.items():
+        console.print(class_table(rows, Text(title)))  # type: ignore[arg-type]
+    return files
+
+
+def write_classes(
+    rows: Sequence[dict[str, Any]], confusion: Tensor, names: Sequence[str], title: str, folder: Path
+) -> list[str]:
+    """Write the metrics of each class, the confusion matrix and its figure; the names of the files."""
     stem = re.sub(r"[^\w.-]+", "_", title).strip("_")
-    files = [f"classes_{stem}.csv", f"confusion_{stem}.csv"]
+    files = [f"classes_{stem}.csv", f"confusion_{stem}.csv", f"confusion_{stem}.png"]
     write_csv(folder / files[0], rows)
     present = [i for i, name in enumerate(names) if confusion[i].any() or confusion[:, i].any()]
     matrix = confusion[present][:, present]
@@ -88,7 +114,5 @@ def report_classes(confusion: Tensor, names: Sequence[str], title: str, folder: 
             for name, row in zip(labels, matrix.tolist(), strict=True)
         ],
     )
-    if len(labels) <= DRAWN:
-        files.append(f"confusion_{stem}.png")
-        plots.confusion_matrix(matrix, labels, title, folder / files[-1])
+    pictures.confusion_matrix(matrix, labels, title, folder / files[2])
     return files

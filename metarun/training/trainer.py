@@ -265,6 +265,7 @@ class Trainer:
             "loss": result.loss,
             **{metric.name: result.mean_of(metric) for metric in result.metrics},
             "interval": result.interval,
+            **{f"{metric.name} interval": result.interval_of(metric) for metric in result.metrics[1:]},
             **{f"{main.name} {name}": part.mean for name, part in result.parts.items()},
             "seconds": round(self.seconds, 2),
         }

@@ -12,15 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import UNTESTED
-from PIL import Image
 from rich.console import Console
 from torch import nn
 
 from metarun.commands.cells import Cell, shapes_for
-from metarun.commands.evaluate import comparisons, table_of, with_the_best
+from metarun.commands.evaluate import (
+    best_models,
+    comparisons,
+    difference_rows,
+    row_of,
+    table_of,
+    with_the_best,
+)
 from metarun.commands.models import Model
 from metarun.config.schema import EvalConfig, TrainConfig
-from metarun.reporting import plots
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import ACCURACY, CLASSIFICATION, metric_named
@@ -149,28 +154,6 @@ def test_a_curve_over_inner_steps(metarun, runs: Path, tmp_path: Path):
     assert not (tmp_path / "alone/steps.png").exists()
 
 
-def test_many_checkpoints_get_a_panel_for_each_task(tmp_path: Path):
-    """More than colours can tell apart; a cell that one of them cannot have stays empty."""
-    rows = [
-        {
-            "model": f"m{i}",
-            "cell": f"{ways}-way 1-shot",
-            "ways": ways,
-            "dataset": "glyphs",
-            "split": "test",
-            "episodes": 3,
-            "metric": "accuracy",
-            "mean": None if i == 3 and ways == 7 else 0.1 * i,
-            "interval": 0.01,
-        }
-        for i in range(9)
-        for ways in (2, 5, 7, 9)
-    ]
-    plots.evaluation_grid(rows, ACCURACY, tmp_path / "many.png")
-    with Image.open(tmp_path / "many.png") as picture:
-        assert max(picture.size) < 2000
-
-
 def test_models_of_one_kind_are_distinguished_by_their_path(metarun, runs: Path, tmp_path: Path):
     for name in ("one", "two"):
         shutil.copytree(runs / "protonet", tmp_path / name / "run")
@@ -259,3 +242,18 @@ def test_of_many_models_the_best_stands_beside_the_others():
     assert len(pairs) == 10
     shown = with_the_best(pairs, cells)
     assert [{pair["a"], pair["b"]} for pair in shown] == [{"a", "b"}, {"b", "c"}, {"b", "d"}, {"b", "e"}]
+    rows = [row_of(cell, EvalConfig(split="test")) for cell in cells]
+    drawn = difference_rows(rows, pairs, best_models(cells), ACCURACY)
+    assert {row["model"]: round(row["mean"], 3) for row in drawn} == {
+        name: round(mean - 0.9, 3) for name, mean in means.items()
+    }
+    assert [row["model"] for row in drawn if row["best"]] == ["b"]
+    # Where lower is better, the differences to the best are positive.
+    lower = replace(ACCURACY, higher_is_better=False)
+    for cell in cells:
+        cell.result = replace(cell.result, metrics=(lower,))
+        cell.source = cell.source.reporting(replace(CLASSIFICATION, metrics=(lower,)))
+    drawn = difference_rows(rows, comparisons(cells), best_models(cells), lower)
+    assert {row["model"]: round(row["mean"], 3) for row in drawn} == {
+        name: round(mean - 0.1, 3) for name, mean in means.items()
+    }

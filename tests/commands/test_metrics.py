@@ -23,7 +23,7 @@ from metarun.config.build import build_dataset
 from metarun.config.restore import rebuild
 from metarun.config.schema import from_plain
 from metarun.datasets.glyphs import Glyphs
-from metarun.reporting import plots
+from metarun.reporting import drawing, plots
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import metric_named
 from metarun.tasks.sampling import fixed_draws
@@ -184,7 +184,7 @@ def test_each_kind_of_task_is_shown_by_its_own_metric(metarun, trained, tmp_path
     words = ["ways=1", "shots=1", "steps=[0,1]", "episodes=6", "queries=4", "hydra.run.dir=steps"]
     done = metarun("eval", f"checkpoint=[{runs[0]},{runs[1]}]", *words)  # no result of Prototypical networks
     figures = {path.name for path in (tmp_path / "steps").glob("*.png")}
-    assert figures == {"results.png", "steps.png"} and "results.png and steps.png in" in done.stderr
+    assert figures == {"steps.png"} and "results.csv and steps.png in" in done.stderr
     assert not [name for name in names if "sinusoid" in name]  # it has no classes to confuse
     for name in names:
         with Image.open(tmp_path / "out" / name) as picture:
@@ -195,8 +195,8 @@ def test_each_kind_of_task_is_shown_by_its_own_metric(metarun, trained, tmp_path
 def test_a_curve_of_r_squared_is_drawn_as_it_is(monkeypatch, means: list[float]):
     """Negative scores have their interval on both sides, and no good score is cut off."""
     drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    row = {"model": "maml", "dataset": "d", "split": "test", "ways": 1, "shots": 5, "episodes": 9}
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
+    row = {"model": "maml", "dataset": "d", "split": "test", "task": "5-shot", "episodes": 9}
     rows = [row | {"steps": i, "mean": mean, "interval": 0.05} for i, mean in enumerate(means)]
     plots.step_curves(rows, metric_named("r2"), Path("steps.png"))
     (axis,) = drawn[0].axes
