@@ -26,7 +26,7 @@ class Algorithm(nn.Module, ABC):
     training minimises something other than the query loss after adaptation. The builder passes these
     constructor arguments by name, if the constructor has them: `backbone`, `inner_loop`, `outputs` (N, or the
     number of values of a regression), `item_shape`, `classes` (the number of classes of the training split;
-    None for a regression). All other arguments are settings.
+    None for a regression), `shots` (K of the training tasks). All other arguments are settings.
 
     `self.training` distinguishes meta-training from evaluation, as in any module. Keep tensors on their
     device and shapes fixed (no `.item()`, no branch on the value of a tensor), so that the method can be

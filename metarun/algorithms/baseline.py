@@ -20,7 +20,7 @@ from metarun.algorithms.feature_method import (
 from metarun.inner_loops.base import InnerLoop, refuse_learned
 from metarun.nn.per_task import Params
 from metarun.tasks.episodes import Episodes, Outcome
-from metarun.tasks.objectives import cross_entropy
+from metarun.tasks.objectives import class_weights, cross_entropy, weighted
 
 
 class Classifier(FeatureMethod):
@@ -73,8 +73,9 @@ class Baseline(Classifier):
     """Baseline and, with `cosine`, Baseline++ (Chen, Liu, Kira, Wang and Huang 2019, section 3.2).
 
     In evaluation, the inner loop trains a new classifier on the support features of each task. A linear
-    classifier starts at zero; a cosine classifier starts from random directions, which are the same for every
-    task. Any number of ways is supported.
+    classifier starts at zero; a cosine classifier starts from one random direction, which is the same for
+    every class and task, so that the result does not depend on the order of the classes. Any number of ways
+    is supported.
 
     Departures: the paper's code trains for 100 epochs in batches of four examples by SGD with momentum,
     dampening and weight decay at rate 0.01; here 100 steps of plain gradient descent use the whole
@@ -116,9 +117,10 @@ class Baseline(Classifier):
     def inner_problem(self, features: Tensor, targets: Tensor, ways: int):
         """The loss of a classifier on constant features, and its initial weights."""
         features = precise(features.detach())
+        balance = class_weights(targets, ways)  # every class counts equally
 
         def loss(head: Params, step: int) -> Tensor:
-            return cross_entropy(self.score(head, features), targets)
+            return weighted(cross_entropy, self.score(head, features), targets, balance)
 
         return loss, self.new_head(len(features), ways, features)
 
@@ -128,8 +130,8 @@ class Baseline(Classifier):
             size = tasks, ways, self.features
             return {"weight": like.new_zeros(size), "bias": like.new_zeros(size[:2])}
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(ways, self.features, generator=generator, dtype=torch.float64)
-        return {"weight": F.normalize(weight, dim=1).to(like).expand(tasks, -1, -1)}
+        direction = torch.randn(self.features, generator=generator, dtype=torch.float64)
+        return {"weight": F.normalize(direction, dim=0).to(like).expand(tasks, ways, -1)}
 
     def bias_of(self, head: Params) -> Tensor | float:
         return 0.0 if self.cosine else head["bias"].unsqueeze(1)

@@ -14,15 +14,17 @@ from metarun.nn.layers import Norm, norm_layer, replace_layers, uses_batch_stati
 from metarun.nn.per_task import Params, is_groupable
 from metarun.nn.shared_weights import run_shared, runs_at_once
 from metarun.tasks.episodes import Episodes, Outcome
+from metarun.tasks.objectives import class_weights
 
 
 class CNAPs(FeatureMethod):
     """Networks map a task embedding to FiLM parameters of the backbone, and class means to a classifier.
 
-    A set encoder embeds the support examples; their mean is the task embedding (section 3.1). From
-    it, generator networks compute a scale and a shift for the channels of every normalisation layer of the
-    backbone (FiLM), close to the identity at the start. Classifier weights and biases are computed from
-    the class means of the modulated features (section 3.2, equations 3 to 5).
+    A set encoder embeds the support examples; their mean is the task embedding (section 3.1), in which every
+    class counts equally if classes have different numbers of shots. From it, generator networks compute a
+    scale and a shift for the channels of every normalisation layer of the backbone (FiLM), close to the
+    identity at the start. Classifier weights and biases are computed from the class means of the modulated
+    features (section 3.2, equations 3 to 5).
 
     In the paper the backbone is pretrained and frozen: set `init=RUN` (or backbone weights) and
     `frozen=true`; a frozen backbone keeps its running averages. Otherwise everything is trained jointly. The
@@ -65,7 +67,7 @@ class CNAPs(FeatureMethod):
 
     def adapt(self, tasks: Episodes) -> dict[str, Any]:
         """{"film": scales and shifts, [T, 2, C] each, "weight": [T, N, F], "bias": [T, N]}."""
-        film = self.modulate(self.by_task(self.encoder, tasks.support_x).mean(1))
+        film = self.modulate(self.task_embedding(tasks))
         return {"film": film} | self.fit(self.embed_with(film, tasks.support_x), tasks.support_y, tasks.ways)
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ class CNAPs(FeatureMethod):
 
     def meta_loss(self, tasks: Episodes) -> Outcome:
         """The loss of the queries plus the penalty on the FiLM parameters."""
-        film = self.modulate(self.by_task(self.encoder, tasks.support_x).mean(1))
+        film = self.modulate(self.task_embedding(tasks))
         if uses_batch_statistics(self.backbone):
             support, query = (self.embed_with(film, x) for x in (tasks.support_x, tasks.query_x))
         else:
@@ -83,6 +85,11 @@ class CNAPs(FeatureMethod):
         sizes = [generator.size.square().sum() for generator in self.film]  # type: ignore[operator,union-attr]
         loss = self.loss_of(tasks)(logits, tasks.query_y).mean()
         return tasks.outcome(logits, loss + self.penalty * torch.stack(sizes).sum() if sizes else loss)
+
+    def task_embedding(self, tasks: Episodes) -> Tensor:
+        """The mean of the encoded support examples, in which every class counts equally, [T, width]."""
+        encoded = self.by_task(self.encoder, tasks.support_x)
+        return (encoded * class_weights(tasks.support_y, tasks.ways).to(encoded.dtype).unsqueeze(-1)).mean(1)
 
     def modulate(self, task: Tensor) -> list[Tensor]:
         """Scale and shift for each normalisation layer, [T, 2, C] each, from task embeddings [T, width]."""

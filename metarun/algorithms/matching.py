@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, cosines, one_hot, require
+from metarun.tasks.objectives import class_weights
 
 
 class MatchingNet(FeatureMethod):
     """Classify a query by a weighted vote of the support examples.
 
-    The weights are a softmax over scaled cosines (equation 1 and the attention of section 2.1.1).
+    The weights are a softmax over scaled cosines (equation 1 and the attention of section 2.1.1). If classes
+    have different numbers of shots, which the paper does not consider, the votes of a class are averaged
+    instead of summed, so that a class with more shots is not preferred.
 
     Args:
         backbone: passed by the builder; see `Algorithm`.
@@ -43,18 +46,21 @@ class MatchingNet(FeatureMethod):
         self.query_context = nn.LSTMCell(2 * size, size) if full_context else None
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """The support embeddings [T, S, F] and their one-hot classes [T, S, N]."""
+        """The support embeddings [T, S, F], their one-hot classes [T, S, N] and the logarithms of their
+        weights [T, S], which are zero if all classes have the same number of shots.
+        """
         if self.support_context is not None:
             forward, backward = self.support_context(features)[0].chunk(2, -1)
             features = forward + backward + features
-        return {"support": features, "classes": one_hot(targets, ways, features)}
+        weights = class_weights(targets, ways).to(features.dtype).log()
+        return {"support": features, "classes": one_hot(targets, ways, features), "log weights": weights}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
         """The logarithm of the summed attention of each class, [T, B, N], up to a constant for each query."""
         support, classes = adapted["support"], adapted["classes"]
         if self.query_context is not None:
             features = self.read(support, features)
-        logits = self.scale * cosines(features, support)  # [T, B, S]
+        logits = self.scale * cosines(features, support) + adapted["log weights"].unsqueeze(1)  # [T, B, S]
         outside = (classes == 0).mT.unsqueeze(1)  # [T, 1, N, S]
         return logits.unsqueeze(2).masked_fill(outside, -torch.inf).logsumexp(-1)
 

@@ -19,7 +19,7 @@ from metarun.nn.layers import Residual, uses_batch_statistics
 from metarun.nn.learner import refuse_running_averages
 from metarun.nn.per_task import AUTO, Params, is_groupable, layers, run_chain, run_on_tasks
 from metarun.tasks.episodes import Episodes
-from metarun.tasks.objectives import cross_entropy
+from metarun.tasks.objectives import class_weights, cross_entropy
 
 RANGE = 7.0  # p in the preprocessing of gradients; 10 in Andrychowicz et al.
 
@@ -43,7 +43,8 @@ class MetaNet(Algorithm):
     Gradients are constants of the meta-gradient, also as in the code, so that the head of the representation
     network is not trained. Fast weights have no biases. The loss of the representation network is cross
     entropy for any number of shots, again as in the code (the paper: contrastive above one shot). Keys are
-    the features of the backbone (in the code those of a hidden layer, without its ReLU). `init=` loads
+    the features of the backbone (in the code those of a hidden layer, without its ReLU). If classes have
+    different numbers of shots, the attention is weighted such that every class counts equally. `init=` loads
     weights into the base network.
 
     Args:
@@ -97,7 +98,9 @@ class MetaNet(Algorithm):
             raise ConfigError(f"the network has {self.outputs} ways, not {ways}; train with ways={ways}")
 
     def adapt(self, tasks: Episodes) -> dict[str, Any]:
-        """Fast weights of the task [T, *shape] and of its examples [T, S, P], and their keys [T, S, F]."""
+        """Fast weights of the task [T, *shape] and of its examples [T, S, P], their keys [T, S, F], and the
+        logarithms of their weights [T, S], which are zero if all classes have the same number of shots.
+        """
         self.check(tasks.ways)
         with without_autocast(tasks.support_x):  # autocast within vmap produces mixed dtypes
             return self.learn(tasks.support_x, tasks.support_y, tasks.ways)
@@ -109,6 +112,7 @@ class MetaNet(Algorithm):
             "task": task,
             "examples": examples,
             "keys": self.keys(task, support_x),
+            "log weights": class_weights(support_y, ways).to(examples.dtype).log(),
             "ways": ways,
         }
 
@@ -117,7 +121,8 @@ class MetaNet(Algorithm):
             return self.answer(adapted, query_x)
 
     def answer(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
-        shares = cosines(self.keys(adapted["task"], query_x), adapted["keys"]).softmax(-1)  # [T, B, S]
+        similarities = cosines(self.keys(adapted["task"], query_x), adapted["keys"])
+        shares = (similarities + adapted["log weights"].unsqueeze(1)).softmax(-1)  # [T, B, S]
         rows = (shares @ adapted["examples"]).flatten(0, 1)  # [T*B, P]
         like = fast_weights(self.base)
         parts = rows.split([p.numel() for p in like.values()], 1)

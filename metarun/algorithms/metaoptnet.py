@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, precise, require, without_autocast
 from metarun.algorithms.r2d2 import ridge_regression
 from metarun.algorithms.svm import crammer_singer_dual
+from metarun.tasks.objectives import class_weights
 
 
 class MetaOptNet(FeatureMethod):
     """The classifier of a task is a linear support vector machine on its support features.
 
-    The derivative is that of the solution, by the implicit function theorem (section 3.2).
+    The derivative is that of the solution, by the implicit function theorem (section 3.2). If classes have
+    different numbers of shots, C and the squared errors are weighted such that every class counts equally.
 
     Args:
         backbone: passed by the builder; see `Algorithm`.
@@ -49,13 +51,13 @@ class MetaOptNet(FeatureMethod):
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
         """{"weights": weights of the classifiers, [T, F, N]}."""
         features = precise(features)
-        wanted = one_hot(targets, ways, features)
+        wanted, balance = one_hot(targets, ways, features), class_weights(targets, ways)
         with without_autocast(features):
             if self.head == "ridge":
                 ridge = torch.full((), self.ridge, dtype=features.dtype, device=features.device)
-                return {"weights": ridge_regression(features, wanted, ridge)}
+                return {"weights": ridge_regression(features, wanted, ridge, balance.to(features.dtype))}
             wide = features.double()  # in float32, rounding could make the Gram matrix indefinite
-            dual = crammer_singer_dual(wide @ wide.mT, wanted, self.penalty).to(features)
+            dual = crammer_singer_dual(wide @ wide.mT, wanted, self.penalty, balance).to(features)
             return {"weights": features.mT @ dual}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, precise, require, without_autocast
+from metarun.tasks.objectives import class_weights
 
 
 class R2D2(FeatureMethod):
@@ -18,6 +19,7 @@ class R2D2(FeatureMethod):
     features. The penalty and the scale of the predictions (equation 6) are meta-learned; the
     penalty by its logarithm, so that it stays positive. Their common bias is omitted, since a
     softmax is invariant to it; a constant feature gives every class its own bias, as in the paper's code.
+    Examples are weighted such that every class counts equally if classes have different numbers of shots.
 
     Args:
         backbone: passed by the builder; see `Algorithm`.
@@ -50,10 +52,11 @@ class R2D2(FeatureMethod):
         features = with_constant(features)
         wanted = one_hot(targets, ways, features)
         ridge = self.log_ridge.exp()
+        balance = class_weights(targets, ways).to(features.dtype)
         with without_autocast(features):
             if self.solver == "ridge":
-                return {"weights": ridge_regression(features, wanted, ridge)}
-            return {"weights": logistic_regression(features, wanted, ridge, self.steps)}
+                return {"weights": ridge_regression(features, wanted, ridge, balance)}
+            return {"weights": logistic_regression(features, wanted, ridge, balance, self.steps)}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
         with without_autocast(features):
@@ -65,20 +68,35 @@ def with_constant(features: Tensor) -> Tensor:
     return F.pad(precise(features), (0, 1), value=1.0)
 
 
-def ridge_regression(x: Tensor, y: Tensor, ridge: Tensor) -> Tensor:
-    """W [T, F, N] that minimises |X W - Y|^2 + ridge |W|^2, for x [T, S, F] and y [T, S, N].
+def ridge_regression(x: Tensor, y: Tensor, ridge: Tensor, balance: Tensor) -> Tensor:
+    """W [T, F, N] that minimises sum_i b_i |x_i W - y_i|^2 + ridge |W|^2.
 
-    X' (X X' + ridge I)^-1 Y: the Woodbury identity.
+    X' (X X' + ridge I)^-1 Y, the Woodbury identity, with the rows of X and Y multiplied by the roots of b.
+
+    Args:
+        x: [T, S, F].
+        y: [T, S, N].
+        ridge: a scalar.
+        balance: b, the weights of the examples, [T, S].
     """
+    roots = balance.sqrt().unsqueeze(-1)
+    x, y = roots * x, roots * y
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     return x.mT @ torch.linalg.solve_ex(x @ x.mT + ridge * eye, y).result
 
 
-def logistic_regression(x: Tensor, y: Tensor, ridge: Tensor, steps: int) -> Tensor:
-    """N logistic regressions, W [T, F, N], for x [T, S, F] and y [T, S, N] in {0, 1}.
+def logistic_regression(x: Tensor, y: Tensor, ridge: Tensor, balance: Tensor, steps: int) -> Tensor:
+    """N logistic regressions, W [T, F, N].
 
-    Newton's steps on sum of log(1 + exp(-+ x w)) + ridge/2 |w|^2: w = X' (X X' + ridge D^-1)^-1 z with
-    D = mu (1 - mu) and z = X w + D^-1 (y - mu).
+    Newton's steps on sum_i b_i log(1 + exp(-+ x_i w)) + ridge/2 |w|^2: w = X' (X X' + ridge D^-1)^-1 z with
+    D = b mu (1 - mu) and z = X w + (y - mu) / (mu (1 - mu)).
+
+    Args:
+        x: [T, S, F].
+        y: [T, S, N], in {0, 1}.
+        ridge: a scalar.
+        balance: b, the weights of the examples, [T, S].
+        steps: the number of steps.
     """
     gram = (x @ x.mT).unsqueeze(1)  # [T, 1, S, S]
     y = y.mT  # [T, N, S]
@@ -88,7 +106,7 @@ def logistic_regression(x: Tensor, y: Tensor, ridge: Tensor, steps: int) -> Tens
         mu = margins.sigmoid()
         spread = (mu * (1 - mu)).clamp_min(1e-6)  # underflows to zero for large margins
         z = margins + (y - mu) / spread
-        system = gram + torch.diag_embed(ridge / spread)
+        system = gram + torch.diag_embed(ridge / (balance.unsqueeze(1) * spread))
         dual = torch.linalg.solve_ex(system, z.unsqueeze(-1)).result.squeeze(-1)
         margins = (gram @ dual.unsqueeze(-1)).squeeze(-1)
     return x.mT @ dual.mT

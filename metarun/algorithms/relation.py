@@ -12,11 +12,12 @@ from metarun.nn.layers import Norm, norm_layer
 class RelationNet(FeatureMethod):
     """A second network compares the feature maps of a query and a class; it is trained by squared error.
 
-    A class is represented by the sum of the feature maps of its shots (section 3.2), so that evaluation
-    should use the same number of shots as training. Concatenated with the feature maps of the query, it is
-    the input of two convolutional blocks and two linear layers. The sigmoid of their output is the relation
-    score (equation 1), with the target 1 for the class of the query and 0 for the others (equation 2).
-    Logits are the values before the sigmoid.
+    A class is represented by the sum of the feature maps of its shots (section 3.2). The relation module only
+    learns from sums of the trained number of shots. With another number, the sum is therefore scaled: it is
+    the mean times the trained number of shots, which equals the sum in training. Concatenated with the
+    feature maps of the query, it is the input of two convolutional blocks and two linear layers. The sigmoid
+    of their output is the relation score (equation 1), with the target 1 for the class of the query and 0 for
+    the others (equation 2). Logits are the values before the sigmoid.
 
     A convolution of concatenated maps is the sum of a convolution of each, so that the first layer is
     computed once for every class and every query, not for every pair.
@@ -25,7 +26,7 @@ class RelationNet(FeatureMethod):
     are treated as maps of one pixel.
 
     Args:
-        backbone: passed by the builder; see `Algorithm`.
+        backbone, shots: passed by the builder; see `Algorithm`.
         width: channels of the convolutional blocks.
         hidden: units of the first linear layer.
         norm: the normalisation in the convolutional blocks.
@@ -37,8 +38,10 @@ class RelationNet(FeatureMethod):
         width: int = 64,
         hidden: int = 8,
         norm: Norm = "running",
+        shots: int = 1,
     ) -> None:
         super().__init__(backbone)
+        self.shots = shots
         sizes = f"algorithm.width={width}, algorithm.hidden={hidden}"
         require(min(width, hidden) >= 1, f"{sizes}: must be at least 1")
         self.map_shape: tuple[int, int, int] = getattr(backbone, "map_shape", (self.features, 1, 1))
@@ -57,8 +60,9 @@ class RelationNet(FeatureMethod):
         )
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
-        """The sum of the features of each class, [T, N, F]."""
-        return one_hot(targets, ways, features).mT @ features
+        """The sum of the features of each class, scaled to the trained number of shots, [T, N, F]."""
+        members = one_hot(targets, ways, features).mT  # [T, N, S]
+        return members @ features * (self.shots / members.sum(-1, keepdim=True))
 
     def score(self, adapted: Tensor, features: Tensor) -> Tensor:
         shape = *features.shape[:2], adapted.shape[1]  # T, B, N

@@ -87,6 +87,8 @@ class Reptile(MAML):
             places = torch.arange(step * self.batch, (step + 1) * self.batch, device=x.device) % size
             rows = order[:, places]  # [T, batch]
             part = replace(tasks, support_x=x[each, rows], support_y=y[each, rows])
+            if tasks.support_weights is not None:
+                part = replace(part, support_weights=tasks.support_weights[each, rows])
             return part.support_loss(partial(self.learner, params), step)
 
         return loss

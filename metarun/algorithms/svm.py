@@ -19,17 +19,18 @@ STEPS = 20  # steps of the interior point method; most problems need 10 to 15
 STEP_SHARE = 0.99  # each step goes at most this share of the way to the boundary of the feasible set
 
 
-def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor:
+def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float, balance: Tensor) -> Tensor:
     """Solve the dual problem of Crammer and Singer's machine for T tasks.
 
-    Minimises 1/2 sum_k a_k' K a_k - sum of a at each example's own class, subject to a <= penalty at the
-    own class, a <= 0 at the others, and sum_k a = 0 (Crammer and Singer 2001; Lee et al. 2019,
+    Minimises 1/2 sum_k a_k' K a_k - sum of a at each example's own class, subject to a <= penalty * balance
+    at the own class, a <= 0 at the others, and sum_k a = 0 (Crammer and Singer 2001; Lee et al. 2019,
     equations 9 and 10).
 
     Args:
         gram: K, inner products of the support examples, [T, S, S], float64.
         classes: the examples' classes as one-hot vectors, [T, S, N].
         penalty: C, above 0.
+        balance: the weight of each example in the sum of violated margins, [T, S], above 0.
 
     Returns:
         a [T, S, N], float64. The machine's weights are X' a. Once differentiable with respect to `gram`.
@@ -42,34 +43,46 @@ def crammer_singer_dual(gram: Tensor, classes: Tensor, penalty: float) -> Tensor
     bounds, whose entries of a therefore do not change, and about zero for the others.
     """
     shape = classes.shape
-    gram = penalty * gram  # rescale a by 1 / C, so that the bounds are 1
-    own = classes.double().flatten(1)  # [T, P] with P = S*N
+    gram = penalty * gram  # rescale a by 1 / C, so that the bounds are about 1
+    own = classes.double()
+    bounds = own * balance.double().unsqueeze(-1)
     with torch.no_grad():
-        solution, inverse = interior_point(gram.detach(), own, shape[-1])
+        solution, inverse = interior_point(gram.detach(), own.flatten(1), bounds.flatten(1), shape[-1])
     change = (gram @ solution.view(shape)).flatten(1)  # K a, the only term of F that depends on K
     step = inverse(change - change.detach())
     return penalty * (solution - step).view(shape)
 
 
-def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def interior_point(
+    gram: Tensor, own: Tensor, bounds: Tensor, ways: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Mehrotra's predictor-corrector method (1992).
 
     Args:
         gram: K [T, S, S], for a penalty of 1.
         own: 1 at each example's own class and 0 elsewhere, [T, P] with P = S * ways.
+        bounds: u, the upper bounds of a, [T, P].
         ways: N.
 
     Returns:
         The solution a [T, P], and the function r [T, P] -> da [T, P] with (dF/da) da = r at the solution.
 
-    With slacks s, multipliers z of a <= own and v of the sums, the conditions are
-    K a - own + z + A' v = 0,  A a = 0,  a + s = own,  s z = 0.
+    With slacks s, multipliers z of a <= u and v of the sums, the conditions are
+    K a - own + z + A' v = 0,  A a = 0,  a + s = u,  s z = 0.
+
+    K is singular if there are fewer features than examples, and so is its block of the free variables if
+    more examples than that have a free variable at the same class. The whole system need not be: for its
+    solutions A da = q, so that a multiple of A' A added to K, and of A' q to the right-hand side, changes
+    nothing, and makes the block invertible.
     """
     tasks, size = own.shape
     shots = size // ways
     hessian = torch.einsum("tij,kl->tikjl", gram, torch.eye(ways, dtype=own.dtype, device=own.device))
     hessian = hessian.reshape(tasks, size, size)
-    ridge = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # K may be singular
+    largest = gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)  # [T, 1]
+    ridge = 1e-13 * largest  # the whole system may still be singular
+    spreads = torch.eye(shots, dtype=own.dtype, device=own.device).repeat_interleave(ways, 0)  # A' [P, S]
+    regular = hessian + largest.unsqueeze(2) * (spreads @ spreads.mT)
     a, v = torch.zeros_like(own), own.new_zeros(tasks, shots)
     s, z = torch.ones_like(own), torch.ones_like(own)
 
@@ -81,12 +94,12 @@ def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callab
 
     def solver(weights: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(r, q) -> (da, dv) with (K + diag(weights)) da + A' dv = r and A da = q."""
-        factor = torch.linalg.cholesky_ex(hessian + torch.diag_embed(weights + ridge)).L
-        spreads = spread(torch.eye(shots, dtype=own.dtype, device=own.device)).mT  # [P, S], A'
+        factor = torch.linalg.cholesky_ex(regular + torch.diag_embed(weights + ridge)).L
         through = torch.cholesky_solve(spreads.expand(tasks, -1, -1), factor)  # M^-1 A'
         small = torch.linalg.cholesky_ex(sums(through.mT.flatten(0, 1)).unflatten(0, (tasks, shots))).L
 
         def solve(r: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+            r = r + largest * spread(q)
             first = torch.cholesky_solve(r.unsqueeze(-1), factor).squeeze(-1)
             dv = torch.cholesky_solve((sums(first) - q).unsqueeze(-1), small).squeeze(-1)
             return first - (through @ dv.unsqueeze(-1)).squeeze(-1), dv
@@ -95,7 +108,7 @@ def interior_point(gram: Tensor, own: Tensor, ways: int) -> tuple[Tensor, Callab
 
     for _ in range(STEPS):
         dual = (hessian @ a.unsqueeze(-1)).squeeze(-1) - own + z + spread(v)
-        newton = Newton(solver(z / s), s, z, dual, a + s - own, sums(a))
+        newton = Newton(solver(z / s), s, z, dual, a + s - bounds, sums(a))
         gap = (s * z).mean(1, keepdim=True)
         *_, ds, dz = newton.direction(s * z)
         reach = torch.minimum(longest(s, ds), longest(z, dz))

@@ -17,7 +17,9 @@ class Versa(FeatureMethod):
     Means and variances depend on the examples of that class only (section 3, "context independence"), so that
     any number of ways is supported. The loss is the negative logarithm of the probability averaged over
     samples of the weights (equation 5); logits are sampled instead of weights, which is the same in
-    distribution. Predictions average over as many samples; evaluation always uses the same samples.
+    distribution. Predictions average over as many samples. Evaluation always uses the same samples, which
+    are assigned to the classes of a task by the size of their bias, so that they do not depend on the order
+    of the classes.
 
     Args:
         backbone: passed by the builder; see `Algorithm`.
@@ -46,16 +48,20 @@ class Versa(FeatureMethod):
         """The logarithm of the averaged probabilities, [T, B, N]."""
         mean = features @ adapted["weight"].mT + adapted["bias"].unsqueeze(1)
         variance = features.square() @ adapted["weight variance"].mT + adapted["bias variance"].unsqueeze(1)
-        logits = mean + variance.sqrt() * self.noise(mean)  # [L, T, B, N]
+        logits = mean + variance.sqrt() * self.noise(mean, adapted["bias"])  # [L, T, B, N]
         return logits.log_softmax(-1).logsumexp(0) - math.log(self.samples)
 
-    def noise(self, like: Tensor) -> Tensor:
-        """Standard normal samples [L, T, B, N]; in evaluation fixed, and the same for all queries."""
+    def noise(self, like: Tensor, bias: Tensor) -> Tensor:
+        """Standard normal samples for logits like [T, B, N]: [L, T, B, N], in evaluation [L, T, 1, N].
+
+        Those of evaluation are fixed; `bias` [T, N] decides which class gets which.
+        """
         if self.training:
             return torch.randn(self.samples, *like.shape, dtype=like.dtype, device=like.device)
         generator = torch.Generator().manual_seed(0)
-        same = torch.randn(self.samples, 1, 1, like.shape[-1], generator=generator, dtype=like.dtype)
-        return same.to(like.device)
+        same = torch.randn(self.samples, like.shape[-1], generator=generator, dtype=like.dtype)
+        ranks = bias.argsort(-1).argsort(-1)
+        return same.to(like.device)[:, ranks].unsqueeze(2)
 
 
 def dense(inputs: int, outputs: int) -> nn.Sequential:

@@ -115,7 +115,7 @@ def user_task(command: AdaptConfig, model: Model) -> Task:
         query_y=known if query else labels,
         classes=torch.arange(len(classes)).unsqueeze(0),
         objective=model.objective(command.metrics),
-    )
+    ).balanced()  # the folders may contain different numbers of images
     return Task(episode, bool(query), list(classes), [str(file) for file in query_files])
 
 

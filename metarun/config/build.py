@@ -101,6 +101,7 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
         "item_shape": spec.item_shape,
         "outputs": settings.ways if spec.outputs is None else spec.outputs,
         "classes": spec.classes,
+        "shots": settings.shots,
     }
     wanted = parameters_of(settings.algorithm)
     if "inner_loop" in wanted:

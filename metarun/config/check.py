@@ -26,7 +26,7 @@ from metarun.errors import ConfigError, first_line
 # Constructor arguments that the builder passes, by group; the config must not set them.
 SUPPLIED = {
     "dataset": {"datasets"},
-    "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes"},
+    "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes", "shots"},
     "backbone": {"item_shape"},
     "optimizer": {"params"},
     "scheduler": {"optimizer"},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metarun.tasks.objectives import CLASSIFICATION, Objective, PerTask
+from metarun.tasks.objectives import CLASSIFICATION, Objective, PerTask, class_weights, weighted
 
 #: T tasks' examples [T, B, *item] to outputs [T, B, N], each task by its own weights.
 Model = Callable[[Tensor], Tensor]
@@ -103,6 +103,8 @@ class Episodes(Tasks):
         query_y: [T, B] or [T, B, V].
         classes: [T, N] int64, the classes of the split that a task's ways are; None for a regression.
         objective: the loss and the metrics.
+        support_weights: the weights of the support examples in the support loss, [T, S]; None: all equal. See
+            `balanced`.
     """
 
     support_x: Tensor
@@ -111,6 +113,7 @@ class Episodes(Tasks):
     query_y: Tensor
     classes: Tensor | None = None
     objective: Objective = CLASSIFICATION
+    support_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.support_x)
@@ -127,7 +130,10 @@ class Episodes(Tasks):
         return self.classes.shape[1]
 
     def support_loss(self, model: Model, step: int) -> Tensor:
-        return self.objective.loss(model(self.support_x), self.support_y)
+        outputs = model(self.support_x)
+        if self.support_weights is None:
+            return self.objective.loss(outputs, self.support_y)
+        return weighted(self.objective.loss, outputs, self.support_y, self.support_weights)
 
     def query(self, model: Model, loss: PerTask | None = None) -> Outcome:
         return self.outcome(model(self.query_x), loss)
@@ -148,11 +154,22 @@ class Episodes(Tasks):
     def joined(self) -> Episodes:
         """The same tasks with support and query examples together as their support."""
         x, y = torch.cat([self.support_x, self.query_x], 1), torch.cat([self.support_y, self.query_y], 1)
-        return replace(self, support_x=x, support_y=y)
+        whole = replace(self, support_x=x, support_y=y)
+        return whole if self.support_weights is None else whole.balanced()
+
+    def balanced(self) -> Episodes:
+        """The same tasks with a support loss in which every class counts equally.
+
+        For tasks whose classes may have different numbers of shots. It makes no difference if they have the
+        same number, nor for a regression.
+        """
+        if self.classes is None:
+            return self
+        return replace(self, support_weights=class_weights(self.support_y, self.ways))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same tasks with every tensor replaced by `function(tensor)`."""
-        names = ("support_x", "support_y", "query_x", "query_y", "classes")
+        names = ("support_x", "support_y", "query_x", "query_y", "classes", "support_weights")
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
 
@@ -165,7 +182,8 @@ class UnequalEpisodes(Tasks):
     """T tasks whose ways, shots or queries differ, as in Meta-Dataset; `tasks` holds each as a batch of one.
 
     They are run one after another, without padding: an example that is only padding would change the
-    statistics of batch norm, and with them the result.
+    statistics of batch norm, and with them the result. The classes of a task may have different numbers of
+    shots; every class counts equally in the support loss.
     """
 
     tasks: tuple[Episodes, ...]
@@ -178,7 +196,7 @@ class UnequalEpisodes(Tasks):
         return max(task.outputs for task in self.tasks)
 
     def parts(self) -> Sequence[Episodes]:
-        return self.tasks
+        return [task.balanced() for task in self.tasks]
 
     def to(self, dtype: torch.dtype) -> UnequalEpisodes:
         return UnequalEpisodes(tuple(task.to(dtype) for task in self.tasks))

@@ -118,6 +118,33 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view(targets.shape).mean(1)
 
 
+def class_weights(targets: Tensor, ways: int) -> Tensor:
+    """Weights of examples with which every class counts equally, float64 [T, S].
+
+    S / (N n) for an example of a class with n examples, so that their mean is 1; exactly 1 if all classes
+    have the same number of examples.
+
+    Args:
+        targets: class numbers [T, S] in [0, N), with at least one example of each class.
+        ways: N.
+    """
+    sizes = (targets.unsqueeze(2) == targets.unsqueeze(1)).sum(2)  # of the class of each example, [T, S]
+    return targets.shape[1] / (ways * sizes).double()
+
+
+def weighted(loss: PerTask, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean over examples of a loss that is a mean over examples, [T].
+
+    Args:
+        loss: (outputs, targets) -> [T].
+        outputs, targets: of the examples, [T, S, ...].
+        weights: of the examples, [T, S].
+    """
+    examples = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (outputs, targets))  # T * S tasks of one
+    losses = loss(*examples).view(weights.shape)
+    return (losses * weights.to(losses.dtype)).mean(1)
+
+
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     """The share of right predictions of each task, [T]."""
     return (logits.argmax(-1) == targets).float().mean(1)

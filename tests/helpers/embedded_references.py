@@ -57,6 +57,12 @@ def mean_of(features: Tensor, labels: Tensor, k: int) -> Tensor:
     return torch.stack([x for x, y in zip(features, labels, strict=True) if y == k]).mean(0)
 
 
+def balance_of(labels: Tensor) -> Tensor:
+    """The weight of each example with which all classes count equally, with a mean of 1."""
+    classes = labels.unique()
+    return torch.tensor([len(labels) / len(classes) / (labels == k).sum() for k in labels])
+
+
 def cosine_protonet(net, support, y, query, query_y) -> Tensor:
     centres = [mean_of(support, y, k) for k in range(3)]
     rows = [net.scale * torch.stack([cosine(q, c) for c in centres]) for q in query]
@@ -64,15 +70,18 @@ def cosine_protonet(net, support, y, query, query_y) -> Tensor:
 
 
 def matching(net, support, y, query, query_y) -> Tensor:
-    """Equation 1, one query at a time; with contexts, the recurrences of the appendix."""
+    """Equation 1, one query at a time; with contexts, the recurrences of the appendix.
+
+    The votes of a class are averaged.
+    """
     if net.support_context is not None:
         support = in_context(net.support_context, support)
         query = torch.stack([read(net, support, q) for q in query])
     losses = []
     for q, label in zip(query, query_y, strict=True):
         weights = torch.stack([net.scale * cosine(q, x) for x in support]).exp()
-        weights = weights / weights.sum()
-        losses.append(-sum(w for w, k in zip(weights, y, strict=True) if k == label).log())
+        votes = torch.stack([weights[y == k].mean() for k in range(3)])
+        losses.append(-(votes[label] / votes.sum()).log())
     return torch.stack(losses).mean()
 
 
@@ -109,7 +118,7 @@ def read(net, support: Tensor, q: Tensor) -> Tensor:
 
 
 def relation(net, support, y, query, query_y) -> Tensor:
-    sums = [torch.stack([x for x, k in zip(support, y, strict=True) if k == way]).sum(0) for way in range(3)]
+    sums = [net.shots * mean_of(support, y, way) for way in range(3)]
     pairs = [torch.cat([s.view(net.map_shape), q.view(net.map_shape)]) for q in query for s in sums]
     scores = 1 / (1 + torch.exp(-net.relation(torch.stack(pairs)).flatten()))
     wanted = [float(way == label) for label in query_y for way in range(3)]
@@ -120,15 +129,16 @@ def ridge(net, support, y, query, query_y) -> Tensor:
     """The normal equations in the space of the features."""
     x = torch.cat([support, torch.ones(len(support), 1)], 1)
     targets = torch.stack([(y == k).to(x) for k in range(3)], 1)
-    w = torch.linalg.inv(x.T @ x + net.log_ridge.exp() * torch.eye(x.shape[1])) @ x.T @ targets
+    b = torch.diag(balance_of(y))
+    w = torch.linalg.inv(x.T @ b @ x + net.log_ridge.exp() * torch.eye(x.shape[1])) @ x.T @ b @ targets
     rows = [net.scale * (torch.cat([q, torch.ones(1)]) @ w) for q in query]
     return mean_cross_entropy(rows, query_y)
 
 
 def metaoptnet_ridge(net, support, y, query, query_y) -> Tensor:
     targets = torch.stack([(y == k).to(support) for k in range(3)], 1)
-    eye = torch.eye(support.shape[1])
-    w = torch.linalg.inv(support.T @ support + net.ridge * eye) @ support.T @ targets
+    eye, b = torch.eye(support.shape[1]), torch.diag(balance_of(y))
+    w = torch.linalg.inv(support.T @ b @ support + net.ridge * eye) @ support.T @ b @ targets
     return smoothed(net, [net.scale * (q @ w) for q in query], query_y)
 
 
@@ -144,15 +154,15 @@ def smoothed(net, rows: list[Tensor], labels: Tensor) -> Tensor:
 def logistic(net, support, y, query, query_y) -> Tensor:
     """Newton's steps with the gradient and the Hessian of each class's own problem."""
     x = torch.cat([support, torch.ones(len(support), 1)], 1)
-    strength = net.log_ridge.exp()
+    strength, b = net.log_ridge.exp(), balance_of(y)
     columns = []
     for k in range(3):
         target = (y == k).to(x)
         w = torch.zeros(x.shape[1])
         for _ in range(net.steps):
             mu = 1 / (1 + torch.exp(-x @ w))
-            slope = x.T @ (mu - target) + strength * w
-            hessian = x.T @ torch.diag(mu * (1 - mu)) @ x + strength * torch.eye(len(w))
+            slope = x.T @ (b * (mu - target)) + strength * w
+            hessian = x.T @ torch.diag(b * mu * (1 - mu)) @ x + strength * torch.eye(len(w))
             w = w - torch.linalg.inv(hessian) @ slope
         columns.append(w)
     w = torch.stack(columns, 1)
@@ -169,7 +179,7 @@ def svm(net, support, y, query, query_y) -> Tensor:
     gram = support @ support.T
     own = torch.stack([(y == k).to(support) for k in range(ways)], 1).flatten()
     hessian = torch.kron(gram, torch.eye(ways))
-    bound = net.penalty * own
+    bound = net.penalty * own * balance_of(y).repeat_interleave(ways)
     a = projected_gradient(hessian.detach(), own, bound, ways)
     free = a < bound - 1e-7
     sums = torch.kron(torch.eye(shots), torch.ones(1, ways))
@@ -369,7 +379,7 @@ def mann(net, support, y, query, query_y) -> Tensor:
 
 def versa(net, support, y, query, query_y) -> Tensor:
     """Equation 5, sample by sample and class by class, with the noise the method was given."""
-    noise = net.noise(torch.zeros(1, len(query), 3))[:, 0]  # [L, B or 1, N]
+    noise = net.noise(torch.zeros(1, len(query), 3), None)[:, 0]  # [L, B or 1, N]
     means = [mean_of(support, y, k) for k in range(3)]
     losses = []
     for i, (q, label) in enumerate(zip(query, query_y, strict=True)):
@@ -419,7 +429,8 @@ def cnaps(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[str, Ten
     net = copy.deepcopy(algorithm)
     total = 0.0
     for x, y, query_x, query_y in tasks_of(episodes):
-        task = net.encoder(x).mean(0, keepdim=True)
+        encoded = net.encoder(x)
+        task = torch.stack([mean_of(encoded, y, k) for k in range(3)]).mean(0, keepdim=True)
         given = iter(net.film)
         filled = {}
         for layer in net.modulations:
@@ -471,7 +482,8 @@ def meta_networks(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[
         queries = with_fast(embedder, of_task, query_x, head=False)
         rows = []
         for q, one in zip(queries, query_x, strict=True):
-            shares = torch.softmax(torch.stack([cosine(q, key) for key in keys]), 0)
+            similar = torch.stack([cosine(q, key) for key in keys]).exp() * balance_of(y)
+            shares = similar / similar.sum()
             fast = {
                 name: sum(s * weights[name] for s, weights in zip(shares, of_examples, strict=True))
                 for name in of_examples[0]

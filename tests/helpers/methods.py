@@ -84,6 +84,8 @@ class Method:
     finite_differences: bool = True  # whether the loss's true gradient is what is followed
     tolerance: float = 1e-10  # relative
     any_network: bool = True  # or only chains of layers
+    any_order: bool = True  # whether it claims that the order of the classes of a task changes nothing
+    equal_classes: bool = True  # whether it claims to weigh classes equally, whatever their numbers of shots
 
 
 def maml(order: int = 2, **settings) -> Callable[[nn.Module, int], MAML]:
@@ -359,50 +361,63 @@ def versa(backbone: nn.Module, steps: int) -> Versa:
     """With the same two samples for all, so that chunks of tasks meet the same."""
     algorithm = Versa(backbone, samples=2)
     fixed = torch.randn(2, 1, 1, 3)
-    algorithm.noise = lambda like: fixed
+    algorithm.noise = lambda like, bias: fixed
     return algorithm
 
 
 METHODS = {
-    "maml": Method(maml(), maml_reference()),
-    "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False),
-    "anil": Method(maml(adapts="head"), maml_reference(head_only=True)),
+    "maml": Method(maml(), maml_reference(), any_order=False),
+    "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False, any_order=False),
+    "anil": Method(maml(adapts="head"), maml_reference(head_only=True), any_order=False),
     "reptile-sgd": Method(
         reptile(lambda steps: SGD(RATE, steps, order=1)),
         reptile_reference(torch.optim.SGD, lr=RATE),
         finite_differences=False,
+        any_order=False,
     ),
     "reptile-adam": Method(
         reptile(lambda steps: Adam(0.01, steps)),
         reptile_reference(torch.optim.Adam, lr=0.01, betas=(0.0, 0.999)),
         finite_differences=False,
-        tolerance=1e-7,  # Adam divides by a root: rounding grows where a gradient is nearly zero
+        tolerance=1e-7,  # Adam divides by a root: rounding grows where a gradient is nearly zero,
+        any_order=False,
     ),
     "boil": Method(
-        maml(adapts="body"), unrolled_reference(sgd_rule, fast=lambda name: name.startswith("0."))
+        maml(adapts="body"),
+        unrolled_reference(sgd_rule, fast=lambda name: name.startswith("0.")),
+        any_order=False,
     ),
-    "meta_sgd": Method(learned("meta_sgd"), unrolled_reference(meta_sgd_rule)),
-    "layer_rates": Method(learned("layer_rates"), unrolled_reference(layer_rates_rule)),
-    "meta_curvature": Method(learned("meta_curvature"), unrolled_reference(meta_curvature_rule)),
-    "meta_lstm": Method(learned("lstm"), unrolled_reference(lstm_rule, order=1), finite_differences=False),
+    "meta_sgd": Method(learned("meta_sgd"), unrolled_reference(meta_sgd_rule), any_order=False),
+    "layer_rates": Method(learned("layer_rates"), unrolled_reference(layer_rates_rule), any_order=False),
+    "meta_curvature": Method(
+        learned("meta_curvature"), unrolled_reference(meta_curvature_rule), any_order=False
+    ),
+    "meta_lstm": Method(
+        learned("lstm"), unrolled_reference(lstm_rule, order=1), finite_differences=False, any_order=False
+    ),
     "learned_optimizer": Method(
         learned("learned_optimizer"),
         unrolled_reference(learned_optimizer_rule, order=1),
         finite_differences=False,
+        any_order=False,
     ),
     "cavia": Method(
-        lambda backbone, steps: CAVIA(backbone, SGD(RATE, steps), outputs=3, context=5), cavia_reference
+        lambda backbone, steps: CAVIA(backbone, SGD(RATE, steps), outputs=3, context=5),
+        cavia_reference,
+        any_order=False,
     ),
-    "maml_plus_plus": Method(maml_plus_plus, maml_plus_plus_reference),
+    "maml_plus_plus": Method(maml_plus_plus, maml_plus_plus_reference, any_order=False),
     "minibatch_prox": Method(
         lambda backbone, steps: Reptile(backbone, SGD(RATE, steps), 3, batch=0, proximal=0.5),
         minibatch_prox_reference,
         finite_differences=False,
+        any_order=False,
     ),
     "imaml": Method(
         lambda backbone, steps: IMAML(backbone, SGD(RATE, steps), outputs=3),
         imaml_reference,
         finite_differences=False,
+        any_order=False,
     ),
     "pretrain": Method(
         lambda backbone, steps: Pretrain(backbone, SGD(RATE, steps), outputs=3, classes=11),
@@ -419,9 +434,11 @@ METHODS = {
     "matching-full-context": Method(
         lambda backbone, steps: MatchingNet(backbone, full_context=True, reads=3),
         embedded.gradient_of(embedded.matching),
+        any_order=False,
+        equal_classes=False,
     ),
     "relation": Method(
-        lambda backbone, steps: RelationNet(backbone, width=4, hidden=5, norm="batch"),
+        lambda backbone, steps: RelationNet(backbone, width=4, hidden=5, norm="batch", shots=2),
         embedded.gradient_of(embedded.relation),
     ),
     "r2d2": Method(
@@ -443,26 +460,36 @@ METHODS = {
     "gnn": Method(
         lambda backbone, steps: GNN(backbone, outputs=3, width=6, norm="batch"),
         embedded.gradient_of(embedded.gnn),
-        finite_differences=False,  # kinks of absolute differences and leaky ReLUs
+        finite_differences=False,  # kinks of absolute differences and leaky ReLUs,
+        any_order=False,
+        equal_classes=False,
     ),
     "gnn-layer": Method(
         lambda backbone, steps: GNN(backbone, outputs=3, width=6, norm="layer"),
         embedded.gradient_of(embedded.gnn),
         finite_differences=False,
+        any_order=False,
+        equal_classes=False,
     ),
     "snail": Method(
         lambda backbone, steps: SNAIL(backbone, outputs=3, longest=6, width=0.05, shuffles=False),
         embedded.gradient_of(embedded.snail),
+        any_order=False,
+        equal_classes=False,
     ),
     "mann": Method(
         lambda backbone, steps: MANN(backbone, 3, slots=7, size=4, heads=2, controller=5, shuffles=False),
         embedded.gradient_of(embedded.mann),
+        any_order=False,
+        equal_classes=False,
     ),
     "meta_networks": Method(
         lambda backbone, steps: MetaNet(backbone, outputs=3, hidden=4),
         embedded.meta_networks,
         finite_differences=False,  # the gradients that it reads are held constant
         any_network=False,
+        any_order=False,
+        equal_classes=False,
     ),
     "versa": Method(versa, embedded.gradient_of(embedded.versa)),
     "cnaps": Method(

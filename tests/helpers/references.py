@@ -26,6 +26,14 @@ def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(outputs, targets) if targets.is_floating_point() else F.cross_entropy(outputs, targets)
 
 
+def support_loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    """With classes, the mean over classes of the mean loss of a class."""
+    if targets.is_floating_point():
+        return loss_of(outputs, targets)
+    classes = targets.unique()
+    return torch.stack([loss_of(outputs[targets == k], targets[targets == k]) for k in classes]).mean()
+
+
 def maml_loss(
     net: nn.Module,
     params: dict[str, Tensor],
@@ -40,7 +48,8 @@ def maml_loss(
     for t in range(len(episodes)):
         fast = dict(params)
         for _ in range(steps):
-            support = loss_of(functional_call(net, fast, (episodes.support_x[t],)), episodes.support_y[t])
+            outputs = functional_call(net, fast, (episodes.support_x[t],))
+            support = support_loss_of(outputs, episodes.support_y[t])
             names = [name for name in fast if name.startswith("1.") or not head_only]
             grads = torch.autograd.grad(support, [fast[name] for name in names], create_graph=order == 2)
             for name, grad in zip(names, grads, strict=True):
@@ -68,7 +77,7 @@ def reptile_update(
         y = torch.cat([episodes.support_y[t], episodes.query_y[t]])
         for _ in range(steps):
             inner.zero_grad()
-            loss_of(own(x), y).backward()
+            support_loss_of(own(x), y).backward()
             inner.step()
         for (name, theta), phi in zip(net.named_parameters(), own.parameters(), strict=True):
             totals[name] += (theta - phi).detach() / len(episodes)
@@ -125,14 +134,14 @@ def unrolled_gradient(
     for t in range(len(episodes)):
         weights, rule = dict(theta), update(meta)
 
-        def loss(weights: Weights, step: int, x: Tensor, y: Tensor) -> Tensor:
-            return loss_of(functional_call(net, at_step(weights, step), (x,)), y)
+        def loss(weights: Weights, step: int, x: Tensor, y: Tensor, of=loss_of) -> Tensor:
+            return of(functional_call(net, at_step(weights, step), (x,)), y)
 
         for step in range(steps):
             names = [name for name in weights if fast(name)]
             own = weights if order == 2 else {name: p.detach() for name, p in weights.items()}
             own = {n: p if p.requires_grad else p.clone().requires_grad_() for n, p in own.items()}
-            support = loss(own, step, episodes.support_x[t], episodes.support_y[t])
+            support = loss(own, step, episodes.support_x[t], episodes.support_y[t], support_loss_of)
             grads = torch.autograd.grad(support, [own[n] for n in names], create_graph=order == 2)
             before = {name: weights[name] for name in names}
             weights |= rule(before, dict(zip(names, grads, strict=True)), support.detach(), step)
@@ -200,7 +209,7 @@ def proximal_end(
             (phi - theta.detach()).square().sum()
             for phi, theta in zip(own.parameters(), net.parameters(), strict=True)
         )
-        (loss_of(own(x), y) + strength / 2 * pull).backward()
+        (support_loss_of(own(x), y) + strength / 2 * pull).backward()
         optimizer.step()
     return own
 
@@ -217,7 +226,7 @@ def implicit_gradient(
         def flat(tensors) -> Tensor:
             return torch.cat([tensor.flatten() for tensor in tensors])
 
-        support = loss_of(own(episodes.support_x[t]), episodes.support_y[t])
+        support = support_loss_of(own(episodes.support_x[t]), episodes.support_y[t])
         gradient = flat(torch.autograd.grad(support, phi, create_graph=True))
         query = loss_of(own(episodes.query_x[t]), episodes.query_y[t])
         b = flat(torch.autograd.grad(query, phi))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import references
@@ -36,6 +38,7 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.base import InnerLoop
 from metarun.inner_loops.sgd import SGD
+from metarun.nn.layers import replace_layers
 from metarun.nn.per_task import TaskBatching, run_on_tasks
 from metarun.nn.shared_weights import runs_at_once
 from metarun.tasks.episodes import Episodes, EpisodeShape
@@ -181,6 +184,41 @@ def test_tasks_do_not_touch_each_other(name: str):
         torch.testing.assert_close(alone[0], whole[t])
 
 
+def without_batch_statistics(name: str) -> Algorithm:
+    """The method on vectors, with layer norm in its own networks and its own samples."""
+    algorithm = METHODS[name].build(BACKBONES["mlp"](), 2).eval()
+    replace_layers(
+        algorithm,
+        lambda part: nn.GroupNorm(1, part.num_features) if isinstance(part, nn.BatchNorm2d) else None,
+    )
+    vars(algorithm).pop("noise", None)
+    return algorithm
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.equal_classes])
+def test_every_class_counts_equally_whatever_its_number_of_shots(name: str):
+    """Each example is there twice; or one class has four copies of its example, and the others have one."""
+    algorithm = without_batch_statistics(name)
+    tasks = episodes_of(shots=1)
+    outputs = []
+    for rows in torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 2]]):
+        copies = replace(tasks, support_x=tasks.support_x[:, rows], support_y=tasks.support_y[:, rows])
+        outputs.append(algorithm.predict(algorithm.adapt(copies.balanced()), tasks.query_x))
+    torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.any_order])
+def test_the_order_of_classes_changes_nothing(name: str):
+    """Classes in another order, as if their folders had other names."""
+    algorithm = without_batch_statistics(name)
+    tasks = episodes_of(shots=2)
+    rows = torch.tensor([4, 5, 0, 1, 2, 3])  # the class that was last comes first
+    turned = replace(tasks, support_x=tasks.support_x[:, rows])
+    expected, found = (algorithm.predict(algorithm.adapt(each), tasks.query_x) for each in (tasks, turned))
+    expected, found = (outputs.log_softmax(-1) for outputs in (expected, found))
+    torch.testing.assert_close(found[..., [1, 2, 0]], expected)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_trajectory_ends_where_adapt_does(name: str):
     algorithm = METHODS[name].build(BACKBONES["smooth"](), 3).eval()
@@ -200,6 +238,12 @@ def test_shared_head_meets_any_number_of_ways():
         episodes = episodes_of(ways=ways)
         grads = gradient(algorithm, episodes)
         assert grads["learner.head.weight"].shape == (1, 4)
+        rows = torch.arange(ways).flip(0).repeat_interleave(2) * 2 + torch.arange(2 * ways) % 2
+        turned = replace(episodes, support_x=episodes.support_x[:, rows])
+        expected, found = (
+            algorithm.predict(algorithm.adapt(each), episodes.query_x) for each in (episodes, turned)
+        )
+        torch.testing.assert_close(found.flip(-1), expected)  # no way is preferred
         direction = {name: torch.randn_like(g) for name, g in grads.items()}
         slope = sum((grads[n] * direction[n]).sum() for n in grads).item()
         assert slope == pytest.approx(difference(algorithm, episodes, direction), rel=1e-6)

@@ -62,18 +62,21 @@ def labelled(ways: int, shots: int, features: int, tasks: int = 2) -> tuple[Tens
 @pytest.mark.parametrize("features", [4, 60])
 def test_ridge_regression_is_scikit_learns(features: int):
     x, _, wanted = labelled(5, 3, features)
-    weights = ridge_regression(x, wanted, torch.tensor(0.7))
+    balance = torch.rand(2, 15) + 0.5
+    weights = ridge_regression(x, wanted, torch.tensor(0.7), balance)
     for t in range(2):
-        other = Ridge(alpha=0.7, fit_intercept=False).fit(x[t].numpy(), wanted[t].numpy())
+        other = Ridge(alpha=0.7, fit_intercept=False)
+        other.fit(x[t].numpy(), wanted[t].numpy(), sample_weight=balance[t].numpy())
         np.testing.assert_allclose(weights[t].numpy(), other.coef_.T, rtol=1e-12, atol=1e-10)
 
 
 def test_logistic_regression_converges_to_scikit_learns():
     x, y, wanted = labelled(5, 3, 20)
-    weights = logistic_regression(x, wanted, torch.tensor(0.7), steps=12)
+    balance = torch.rand(2, 15) + 0.5
+    weights = logistic_regression(x, wanted, torch.tensor(0.7), balance, steps=12)
     for k in range(5):
         other = LogisticRegression(C=1 / 0.7, fit_intercept=False, tol=1e-12, solver="newton-cholesky")
-        other.fit(x[0].numpy(), (y == k).numpy())
+        other.fit(x[0].numpy(), (y == k).numpy(), sample_weight=balance[0].numpy())
         np.testing.assert_allclose(weights[0, :, k].numpy(), other.coef_[0], rtol=1e-6, atol=1e-12)
 
 
@@ -94,7 +97,7 @@ def test_logistic_regression_converges_to_scikit_learns():
 def test_the_machine_is_scikit_learns(ways: int, shots: int, features: int, penalty: float):
     """Crammer and Singer's problem, by LIBLINEAR; and in float32 within its rounding."""
     x, y, wanted = labelled(ways, shots, features)
-    dual = crammer_singer_dual(x @ x.mT, wanted, penalty)
+    dual = crammer_singer_dual(x @ x.mT, wanted, penalty, torch.ones(2, ways * shots))
     assert (dual <= penalty * wanted + 1e-9).all()
     torch.testing.assert_close(dual.sum(-1), torch.zeros_like(dual[..., 0]))
     single = MetaOptNet(Numbers(features), penalty=penalty).fit(x.float(), y.expand(2, -1), ways)["weights"]
@@ -112,31 +115,49 @@ def test_the_machine_is_scikit_learns(ways: int, shots: int, features: int, pena
         np.testing.assert_allclose(single[t].numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_machines_derivative_is_the_slope_of_its_solution():
-    x, _, wanted = labelled(3, 2, 5)
+CLOSED_FORM = {
+    "svm": lambda net: MetaOptNet(net, penalty=0.1),
+    "ridge": lambda net: MetaOptNet(net, head="ridge", ridge=2.0),
+    "r2d2": lambda net: R2D2(net, ridge=0.1),
+    "lrd2": lambda net: R2D2(net, solver="logistic", ridge=0.1),
+    "protonet": ProtoNet,
+    "cosine": lambda net: ProtoNet(net, distance="cosine"),
+    "simpleshot": lambda net: SimpleShot(net, classes=3),
+    "matching": MatchingNet,
+    "versa": lambda net: Versa(net).eval(),
+}
+
+
+@pytest.mark.parametrize(("ways", "shots", "features"), [(3, 2, 5), (3, 10, 3), (5, 15, 16)])
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_the_derivative_is_the_slope_of_the_solution(name: str, ways: int, shots: int, features: int):
+    """Central differences, also where there are fewer features than shots."""
+    algorithm = CLOSED_FORM[name](Numbers(features))
+    x, y, _ = labelled(ways, shots, features)
+    x, y = 0.6 * x, y.expand(2, -1)
     x.requires_grad_()
+    query, probe = torch.randn(2, 4, features), torch.randn(2, 4, ways)
 
-    def weights(x: Tensor) -> Tensor:
-        return x.mT @ crammer_singer_dual(x @ x.mT, wanted, 0.1)
+    def projected(x: Tensor) -> Tensor:
+        return (algorithm.score(algorithm.fit(x, y, ways), query) * probe).sum()
 
-    direction, probe = torch.randn_like(x), torch.randn(2, 5, 3)
-    (grad,) = torch.autograd.grad((weights(x) * probe).sum(), x)
+    direction = torch.randn_like(x)
+    (grad,) = torch.autograd.grad(projected(x), x)
     with torch.no_grad():
-        h = 1e-4
-        slope = ((weights(x + h * direction) - weights(x - h * direction)) * probe).sum() / (2 * h)
-    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-5, atol=1e-7)
+        h = 1e-5
+        slope = (projected(x + h * direction) - projected(x - h * direction)) / (2 * h)
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
-def test_the_machine_takes_unequal_numbers_of_shots():
+def test_the_machine_weighs_classes_of_unequal_sizes_equally():
     x = torch.randn(1, 6, 8)
     y = torch.tensor([0, 1, 1, 1, 2, 2])
-    dual = crammer_singer_dual(x @ x.mT, nn.functional.one_hot(y, 3).to(x).unsqueeze(0), 0.5)
-    other = LinearSVC(
-        multi_class="crammer_singer", dual=True, fit_intercept=False, C=0.5, tol=1e-12, max_iter=10**6
-    )
+    weights = MetaOptNet(Numbers(8), penalty=0.5).fit(x, y.unsqueeze(0), 3)["weights"]
+    settings = {"C": 0.5, "class_weight": "balanced", "fit_intercept": False, "tol": 1e-12}
+    other = LinearSVC(multi_class="crammer_singer", dual=True, max_iter=10**6, **settings)
     other.fit(x[0].numpy(), y.numpy())
-    np.testing.assert_allclose((x[0].T @ dual[0]).numpy(), other.coef_.T, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(weights[0].detach().numpy(), other.coef_.T, rtol=1e-5, atol=1e-7)
 
 
 # MANN's memory, by hand

@@ -295,7 +295,7 @@ def built(name: str, backbone: nn.Module | None = None) -> Algorithm:
     algorithm = METHODS[name].build(BACKBONES["smooth"]() if backbone is None else backbone, 2)
     if name == "versa":
         fixed = torch.randn(2, 1, 1, 3)
-        algorithm.noise = lambda like: fixed[..., : like.shape[-1]]
+        algorithm.noise = lambda like, bias: fixed[..., : like.shape[-1]]
     return algorithm
 
 
