@@ -24,7 +24,7 @@ from metarun.storage.files import cache_dir
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.sampling import sample
-from metarun.tasks.source import SPLITS, EpisodeSource
+from metarun.tasks.source import EpisodeSource
 
 
 def run(cfg: DictConfig) -> None:
@@ -54,18 +54,19 @@ def prepare(command: DataConfig, name: str) -> None:
         table.add_column(heading, justify="left" if heading == "split" else "right")
     sources: dict[str, EpisodeSource] = {}
     dataset = build_dataset(command.dataset)
-    for split in SPLITS:
+    for split in dataset.splits():
         began = time.perf_counter()
         sources[split] = build_source(dataset, split, hardware)
         table.add_row(split, *counts(sources[split]), f"{time.perf_counter() - began:.1f}")
         for part, own in sources[split].parts.items():
             table.add_row(f"  {part}", *counts(own), "")
     console.print(table)
-    source = sources[command.split]
+    drawn = command.split if command.split in sources else next(iter(sources))
+    source = sources[drawn]
     inform(place(None if source.parts else name))  # a mixture caches nothing itself
     if isinstance(source, ClassStore) and len(source.item_shape) == 3:
         shape = EpisodeShape(command.ways, command.shots, command.queries)
-        draw(source, shape, command.seed, f"{name} {command.split}")
+        draw(source, shape, command.seed, f"{name} {drawn}")
 
 
 def verify(dataset: str | None) -> None:

@@ -78,12 +78,11 @@ def is_several(cells: Sequence[Cell]) -> bool:
 def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     """Print tables; write results.json, results.csv and figures to the folder."""
     rows = [row_of(cell, command) for cell in cells]
-    title = f"{command.split} classes, {command.episodes} episodes, seed {command.seed}"
+    title = f"{command.episodes} episodes, seed {command.seed}"
     # One table for each set of metrics: tasks of different kinds have different metrics.
     for metrics in dict.fromkeys(cell.metrics for cell in cells):
         own = [cell for cell in cells if cell.metrics == metrics]
-        datasets = ", ".join(dict.fromkeys(cell.dataset for cell in own))
-        console.print(table_of(own, metrics, f"{datasets}, {title}"))
+        console.print(table_of(own, metrics, f"{classes_in(own, command.split)}, {title}"))
     # Not a caption of the table, which would be wrapped to the width of the table.
     print_line("episodes' hash: " + ", ".join(hashes(cells)))
     pairs = comparisons(cells)
@@ -101,6 +100,14 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     if command.confusion:
         names += report_classes(matrices_of(cells), folder)
     inform(f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")
+
+
+def classes_in(cells: Sequence[Cell], split: str) -> str:
+    """The datasets and the number of classes that are evaluated of each."""
+    counts = {cell.dataset: len(cell.source.names) for cell in cells}
+    kind = "classes of all splits" if split == "all" else f"{split} classes"
+    each = [f"{name}, {count:,} {kind}" if count else f"{name}, {split}" for name, count in counts.items()]
+    return "; ".join(each)
 
 
 def draw(

@@ -174,6 +174,8 @@ class TestData:
         key = OmegaConf.to_yaml(node), shaped.spec.item_shape
         if key not in self.sources:
             source = build_source(shaped, self.command.split, self.hardware)
+            if "_target_" in (self.command.dataset or {}) and self.command.split == "test" and source.names:
+                inform(f"{source.name}: {len(source.names):,} classes; split=all takes those of all splits")
             same = [each for each in self.models if dataset_node(self.command, each.settings) == node]
             if {*(self.command.dataset or {})} <= {"root", "download"}:  # the data of training
                 compare_with([each.content for each in same], self.command.split, source)

@@ -71,10 +71,10 @@ def build_dataset(node: Node) -> Dataset:
 
 
 def build_source(dataset: Dataset, split: str, hardware: Hardware) -> EpisodeSource:
-    """One split of a dataset on the device; its items stay in host memory if they do not fit there."""
-    source = dataset.split(split, torch.device("cpu"))  # type: ignore[arg-type]
+    """One split of a dataset, or "all", on the device; items that do not fit there stay in host memory."""
+    source = dataset.load(split, torch.device("cpu"))  # type: ignore[arg-type]
     if not isinstance(source, ClassStore):
-        return source if hardware.device.type == "cpu" else dataset.split(split, hardware.device)  # type: ignore[arg-type]
+        return source if hardware.device.type == "cpu" else dataset.load(split, hardware.device)  # type: ignore[arg-type]
     if hardware.keeps_on_host(source.items.nbytes):
         return source.with_items(source.items, hardware.device)
     return source.with_items(source.items.to(hardware.device))

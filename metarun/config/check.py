@@ -74,8 +74,9 @@ def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
     if "split" in cfg:
         from metarun.tasks.source import SPLITS  # imports torch
 
-        if cfg.split not in SPLITS:
-            raise ConfigError(f"split={cfg.split}: must be one of {', '.join(SPLITS)}")
+        splits = (*SPLITS, "all") if command in ("eval", "adapt") else SPLITS
+        if cfg.split not in splits:
+            raise ConfigError(f"split={cfg.split}: must be one of {', '.join(splits)}")
     if "trained_classes" in cfg and cfg.trained_classes not in ("leave_out", "keep"):
         raise ConfigError(f"trained_classes={cfg.trained_classes}: must be leave_out or keep")
     if "optimizer" in cfg and not OmegaConf.is_dict(cfg.optimizer):

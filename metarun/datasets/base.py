@@ -13,7 +13,7 @@ from torch import Tensor
 from metarun.datasets.images import Resize
 from metarun.errors import ConfigError
 from metarun.storage.files import encoded
-from metarun.tasks.class_store import ClassStore
+from metarun.tasks.class_store import ClassStore, joined
 from metarun.tasks.source import EpisodeSource
 from metarun.tasks.spec import TaskSpec
 
@@ -57,6 +57,19 @@ class Dataset(ABC):
             DataError: files are missing, damaged or not what the dataset expects. The message is one line
                 that names the file or folder and says how to fix it.
         """
+
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that there are: all three, except where a user's files have fewer. Raises DataError."""
+        return "train", "validation", "test"
+
+    def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> EpisodeSource:
+        """One split, or the classes of all splits. Raises what `split` raises, and ConfigError."""
+        if name != "all":
+            return self.split(name, device)
+        stores = [self.split(each) for each in self.splits()]
+        if not all(isinstance(store, ClassStore) for store in stores):
+            raise ConfigError("split=all: this dataset has no classes; choose train, validation or test")
+        return joined(stores, device)  # type: ignore[arg-type]
 
     def reshaped(self, item_shape: tuple[int, ...]) -> Dataset:
         """This dataset with items of another shape [C, H, W], if it can convert them itself, else itself.

@@ -71,6 +71,42 @@ def entries(root: Path) -> list[Entry]:
     return once_each(found)
 
 
+def classes_of(
+    files: list[Entry], above: int, root: Path, depth: int, setting: str = "dataset.depth"
+) -> dict[str, list[Entry]]:
+    """The files of each class, by its name, sorted; a message says if class folders contain folders.
+
+    Args:
+        files: all files below `root`.
+        above: how many folders are above all classes.
+        root: the folder or zip.
+        depth: how many folders down from there the class folders are; a class's name is the path to it.
+        setting: what sets the depth, for the message.
+
+    Raises:
+        DataError: a file is not in a class folder, or a class folder has no files.
+    """
+    first, last = above, above + depth
+    classes: dict[str, list[Entry]] = {}
+    for entry in files:
+        if len(entry.parts) <= last:
+            raise DataError(f"{entry}: is beside the class folders; move it into one, or away")
+        classes.setdefault("/".join(entry.parts[first:last]), []).append(entry)
+    for folder in {root.joinpath(*entry.parts[: last - 1]) for entry in files}:
+        for path in images.visible(folder) if folder.is_dir() else []:
+            if path.is_dir() and "/".join(path.relative_to(root).parts[first:]) not in classes:
+                raise DataError(f"{path}: this class has no images; add some or remove the folder")
+    inner = {entry.parts[: last + 1] for entry in files if len(entry.parts) > last + 1}
+    direct = any(len(entry.parts) == last + 1 for entry in files)
+    if inner and (direct or len(inner) > len(classes)):  # not a zip for each class that contains its folder
+        deeper = f"; {setting}={depth + 1} makes the {len(inner):,} inner folders classes"
+        inform(
+            f"{root}: {len(classes):,} classes, whose folders contain folders such as "
+            f"{'/'.join(min(inner))}{'' if direct else deeper}"
+        )
+    return dict(sorted(classes.items()))
+
+
 def once_each(files: list[Entry]) -> list[Entry]:
     """The files without those of a zip that are also in a folder or in another zip.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from metarun.datasets.base import ImageDataset, Split, Unreadable, split_by_digest
-from metarun.datasets.class_folders import Entry, class_store, entries
-from metarun.datasets.images import Resize, visible
+from metarun.datasets.base import ImageDataset, Split, Unreadable, and_more, at_least, split_by_digest
+from metarun.datasets.class_folders import Entry, class_store, classes_of, entries
+from metarun.datasets.images import Resize
 from metarun.errors import ConfigError, DataError
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
@@ -19,17 +20,22 @@ SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
     "validation": ("val", "validation", "valid"),
     "test": ("test",),
 }
+SPLIT_OF = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
+LEAST = 6  # classes that can be split into three
+Classes = dict[str, list[Entry]]  # the images of each class, by its name
 
 
 class ImageFolder(ImageDataset):
     """Images of any size and mode in class folders.
 
-    If `root` has a folder `train`, the training classes are in it and the others in folders `val` and
-    `test`. Otherwise the classes directly below `root` are split by the digests of their names, see
-    `split_by_digest`.
+    If `root` has folders `train`, `val` and `test` of class folders, or some of them, they are the splits.
+    Otherwise the class folders below `root` are split by the digests of their names, see `split_by_digest`;
+    fewer than 6 classes are all test classes.
 
     Args:
         root: a folder or a zip.
+        depth: how many folders below `root`, or below a split's folder, the class folders are, at least 1.
+            A class has all images below its folder, and the name of the path to it.
         size, channels, resize: the images' size, grey or colour, and how they are made square.
         unreadable: "stop" raises DataError at a file that is not an image, "skip" leaves it out with a
             warning.
@@ -52,6 +58,7 @@ class ImageFolder(ImageDataset):
         validation: float = 0.2,
         test: float = 0.2,
         seed: int = 0,
+        depth: int = 1,
     ) -> None:
         super().__init__(size, channels, resize)
         if min(validation, test) <= 0 or validation + test >= 1:
@@ -59,83 +66,105 @@ class ImageFolder(ImageDataset):
                 f"dataset.validation={validation}, dataset.test={test}: choose shares above 0 that are less "
                 "than 1 together"
             )
-        self.root, self.unreadable = root, unreadable
+        at_least(1, depth=depth)
+        self.root, self.unreadable, self.depth = root, unreadable, depth
         self.shares, self.seed = (validation, test), seed
-        self._classes: dict[Split, dict[str, list[Entry]]] | None = None
+        self._too_few = 0  # the number of classes, where they are too few for three splits
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """One split, its classes sorted by name. Raises DataError, naming the file or folder."""
-        if self._classes is None:
-            self._classes = self._find(announce=name == "train")
+        if name not in self._classes:
+            raise DataError(self._missing(name))
         root = Path(self.root)
         title, cached_as = f"{root.name} {name}", f"image_folder-{name}"
         return class_store(self, title, self._classes[name], root, device, cached_as)
 
-    def _find(self, announce: bool) -> dict[Split, dict[str, list[Entry]]]:
-        """The images of each split by class; `announce` the rule by which classes are split."""
+    def splits(self) -> tuple[Split, ...]:
+        return tuple(self._classes)
+
+    @cached_property
+    def _classes(self) -> dict[Split, Classes]:
+        """The classes of each split that there is."""
         root = Path(self.root).expanduser()
-        files, root = unwrapped(entries(root), root)
-        tops = {entry.parts[0] for entry in files}
-        if not set(SPLIT_FOLDERS["train"]) & tops:
-            return self._by_rule(classes_of(files, 0, root), announce)
-        found: dict[Split, dict[str, list[Entry]]] = {}
-        for split, names in SPLIT_FOLDERS.items():
-            own = [entry for entry in files if entry.parts[0] in names]
-            if not own:
-                raise DataError(
-                    f"dataset.root={root}: has a folder train, but none named {' or '.join(names)}; "
-                    f"add it, or put the classes directly into {root}"
-                )
-            found[split] = classes_of(own, 1, root)
-        for split in ("validation", "test"):
-            if shared := sorted(found["train"].keys() & found[split].keys()):
+        files, root = unwrapped(entries(root), root, self.depth)
+        folders = split_folders(files, self.depth, root)
+        if not folders:
+            return self._by_rule(classes_of(files, 0, root, self.depth))
+        found = {
+            split: classes_of([entry for entry in files if entry.parts[0] in names], 1, root, self.depth)
+            for split, names in folders.items()
+        }
+        for split in found.keys() - {"train"}:
+            if shared := sorted(found.get("train", {}).keys() & found[split].keys()):
                 raise DataError(
                     f"dataset.root={root}: class {shared[0]!r} is in train and in {split}; "
                     "a class must be in one split only"
                 )
         return found
 
-    def _by_rule(
-        self, classes: dict[str, list[Entry]], announce: bool
-    ) -> dict[Split, dict[str, list[Entry]]]:
+    def _by_rule(self, classes: Classes) -> dict[Split, Classes]:
         count = len(classes)
-        if count < 6:
-            raise DataError(
-                f"dataset.root={self.root}: has {count} classes; at least 6 are needed for three splits "
-                "of two or more"
-            )
+        if count < LEAST:
+            inform(f"{self.root}: {count} classes are too few for three splits, so all are test classes")
+            self._too_few = count
+            return {"test": classes}
         validation, test = (max(2, round(share * count)) for share in self.shares)
         sizes = (max(count - validation - test, 0), validation, test)
-        if announce:
-            inform(
-                f"{self.root}: {count} classes split {'/'.join(map(str, sizes))} into train, validation and "
-                f"test by dataset.seed={self.seed}",
-            )
+        inform(
+            f"{self.root}: {count} classes split {'/'.join(map(str, sizes))} into train, validation and "
+            f"test by dataset.seed={self.seed}",
+        )
         parts = split_by_digest(classes, sizes, f"{self.seed} ")
         return {split: {name: classes[name] for name in names} for split, names in parts.items()}
 
+    def _missing(self, name: Split) -> str:
+        """Why there is no such split, and what to do."""
+        if self._too_few:
+            return (
+                f"dataset.root={self.root}: has {self._too_few} classes; at least {LEAST} are needed for "
+                "three splits of two or more; eval and adapt take fewer, with split=test"
+            )
+        there, *_ = self._classes
+        return (
+            f"dataset.root={self.root}: has a folder {there}, but none named "
+            f"{' or '.join(SPLIT_FOLDERS[name])}; add it, or set dataset.root={self.root}/{there} to split "
+            f"those classes, or split={there} in eval and adapt"
+        )
 
-def unwrapped(files: list[Entry], root: Path) -> tuple[list[Entry], Path]:
+
+def unwrapped(files: list[Entry], root: Path, depth: int) -> tuple[list[Entry], Path]:
     """The files and the root without outer folders that only contain one folder, as many zips have."""
-    while len({entry.parts[0] for entry in files}) == 1 and min(len(entry.parts) for entry in files) > 2:
-        root = root / files[0].parts[0]
-        files = [entry._replace(parts=entry.parts[1:]) for entry in files]
+    while len(tops := {entry.parts[0] for entry in files}) == 1:
+        (top,) = tops
+        if min(len(entry.parts) for entry in files) <= depth + 1 or top.lower() in SPLIT_OF:
+            break
+        root, files = root / top, [entry._replace(parts=entry.parts[1:]) for entry in files]
     return files, root
 
 
-def classes_of(files: list[Entry], depth: int, root: Path) -> dict[str, list[Entry]]:
-    """Files by the name of the folder at index `depth` of their path, sorted.
+def split_folders(files: list[Entry], depth: int, root: Path) -> dict[Split, set[str]]:
+    """The folders below a root that are splits: those named like one that contain class folders.
 
-    Raises DataError for files that are not in such a folder and for folders without files.
+    A folder of such a name is a class if it contains images directly, or if it is the only one beside
+    folders of other names. Upper and lower case do not matter.
+
+    Args:
+        files: all files below the root.
+        depth: see `ImageFolder`.
+        root: for messages.
+
+    Returns:
+        The names of the folders of each split that there is; empty if `root` contains the classes.
     """
-    classes: dict[str, list[Entry]] = {}
-    for entry in files:
-        if len(entry.parts) < depth + 2:
-            raise DataError(f"{entry}: is beside the class folders; move it into one, or away")
-        classes.setdefault(entry.parts[depth], []).append(entry)
-    above = {root.joinpath(*entry.parts[:depth]) for entry in files}
-    for folder in above:
-        for path in visible(folder) if folder.is_dir() else []:
-            if path.is_dir() and path.name not in classes:
-                raise DataError(f"{path}: this class has no images; add some or remove the folder")
-    return dict(sorted(classes.items()))
+    tops = {entry.parts[0] for entry in files if len(entry.parts) > 1}
+    nested = {entry.parts[0] for entry in files if len(entry.parts) > depth + 1}
+    found: dict[Split, set[str]] = {}
+    for name in sorted(nested):
+        if split := SPLIT_OF.get(name.lower()):
+            found.setdefault(split, set()).add(name)
+    others = sorted(tops - {name for names in found.values() for name in names})
+    if others and len(found) < 2:
+        return {}
+    if others:
+        inform(f"{root}: folder {and_more(others)} beside {', '.join(found)} left out")
+    return {split: found[split] for split in SPLIT_FOLDERS if split in found}

@@ -79,12 +79,19 @@ class Mixture(Dataset):
     def drawings(self) -> bool:  # type: ignore[override]
         return all(dataset.drawings for dataset in self.datasets.values())
 
+    def splits(self) -> tuple[Split, ...]:
+        shared = [set(dataset.splits()) for dataset in self.datasets.values()]
+        return tuple(split for split in super().splits() if all(split in own for own in shared))
+
+    def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> MixtureStore:
+        return self.split(name, device)  # type: ignore[arg-type]  # each part loads all of its own
+
     def split(self, name: Split, device: torch.device | str = "cpu") -> MixtureStore:
         """The classes of all parts. Raises what a part's `split` raises, with its settings' full names."""
         stores = {}
         for part, dataset in self.datasets.items():
             with naming_part(part, inspect.signature(type(dataset)).parameters):
-                store = dataset.split(name)
+                store = dataset.load(name)
             if not isinstance(store, ClassStore):
                 raise ConfigError(f"dataset.parts: {part} is not a dataset of classes; leave it out")
             stores[part] = store.resized(self.item_shape)

@@ -234,6 +234,20 @@ class ClassStore(EpisodeSource):
         return Fetched(each.to(self.host_for, non_blocking=pinned) for each in (classes, items, *random))
 
 
+def joined(stores: Sequence[ClassStore], device: torch.device | str = "cpu") -> ClassStore:
+    """The classes of all splits of a dataset, whose items are copied into one tensor."""
+    first = stores[0]
+    return ClassStore(
+        torch.cat([store.items for store in stores]),
+        [count for store in stores for count in store.counts.tolist()],
+        [name for store in stores for name in store.names],
+        f"{first.name.rpartition(' ')[0]} all",
+        device,
+        fingerprint=" ".join(store.fingerprint for store in stores),
+        decode=first.decode,
+    )
+
+
 def spec_of(
     items: Tensor, decode: Callable[[Tensor], Tensor], classes: int, like: TaskSpec | None = None
 ) -> TaskSpec:

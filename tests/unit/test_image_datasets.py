@@ -22,6 +22,7 @@ from metarun.datasets.cifar import FC100, CifarFS, labels
 from metarun.datasets.from_torchvision import SETS, FromTorchvision
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
+from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError, DataError
 from metarun.storage.cached_arrays import memmap_cached
 from metarun.tasks.episodes import EpisodeShape
@@ -135,7 +136,10 @@ BROKEN_TREES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: [shutil.rmtree(root / name) for name in NAMES[:3]],
         "has 5 classes; at least 6",
     ),
-    "no val": (lambda root: (root / "train").mkdir() or tree(root / "train", NAMES[:2]), "none named val"),
+    "only test": (
+        lambda root: [shutil.move(root / name, root / "test" / name) for name in NAMES],
+        "has a folder test, but none named train; .*dataset.root=.*/mine/test to split",
+    ),
 }
 
 
@@ -147,6 +151,71 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path: Path, name: s
     with pytest.raises(DataError, match=says) as error:
         ImageFolder(root=str(root), size=8).split("train")
     assert "\n" not in str(error.value)
+
+
+def found(root: Path, **settings) -> dict[str, list[str]]:
+    """The classes of each split that there is."""
+    dataset = ImageFolder(root=str(root), size=8, **settings)
+    return {split: sorted(dataset.split(split).names) for split in dataset.splits()}
+
+
+def all_classes(root: Path, **settings) -> list[str]:
+    return sorted(name for names in found(root, **settings).values() for name in names)
+
+
+def test_folders_of_some_splits_are_those_splits(tmp_path: Path, capsys):
+    for split in ("Test", "valid"):
+        tree(tmp_path / "mine" / split, NAMES[:3] if split == "Test" else NAMES[3:])
+    assert found(tmp_path / "mine") == {"validation": NAMES[3:], "test": NAMES[:3]}
+    tree(tmp_path / "one" / "outer" / "test", NAMES)
+    assert found(tmp_path / "one") == {"test": NAMES}
+    tree(tmp_path / "more" / "train", NAMES[:4])
+    tree(tmp_path / "more" / "test", NAMES[4:])
+    tree(tmp_path / "more", ["unlabelled"])
+    (tmp_path / "more" / "labels.csv").write_text("x")
+    assert found(tmp_path / "more") == {"train": NAMES[:4], "test": NAMES[4:]}
+    assert "folder unlabelled beside test, train left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inner", ["", "/a"])
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path, inner: str):
+    expected = ["train", "bus", "car", "ship", "plane", "tram"]
+    root = tree(tmp_path / "mine", [name + inner for name in expected])
+    assert all_classes(root) == sorted(expected)
+
+
+def test_few_classes_are_all_test_classes_and_all_splits_can_be_joined(tmp_path: Path, capsys):
+    assert found(tree(tmp_path / "few", NAMES[:4])) == {"test": NAMES[:4]}
+    assert "4 classes are too few for three splits, so all are test classes" in capsys.readouterr().err
+    root = tree(tmp_path / "mine", NAMES)
+    every = ImageFolder(root=str(root), size=8).load("all")
+    assert levels(every) == {name: [10 * i + k for k in range(3)] for i, name in enumerate(NAMES)}
+    assert every.name == "mine all"
+    with pytest.raises(ConfigError, match="split=all: this dataset has no classes"):
+        Sinusoid().load("all")
+
+
+def test_classes_may_be_any_number_of_folders_down(tmp_path: Path, capsys):
+    names = [f"{group}/{inner}" for group in "abcdef" for inner in ("one", "two")]
+    root = tree(tmp_path / "mine", names)
+    assert all_classes(root) == list("abcdef")
+    assert "6 classes, whose folders contain folders such as a/one; dataset.depth=2 makes the 12 inner" in (
+        capsys.readouterr().err
+    )
+    assert all_classes(root, depth=2) == names
+    assert "contain folders" not in capsys.readouterr().err
+    picture(root / "a" / "stray.png", 1)
+    with pytest.raises(DataError, match=r"a/stray\.png: is beside the class folders"):
+        found(root, depth=2)
+    found(root)
+    assert "contain folders such as a/one\n" in capsys.readouterr().err  # no depth fits all
+    (root / "a" / "stray.png").unlink()
+    (root / "b" / "empty").mkdir()
+    with pytest.raises(DataError, match="b/empty: this class has no images"):
+        found(root, depth=2)
+    for split in ("train", "val", "test"):
+        tree(tmp_path / "split" / split, [f"{split}{i}/{j}" for i in range(2) for j in range(2)])
+    assert found(tmp_path / "split", depth=2)["validation"] == ["val0/0", "val0/1", "val1/0", "val1/1"]
 
 
 def test_a_class_in_two_splits_is_refused(tmp_path: Path):
