@@ -38,7 +38,7 @@ def test_every_command_of_the_documents_composes(words: list[str]):
     # A sweep's lists are Hydra's to split; the first choice of each stands for it here.
     first = [word if "[" in word or "{" in word else word.split(",")[0] for word in overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        check(compose(command, first), command)
+        check(compose(command, first), command, typed=first)
 
 
 LINKS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -41,6 +41,10 @@ class Algorithm(nn.Module, ABC):
     takes_steps: ClassVar[bool] = False
     #: Whether it has `by_instance`, the accuracy at each appearance of a class (`metarun eval instances=N`).
     sees_examples_in_turn: ClassVar[bool] = False
+    #: Settings of the algorithm, or of another group as in "inner_loop.order", that nothing reads while
+    #: another setting of the same group has a value ("head=svm", "test_steps!=null"; "": always). They are
+    #: refused if they are typed. An inner loop, a backbone or a dataset may have this attribute too.
+    unread: ClassVar[Mapping[str, str]] = {}
     #: Whether the backbone keeps the weights that it starts with.
     frozen: bool = False
     #: Whether evaluation normalises an example by the statistics of the batch that it is in.

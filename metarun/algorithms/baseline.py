@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,12 @@ class Baseline(Classifier):
     """
 
     takes_steps = True
+    # Steps are only taken in evaluation, without a gradient through them.
+    unread: ClassVar = {
+        "scale": "cosine=false",
+        "inner_loop.order": "",
+        "inner_loop.steps": "test_steps!=null",
+    }
 
     def __init__(
         self,

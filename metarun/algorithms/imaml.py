@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class IMAML(MAML):
         damping: added to `proximal` in the linear system only (the paper's code solves
             2 v + H v / (proximal + 10)).
     """
+
+    unread: ClassVar = {"inner_loop.order": ""}  # the meta-gradient does not pass through the steps
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class MatchingNet(FeatureMethod):
         scale: multiplies the cosines; 1 in the paper, with which no weight can be near 1 and little is
             learned.
     """
+
+    unread: ClassVar = {"reads": "full_context=false"}
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ class MetaOptNet(FeatureMethod):
         label_smoothing: the share of the target probability that is distributed over all classes, including
             the true class (in the paper's code: over the other classes), at least 0 and below 1.
     """
+
+    unread: ClassVar = {"ridge": "head=svm", "penalty": "head=ridge"}
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -28,6 +28,8 @@ class Pretrain(MAML):
     """
 
     needs = Episodes
+    # Steps are only taken in evaluation, without a gradient through them.
+    unread: ClassVar = {"inner_loop.order": "", "inner_loop.steps": "test_steps!=null"}
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class R2D2(FeatureMethod):
         scale: the initial scale of the predictions.
         steps: the number of steps of iteratively reweighted least squares, at least 1.
     """
+
+    unread: ClassVar = {"steps": "solver=ridge"}
 
     def __init__(
         self,

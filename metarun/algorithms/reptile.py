@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class Reptile(MAML):
             0: every step uses all examples.
         proximal: the strength of the proximal term; 0 is Reptile.
     """
+
+    unread: ClassVar = {"inner_loop.order": ""}  # the meta-gradient does not pass through the steps
 
     def __init__(
         self,

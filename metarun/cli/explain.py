@@ -35,6 +35,9 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
         return "invalid YAML: " + " ".join(str(error).split())
     if is_config_error(error):
         return explain_config(error, command, arguments)
+    if "Unexpected type for root" in str(error):  # OmegaConf's assertion about `+a.b=1` if a is null
+        added = [argument for argument in reversed(arguments) if re.match(r"\+[^=]*\.", argument)]
+        return f"{added[0]}: it is not part of a group of settings; leave it out"
     if "Config group override must be" in str(error):
         empty = [a.partition("=")[0] for a in arguments if a.endswith("=null")]
         return (
@@ -84,6 +87,8 @@ def is_config_error(error: BaseException) -> bool:
 
 def explain_config(error: BaseException, command: str, arguments: list[str]) -> str:
     """Convert the messages of Hydra and OmegaConf, which have many lines, to one line."""
+    from hydra.errors import OverrideParseException
+
     causes_list = list(causes(error))
     texts = [str(cause) for cause in causes_list]
     whole = "\n".join(texts)
@@ -94,13 +99,46 @@ def explain_config(error: BaseException, command: str, arguments: list[str]) -> 
     if found := re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')", whole):
         full = re.search(r"full_key: (\S+)", whole)
         return explain_key(full.group(1) if full else found.group(1), command, arguments)
+    references = [argument for argument in reversed(arguments) if "${" in argument]
+    if "nterpolation" in whole and references:
+        return f"{references[0]}: {first_line(causes_list[0])}; check what is between ${{ and }}"
     if found := re.search(r"full_key: (\S+)", texts[-1]):
         return explain_value(found.group(1), first_line(causes_list[-1]), command, arguments)
-    if found := re.search(r"Error parsing override '(.*)'", whole):
-        return (
-            f"{found.group(1)}: not understood; quote a value with special characters, as in 'key=\"a (b)\"'"
-        )
+    for cause in causes_list:
+        if isinstance(cause, OverrideParseException):
+            return explain_grammar(cause.override)
+    for pattern, message in OF_HYDRA.items():
+        if found := re.search(pattern, whole):
+            return found.expand(message)
     return " ".join(texts[0].split())
+
+
+# What Hydra says about overrides that it understands but cannot apply, and what we say instead.
+OF_HYDRA = {
+    r"Multiple values for ([\w/]+)\.": r"+\1: this group has an option already; leave the plus out",
+    r"An item is already at '([^']+)'": r"+\1: is set already; leave the plus out",
+    r"Could not delete (?:from config\. )?'([^']+)'": r"~\1: there is no such setting",
+    r"The value of '(\S+)' is (.+) and not (.+)\.": r"~\1=\3: its value is \2",
+    r"force-add of config groups is not supported: '\++([^']+)'": r"++\1: leave the plus signs out",
+    r"Override (\S+) looks like .* but config group '(\S+)'": r"\1: there is no group \2",
+    r"Cannot find primary config '(\S+)'": r"-cn \1: there is no such config; leave -cn out",
+    r"Sweeping over Hydra's configuration .* '\+*(.*)'": r"\1: cannot be swept; name one value",
+    r"BasicSweeper does not support sweep type": "a sweep lists its values, as in seed=0,1,2",
+    r"Sweep parameters '(.+)' requires --multirun": r"\1: has several values; for a sweep over them add -m",
+    r"You must specify '(\S+)'": r"\1 is not set; add \1=OPTION to the command line",
+}
+
+
+def explain_grammar(override: str) -> str:
+    """The message for an override that Hydra's grammar does not contain."""
+    key, _, value = override.partition("=")
+    if not re.fullmatch(r"[~+]*[\w./@$-]+", key):
+        return f"{override}: {key!r} is not the name of a setting; type key=value"
+    count = value.count
+    unpaired = any(count(left) != count(right) for left, right in (("(", ")"), ("[", "]"), ("{", "}")))
+    if unpaired or count("'") % 2 or count('"') % 2:
+        return f"{override}: not understood; a bracket or a quote is not closed"
+    return f"{override}: not understood; quote a value with special characters, as in 'key=\"a (b)\"'"
 
 
 # What OmegaConf's messages say, and how a value must be.
@@ -109,6 +147,12 @@ EXPECTED = {
     "could not be converted to Float": "must be a number",
     "is not a valid bool": "must be true or false",
     "is not a ListConfig": "must be a list, as in {key}=[{value}]",
+    "Cannot merge DictConfig with ListConfig": "must be a list, as in {key}=[a,b]",
+    "does not support deletion": "must not be deleted; set another value instead",
+    "is not Optional": "must have a value; leave it out for the default",
+    "NoneType is not a subclass": "must not be null",
+    "Incompatible value 'None'": "must not be null",
+    "Cannot convert": "must be text",
 }
 
 
@@ -120,13 +164,14 @@ def explain_value(key: str, message: str, command: str, arguments: list[str]) ->
         message: the first line of OmegaConf's message.
         command, arguments: see `explain`.
     """
-    pairs = (argument.lstrip("+").partition("=") for argument in arguments)
+    pairs = [argument.lstrip("+").partition("=") for argument in reversed(arguments)]
     value = next((value.strip("'\"") for name, _, value in pairs if name == key), None)
     where = key if value is None else f"{key}={value}"
     for text, expected in EXPECTED.items():
         if text in message:
             return f"{where}: {expected.format(key=key, value=value)}"
-    if "Invalid type assigned" in message and (settings := known_keys(key, command, [])):
+    if "Invalid type assigned" in message:
+        settings = known_keys(key, command, []) or ["NAME"]
         hint = "; to continue a run set resume=RUN, to start from its backbone init=RUN"
         hint = hint if (command, key) == ("train", "checkpoint") else ""
         return f"{where}: is a group of settings; set one of them, as in {key}.{settings[0]}=VALUE{hint}"

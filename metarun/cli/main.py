@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import metarun
-from metarun.cli.overrides import arrange, fail
+from metarun.cli.overrides import arrange, fail, unquoted
 from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
 from metarun.errors import first_line
@@ -127,9 +127,12 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from metarun.config.check import check_hydra
+
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        check_hydra(HydraConfig.get())
         result = importlib.import_module(COMMANDS[name]).run(cfg)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or stop_requested():
@@ -183,7 +186,7 @@ def message_of(error: Exception, name: str) -> str:
 def existing_folders(arguments: list[str]) -> frozenset[Path]:
     """The typed output folders, their .hydra folders and their parents, as far as they exist now."""
     typed = (re.fullmatch(r"\+*hydra\.(?:run|sweep)\.dir=(.+)", argument) for argument in arguments)
-    folders = [Path(os.path.abspath(match[1].strip("'\""))) for match in typed if match]
+    folders = [Path(os.path.abspath(unquoted(match[1]))) for match in typed if match]
     paths = {path for folder in folders for path in (folder / ".hydra", folder, folder.parent)}
     return frozenset(path for path in paths if os.path.isdir(path))
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from metarun.config.paths import CONF
-
-# Settings that are paths. Their values are quoted, since a path may contain characters of Hydra's grammar.
-PATH_KEYS = re.compile(r"checkpoint|support|query|resume|dataset\.(settings\.\w+\.)?root")
+from metarun.config.schema import path_kind
 
 PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
+
+# Settings that Hydra only reads in a sweep.
+OF_SWEEPS = re.compile(r"\+*hydra(\.sweep\.|[./]sweeper|[./]launcher).*")
+ITEM = re.compile(r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|[^,])+""")  # of a list or a sweep: commas separate items
 
 # Hydra's flags that take a value, and those that do not.
 VALUED_FLAGS = [
@@ -30,8 +32,6 @@ VALUED_FLAGS = [
     "--config-dir",
     "-cp",
     "--config-path",
-    "-e",
-    "--experimental-rerun",
 ]
 PLAIN_FLAGS = [
     "-h",
@@ -47,6 +47,11 @@ PLAIN_FLAGS = [
     "--shell-completion",
 ]
 
+# The values of some of them.
+CHOICES = dict.fromkeys(["-c", "--cfg"], ("job", "hydra", "all")) | dict.fromkeys(
+    ["-i", "--info"], ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+)
+
 
 def arrange(name: str, arguments: list[str]) -> list[str]:
     """Convert arguments to what Hydra's parser needs.
@@ -59,19 +64,20 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
         Flags, then overrides. Paths are quoted, the parts of a mixture and the settings that a dataset needs
         are added, and the output folder of a resumed run is its own folder.
     """
-    flags = [a for a in arguments if not is_override(a)]
-    overrides = [quote_path(a) for a in arguments if is_override(a)]
-    for before, word in zip(["", *flags], flags, strict=False):
-        if word.startswith("-"):
-            check_flag(name, word.partition("=")[0])
-        elif before not in VALUED_FLAGS:
-            fail(f"{word!r} is neither a setting (key=value) nor a flag; see metarun {name} --help", status=2)
+    flags, typed = separated(name, arguments)
+    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
+    for override in typed:
+        if OF_SWEEPS.fullmatch(override) and not sweep:
+            fail(f"{override}: is only read in a sweep; add -m, or leave it out", status=1)
+        if sweep and override.lstrip("+").startswith("hydra.run.dir="):
+            fail(f"{override}: is not read in a sweep; set hydra.sweep.dir", status=1)
+    overrides = [quote_path(name, override, sweep) for override in typed]
     if name == "train":
         overrides = pairing(overrides) + overrides
     overrides += parts_of(overrides)
     # The names of parts are not in the config yet, so Hydra needs `++` to add them.
     overrides = [f"++{a}" if PART.fullmatch(a.partition("=")[0]) else a for a in overrides]
-    resume = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
+    resume = [a.partition("=")[2].strip("'\"") for a in typed if a.lstrip("+").startswith("resume=")]
     if name != "train" or resume:
         # `dataset.root=...` adjusts the dataset of the checkpoint, which is not in Hydra's config.
         overrides = [f"++{a}" if a.startswith("dataset.") else a for a in overrides]
@@ -118,9 +124,35 @@ def parts_of(overrides: list[str]) -> list[str]:
     return [f"+{package}={name}" for package, name in packages.items() if package not in chosen]
 
 
-def is_override(argument: str) -> bool:
-    """Whether an argument is an override (key=value, ~key) and not a flag."""
-    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+def separated(name: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The flags of a command line with their values, and its overrides; other words end the program."""
+    flags, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            flag, equals, value = argument.partition("=")
+            check_flag(name, flag)
+            if flag in VALUED_FLAGS and not equals:
+                value = next(rest, "")
+            if flag in VALUED_FLAGS and (not value or value.startswith("-")):
+                fail(f"{flag} needs a value; see metarun {name} --help", status=2)
+            if flag in CHOICES and value not in CHOICES[flag]:
+                fail(f"{flag} {value}: must be one of {', '.join(CHOICES[flag])}", status=2)
+            if flag in PLAIN_FLAGS and equals:
+                fail(f"{argument}: {flag} takes no value", status=2)
+            flags += [argument] if equals or flag in PLAIN_FLAGS else [flag, value]
+        elif argument.startswith(("=", "~hydra")):
+            fail(f"{argument}: is not a setting; leave it out", status=2)
+        elif argument.startswith("~") or "=" in argument:
+            overrides.append(argument)
+        else:
+            message = f"{argument!r} is neither a setting (key=value) nor a flag; see metarun {name} --help"
+            fail(message, status=2)
+    if not {"-sc", "--shell-completion"}.isdisjoint(flags) and not (
+        len(overrides) == 1 and re.fullmatch(r"(install|uninstall|query)=(bash|fish|zsh)", overrides[0])
+    ):
+        fail("-sc needs install=bash, fish or zsh (or uninstall=)", status=2)
+    return flags, overrides
 
 
 def check_flag(name: str, flag: str) -> None:
@@ -131,27 +163,56 @@ def check_flag(name: str, flag: str) -> None:
         fail(f"{flag} is not a flag; {hint}", status=2)
 
 
-def quote_path(override: str) -> str:
+def quote_path(name: str, override: str, sweep: bool) -> str:
     """Quote the value of an override if it is a path, and expand `~`.
 
     Values that are already quoted, null, and interpolations are not changed.
+
+    Args:
+        name: the command.
+        override: as typed.
+        sweep: whether commas separate the values of a sweep. Otherwise they are part of the path.
     """
     key, _, value = override.partition("=")
-    if not PATH_KEYS.fullmatch(key) or value == "null" or value[:1] in ("'", '"', "$"):
+    kind = path_kind(name, key.lstrip("+"))
+    if not kind or override.startswith("~") or value == "null" or value.startswith("$"):
         return override
-    if value.startswith("[") and value.endswith("]"):
-        return f"{key}=[{','.join(quoted(item.strip()) for item in value[1:-1].split(','))}]"
     if not value:
         fail(f"{key}= is empty; name a path", status=1)
-    return f"{key}={quoted(value)}"
+    values = [each.strip() for each in ITEM.findall(value)] if sweep and kind != "folder" else [value]
+    return f"{key}={','.join(quoted_item(each, kind) for each in values)}"
 
 
-def quoted(path: str) -> str:
-    """A path in single quotes, with `~` expanded."""
-    if path[:1] in ("'", '"'):
+def quoted_item(value: str, kind: str) -> str:
+    """A path in quotes, or a list of paths if the setting can be a list."""
+    if kind == "list" and value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(quoted(item.strip()) for item in ITEM.findall(value[1:-1]))}]"
+    return quoted(value, interpolated=kind == "folder")
+
+
+def quoted(path: str, interpolated: bool = False) -> str:
+    """A path in single quotes, with `~` expanded.
+
+    Args:
+        path: as typed. It is not changed if it is in quotes.
+        interpolated: whether `${` has the meaning it has in YAML files, instead of being part of the path.
+    """
+    if len(path) > 1 and path[0] == path[-1] and path[0] in ("'", '"'):
         return path
-    path = os.path.expanduser(path).replace("'", "\\'").replace("${", "\\${")
-    return f"'{path}'"
+    path = os.path.expanduser(path)
+    if not interpolated:
+        path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
+    # Backslashes are doubled where Hydra takes them for an escape: before a quote, and at the end.
+    path = re.sub(r"(\\*)'", r"\1\1\\'", path)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", path) + "'"
+
+
+def unquoted(text: str) -> str:
+    """A path without the quotes that were typed, or added by `quoted`."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in ("'", '"'):
+        text = re.sub(r"(\\+)\Z", lambda found: found[1][::2], text[1:-1])
+        return re.sub(r"(\\+)'", lambda found: found[1][: len(found[1]) // 2] + "'", text)
+    return text
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -60,9 +60,10 @@ class Task:
 
 def run(cfg: DictConfig) -> float:
     """Adapt as configured; returns the query score after the last step, without queries the support score."""
-    check(cfg, "adapt")
+    check(cfg, "adapt", typed=HydraConfig.get().overrides.task)
     command: AdaptConfig = typed(cfg)
-    check_task(command)
+    if command.ink not in ("auto", "dark", "light"):
+        raise ConfigError(f"ink={command.ink}: must be auto, dark or light")
     hardware: Hardware = instantiate(command.hardware, "hardware")
     model = load_model(checkpoint.find(command.checkpoint), command, hardware)
     model.algorithm.eval()
@@ -79,20 +80,6 @@ def run(cfg: DictConfig) -> float:
     save_adapted(model, task, adapted, folder)
     main = task.objective.metrics[0].name
     return steps[-1].get(f"query {main}", steps[-1][f"support {main}"])
-
-
-def check_task(command: AdaptConfig) -> None:
-    """Raise ConfigError if settings for image folders and for a dataset are mixed."""
-    if command.query is not None and command.support is None:
-        raise ConfigError(
-            f"query={command.query}: needs support=FOLDER, with one sub-folder of images for each class"
-        )
-    if command.support is not None:
-        for key in ("dataset", "ways", "shots"):
-            if getattr(command, key) is not None:
-                raise ConfigError(f"{key}: is for tasks of a dataset; leave it out, or leave support= out")
-    if command.ink not in ("auto", "dark", "light"):
-        raise ConfigError(f"ink={command.ink}: must be auto, dark or light")
 
 
 def user_task(command: AdaptConfig, model: Model) -> Task:

@@ -30,7 +30,8 @@ from metarun.tasks.source import EpisodeSource
 def run(cfg: DictConfig) -> None:
     """Print the table of datasets, or prepare one; with `verify` or `clean`, maintain cached data."""
     name = HydraConfig.get().runtime.choices["dataset"]
-    check(cfg, "data", complete=not (cfg.verify or cfg.clean))
+    typed_now = HydraConfig.get().overrides.task
+    check(cfg, "data", complete=not (cfg.verify or cfg.clean), typed=typed_now)
     if cfg.verify or cfg.clean:
         return clean(name, root_of(cfg)) if cfg.clean else verify(name)
     command: DataConfig = typed(cfg)

@@ -34,7 +34,7 @@ MANY = 4  # with more models than this, the table of differences only shows pair
 
 def run(cfg: DictConfig) -> float:
     """Evaluate as configured; returns the mean of the first cell, for Hydra's sweepers."""
-    check(cfg, "eval")
+    check(cfg, "eval", typed=HydraConfig.get().overrides.task)
     command: EvalConfig = typed(cfg)
     hardware: Hardware = instantiate(command.hardware, "hardware")
     models = load_models(command, hardware)

@@ -30,6 +30,7 @@ from metarun.config.build import (
 from metarun.config.check import check
 from metarun.config.restore import start_from
 from metarun.config.schema import TrainConfig, plain, typed
+from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, DataError
 from metarun.reporting import plots
@@ -50,7 +51,7 @@ from metarun.training.trainer import Best, Trainer, TrainSettings
 GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
 # Settings that may change when a run is resumed; all others define the run.
 RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "dataset.root")
-ROOT_OF_PART = re.compile(r"dataset\.settings\.\w+\.root")
+ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
 
 
 def run(cfg: DictConfig) -> float:
@@ -110,7 +111,8 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
             f"{folder / existing[0]}: this folder already contains a run; continue it with "
             f"resume={relative(folder)}, or choose another hydra.run.dir"
         )
-    check(cfg, "train")
+    check(cfg, "train", typed=chosen.overrides.task)
+    cfg = in_use(cfg)
     if state is None:
         write_hydra_files(cfg, folder)
     settings: TrainConfig = typed(cfg)

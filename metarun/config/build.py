@@ -111,9 +111,7 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
             )
         offered["inner_loop"] = instantiate(settings.inner_loop, "inner_loop")
     elif "_target_" in (settings.inner_loop or {}):
-        raise ConfigError(
-            f"inner_loop: {cls.__name__} has no inner loop; leave inner_loop out, or choose inner_loop=none"
-        )
+        raise ConfigError(f"inner_loop: {cls.__name__} has no inner loop; choose inner_loop=none")
     passed = {name: value for name, value in offered.items() if name in wanted}
     return hardware.place(instantiate(settings.algorithm, "algorithm", **passed))
 

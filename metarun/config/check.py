@@ -14,13 +14,15 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union
 
 from hydra.utils import get_class
+from omegaconf import MISSING as UNSET
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.config.schema import FRAMES
+from metarun.config.unread import check_read, value_of
 from metarun.errors import ConfigError, first_line
 
 # Constructor arguments that the builder passes, by group; the config must not set them.
@@ -44,29 +46,30 @@ KINDS = {
 }
 # Settings of nodes that must be above zero.
 POSITIVE = ("inner_loop.rate", "backbone.width", "backbone.hidden", "algorithm.width")
-MOST = (1 << 63) - 1  # the largest int64
+MOST, MOST_SEED = (1 << 31) - 1, (1 << 63) - 1  # int32 and int64; a seed is no size, so it may be larger
+LARGEST = 3.4e38  # the range of float32
 NORMS = ("batch", "running", "group", "layer", "instance", "none")
 
 
-def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
+def check(cfg: DictConfig, command: str, complete: bool = True, typed: Iterable[str] = ()) -> None:
     """Validate a composed config.
 
     Args:
         cfg: the config.
         command: the name of the command, a key of `FRAMES`.
         complete: whether all mandatory settings must be set.
+        typed: the overrides of the command line, such as "ways=5"; none of them may be without effect.
 
     Raises:
-        ConfigError: for the first invalid or missing setting.
+        ConfigError: for the first setting that is invalid, missing, or not read by anything.
     """
     frame = FRAMES[command]
-    known = [each.name for each in fields(frame)]
-    for key in map(str, cfg):
-        if key not in known:
-            raise ConfigError(f"{key}: there is no such setting{did_you_mean(key, known)}")
+    check_names(cfg, frame)
     if complete and (missing := sorted(OmegaConf.missing_keys(cfg))):
         raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command line")
-    check_bounds(cfg, frame)
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    check_numbers(values)
+    check_values(values, frame)
     for key in POSITIVE:
         check_positive(key, value_of(cfg, key))
     if "norm" in cfg and cfg.norm not in NORMS:
@@ -79,23 +82,86 @@ def check(cfg: DictConfig, command: str, complete: bool = True) -> None:
             raise ConfigError(f"split={cfg.split}: must be one of {', '.join(splits)}")
     if "trained_classes" in cfg and cfg.trained_classes not in ("leave_out", "keep"):
         raise ConfigError(f"trained_classes={cfg.trained_classes}: must be leave_out or keep")
-    if "optimizer" in cfg and not OmegaConf.is_dict(cfg.optimizer):
-        raise ConfigError(f"optimizer={cfg.optimizer}: set optimizer._target_ and its settings instead")
-    for path in map(str, cfg):
-        if OmegaConf.is_dict(cfg[path]) and "_target_" in cfg[path]:
-            check_node(path, cfg[path])
-
-
-def check_bounds(cfg: DictConfig, frame: type, prefix: str = "") -> None:
-    """Check the numbers of a frame and of its nested frames against the bounds in their field metadata."""
     for each in fields(frame):
-        key, value = f"{prefix}{each.name}", cfg.get(each.name)
-        if each.default_factory is not MISSING and OmegaConf.is_dict(value):
-            check_bounds(value, each.default_factory, f"{key}.")  # type: ignore[arg-type]
+        if each.name in KINDS and not (command != "train" and each.name == "dataset" and no_class(cfg)):
+            check_group(each.name, cfg[each.name], required=each.default is UNSET)
+    check_read(cfg, frame, typed)
+
+
+def no_class(cfg: DictConfig) -> bool:
+    """Whether the settings of the dataset only adjust that of a checkpoint."""
+    return OmegaConf.is_dict(cfg.dataset) and "_target_" not in cfg.dataset
+
+
+def check_names(cfg: DictConfig, frame: type, prefix: str = "") -> None:
+    """Check that a config has the settings of a frame and of its nested frames, and no others."""
+    known, present = {each.name: each for each in fields(frame)}, set(map(str, cfg))
+    for key in present - known.keys():
+        raise ConfigError(f"{prefix}{key}: there is no such setting{did_you_mean(key, known)}")
+    for name, each in known.items():
+        if name not in present:
+            raise ConfigError(f"~{prefix}{name}: {prefix}{name} is needed; set another value instead")
+        if each.default_factory is not MISSING:
+            if not OmegaConf.is_dict(cfg[name]):
+                raise ConfigError(f"{prefix}{name}={cfg[name]}: is a group of settings; set one of them")
+            check_names(cfg[name], each.default_factory, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def check_hydra(hydra: Any) -> None:
+    """Raise ConfigError for a typed setting that Hydra does not have; a plus adds any name."""
+    for override in hydra.overrides.hydra:
+        node: Any = hydra
+        for name in override.partition("=")[0].lstrip("+~").split(".")[1:]:
+            kind = OmegaConf.get_type(node)
+            known = [each.name for each in fields(kind)] if is_dataclass(kind) else [name]
+            if name not in known:
+                raise ConfigError(f"{override}: Hydra has no such setting{did_you_mean(name, known)}")
+            node = node._get_node(name) if OmegaConf.is_dict(node) else None
+
+
+def check_numbers(value: Any, key: str = "") -> None:
+    """Check that every number below a key is in the range that PyTorch computes with."""
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            check_numbers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        most, power = (MOST_SEED, 63) if key.rpartition(".")[2] == "seed" else (MOST, 31)
+        if not -most <= value <= most:
+            raise ConfigError(f"{key}={value}: is out of range; choose a number of at most 2**{power} - 1")
+    elif isinstance(value, float) and not abs(value) <= LARGEST:  # also rejects NaN
+        raise ConfigError(f"{key}={value}: must be a finite number, of at most {LARGEST}")
+
+
+def check_group(name: str, node: Any, required: bool) -> None:
+    """Check the node of a group: a class with its settings, or nothing if it is not required."""
+    if OmegaConf.is_dict(node) and "_target_" in node:
+        check_node(name, node)
+    elif required:
+        raise ConfigError(f"{name}: has no class; set {name}._target_, or leave {name} out")
+    elif node:
+        if not OmegaConf.is_dict(node):
+            raise ConfigError(f"{name}={node}: is a group of settings; set {name}._target_ and its settings")
+        key = f"{name}.{next(iter(node))}"
+        raise ConfigError(
+            f"{key}: nothing reads it, because {name} has no class ({name}._target_); leave {key} out, with "
+            "the recipe if that sets it"
+        )
+
+
+def check_values(values: dict[str, Any], frame: type, prefix: str = "") -> None:
+    """Check the values of a frame and of its nested frames: numbers by the bounds of their fields."""
+    hints = typing.get_type_hints(frame)
+    for each in fields(frame):
+        key, value = f"{prefix}{each.name}", values.get(each.name)
+        if each.default_factory is not MISSING and isinstance(value, dict):
+            check_values(value, each.default_factory, f"{key}.")  # type: ignore[arg-type]
         elif "least" in each.metadata:
             check_number(key, value, each.metadata["least"])
         elif "positive" in each.metadata:
             check_positive(key, value)
+        elif value != "???" and not matches(value, hints[each.name]):
+            raise ConfigError(f"{key}={value}: must be {describe(hints[each.name])}")
 
 
 def check_positive(key: str, number: Any) -> None:
@@ -103,21 +169,12 @@ def check_positive(key: str, number: Any) -> None:
         raise ConfigError(f"{key}={number}: must be above 0 and finite")
 
 
-def value_of(cfg: DictConfig, key: str) -> Any:
-    """The value of a dotted key, or None if there is no such key."""
-    group, _, name = key.rpartition(".")
-    node = cfg.get(group) if group else cfg
-    return node.get(name) if OmegaConf.is_dict(node) else None
-
-
 def check_number(key: str, value: Any, least: int) -> None:
-    if OmegaConf.is_list(value) and not value:
+    if value == []:
         raise ConfigError(f"{key}=[]: must name at least one number")
-    for number in list(value) if OmegaConf.is_list(value) else [value]:
-        if number is not None and not (matches(number, int) and least <= number <= MOST):
-            large = matches(number, int) and number > MOST
-            bound = "at most 2**63 - 1" if large else f"at least {least}"
-            raise ConfigError(f"{key}={number}: must be a whole number of {bound}")
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not (matches(number, int) and number >= least):
+            raise ConfigError(f"{key}={number}: must be a whole number of at least {least}")
 
 
 def check_node(path: str, node: DictConfig) -> None:
@@ -147,6 +204,9 @@ def check_node(path: str, node: DictConfig) -> None:
     finally:
         log.disabled = False
     check_kind(path, group, cls)
+    for key in map(str, node):
+        if key.startswith("_") and key != "_target_":
+            raise ConfigError(f"{path}.{key}: there is no such setting; leave it out")
     parameters = inspect.signature(cls).parameters
     supplied = SUPPLIED.get(group, set())
     if "datasets" in supplied & parameters.keys():
@@ -162,7 +222,7 @@ def check_node(path: str, node: DictConfig) -> None:
     hints = type_hints(cls)
     settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     for key, value in settings.items():
-        if key.startswith("_") or value == "???":
+        if key == "_target_" or value == "???":
             continue
         if key in supplied:
             raise ConfigError(f"{path}.{key}={value}: is set by metarun; leave it out")

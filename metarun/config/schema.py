@@ -6,7 +6,8 @@ checked against the signature of that class (metarun.config.check).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -14,18 +15,37 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from metarun.config.comments import settings_help
 
+# The settings of nodes that are paths, and Hydra's folders, in which `${...}` may occur.
+PATHS = re.compile(r"dataset\.(settings\.[\w-]+\.)?root|backbone\.weights")
+FOLDERS = re.compile(r"hydra\.(run|sweep)\.dir")
+
 Node = Any  # {"_target_": class, setting: value, ...}
 OneOrMore = Any  # a number, or a list of numbers
 
 
-def whole(least: int, default: Any = MISSING) -> Any:
+def setting(default: Any = MISSING, **facts: Any) -> Any:
+    """A field with facts that the checks and the command line use.
+
+    Args:
+        default: the default value.
+        facts: `least`: the bound of a whole number, or of a list of such numbers.
+            `positive=True`: a number above zero.
+            `path`: "path": a path, which is typed without quotes; "list": a path or a list of them.
+            `needs`: another setting of the same frame, without which nothing reads this one.
+            `unless`: other settings of the same frame, with which nothing reads this one.
+            `shared`: only read by settings that refer to it; the name of the setting that mostly does.
+    """
+    return field(default=default, metadata=facts)
+
+
+def whole(least: int, default: Any = MISSING, **facts: Any) -> Any:
     """A field for a whole number of at least `least`, or a list of such numbers."""
-    return field(default=default, metadata={"least": least})
+    return setting(default, least=least, **facts)
 
 
-def positive(default: Any = MISSING) -> Any:
+def positive(default: Any = MISSING, **facts: Any) -> Any:
     """A field for a finite number above zero."""
-    return field(default=default, metadata={"positive": True})
+    return setting(default, positive=True, **facts)
 
 
 @dataclass
@@ -41,7 +61,7 @@ class Validation:
 @dataclass
 class Test:
     episodes: int = whole(0)
-    seed: int = whole(0)
+    seed: int = whole(0, needs="episodes")
 
 
 @dataclass
@@ -74,8 +94,8 @@ class TrainConfig:
     queries: int = whole(1)
     meta_batch: int = whole(1)
     iterations: int = whole(1)
-    inner_rate: float = positive()
-    norm: str = MISSING
+    inner_rate: float = positive(shared="inner_loop.rate")
+    norm: str = setting(shared="backbone.norm")
     metrics: list[str] | None = None
     optimizer: Node = MISSING
     scheduler: Node = None
@@ -85,13 +105,13 @@ class TrainConfig:
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     log: Log = field(default_factory=Log)
     seed: int = whole(0)
-    init: str | None = None
-    resume: str | None = None
+    init: str | None = setting(None, path="path")
+    resume: str | None = setting(None, path="path")
 
 
 @dataclass
 class EvalConfig:
-    checkpoint: Any = MISSING
+    checkpoint: Any = setting(path="list")  # noqa: RUF009
     dataset: Node = None  # a dataset, or settings that adjust the checkpoint's own
     hardware: Node = MISSING
     ways: OneOrMore = whole(1, None)  # noqa: RUF009
@@ -110,37 +130,50 @@ class EvalConfig:
 
 @dataclass
 class AdaptConfig:
-    checkpoint: str = MISSING
-    support: str | None = None
-    query: str | None = None
-    ink: str = MISSING
-    dataset: Node = None  # a dataset, or settings that adjust the checkpoint's own
+    checkpoint: str = setting(path="path")
+    support: str | None = setting(None, path="path")
+    query: str | None = setting(None, path="path", needs="support")
+    ink: str = setting(needs="support")
+    # A dataset, or settings that adjust the checkpoint's own.
+    dataset: Node = setting(None, unless=("support",))  # noqa: RUF009
     hardware: Node = MISSING
-    ways: int | None = whole(1, None)
-    shots: int | None = whole(1, None)
-    queries: int = whole(1)
-    split: str = MISSING
-    trained_classes: str = MISSING
+    ways: int | None = whole(1, None, unless=("support",))
+    shots: int | None = whole(1, None, unless=("support",))
+    queries: int = whole(1, unless=("support",))
+    split: str = setting(unless=("support",))
+    trained_classes: str = setting(unless=("support",))
     steps: int | None = whole(0, None)
     metrics: list[str] | None = None
     transductive: bool = False
     seed: int = whole(0)
 
 
+OF_ONE_DATASET: dict[str, Any] = {"needs": "dataset", "unless": ("verify", "clean")}
+
+
 @dataclass
 class DataConfig:
     dataset: Node = None
-    verify: bool = False
+    verify: bool = setting(False, unless=("clean",))
     clean: bool = False
-    hardware: Node = MISSING
-    split: str = MISSING
-    ways: int = whole(1)
-    shots: int = whole(1)
-    queries: int = whole(1)
-    seed: int = whole(0)
+    hardware: Node = setting(**OF_ONE_DATASET)  # noqa: RUF009
+    split: str = setting(**OF_ONE_DATASET)
+    ways: int = whole(1, **OF_ONE_DATASET)
+    shots: int = whole(1, **OF_ONE_DATASET)
+    queries: int = whole(1, **OF_ONE_DATASET)
+    seed: int = whole(0, **OF_ONE_DATASET)
 
 
 FRAMES: dict[str, Any] = {"train": TrainConfig, "eval": EvalConfig, "adapt": AdaptConfig, "data": DataConfig}
+
+
+def path_kind(command: str, key: str) -> str:
+    """What a setting holds: "path"; "list": paths, or one; "folder": one of Hydra's; "": no path."""
+    if FOLDERS.fullmatch(key):
+        return "folder"
+    if PATHS.fullmatch(key):
+        return "path"
+    return next((each.metadata.get("path", "") for each in fields(FRAMES[command]) if each.name == key), "")
 
 
 def register_frames() -> None:

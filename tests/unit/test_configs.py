@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers.build import built
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, open_dict
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metarun.cli.overrides import arrange
 from metarun.config.build import instantiate
@@ -55,13 +56,101 @@ def test_every_yaml_opens_with_its_command_which_composes_and_checks(path: Path)
     words = [word for word in words if not word.startswith(("support=", "query="))]
     assert path.stem in " ".join([command, *words]) or path.stem == "none"
     cfg, choices = composed_with_choices(command, *words)
-    check(cfg, command)
+    check(cfg, command, typed=words)
     group = path.parent.name
     if group in GROUPS:
         assert choices[group] == path.stem, "its command does not choose it"
     if group in GROUPS and "_target_" in (cfg[group] or {}):
         expected = "metarun.training.hardware." if group == "hardware" else f"metarun.{group}s."
         assert cfg[group]._target_.startswith(expected)
+
+
+#: Command lines of which the last word would be without effect, and what the error says.
+IN_VAIN = {
+    "train +inner_loop.stepz=3": "inner_loop.stepz: nothing reads it, because inner_loop has no class",
+    "train ++scheduler.gamma=0.5": "scheduler.gamma: nothing reads it",
+    "train +augment.flip=true": "augment.flip: nothing reads it",
+    "train recipe=maml_omniglot algorithm=protonet": "inner_loop.rate: nothing reads it.* with the recipe",
+    "train inner_loop=adam": "inner_loop=adam: nothing reads it in ProtoNet",
+    "train inner_rate=0.1": "inner_rate=0.1: nothing reads it here; leave it out",
+    "train algorithm=reptile inner_rate=0.1": "nothing reads it here; set inner_loop.rate instead",
+    "train algorithm=maml inner_loop.rate=1 inner_rate=0.1": "set inner_loop.rate instead",
+    "train backbone=omniglot_cnn norm=batch": "set backbone.norm instead",
+    "train algorithm=matching algorithm.reads=3": "nothing reads it with algorithm.full_context=false",
+    "train algorithm=baseline inner_loop.steps=50": "nothing reads it with inner_loop.test_steps=100",
+    "train algorithm=imaml inner_loop.order=2": "inner_loop.order=2: nothing reads it in IMAML",
+    "train test.episodes=0 test.seed=1": "nothing reads it without test.episodes",
+    "train +test.fold=1": "test.fold: there is no such setting",
+    "train +backbone._convert_=none": "backbone._convert_: there is no such setting",
+    "adapt checkpoint=x ink=dark": "ink=dark: nothing reads it without support",
+    "adapt checkpoint=x support=y split=train": "nothing reads it with support",
+    "data ways=3": "ways=3: nothing reads it without dataset",
+    "data verify=true split=test": "nothing reads it with",
+    "train ~ways": "~ways: ways is needed",
+    "train ~validation": "~validation: validation is needed",
+    "train ~optimizer._target_": "optimizer: has no class",
+    "train metrics=[[accuracy]]": "metrics=.*: must be a list of text",
+    "train backbone.width=4294967296": "backbone.width=4294967296: is out of range",
+    "train seed=9223372036854775808": "seed=9223372036854775808: is out of range",
+    "train optimizer.lr=1e400": "optimizer.lr=inf: must be a finite number",
+    "train inner_rate=1e39": "inner_rate=1e.39: must be a finite number",
+    "train dataset=sinusoid dataset.amplitude=[nan,1]": "dataset.amplitude.0=nan: must be a finite number",
+}
+
+
+@pytest.mark.parametrize("line", IN_VAIN)
+def test_a_setting_that_nothing_can_use_is_refused(line: str):
+    command, *words = line.split()
+    with pytest.raises(ConfigError, match=IN_VAIN[line]):
+        check(composed(command, *words), command, typed=words)
+
+
+def test_a_default_may_be_without_effect():
+    for words in ([], ["algorithm=matching"], ["algorithm=matching", "algorithm.full_context=true"]):
+        check(composed("train", *words), "train", typed=words)
+
+
+#: Characters of Hydra's grammar, of OmegaConf's, and of shells.
+ODD_PATHS = [
+    "my run, two",
+    "a (b)[1]{c}",
+    "it's",
+    'say "x"',
+    "back\\",
+    "a\\'b",
+    "a${x}",
+    "a\\${x}",
+    "a=b",
+    "x: #y",
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        *(("train", key) for key in ("init", "+init", "backbone.weights", "dataset.root", "hydra.run.dir")),
+        ("train", "dataset.settings.my-part.root"),
+        *(("eval", key) for key in ("checkpoint", "dataset.root")),
+        *(("adapt", key) for key in ("checkpoint", "support", "query")),
+    ],
+)
+def test_every_path_is_typed_without_quotes(command: str, key: str):
+    parser = OverridesParser.create()
+    for path in ODD_PATHS:
+        if "hydra" in key and "${" in path:
+            continue  # Hydra's folders may refer to settings
+        (word,) = arrange(command, [f"{key}={path}"])
+        value = parser.parse_override(word).value()
+        assert OmegaConf.create({"path": value}).path == path
+
+
+def test_paths_are_swept_and_listed():
+    assert arrange("eval", ["-m", "checkpoint=a, b,[c,d]"]) == ["-m", "checkpoint='a','b',['c','d']"]
+    assert arrange("eval", ["-m", "checkpoint='a,b',c"]) == ["-m", "checkpoint='a,b','c'"]
+    assert arrange("eval", ["checkpoint=[a b,c]"]) == ["checkpoint=['a b','c']"]
+    words = ["-m", "dataset=omniglot", "dataset.root=a,b"]
+    assert arrange("train", words) == ["-m", "dataset=omniglot", "dataset.root='a','b'"]
+    assert arrange("train", ["-m", "hydra.sweep.dir=a,b"]) == ["-m", "hydra.sweep.dir='a,b'"]
 
 
 @pytest.mark.parametrize("algorithm", KINDS)

@@ -1,0 +1,97 @@
+"""Refuses typed settings that nothing reads, because they would be without effect."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from metarun.errors import ConfigError
+
+
+def check_read(cfg: DictConfig, frame: type, typed: Iterable[str]) -> None:
+    """Raise ConfigError for the first typed setting that nothing reads."""
+    ignored = unread(cfg, frame, OmegaConf.to_yaml(in_use(cfg))) | unread_by_classes(cfg)
+    for override in typed:
+        key = override.partition("=")[0].lstrip("+~")
+        for name, reason in ignored.items():
+            if key == name or key.startswith(f"{name}."):
+                raise ConfigError(f"{override}: nothing reads it {reason}")
+
+
+def unread(cfg: DictConfig, frame: type, references: str, prefix: str = "") -> dict[str, str]:
+    """The settings of a frame that nothing reads, each with the reason.
+
+    Args:
+        cfg: the settings of the frame.
+        frame: the frame.
+        references: a text with all references to other settings, as `${name}`.
+        prefix: the path of a nested frame, with a dot at its end.
+    """
+    found: dict[str, str] = {}
+    for each in fields(frame):
+        name, facts = each.name, each.metadata
+        if each.default_factory is not MISSING:
+            nested: type = each.default_factory  # type: ignore[assignment]
+            found |= unread(cfg[name], nested, references, f"{prefix}{name}.")
+        if "needs" in facts and not cfg[facts["needs"]]:
+            found[prefix + name] = f"without {prefix}{facts['needs']}; set that too, or leave {name} out"
+        for other in facts.get("unless", ()):
+            if cfg[other]:
+                found[prefix + name] = f"with {prefix}{other}; leave one of them out"
+        if "shared" in facts and not re.search(rf"\$\{{\.*{name}\}}", references):
+            exists = value_of(cfg, facts["shared"]) is not None
+            found[name] = f"here; {'set ' + facts['shared'] + ' instead' if exists else 'leave it out'}"
+    return found
+
+
+def unread_by_classes(cfg: DictConfig) -> dict[str, str]:
+    """The settings of nodes that nothing reads because of other settings, each with the reason."""
+    found = {}
+    for group in map(str, cfg):
+        if not OmegaConf.is_dict(cfg[group]) or "_target_" not in cfg[group]:
+            continue
+        cls = get_class(cfg[group]._target_)
+        # The `unread` of an algorithm also has settings of other groups, whose names contain a dot.
+        for name, condition in getattr(cls, "unread", {}).items():
+            key = name if "." in name else f"{group}.{name}"
+            other, _, wanted = condition.partition("=")
+            negated, other = other.endswith("!"), f"{key.rpartition('.')[0]}.{other.rstrip('!')}"
+            value = shown(value_of(cfg, other))
+            if not condition or (value == wanted) != negated:
+                reason = f"with {other}={value}" if condition else f"in {cls.__name__}"
+                found[key] = f"{reason}; leave it out"
+        if group == "algorithm":
+            found |= dict.fromkeys(unused_parts(cls), f"in {cls.__name__}; leave it out")
+    return found
+
+
+def unused_parts(algorithm: type) -> set[str]:
+    """The groups whose objects an algorithm does not take."""
+    return {"backbone", "inner_loop"} - inspect.signature(algorithm).parameters.keys()
+
+
+def in_use(cfg: DictConfig) -> DictConfig:
+    """The config without the inner loop, which may be a default, if its algorithm does not take one."""
+    twin = copy.copy(cfg)
+    if "algorithm" in cfg and "inner_loop" in unused_parts(get_class(cfg.algorithm._target_)):
+        twin.inner_loop = None
+    return twin
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def value_of(cfg: DictConfig, key: str) -> Any:
+    """The value of a dotted key, or None if there is no such key."""
+    group, _, name = key.rpartition(".")
+    node = cfg.get(group) if group else cfg
+    return node.get(name) if OmegaConf.is_dict(node) else None
