@@ -14,7 +14,8 @@ from torch import Tensor
 
 from metarun.datasets.base import Dataset, Split, at_least
 from metarun.errors import ConfigError, naming_part
-from metarun.tasks.class_store import ClassStore
+from metarun.tasks.choice import different
+from metarun.tasks.class_store import MANY_CLASSES, ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.spec import TaskSpec
 
@@ -166,11 +167,17 @@ class MixtureStore(ClassStore):
                 twin.weights[number] = self.weights[number]
         return twin
 
-    def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:
-        """Random numbers [T, classes], negative for the classes of all datasets but the task's."""
-        keys = super().class_keys(tasks, generator)
-        part = torch.multinomial(self.weights.to(keys.device), tasks, replacement=True, generator=generator)
-        return keys.masked_fill(self.owners.to(keys.device) != part[:, None], -1.0)
+    def draw_classes(self, tasks: int, ways: int, generator: torch.Generator) -> Tensor:
+        """The classes of tasks [T, N]: the dataset of each task is drawn, and its ways from that one."""
+        device, keys = generator.device, None
+        if len(self.names) <= MANY_CLASSES:
+            keys = torch.rand(tasks, len(self.names), generator=generator, device=device)
+        part = torch.multinomial(self.weights.to(device), tasks, replacement=True, generator=generator)
+        if keys is not None:
+            return keys.masked_fill(self.owners.to(device) != part[:, None], -1.0).topk(ways).indices
+        counts = self.owners.bincount(minlength=len(self.weights)).to(device)
+        own = different(counts[part], ways, len(self.names), MANY_CLASSES, generator)
+        return own + (counts.cumsum(0) - counts)[part, None]
 
 
 def kind_of(store: ClassStore) -> tuple[Any, ...]:

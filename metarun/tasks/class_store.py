@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metarun.errors import DataError
+from metarun.tasks.choice import different
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.resize import resized
 from metarun.tasks.source import Draw, EpisodeSource, Fetched
@@ -23,6 +24,9 @@ from metarun.tasks.spec import TaskSpec
 MARKS = 8  # hashes kept of each class
 NO_MARK = -(1 << 63)  # in place of a hash, of classes with fewer items
 HASHED = 256  # items hashed at once, which stay in the processor's cache
+# Above these, numbers are drawn in another way (see `different`), with other results for a seed.
+MANY_ITEMS = 2_000  # of a class; tieredImageNet has up to 1,300
+MANY_CLASSES = 10_000  # of a split; Omniglot with rotations has up to 6,492
 PADDING = 0  # the token id that fills a sequence up to the length of the longest
 
 
@@ -183,22 +187,17 @@ class ClassStore(EpisodeSource):
         """The same images in another size and number of channels."""
         return self.with_items(resized(self.items, item_shape), self.host_for)
 
-    def class_keys(self, tasks: int, generator: torch.Generator) -> Tensor:
-        """Random numbers [T, classes]: a task's ways are the classes that have its largest.
-
-        The largest of independent uniform numbers are a uniform choice without replacement.
-        """
-        return torch.rand(tasks, len(self.names), generator=generator, device=generator.device)
+    def draw_classes(self, tasks: int, ways: int, generator: torch.Generator) -> Tensor:
+        """The classes of tasks [T, N], without replacement."""
+        counts = torch.full((tasks,), len(self.names), device=generator.device)
+        return different(counts, ways, len(self.names), MANY_CLASSES, generator)
 
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
         """Classes [T, N] and items [T, N, K+Q], both without replacement, and random numbers."""
         device = generator.device
-        classes = self.class_keys(tasks, generator).topk(shape.ways).indices  # [T, N]
-        keys = torch.rand(tasks, shape.ways, self.largest_class, generator=generator, device=device)
-        if self.smallest_class < self.largest_class:
-            absent = torch.arange(self.largest_class, device=device) >= self.counts.to(device)[classes, None]
-            keys = keys.masked_fill(absent, -1.0)
-        items = keys.topk(shape.shots + shape.queries).indices  # [T, N, K+Q]
+        classes = self.draw_classes(tasks, shape.ways, generator)
+        counts = self.counts.to(device)[classes]  # [T, N]
+        items = different(counts, shape.shots + shape.queries, self.largest_class, MANY_ITEMS, generator)
         if self.augment is None:
             return classes, items
         size = *items.shape, self.augment.numbers
