@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterable, Iterator
 
@@ -47,6 +48,24 @@ def naming_part(part: str, settings: Iterable[str]) -> Iterator[None]:
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun: "1 class" or "1,000 classes". The plural is the noun with an s unless given."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+# What PyTorch (CPU, CUDA and its libraries), NumPy, the C++ library and the system say when memory runs out.
+NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|insufficient (memory|resources)|memory allocation|mmap failed"
+    r"|(can't|cannot|unable to|failed to|could not) (allocate|mmap|map segment)|bad_?\s?alloc|alloc_failed"
+    r"|can't start new thread",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device and in the wording of any library."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, MemoryError) or (
+        not isinstance(error, MetarunError) and NO_MEMORY.search(str(error)) is not None
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from metarun.errors import MetarunError, first_line
+from metarun.errors import MetarunError, first_line, is_out_of_memory
 
 
 def explain(error: BaseException, command: str, arguments: list[str]) -> str | None:
@@ -25,6 +25,8 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
     for cause in causes(error):
         if isinstance(cause, MetarunError):
             return str(cause)
+    if any(map(is_out_of_memory, causes(error))):
+        return "out of memory; lower hardware.tasks_at_once, meta_batch, ways or backbone.width"
     for cause in causes(error):
         if isinstance(cause, OSError) and (message := explain_os(cause)):
             return message
@@ -43,9 +45,6 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
         return (
             f"{', '.join(empty)}=null: a group needs one of its options; metarun {command} --help lists them"
         )
-    for cause in causes(error):
-        if "out of memory" in str(cause).lower() or isinstance(cause, MemoryError):
-            return "out of memory; lower hardware.tasks_at_once, meta_batch, ways or backbone.width"
     return None
 
 

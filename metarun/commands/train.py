@@ -19,7 +19,6 @@ from metarun.commands.trained_on import classes_before, load_split
 from metarun.config.build import (
     build_algorithm,
     build_dataset,
-    build_optimizer,
     instantiate,
     load_weights,
     task_spec,
@@ -28,6 +27,7 @@ from metarun.config.build import (
     validation_shape,
 )
 from metarun.config.check import check
+from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
 from metarun.config.restore import start_from
 from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.unread import in_use
@@ -201,6 +201,8 @@ def build_trainer(
     Raises:
         ConfigError, DataError: if settings or data do not fit.
     """
+    metric = objective.metrics[0]
+    capturable = try_out(settings, metric, hardware)
     train, validation = (
         load_split(dataset, split, hardware, record, resumed).reporting(objective)
         for split in ("train", "validation")
@@ -213,10 +215,8 @@ def build_trainer(
         train.augment = instantiate(settings.augment, "augment")
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
-    optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware)
-    scheduler = None
-    if settings.scheduler:
-        scheduler = instantiate(settings.scheduler, "scheduler", optimizer=optimizer)
+    optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware, capturable)
+    scheduler = build_scheduler(settings.scheduler, optimizer, metric) if settings.scheduler else None
     clip = settings.clip
     plan = TrainSettings(
         iterations=settings.iterations,

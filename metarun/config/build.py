@@ -10,8 +10,6 @@ from typing import Any
 import hydra.utils
 import torch
 from hydra.utils import get_class
-from torch import Tensor
-from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
 from metarun.config.schema import Node, TrainConfig
@@ -128,26 +126,6 @@ def load_weights(algorithm: Algorithm) -> None:
         load = getattr(part, "load_weights", None)
         if callable(load):
             load()
-
-
-def build_optimizer(node: Node, parameters: list[Tensor], hardware: Hardware) -> Optimizer:
-    """Build the outer optimizer, fused and ready for a CUDA graph if that is possible.
-
-    Args:
-        node: the class and its settings; settings in it have precedence.
-        parameters: the meta-parameters.
-        hardware: whether steps are captured as a CUDA graph.
-    """
-    known = parameters_of(node)
-    captured = hardware.graph and hardware.device.type == "cuda"
-    wanted = ["capturable"] if captured else []
-    if not (node.get("foreach") or node.get("differentiable")):
-        wanted.append("fused")
-    chosen: dict[str, Any] = {name: True for name in wanted if name in known and name not in node}
-    if captured and chosen and "lr" in node:
-        # A tensor: a captured graph reads its current value, which a scheduler may change.
-        chosen["lr"] = torch.tensor(float(node["lr"]), device=hardware.device)
-    return instantiate(node, "optimizer", params=parameters, **chosen)
 
 
 def training_shape(settings: TrainConfig) -> EpisodeShape:

@@ -13,7 +13,7 @@ import logging
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union
 
@@ -44,6 +44,8 @@ KINDS = {
     "optimizer": "torch.optim.Optimizer",
     "scheduler": "torch.optim.lr_scheduler.LRScheduler",
 }
+# Nodes that are not groups with options but name a class of PyTorch, and where these are.
+CLASSES_OF_TORCH = {"optimizer": "torch.optim", "scheduler": "torch.optim.lr_scheduler"}
 # Settings of nodes that must be above zero.
 POSITIVE = ("inner_loop.rate", "backbone.width", "backbone.hidden", "algorithm.width")
 MOST, MOST_SEED = (1 << 31) - 1, (1 << 63) - 1  # int32 and int64; a seed is no size, so it may be larger
@@ -137,16 +139,29 @@ def check_group(name: str, node: Any, required: bool) -> None:
     """Check the node of a group: a class with its settings, or nothing if it is not required."""
     if OmegaConf.is_dict(node) and "_target_" in node:
         check_node(name, node)
+    elif not OmegaConf.is_dict(node) and (node or required):
+        word = "null" if node is None else node
+        how = f"set {name}._target_ and its settings{example(name, word)}"
+        raise ConfigError(f"{name}={word}: is a group of settings; {how}")
     elif required:
         raise ConfigError(f"{name}: has no class; set {name}._target_, or leave {name} out")
     elif node:
-        if not OmegaConf.is_dict(node):
-            raise ConfigError(f"{name}={node}: is a group of settings; set {name}._target_ and its settings")
         key = f"{name}.{next(iter(node))}"
         raise ConfigError(
             f"{key}: nothing reads it, because {name} has no class ({name}._target_); leave {key} out, with "
             "the recipe if that sets it"
         )
+
+
+def example(group: str, word: Any) -> str:
+    """The end of a message: the class of PyTorch that a word means, as it is typed; "" if there is none."""
+    module = CLASSES_OF_TORCH.get(group)
+    names = importlib.import_module(module).__all__ if module else []
+    close = sorted((name for name in names if str(word).lower() in name.lower()), key=len)
+    if not (close := close or difflib.get_close_matches(str(word), names, n=1)):
+        return ""
+    plus = "+" if group == "scheduler" else ""  # it is null by default, so its settings are new
+    return f", as in {plus}{group}._target_={module}.{close[0]} +{group}.SETTING=VALUE"
 
 
 def check_values(values: dict[str, Any], frame: type, prefix: str = "") -> None:
@@ -216,6 +231,9 @@ def check_node(path: str, node: DictConfig) -> None:
                     f"{path}.settings.{name}: is not a dataset; choose it by {path}.parts={{...}}"
                 )
             check_node(f"{path}.settings.{name}", part)
+    if "schedulers" in parameters:  # of SequentialLR and ChainedScheduler
+        for number, nested in enumerate(nested_schedulers(path, node)):
+            check_node(f"{path}.schedulers.{number}", nested)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     allowed = [name for name in parameters if name not in supplied]
@@ -235,6 +253,19 @@ def check_node(path: str, node: DictConfig) -> None:
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in settings:
             raise ConfigError(f"{path}.{name} is not set; add {path}.{name}=VALUE")
+
+
+def nested_schedulers(path: str, node: DictConfig) -> list[DictConfig]:
+    """The schedulers in the list `schedulers` of a node. Raises ConfigError if it is not such a list."""
+    nested = node.get("schedulers")
+    is_list = OmegaConf.is_list(nested) and len(nested)
+    if not is_list or not all(OmegaConf.is_dict(each) and "_target_" in each for each in nested):
+        target = f"{CLASSES_OF_TORCH['scheduler']}.StepLR"
+        raise ConfigError(
+            f"{path}.schedulers={nested}: must be a list of classes with their settings, "
+            f"as in '{path}.schedulers=[{{_target_:{target},step_size:10}}]'"
+        )
+    return list(nested)
 
 
 def type_hints(cls: type) -> dict[str, Any]:
@@ -284,7 +315,7 @@ def matches(value: Any, hint: Any) -> bool:
         return len(value) == len(arguments) and all(map(matches, value, arguments))
     if origin is dict:
         return isinstance(value, dict) and all(matches(item, arguments[1]) for item in value.values())
-    if origin in (list, typing.get_origin(typing.Sequence[int])):
+    if origin in (list, Sequence, Iterable):
         return isinstance(value, (list, tuple)) and all(matches(item, arguments[0]) for item in value)
     if isinstance(hint, type):  # an object, which only a node with a `_target_` can describe
         return isinstance(value, (hint, dict))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
-from metarun.errors import TrainingError, first_line
+from metarun.errors import TrainingError, first_line, is_out_of_memory
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape, run_parts
 from metarun.tasks.sampling import fetched_ahead, training_draws
@@ -180,9 +180,9 @@ class OuterStep:
             try:
                 grads, figures = self.summed_gradient(draw)
                 break
-            except torch.OutOfMemoryError as error:
-                if self.capturing:
-                    raise  # the graph already contains part of the failed step
+            except (RuntimeError, MemoryError) as error:
+                if self.capturing or not is_out_of_memory(error):
+                    raise  # a graph that is captured already contains part of the failed step
                 failed = first_line(error)
             self.halve(failed)
         for p, grad in zip(self.params, grads, strict=True):

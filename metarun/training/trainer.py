@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,8 @@ class Trainer:
     Args:
         algorithm: the algorithm, on the hardware's device.
         optimizer: the optimizer of its parameters.
-        scheduler: changes the learning rate after every outer step, if any.
+        scheduler: changes the learning rate after every outer step, if any; one that needs a score gets the
+            main metric after every validation.
         train: the training split.
         validation: the validation split.
         settings: the settings of the outer loop.
@@ -105,6 +107,7 @@ class Trainer:
         record: Mapping[str, Any],
     ) -> None:
         self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
+        self.scheduled_by_score = scheduler is not None and needs_score(type(scheduler))
         self.train_source, self.validation_source = train, validation
         self.settings, self.hardware, self.folder, self.record = settings, hardware, folder, record
         self.metrics = train.spec.objective.metrics
@@ -218,7 +221,7 @@ class Trainer:
         """Run one outer step and one step of the scheduler."""
         self.outer_step.step()
         self.tasks += self.settings.meta_batch
-        if self.scheduler:
+        if self.scheduler and not self.scheduled_by_score:
             self.scheduler.step()
         self.iteration += 1
 
@@ -271,6 +274,10 @@ class Trainer:
         }
         tracker.log(row)
         bar.line(validation_line(tracker.rows, main))
+        if self.scheduler and self.scheduled_by_score:
+            own = [dict(group) for group in self.optimizer.param_groups]
+            self.scheduler.step(result.mean)  # type: ignore[arg-type]
+            keep_rate_tensors(self.optimizer, own)
         if self.best is None or main.is_better(result.mean, than=self.best.score):
             self.best = Best(self.iteration, result.mean, result.interval, main.name)
             self.save("best.pt", tracker)
@@ -305,7 +312,22 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for saved, group in zip(state["param_groups"], own, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
-    for group, before in zip(optimizer.param_groups, own, strict=True):
+    keep_rate_tensors(optimizer, own)
+
+
+def keep_rate_tensors(optimizer: Optimizer, before: Sequence[Mapping[str, Any]]) -> None:
+    """Move changed learning rates into the tensors that held them before: a captured graph reads these.
+
+    Args:
+        optimizer: its groups have the new rates.
+        before: the groups with the objects that held the rates before.
+    """
+    for group, old in zip(optimizer.param_groups, before, strict=True):
         rate = float(group["lr"])
-        is_tensor = isinstance(before["lr"], torch.Tensor)
-        group["lr"] = before["lr"].fill_(rate) if is_tensor else rate
+        is_tensor = isinstance(old["lr"], torch.Tensor)
+        group["lr"] = old["lr"].fill_(rate) if is_tensor else rate
+
+
+def needs_score(scheduler: type[LRScheduler]) -> bool:
+    """Whether a scheduler is stepped with a validation score, as ReduceLROnPlateau is."""
+    return "metrics" in inspect.signature(scheduler.step).parameters

@@ -241,6 +241,24 @@ def test_a_schedule_cannot_be_stretched_and_iterations_cannot_be_undone(metarun,
     assert "already done 12" in metarun("train", "resume=run", "iterations=3", status=1).stderr
 
 
+def test_a_plateau_lowers_the_rate_by_the_validation_scores(metarun, tmp_path: Path):
+    """As PyTorch's scheduler does with the scores of metrics.jsonl."""
+    words = ["scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau,patience:0,threshold:0.1}"]
+    words += [*UNTESTED, "optimizer.lr=1e-6", "validation.every=2", "log.every=1", "hydra.run.dir=run"]
+    metarun("train", *words)
+    rows = rows_of(tmp_path / "run")
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=1e-6)
+    expected = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=0, threshold=0.1)
+    rates = []
+    for row in rows:
+        if row["split"] == "train":
+            assert row["learning_rate"] == optimizer.param_groups[0]["lr"]
+            rates.append(row["learning_rate"])
+        else:
+            expected.step(row["accuracy"])
+    assert len(set(rates)) > 2
+
+
 def test_a_mistake_removes_no_folder_of_the_users(metarun, tmp_path: Path):
     metarun("train", "resume=nowhere", status=1)
     assert tmp_path.is_dir()

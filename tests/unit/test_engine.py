@@ -111,13 +111,15 @@ def test_the_graph_given_to_the_compiler_gives_the_same_losses(name: str, monkey
 class Hungry(ProtoNet):
     """Fits `room` tasks into memory."""
 
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
     def __init__(self, room: int) -> None:
         super().__init__(nn.Flatten())
         self.room, self.scale = room, nn.Parameter(torch.ones((), dtype=torch.float64))
 
     def meta_loss(self, tasks: Episodes) -> Outcome:
         if len(tasks) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+            raise self.error
         outcome = super().meta_loss(tasks)
         return replace(outcome, loss=outcome.loss * self.scale)
 
@@ -158,7 +160,11 @@ def test_an_optimizer_keeps_what_belongs_to_this_machine():
     mine.step()
 
 
-def test_out_of_memory_halves_the_tasks_at_once_and_goes_on():
+@pytest.mark.parametrize("error", [Hungry.error, RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_halves_the_tasks_at_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    monkeypatch.setattr(Hungry, "error", error)
     said: list[str] = []
     expected = engine_of(Hungry(5), episodes())
     expected.step()
