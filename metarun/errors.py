@@ -46,8 +46,8 @@ def naming_part(part: str, settings: Iterable[str]) -> Iterator[None]:
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: "1 class" or "1,000 classes". The plural is the noun with an s unless given."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    """A number with its noun: "1 class" or "2 classes". The plural is the noun with an s unless given."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 # What PyTorch (CPU, CUDA and its libraries), NumPy, the C++ library and the system say when memory runs out.

@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,7 +134,7 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         check_hydra(HydraConfig.get())
-        result = importlib.import_module(COMMANDS[name]).run(cfg)
+        result = load(name).run(cfg)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or stop_requested():
             remove_hydra_files(folder, kept)
@@ -171,6 +172,14 @@ def failed_job(error: BaseException, name: str, raw: bool, folder: Path) -> floa
     message = message or f"internal error: {type(error).__name__}: {first_line(error)}"
     print(f"metarun: error: {message}", file=sys.stderr)
     return record_failure(folder, message)
+
+
+def load(name: str) -> Any:
+    """The module of a command. On a terminal, a status line is shown while PyTorch is imported."""
+    from metarun.reporting.console import messages
+
+    with nullcontext() if "torch" in sys.modules else messages.status("loading PyTorch"):
+        return importlib.import_module(COMMANDS[name])
 
 
 def message_of(error: Exception, name: str) -> str:

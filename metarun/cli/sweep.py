@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
+from metarun.errors import counted
 from metarun.reporting.console import inform, print_line, relative
 
 Row = dict[str, Any]
@@ -179,8 +180,8 @@ def table_of(results: dict[str, Row], folder: str, jobs: int) -> Table:
     settings = {job: typed(result) for job, result in results.items()}
     keys = list(dict.fromkeys(key for own in settings.values() for key in own))
     swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]
-    count = f"{len(results)} of {jobs}" if len(results) < jobs else f"{len(results)}"
-    table = Table(title=f"{count} jobs in {folder}")
+    part = f"{len(results)} of " if len(results) < jobs else ""
+    table = Table(title=f"{part}{counted(max(jobs, len(results)), 'job')} in {folder}")
     for heading in ("job", *swept, "validation", "test", "seconds"):
         table.add_column(heading, overflow="fold")
     for job, result in results.items():

@@ -21,7 +21,7 @@ from metarun.config.build import build_dataset, instantiate
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.datasets import images
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, counted
 from metarun.reporting import pictures, plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import console, inform, relative
@@ -123,7 +123,9 @@ def prepare(command: AdaptConfig, model: Model, name: str, pictures: list[Image]
         inform(f"{name} drawings: {ink} ink on a {ground} background ({how})")
         batch = images.as_drawings(batch, ink)  # type: ignore[arg-type]
     if blank := int((batch.amax((1, 2, 3)) - batch.amin((1, 2, 3)) < 0.05).sum()):
-        inform(f"{name}: {blank} of {len(batch)} images are blank after resizing to the model's input")
+        inform(
+            f"{name}: blank after resizing to the model's input: {blank} of {counted(len(batch), 'image')}"
+        )
     return batch.unsqueeze(0)
 
 
@@ -197,8 +199,8 @@ def report(
     model: Model, task: Task, steps: list[dict[str, Any]], outputs: Tensor | None, folder: Path
 ) -> None:
     """Print tables; write steps.json, predictions.csv and figures to the folder."""
-    ways = f"{len(task.classes)} classes, " if task.classes else ""
-    title = f"{model.name}: {ways}{task.episode.support_x.shape[1]} support examples"
+    ways = f"{counted(len(task.classes), 'class', 'classes')}, " if task.classes else ""
+    title = f"{model.name}: {ways}{counted(task.episode.support_x.shape[1], 'support example')}"
     metrics, loss = task.objective.metrics, model.algorithm.loss_of(task.episode)
     # A loss that is one of the metrics is shown once.
     hidden = "loss" if loss in [metric.score for metric in metrics] else ""
@@ -287,7 +289,7 @@ def prediction_table(rows: list[dict[str, Any]]) -> Table:
     """A table of the first predictions, with wrong ones in red."""
     known = [row for row in rows if row["class"]]
     right = sum(row["prediction"] == row["class"] for row in known)
-    title = f"{len(rows)} queries" + (
+    title = counted(len(rows), "query", "queries") + (
         f", {right} of {len(known)} right ({right / len(known):.1%})" if known else ""
     )
     caption = f"the first {SHOWN}; all are in predictions.csv" if len(rows) > SHOWN else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from metarun.commands.models import Model, TestData, dataset_name, values_of
 from metarun.config.build import validation_shape
 from metarun.config.schema import EvalConfig
-from metarun.errors import MetarunError
+from metarun.errors import MetarunError, counted
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Metric
 from metarun.tasks.source import EpisodeSource
@@ -43,7 +43,7 @@ class Cell:
         """The shape of the tasks, and the number of inner steps if it is set."""
         if self.steps is None:
             return self.shape_name
-        return f"{self.shape_name}, {self.steps} step{'' if self.steps == 1 else 's'}"
+        return f"{self.shape_name}, {counted(self.steps, 'step')}"
 
     @property
     def shape_name(self) -> str:

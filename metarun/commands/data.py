@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from metarun.config.build import build_dataset, build_source, instantiate
 from metarun.config.check import check
 from metarun.config.comments import DATASET_FACTS, description, facts
 from metarun.config.schema import DataConfig, typed
-from metarun.errors import ConfigError, DataError
+from metarun.errors import ConfigError, DataError, counted
 from metarun.reporting import pictures
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.storage import cache
@@ -25,6 +27,8 @@ from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.sampling import sample
 from metarun.tasks.source import EpisodeSource
+
+CITATION = re.compile(r" \([^()]*\d{4}[^()]*\)")  # such as " (Finn et al. 2017, section 5.1)"
 
 
 def run(cfg: DictConfig) -> None:
@@ -37,12 +41,16 @@ def run(cfg: DictConfig) -> None:
     command: DataConfig = typed(cfg)
     if not command.dataset:
         console.print(catalogue())
-        inform("metarun data dataset=NAME prepares one; " + place())
+        inform(
+            "metarun data dataset=NAME shows the source and the licence of one and prepares it; " + place()
+        )
     elif "_target_" not in command.dataset:
         raise ConfigError(
             "dataset: not chosen; name one, as in metarun data dataset=image_folder dataset.root=FOLDER"
         )
     else:
+        if path := option_files().get(name):
+            describe(path)
         prepare(command, name)
     return None
 
@@ -120,29 +128,39 @@ def place(dataset: str | None = None) -> str:
     entries = cache.cache_entries(dataset)
     whose = f" of {dataset}" if dataset else ""
     size = decimal(sum(entry.size for entry in entries))
-    return f"prepared data{whose}: {len(entries)} entries, {size}, in {cache_dir()}"
+    return f"prepared data{whose}: {counted(len(entries), 'entry', 'entries')}, {size}, in {cache_dir()}"
+
+
+def option_files() -> dict[str, Path]:
+    """The YAML file of each option of the group `dataset`, by name; also of the folder of --config-dir."""
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(source.path) / "dataset" for source in sources if source.schema == "file"]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def catalogue() -> Table:
-    """A table of all options of the group `dataset`, with the comments in their YAML files."""
-    table = Table(title="datasets", show_lines=True)
-    for heading in ("dataset=", "what it is", "on this disk"):
-        table.add_column(heading)
-    entries = cache.cache_entries()
-    sources = HydraConfig.get().runtime.config_sources  # includes the folder of --config-dir
-    folders = [Path(source.path) / "dataset" for source in sources if source.schema == "file"]
-    for path in sorted(path for folder in folders for path in folder.glob("*.yaml")):
-        size = sum(entry.size for entry in entries if entry.dataset == path.stem)
-        table.add_row(path.stem, described(path), decimal(size) if size else "")
+    """A table of all datasets with one line for each, cut to the width of the terminal."""
+    table = Table(title="datasets")
+    entries, files = cache.cache_entries(), option_files()
+    table.add_column("dataset=", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("on this disk", no_wrap=True, justify="right")
+    for name, path in sorted(files.items()):
+        size = sum(entry.size for entry in entries if entry.dataset == name)
+        text = CITATION.sub("", description(path))  # the line has no space for it
+        table.add_row(
+            Text(name), Text(text, no_wrap=True, overflow="ellipsis"), decimal(size) if size else ""
+        )
     return table
 
 
-def described(path: Path) -> str:
-    """The comments at the top of the YAML file of a dataset."""
+def describe(path: Path) -> None:
+    """Print what the YAML file of a dataset says about it: a description, its source and its licence."""
     stated = facts(path)
-    return "\n".join(
-        [description(path), *(f"{name}: {stated[name]}" for name in DATASET_FACTS if name in stated)]
-    )
+    print_line(description(path))
+    for name in DATASET_FACTS:
+        if name in stated:
+            print_line(f"  {name}: {stated[name]}")
 
 
 def counts(source: EpisodeSource) -> list[str]:
@@ -180,5 +198,7 @@ def draw(source: ClassStore, shape: EpisodeShape, seed: int, title: str) -> None
     support = episode.support_x[0].unflatten(0, (shape.ways, shape.shots))
     query = episode.query_x[0].unflatten(0, (shape.ways, shape.queries))
     examples = {name: torch.cat([support[i], query[i]]) for i, name in enumerate(names)}
-    pictures.contact_sheet(examples, f"{title}, {shape}", folder / "episode.png", mark=shape.shots)
+    pictures.contact_sheet(
+        examples, f"{title}, {source.spec.task_name(shape)}", folder / "episode.png", mark=shape.shots
+    )
     inform(f"saved contact.png and episode.png in {relative(folder)}")

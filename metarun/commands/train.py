@@ -32,7 +32,7 @@ from metarun.config.restore import start_from
 from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError, DataError
+from metarun.errors import ConfigError, DataError, counted
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.reporting.tracker import Tracker
@@ -348,7 +348,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
     (folder / "failure.json").unlink(missing_ok=True)  # it may exist from an earlier attempt in a sweep
     place = relative(folder)
     lines += [
-        f"trained     {trainer.iteration} iterations in {trainer.seconds:.0f} s",
+        f"trained     {counted(trainer.iteration, 'iteration')} in {trainer.seconds:.0f} s",
         f"folder      {place}",
         "            best.pt  last.pt  learning_curve.png  metrics.jsonl  result.json",
     ]

@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from metarun.datasets.base import ImageDataset, Split, at_least
+from metarun.reporting.console import Bar
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.source import SPLITS
 
 BLOCK = 20  # classes drawn from one generator; a block is always drawn whole
+MANY = 200  # classes that take more than a second to draw, so that progress is shown
 STROKES, SUBSTROKES, CONTROLS, SAMPLES = 4, 3, 6, 20  # the largest s and b; p; points on a sub-stroke
 # Double precision, and always on the CPU: rounding errors differ between machines and numbers of threads,
 # and are then too small to change a grey level, so the same settings give the same images.
@@ -73,7 +76,16 @@ class Glyphs(ImageDataset):
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """Draw the images of one split and store them on `device`."""
         count = self.classes[name]
-        blocks = [self._draw_block(name, block) for block in range(math.ceil(count / BLOCK))]
+        blocks = []
+        with (
+            Bar(f"draw glyphs {name}", count, "classes", transient=True)
+            if count >= MANY
+            else nullcontext() as bar
+        ):
+            for block in range(math.ceil(count / BLOCK)):
+                blocks.append(self._draw_block(name, block))
+                if bar:
+                    bar.advance(BLOCK)
         images = torch.cat(blocks)[:count].flatten(0, 1)
         names = [f"{name} {index}" for index in range(count)]
         return ClassStore(images, [self.images_per_class] * count, names, f"glyphs {name}", device)

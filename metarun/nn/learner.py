@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, counted
 from metarun.nn.per_task import AUTO, Params, grouped_linear, run_on_tasks
 
 
@@ -58,7 +58,9 @@ class Learner(nn.Module):
     def check(self, ways: int, remedy: str = "algorithm.head=shared") -> None:
         """Raise ConfigError, naming the setting `remedy`, if a fixed head has fewer than `ways` outputs."""
         if not self.shares_head and ways > self.outputs:
-            raise ConfigError(f"its fixed head has {self.outputs} ways, not {ways}; train with {remedy}")
+            raise ConfigError(
+                f"its fixed head has {counted(self.outputs, 'way')}, not {ways}; train with {remedy}"
+            )
 
     def forward(self, params: Params, x: Tensor) -> Tensor:
         """Outputs [T, B, N] of examples [T, B, *item], by the weights `params` [T, *shape] of each task."""

@@ -34,18 +34,18 @@ def _line(where: Console, text: str) -> None:
     where.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def progress_bar(unit: str) -> Progress:
+def progress_bar(unit: str, transient: bool = False) -> Progress:
     """A progress bar with count, speed, remaining time and a text, for terminals of 80 columns."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=6),
+        BarColumn(bar_width=4),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}" + f" {unit}/s"),
         TextColumn("ETA"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
         console=messages,
-        transient=False,
+        transient=transient,
     )
 
 
@@ -57,20 +57,29 @@ class Bar:
         total: the number of units when it is complete.
         unit: the name of a unit, for the speed.
         start: the number of units completed before, which do not count for the speed.
+        transient: whether the bar disappears when it is complete. Where there is no terminal, a line says
+            what is done before it is done.
     """
 
-    def __init__(self, description: str, total: int, unit: str = "it", start: int = 0) -> None:
-        self.progress = progress_bar(unit)
+    def __init__(
+        self, description: str, total: int, unit: str = "it", start: int = 0, transient: bool = False
+    ) -> None:
+        self.progress = progress_bar(unit, transient)
+        self.shown_live = messages.is_terminal or not transient
+        if not self.shown_live:
+            inform(f"{description}: {total:,} {unit}")
         self.task = self.progress.add_task(description, total=total, completed=start, rate="-", text="")
         self.total, self.start, self.done, self.text = total, start, start, ""
         self.began = self.shown = time.perf_counter()
 
     def __enter__(self) -> Bar:
-        self.progress.start()
+        if self.shown_live:
+            self.progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
+        if self.shown_live:
+            self.progress.stop()
 
     def advance(self, count: int = 1, text: str | None = None) -> None:
         """Advance the bar; it is redrawn at most ten times a second.

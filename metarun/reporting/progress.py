@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from metarun.reporting.tracker import Row
 from metarun.tasks.objectives import Metric
+
+COLUMNS = 80  # of a terminal
 
 
 def latest(rows: Sequence[Row], split: str) -> Row | None:
@@ -22,12 +25,17 @@ def live_line(rows: Sequence[Row], metric: Metric) -> str:
 
 
 def validation_line(rows: Sequence[Row], metric: Metric) -> str:
-    """The permanent line that reports a validation."""
-    train, validation = latest(rows, "train"), latest(rows, "validation")
-    assert validation
-    parts = [f"iteration {validation['iteration']:>6}"]
-    for name, row in (("train", train), ("validation", validation)):
-        if row:
-            score = metric.show(row[metric.name])
-            parts.append(f"{name} loss {row['loss']:.4f} {metric.name} {score}")
+    """The permanent line that reports a validation, for terminals of 80 columns.
+
+    It has the training value and the validation value of the metric and, where the line has space for it and
+    it is another number, of the loss.
+    """
+    shown = [row for row in (latest(rows, "train"), latest(rows, "validation")) if row]
+    words = ("", "val ")[-len(shown) :]  # a validation may come before the first training row
+    loss = " ".join(f"{word}{row['loss']:.4f}" for word, row in zip(words, shown, strict=True))
+    score = " ".join(f"{word}{metric.show(row[metric.name])}" for word, row in zip(words, shown, strict=True))
+    parts = [f"iteration {shown[-1]['iteration']:>6}", f"loss {loss}", f"{metric.name} {score}"]
+    same = all(math.isclose(row["loss"], row[metric.name], rel_tol=1e-5) for row in shown)
+    if same or len("   ".join(parts)) > COLUMNS:
+        del parts[1]
     return "   ".join(parts)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metarun.errors import DataError
+from metarun.errors import DataError, counted
 from metarun.tasks.choice import different
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.resize import resized
@@ -127,13 +127,13 @@ class ClassStore(EpisodeSource):
             )
         if shape.ways > len(self.names):
             raise DataError(
-                f"ways={shape.ways}: {self.name} has {len(self.names)} classes; "
+                f"ways={shape.ways}: {self.name} has {counted(len(self.names), 'class', 'classes')}; "
                 f"lower ways to at most {len(self.names)}"
             )
         if (wanted := shape.shots + shape.queries) > self.smallest_class:
             smallest = self.names[int(self.counts.argmin())]
             raise DataError(
-                f"shots={shape.shots} and queries={shape.queries} need {wanted} examples a class: "
+                f"shots={shape.shots} and queries={shape.queries} need {counted(wanted, 'example')} a class: "
                 f"class {smallest!r} of {self.name} has {self.smallest_class}; lower shots or queries"
             )
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, counted
 from metarun.nn.per_task import TaskBatching
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -159,7 +159,7 @@ class Hardware:
     def describe(self) -> str:
         """The device and the precision in one line, for messages."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        threads = f" ({torch.get_num_threads()} threads)" if name == "CPU" else ""
+        threads = f" ({counted(torch.get_num_threads(), 'thread')})" if name == "CPU" else ""
         return f"{name}{threads}, {self.precision}"
 
 

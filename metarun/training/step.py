@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
-from metarun.errors import TrainingError, first_line, is_out_of_memory
+from metarun.errors import TrainingError, counted, first_line, is_out_of_memory
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape, run_parts
 from metarun.tasks.sampling import fetched_ahead, training_draws
@@ -204,7 +204,7 @@ class OuterStep:
         self.at_once = self.most_at_once = (self.at_once + 1) // 2
         if self.hardware.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.say(f"out of memory: continuing with {self.at_once} tasks at once")
+        self.say(f"out of memory: continuing with {counted(self.at_once, 'task')} at once")
 
     def summed_gradient(self, draw: Draw) -> Gradient:
         """The gradient of a meta-batch, added up over chunks of tasks; it does not depend on their size."""

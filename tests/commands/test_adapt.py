@@ -89,7 +89,7 @@ def test_a_single_query_and_what_systems_leave_behind(metarun, trained, tmp_path
     (tmp_path / "support/gamma/Thumbs.db").write_bytes(b"x")
     words = ["adapt", f"checkpoint={trained('algorithm=maml', *UNTESTED)}", "support=support"]
     done = metarun(*words, "query=query/gamma/7.png", "hydra.run.dir=one")
-    assert "1 queries" in done.stdout
+    assert "1 query" in done.stdout
     ((one, alone),) = predicted(tmp_path / "one").items()
     metarun(*words, "query=query", "hydra.run.dir=all")
     assert predicted(tmp_path / "all")[one] == pytest.approx(alone, abs=1e-5)

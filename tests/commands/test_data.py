@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,15 @@ from metarun.config.paths import CONF
 
 @pytest.mark.quick
 def test_what_there_is(metarun):
-    done = metarun("data")
-    for path in (CONF / "dataset").glob("*.yaml"):
-        assert path.stem in done.stdout
-    assert "licence: MIT" in done.stdout
+    """One line for each dataset; more about one of them is shown before it is prepared."""
+    lines = metarun("data").stdout.splitlines()
+    names = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
+    assert [line.split("│")[1].strip() for line in lines if "│" in line] == names
+    assert max(map(len, lines)) <= 80
+    done = metarun("data", "dataset=sinusoid")
+    assert done.stdout.startswith("Sinusoid regression (Finn et al. 2017, section 5.1)")
+    assert "licence: none needed" in done.stdout
+    assert "0 entries, 0 bytes" in done.stderr
 
 
 @pytest.mark.pictures
@@ -72,6 +78,12 @@ def test_prepared_data_is_listed_verified_and_removed(metarun, tmp_path: Path, m
     done = metarun("data", "dataset=image_folder", f"dataset.root={root}", "dataset.size=8", "ways=2")
     assert f"prepared data of image_folder: 3 entries, 6.9 kB, in {tmp_path / 'cache'}" in done.stderr
     assert "6.9 kB" in metarun("data").stdout
+    (tmp_path / "one").mkdir()
+    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "one"))
+    for path in (tmp_path / "cache").glob("image_folder-test-*"):
+        shutil.copy(path, tmp_path / "one")
+    assert "1 entry, " in metarun("data").stderr
+    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "cache"))
     assert metarun("data", "dataset=image_folder", "verify=true").stdout.count("intact") == 3
     entry = next((tmp_path / "cache").glob("image_folder-test-*[!n]"))
     content = bytearray(entry.read_bytes())
