@@ -230,20 +230,34 @@ def build_trainer(
         clip=None if clip.value is None and clip.norm is None else Clip(clip.value, clip.norm),
     )
     train.check(plan.shape)
-    check_validation(validation, plan.validation.shape, settings)
+    check_shape(validation, plan.validation.shape, settings)
     algorithm.check(plan.validation.shape.ways)
     record = {"config": plain(settings), "classes": spec.classes, **record}
     return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, record)
 
 
-def check_validation(source: EpisodeSource, shape: EpisodeShape, settings: TrainConfig) -> None:
-    """Check the validation split; the error also names `validation.ways` if it is not set."""
+def check_shape(
+    source: EpisodeSource, shape: EpisodeShape, settings: TrainConfig, otherwise: str = ""
+) -> None:
+    """Check a split for validation or test tasks; the error names the settings that their shape is set by.
+
+    Args:
+        source: the split.
+        shape: of its tasks.
+        settings: of the run.
+        otherwise: what else can be done.
+    """
     try:
         source.check(shape)
     except DataError as error:
-        if settings.validation.ways is not None:
-            raise
-        raise DataError(f"{error}, or set validation.ways") from None
+        text = str(error)
+        named = [name for name in ("ways", "shots", "queries") if re.search(rf"(?<!\S){name}\b", text)]
+        for name in named:
+            if getattr(settings.validation, name) is None:
+                otherwise = f", or set validation.{name}{otherwise}"
+            else:
+                text = re.sub(rf"(?<!\S){name}\b", f"validation.{name}", text)
+        raise DataError(text + otherwise) from None
 
 
 def build_test_source(
@@ -258,7 +272,7 @@ def build_test_source(
     if not settings.test.episodes:
         return None
     source = load_split(dataset, "test", hardware, record, resumed).reporting(objective)
-    source.check(validation_shape(settings))
+    check_shape(source, validation_shape(settings), settings, ", or set test.episodes=0 for no test")
     return source
 
 

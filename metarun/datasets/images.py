@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from metarun.datasets.formats import not_an_image, register_plugins
 from metarun.errors import ConfigError, DataError, first_line
 
 Ink = Literal["dark", "light"]
@@ -101,13 +102,14 @@ def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
         raise DataError(f"{file}: is a folder; images belong directly into a class folder")
     if isinstance(file, Path) and file.exists() and not file.is_file():
         raise DataError(f"{file}: is not a regular file; remove it")  # reading a pipe would block
+    register_plugins()
     try:
         with Image.open(file) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return flatten(image)
     except UnidentifiedImageError:
-        raise DataError(f"{name}: is not an image; replace or remove it") from None
+        raise DataError(f"{name}: {not_an_image(file)}") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -205,6 +206,22 @@ def test_one_way_and_width_zero_are_refused(metarun):
     ):
         words = [other for other in TINY if other.split("=")[0] != word.split("=")[0]]
         assert message in metarun("train", *words, word, status=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("ways=12", "ways=12: .* 10 classes; lower ways to at most 10, or set validation.ways"),
+        ("validation.ways=11", "validation.ways=11: .*; lower validation.ways to at most 10"),
+        (
+            "validation.shots=20",
+            "validation.shots=20 and .*; lower validation.shots or queries, or set valid",
+        ),
+        ("dataset.test_classes=4", "at most 4, or set validation.ways, or set test.episodes=0 for no test"),
+    ],
+)
+def test_small_splits_name_the_settings_of_their_tasks(metarun, words: str, says: str):
+    assert re.search(says, metarun("train", *TINY, words, status=1).stderr)
 
 
 def test_a_run_that_never_saved_is_distinguished_from_a_missing_folder(metarun, tmp_path: Path):
