@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands.models import Model, TestData, load_model
-from metarun.config.build import build_dataset, instantiate
+from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.datasets import images
@@ -112,7 +112,7 @@ def prepare(command: AdaptConfig, model: Model, name: str, pictures: list[Image]
     If the model was trained on drawings, dark ink is inverted to bright; a message reports what was assumed.
     """
     batch = images.to_batch(pictures, model.spec.item_shape)
-    if build_dataset(model.settings.dataset).drawings:
+    if model.dataset.drawings:
         ink = images.ink_of(pictures) if command.ink == "auto" else command.ink
         how = (
             "detected from their borders; set ink=dark or ink=light to override"

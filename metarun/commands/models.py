@@ -16,6 +16,7 @@ from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
 from metarun.config.restore import rebuild
 from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, from_plain
+from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, counted
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
@@ -36,6 +37,7 @@ class Model:
         name: its name in tables.
         path: of the checkpoint file.
         settings: the settings of its training run, adjusted by the settings of the command.
+        dataset: the dataset of these settings.
         spec: the kind of tasks it was trained on.
         algorithm: the algorithm with its weights, on the device.
         content: the content of the checkpoint file.
@@ -44,6 +46,7 @@ class Model:
     name: str
     path: Path
     settings: TrainConfig
+    dataset: Dataset
     spec: TaskSpec
     algorithm: Algorithm
     content: Mapping[str, Any]
@@ -65,9 +68,9 @@ def load_model(path: Path, command: Command, hardware: Hardware, alone: bool = T
     content = checkpoint.load(path)
     settings, name = from_plain(content["config"]), content["choices"]["algorithm"]
     set_steps(settings, command, name, alone)
-    algorithm, spec = rebuild(content, settings, hardware, path)
+    algorithm, dataset, spec = rebuild(content, settings, hardware, path)
     set_transductive(algorithm, command.transductive, name, alone)
-    return Model(name, path, settings, spec, algorithm, content)
+    return Model(name, path, settings, dataset, spec, algorithm, content)
 
 
 def load_models(command: EvalConfig, hardware: Hardware) -> list[Model]:
@@ -167,7 +170,8 @@ class TestData:
         however the dataset was named.
         """
         node = dataset_node(self.command, model.settings)
-        dataset, wanted = build_dataset(node), model.spec.item_shape
+        dataset = model.dataset if node == model.settings.dataset else build_dataset(node)
+        wanted = model.spec.item_shape
         shaped = dataset.reshaped(wanted) if len(wanted) == 3 else dataset
         if shaped.spec.item_shape != dataset.spec.item_shape:
             inform_resized(dataset_name(model), dataset.spec.item_shape, wanted)

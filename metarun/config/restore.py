@@ -14,6 +14,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.config.build import build_algorithm, build_dataset
 from metarun.config.check import check_node
 from metarun.config.schema import TrainConfig
+from metarun.datasets.base import Dataset
 from metarun.errors import CheckpointError, ConfigError
 from metarun.tasks.spec import TaskSpec
 from metarun.training.hardware import Hardware
@@ -21,8 +22,8 @@ from metarun.training.hardware import Hardware
 
 def rebuild(
     content: Mapping[str, Any], settings: TrainConfig, hardware: Hardware, path: Path
-) -> tuple[Algorithm, TaskSpec]:
-    """Rebuild the algorithm of a checkpoint.
+) -> tuple[Algorithm, Dataset, TaskSpec]:
+    """Rebuild the algorithm and the dataset of a checkpoint.
 
     The settings are checked like settings from the command line, since a checkpoint must not name a class
     that is not an algorithm, backbone, inner loop or dataset.
@@ -34,7 +35,7 @@ def rebuild(
         path: of the file, for messages.
 
     Returns:
-        The algorithm with its weights, and the kind of tasks that it was trained on.
+        The algorithm with its weights, the dataset, and the kind of tasks that it was trained on.
 
     Raises:
         ConfigError: if a setting is invalid.
@@ -43,7 +44,8 @@ def rebuild(
     for group in ("dataset", "backbone", "inner_loop", "algorithm"):
         if node := getattr(settings, group):
             check_node(group, OmegaConf.create(node))
-    spec = replace(build_dataset(settings.dataset).spec, classes=content["classes"])
+    dataset = build_dataset(settings.dataset)
+    spec = replace(dataset.spec, classes=content["classes"])
     algorithm = build_algorithm(settings, spec, hardware)
     try:
         algorithm.load_state_dict(content["algorithm"])
@@ -52,7 +54,7 @@ def rebuild(
         raise CheckpointError(
             f"{path}: its weights do not fit its config ({reason}); use another checkpoint or train again"
         ) from None
-    return algorithm, spec
+    return algorithm, dataset, spec
 
 
 def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> str:

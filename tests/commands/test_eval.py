@@ -26,6 +26,7 @@ from metarun.commands.evaluate import (
 )
 from metarun.commands.models import Model
 from metarun.config.schema import EvalConfig, TrainConfig
+from metarun.datasets.glyphs import Glyphs
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import ACCURACY, CLASSIFICATION, metric_named
@@ -43,6 +44,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, trained) -> Path:
 
 def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
+
+
+def test_a_checkpoints_dataset_is_built_once(metarun, runs: Path, monkeypatch: pytest.MonkeyPatch):
+    built, make = [], Glyphs.__init__
+    monkeypatch.setattr(Glyphs, "__init__", lambda self, **own: (built.append(own), make(self, **own))[1])
+    metarun("eval", f"checkpoint={runs}/protonet", "episodes=2", "queries=1")
+    assert len(built) == 1
 
 
 @pytest.mark.pictures
@@ -194,7 +202,15 @@ def test_what_is_not_typed_is_as_in_the_training_of_models_on_the_same_dataset(m
     monkeypatch.setattr("metarun.commands.cells.dataset_name", lambda model: model.content["dataset"])
     trained = {"a": ("glyphs", 5, 1), "b": ("glyphs", 20, 1), "c": ("sinusoid", 1, 10)}
     models = [
-        Model(name, Path(name), TrainConfig(ways=ways, shots=shots, queries=9), None, None, {"dataset": data})  # type: ignore[arg-type]
+        Model(
+            name,
+            Path(name),
+            TrainConfig(ways=ways, shots=shots, queries=9),
+            None,
+            None,
+            None,
+            {"dataset": data},
+        )  # type: ignore[arg-type]
         for name, (data, ways, shots) in trained.items()
     ]
 
@@ -213,7 +229,7 @@ def test_what_is_not_typed_is_as_in_the_training_of_models_on_the_same_dataset(m
 def cell_of(name: str, result: Result) -> Cell:
     """A result of a model of which only the name counts."""
     source = ClassStore(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), [1, 1], ["a", "b"], "glyphs")
-    model = Model(name, Path(name), TrainConfig(), source.spec, nn.Identity(), {})  # type: ignore[arg-type]
+    model = Model(name, Path(name), TrainConfig(), None, source.spec, nn.Identity(), {})  # type: ignore[arg-type]
     return Cell(model, result.shape, None, source, "glyphs", result)
 
 

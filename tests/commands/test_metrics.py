@@ -319,7 +319,7 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor) -> float:
 def restored(run: Path, hardware: Hardware) -> tuple[Algorithm, Glyphs]:
     content = checkpoint.load(run / "best.pt")
     settings = from_plain(content["config"])
-    algorithm, _ = rebuild(content, settings, hardware, run / "best.pt")
+    algorithm, _, _ = rebuild(content, settings, hardware, run / "best.pt")
     return algorithm.eval(), build_dataset(settings.dataset)  # type: ignore[return-value]
 
 
