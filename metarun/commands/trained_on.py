@@ -15,6 +15,7 @@ from metarun.tasks.trained_classes import TrainedClasses
 from metarun.training.hardware import Hardware
 
 Trained = Mapping[str, TrainedClasses | None]  # by the name of a model; None: its checkpoint has no record
+INSTEAD = "choose another dataset or split, or trained_classes=keep to evaluate on them"
 ENTRIES = ("train_classes", "init_classes")  # of a checkpoint: the classes of its own run, and those before
 
 
@@ -61,16 +62,22 @@ def load_split(
         classes = TrainedClasses.of(source)
         record["train_classes"] = classes and classes.plain()
     compare_with([resumed], split, source)
-    return source if split == "train" else without_trained(source, {"this run": trained_classes(record)})
+    if split == "train":
+        return source
+    instead = "choose another dataset" + (", or set test.episodes=0" if split == "test" else "")
+    return without_trained(source, {"this run": trained_classes(record)}, instead=instead)
 
 
-def without_trained(source: EpisodeSource, trained: Trained, keep: str = "") -> EpisodeSource:
+def without_trained(
+    source: EpisodeSource, trained: Trained, keep: str = "", instead: str = INSTEAD
+) -> EpisodeSource:
     """A split without the classes that any of some models was trained on.
 
     Args:
         source: the split. Without classes, as for a regression, it is returned as it is.
         trained: the classes that each model was trained on.
         keep: the setting that keeps these classes, which are then only counted; "" leaves them out.
+        instead: what to do if no class is left, for the message.
 
     Raises:
         DataError: no class is left.
@@ -97,10 +104,7 @@ def without_trained(source: EpisodeSource, trained: Trained, keep: str = "") -> 
     if not known or keep:
         return source
     if len(known) == len(source.names):
-        raise DataError(
-            f"{source.name}: the model was trained on all of its {len(known)} classes; choose another "
-            "dataset or split, or trained_classes=keep to evaluate on them"
-        )
+        raise DataError(f"{source.name}: the model was trained on all of its {len(known)} classes; {instead}")
     return source.keeping([i for i in range(len(source.names)) if i not in known])
 
 

@@ -125,6 +125,10 @@ class ClassStore(EpisodeSource):
             raise DataError(
                 f"ways={shape.ways}: classification needs at least 2 classes; set ways to 2 or more"
             )
+        if len(self.names) < 2:
+            raise DataError(
+                f"{self.name} has one class, and a task needs two; choose another split or dataset"
+            )
         if shape.ways > len(self.names):
             raise DataError(
                 f"ways={shape.ways}: {self.name} has {counted(len(self.names), 'class', 'classes')}; "
