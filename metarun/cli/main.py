@@ -147,7 +147,9 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
         remove_hydra_files(folder, kept)
         fail(message, status=1)
     if sweep:
-        (folder / "failure.json").unlink(missing_ok=True)  # written before the job was started
+        from metarun.cli.sweep import record_success
+
+        record_success(folder)
     return result
 
 

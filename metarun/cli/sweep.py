@@ -29,8 +29,9 @@ MARKS = ("multirun.yaml", "sweep.csv")  # files of a sweep: the first is from Hy
 class SweepTable(Callback):
     """Keeps sweep.csv, with one row for each job, and prints it as a table when the sweep ends or is stopped.
 
-    The rows come from files in the folders of the jobs: result.json of a finished job, failure.json of any
-    other. The latter is written before the job starts, so that a job has a row however it ends.
+    The rows come from files in the folders of the jobs: result.json of a finished training run, job.json of
+    another finished command, and failure.json of any other job. The last is written before a job starts, so
+    that it has a row however it ends.
     """
 
     running: ClassVar[SweepTable | None] = None  # the sweep of this process, until it has ended
@@ -140,9 +141,19 @@ def record_failure(folder: Path, message: str) -> float:
     return math.nan
 
 
+def record_success(folder: Path) -> None:
+    """Replace the failure.json of a job that has ended, by job.json if its command writes no result.json."""
+    from metarun.storage.files import write_json
+
+    (folder / "failure.json").unlink(missing_ok=True)
+    if not (folder / "result.json").exists():
+        with contextlib.suppress(OSError):
+            write_json(folder / "job.json", {"overrides": list(HydraConfig.get().overrides.task)})
+
+
 def record_files(folder: Path) -> list[Path]:
-    """The files with the results of jobs; if a job has both, failure.json, the last one, counts."""
-    return [*folder.rglob("result.json"), *folder.rglob("failure.json")]
+    """The files that record jobs; if a job has several, failure.json, the last one, counts."""
+    return [path for name in ("job", "result", "failure") for path in folder.rglob(f"{name}.json")]
 
 
 def version_of(path: Path) -> tuple[int, ...]:
@@ -171,6 +182,8 @@ def row_of(job: str, result: Row) -> Row:
         if split in result:
             row[f"{split} {result['metric']}"] = result[split]["mean"]
             row[f"{split} interval"] = result[split]["interval"]
+    if "validation" not in result:  # of eval or adapt, which write files of their own
+        return row
     best = result["validation"]["iteration"]
     return row | {"best iteration": best, "seconds": result["seconds"], "checkpoint": result["checkpoint"]}
 
@@ -188,6 +201,9 @@ def table_of(results: dict[str, Row], folder: str, jobs: int) -> Table:
         cells = [job, *(settings[job].get(key, "") for key in swept)]
         if "error" in result:
             table.add_row(*cells, Text(result["error"], style="red"))
+            continue
+        if "validation" not in result:
+            table.add_row(*cells, "finished")
             continue
         figures = [figure(result, split) for split in ("validation", "test")]
         table.add_row(*cells, *figures, f"{result['seconds']:.0f}")

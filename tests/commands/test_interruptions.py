@@ -254,6 +254,13 @@ def test_a_job_that_fails_in_any_way_is_a_row(metarun, tmp_path: Path, monkeypat
     assert meanwhile[2]["error"] == "not finished; metarun train resume=sweep/2 continues it"
 
 
+def test_a_sweep_of_evaluations_lists_them_all(metarun, trained, tmp_path: Path):
+    words = ["eval", "-m", f"checkpoint={trained(*UNTESTED)}", "episodes=2", "split=test,nothing"]
+    done = metarun(*words, "hydra.sweep.dir=sweep", status=1)
+    assert "2 jobs in sweep" in done.stdout
+    assert [row["error"][:14] for row in table(tmp_path / "sweep")] == ["", "split=nothing:"]
+
+
 def test_the_clock_of_the_file_server_does_not_matter(
     metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
