@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from PIL.Image import Image
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands.models import Model, TestData, load_model
+from metarun.commands.user_images import read_folders
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
@@ -83,50 +83,26 @@ def run(cfg: DictConfig) -> float:
 
 
 def user_task(command: AdaptConfig, model: Model) -> Task:
-    """The task in the folders `support` and `query`, with images converted to the shape of the checkpoint."""
+    """The task in the folders `support` and `query`, with images prepared as in the training of the model."""
     assert command.support is not None
     classes = images.class_folders(Path(command.support).expanduser())
-    support = [images.read(file) for files in classes.values() for file in files]
     labels = torch.tensor([[i for i, files in enumerate(classes.values()) for _ in files]])
     query_files: list[Path] = []
     query_labels: list[int | None] = []
     if command.query is not None:
         query_files, query_labels = images.query_files(Path(command.query).expanduser(), list(classes))
-    query = [images.read(file) for file in query_files]
-    support_x = prepare(command, model, "support", support)
+    support_files = [file for files in classes.values() for file in files]
+    support_x, query_x = read_folders(command, model, support_files, query_files)
     known = torch.tensor([[-1 if label is None else label for label in query_labels]])
     episode = Episodes(
         support_x=support_x,
         support_y=labels,
-        query_x=prepare(command, model, "query", query) if query else support_x,
-        query_y=known if query else labels,
+        query_x=support_x if query_x is None else query_x,
+        query_y=labels if query_x is None else known,
         classes=torch.arange(len(classes)).unsqueeze(0),
         objective=model.objective(command.metrics),
     ).balanced()  # the folders may contain different numbers of images
-    return Task(episode, bool(query), list(classes), [str(file) for file in query_files])
-
-
-def prepare(command: AdaptConfig, model: Model, name: str, pictures: list[Image]) -> Tensor:
-    """Convert the images of a folder to the input of the model, [1, B, C, H, W].
-
-    If the model was trained on drawings, dark ink is inverted to bright; a message reports what was assumed.
-    """
-    batch = images.to_batch(pictures, model.spec.item_shape)
-    if model.dataset.drawings:
-        ink = images.ink_of(pictures) if command.ink == "auto" else command.ink
-        how = (
-            "detected from their borders; set ink=dark or ink=light to override"
-            if command.ink == "auto"
-            else "as set"
-        )
-        ground = "light" if ink == "dark" else "dark"
-        inform(f"{name} drawings: {ink} ink on a {ground} background ({how})")
-        batch = images.as_drawings(batch, ink)  # type: ignore[arg-type]
-    if blank := int((batch.amax((1, 2, 3)) - batch.amin((1, 2, 3)) < 0.05).sum()):
-        inform(
-            f"{name}: blank after resizing to the model's input: {blank} of {counted(len(batch), 'image')}"
-        )
-    return batch.unsqueeze(0)
+    return Task(episode, query_x is not None, list(classes), [str(file) for file in query_files])
 
 
 def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task:
@@ -218,9 +194,7 @@ def report(
         if model.algorithm.uses_query_statistics:
             inform("the queries were predicted in one batch and depend on each other (transductive)")
         elif model.algorithm.normalises_batches:
-            inform(
-                "each query was predicted by itself; transductive=true normalises all queries as one batch"
-            )
+            inform("each query was predicted independently; transductive=true predicts them in one batch")
     elif outputs is not None and task.episode.query_x.shape[2:] == (1,):
         draw_regression(model.algorithm, task, folder / "curves.png")
         saved.append("curves.png")

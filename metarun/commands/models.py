@@ -17,6 +17,7 @@ from metarun.config.check import check_node
 from metarun.config.restore import rebuild
 from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, from_plain
 from metarun.datasets.base import Dataset
+from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, counted
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
@@ -161,7 +162,7 @@ class TestData:
 
     def __init__(self, command: Command, hardware: Hardware, models: Sequence[Model]) -> None:
         self.command, self.hardware, self.models = command, hardware, models
-        self.sources: dict[tuple[str, tuple[int, ...]], EpisodeSource] = {}
+        self.sources: dict[tuple[str, tuple[int, ...], Preparation], EpisodeSource] = {}
 
     def source(self, model: Model) -> EpisodeSource:
         """The split for one model, with items of the model's shape and the model's objective.
@@ -172,10 +173,12 @@ class TestData:
         node = dataset_node(self.command, model.settings)
         dataset = model.dataset if node == model.settings.dataset else build_dataset(node)
         wanted = model.spec.item_shape
+        if self.command.dataset and "_target_" in self.command.dataset:
+            dataset = dataset.prepared_like(model.dataset.preparation)
         shaped = dataset.reshaped(wanted) if len(wanted) == 3 else dataset
         if shaped.spec.item_shape != dataset.spec.item_shape:
             inform_resized(dataset_name(model), dataset.spec.item_shape, wanted)
-        key = OmegaConf.to_yaml(node), shaped.spec.item_shape
+        key = OmegaConf.to_yaml(node), shaped.spec.item_shape, shaped.preparation
         if key not in self.sources:
             source = build_source(shaped, self.command.split, self.hardware)
             if "_target_" in (self.command.dataset or {}) and self.command.split == "test" and source.names:
@@ -198,7 +201,7 @@ class TestData:
     @property
     def datasets(self) -> int:
         """The number of loaded datasets; the same dataset with different item shapes counts once."""
-        return len({name for name, _ in self.sources})
+        return len({name for name, *_ in self.sources})
 
 
 def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:

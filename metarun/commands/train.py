@@ -213,6 +213,8 @@ def build_trainer(
                 f"augment: dataset={record['choices']['dataset']} has no images to augment; leave augment out"
             )
         train.augment = instantiate(settings.augment, "augment")
+    if dataset.decided:
+        settings.dataset = OmegaConf.to_container(OmegaConf.merge(settings.dataset, dataset.decided))
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
     optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware, capturable)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from metarun.datasets.images import Resize
+from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError
 from metarun.storage.files import encoded
 from metarun.tasks.class_store import ClassStore, joined
@@ -30,7 +31,7 @@ class Dataset(ABC):
     ranges and raises ConfigError ("dataset.SETTING=VALUE: what is wrong, and what to choose").
     """
 
-    drawings: bool = False  # bright strokes on a dark ground; `adapt` converts a user's images to that
+    drawings: bool = False  # bright strokes on a dark ground; a user's images are converted to that
 
     @property
     @abstractmethod
@@ -71,12 +72,26 @@ class Dataset(ABC):
             raise ConfigError("split=all: this dataset has no classes; choose train, validation or test")
         return joined(stores, device)  # type: ignore[arg-type]
 
+    @property
+    def preparation(self) -> Preparation:
+        """How other images are prepared for a model that was trained on this dataset."""
+        return Preparation(ink="auto" if self.drawings else None)
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """Settings that were left open and decided when files were read; a checkpoint keeps them."""
+        return {}
+
     def reshaped(self, item_shape: tuple[int, ...]) -> Dataset:
         """This dataset with items of another shape [C, H, W], if it can convert them itself, else itself.
 
         It is called where a trained model is evaluated on a dataset of another shape. The images of a
         dataset that returns itself are converted afterwards.
         """
+        return self
+
+    def prepared_like(self, trained: Preparation) -> Dataset:
+        """This dataset, prepared as that of a trained model where its own settings leave it open."""
         return self
 
 
@@ -103,6 +118,15 @@ class ImageDataset(Dataset):
     @property
     def spec(self) -> TaskSpec:
         return TaskSpec(item_shape=(self.channels, self.size, self.size))
+
+    @property
+    def preparation(self) -> Preparation:
+        return super().preparation if self.drawings else Preparation(self.resize)
+
+    @property
+    def decoding(self) -> Preparation:
+        """How its own files are decoded."""
+        return Preparation(self.resize)
 
 
 def at_least(least: int, **settings: int | Sequence[int]) -> None:

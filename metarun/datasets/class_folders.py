@@ -8,14 +8,17 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL.Image import Image
 
 from metarun.datasets import images
 from metarun.datasets.base import ImageDataset
+from metarun.datasets.preparation import Preparation
 from metarun.errors import DataError
 from metarun.reporting.console import Bar, inform
 from metarun.storage.archives import Archive
@@ -48,6 +51,12 @@ class Entry(NamedTuple):
             raise DataError(
                 f"{self.path}: cannot be read ({error.strerror}); replace or remove it"
             ) from error
+
+    @contextmanager
+    def opened(self) -> Iterator[Image]:
+        """The image in this file, see `images.opened`. Raises DataError."""
+        with images.opened(io.BytesIO(self.read()), str(self)) as image:
+            yield image
 
     @property
     def own_name(self) -> tuple[str, ...]:
@@ -198,6 +207,9 @@ def class_store(
     source = os.path.abspath(root.expanduser())
     settings = f"{VERSION} {dataset.item_shape} {dataset.resize} {dataset.unreadable or 'stop'}"
     settings += " inverted" if dataset.invert else ""
+    decoding = dataset.decoding
+    if decoding != Preparation(dataset.resize):
+        settings += f" {decoding}"
     digest = hashlib.sha256(settings.encode())
     for name, own in classes.items():
         digest.update(encoded(f"\0{name}\0{len(own)}"))
@@ -211,7 +223,7 @@ def class_store(
             run = pool.map if dataset.threaded else map
             for start in range(0, len(files), BLOCK):
                 block = files[start : start + BLOCK]
-                for number, pixels in enumerate(run(partial(decode, dataset), block), start):
+                for number, pixels in enumerate(run(partial(decode, dataset, decoding), block), start):
                     if pixels is None:
                         skipped.append(number)
                     else:
@@ -256,14 +268,14 @@ def _identity(path: Path) -> str:
     return f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
-def decode(dataset: ImageDataset, entry: Entry) -> bytes | None:
+def decode(dataset: ImageDataset, decoding: Preparation, entry: Entry) -> bytes | None:
     """An image as C x H x W bytes; None if it cannot be read and may be skipped, else DataError."""
     try:
         image = images.read(io.BytesIO(entry.read()), str(entry))
+        pixels = decoding.array(image, dataset.item_shape)
     except DataError as error:
         if dataset.unreadable == "skip":
             return None
         advice = ", or set dataset.unreadable=skip" if dataset.unreadable else ""
         raise DataError(f"{error}{advice}") from error
-    pixels = images.to_array(image, dataset.item_shape, dataset.resize)
     return (255 - pixels if dataset.invert else pixels).tobytes()

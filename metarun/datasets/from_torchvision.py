@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metarun.datasets import images
 from metarun.datasets.base import ImageDataset, Split, at_least, select, split_by_digest
 from metarun.datasets.images import Resize
 from metarun.datasets.torchvision_files import Labelled, obtained
@@ -120,7 +119,7 @@ class FromTorchvision(ImageDataset):
         return {"names": [str(titles[number]) for number in numbers], "counts": counts}
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
-        return images.to_array(images.flatten(image), self.item_shape, self.resize)
+        return self.decoding.array(image, self.item_shape)
 
     def _parts(self) -> list[Labelled]:
         kind, settings = SETS[self.name]

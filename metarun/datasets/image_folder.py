@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from metarun.datasets.base import ImageDataset, Split, Unreadable, and_more, at_least, split_by_digest
 from metarun.datasets.class_folders import Entry, class_store, classes_of, entries
 from metarun.datasets.images import Resize
+from metarun.datasets.preparation import Background, InkSetting, Preparation
 from metarun.errors import ConfigError, DataError
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
@@ -36,7 +39,9 @@ class ImageFolder(ImageDataset):
         root: a folder or a zip.
         depth: how many folders below `root`, or below a split's folder, the class folders are, at least 1.
             A class has all images below its folder, and the name of the path to it.
-        size, channels, resize: the images' size, grey or colour, and how they are made square.
+        size, channels: the images' size, grey or colour.
+        resize, ink, background, white: see `Preparation`; decided over the images of all splits. What is
+            None is as in the training of the model that is evaluated, if there is one.
         unreadable: "stop" raises DataError at a file that is not an image, "skip" leaves it out with a
             warning.
         validation, test: the shares of the classes to validate and to test on, above 0 and less than 1
@@ -53,14 +58,17 @@ class ImageFolder(ImageDataset):
         root: str,
         size: int = 84,
         channels: Literal[1, 3] = 3,
-        resize: Resize = "pad",
+        resize: Resize | None = None,
+        ink: InkSetting | None = None,
+        background: Background | None = None,
+        white: float | None = None,
         unreadable: Unreadable = "stop",
         validation: float = 0.2,
         test: float = 0.2,
         seed: int = 0,
         depth: int = 1,
     ) -> None:
-        super().__init__(size, channels, resize)
+        super().__init__(size, channels, resize or "pad")
         if min(validation, test) <= 0 or validation + test >= 1:
             raise ConfigError(
                 f"dataset.validation={validation}, dataset.test={test}: choose shares above 0 that are less "
@@ -70,6 +78,50 @@ class ImageFolder(ImageDataset):
         self.root, self.unreadable, self.depth = root, unreadable, depth
         self.shares, self.seed = (validation, test), seed
         self._too_few = 0  # the number of classes, where they are too few for three splits
+        if white is not None and not 0 < white < math.inf:
+            raise ConfigError(f"dataset.white={white}: choose a number above 0, such as 255 or 4095")
+        self._wanted = Preparation(resize, ink, background, white)
+        self._decoding: Preparation | None = None
+
+    @property
+    def drawings(self) -> bool:  # type: ignore[override]
+        return self._wanted.draws
+
+    @property
+    def preparation(self) -> Preparation:
+        return self._wanted
+
+    @property
+    def decoding(self) -> Preparation:
+        """How its files are decoded, decided over all splits. Raises DataError, as `split` does."""
+        if self._decoding is None:
+            files = [entry for classes in self._classes.values() for own in classes.values() for entry in own]
+            sources, name = [entry.opened for entry in files], Path(self.root).name
+            self._decoding = self._wanted.with_levels(sources, name, skip=True).with_ink(
+                sources, name, skip=True
+            )
+        return self._decoding
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        made = self._decoding
+        found = {"background": made.background, "white": made.white} if made else {}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def reshaped(self, item_shape: tuple[int, ...]) -> ImageFolder:
+        """The same images, decoded in another shape; itself if they would not be square."""
+        channels, height, width = item_shape
+        if height != width:
+            return self
+        twin = copy.copy(self)
+        twin.channels, twin.size = channels, height
+        return twin
+
+    def prepared_like(self, trained: Preparation) -> ImageFolder:
+        twin = copy.copy(self)
+        twin._wanted, twin._decoding = self._wanted.or_like(trained), None
+        twin.resize = twin._wanted.resize or "pad"
+        return twin
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """One split, its classes sorted by name. Raises DataError, naming the file or folder."""

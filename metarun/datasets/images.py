@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from metarun.datasets.formats import not_an_image, register_plugins
-from metarun.errors import ConfigError, DataError, first_line
+from metarun.errors import DataError, first_line
 
-Ink = Literal["dark", "light"]
 Resize = Literal["pad", "crop", "stretch"]
 
 
@@ -87,15 +85,16 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_visible(path.name))
 
 
-def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
-    """Decode an image, upright and without transparency, to mode L or RGB.
+@contextmanager
+def opened(file: Path | BinaryIO, name: str = "") -> Iterator[Image.Image]:
+    """An image whose mode and size are known, and whose pixels are read when they are needed.
 
     Args:
         file: a path, or an open file.
         name: the name of an open file in messages.
 
     Raises:
-        DataError: it is not an image, or damaged.
+        DataError: it is not an image, or damaged; also if the block finds it damaged.
     """
     name = name or str(file)
     if isinstance(file, Path) and file.is_dir():
@@ -105,48 +104,22 @@ def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
     register_plugins()
     try:
         with Image.open(file) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return flatten(image)
+            yield image
     except UnidentifiedImageError:
         raise DataError(f"{name}: {not_an_image(file)}") from None
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
         why = first_line(error)
         raise DataError(f"{name}: cannot be read as an image ({why}); replace or remove it") from None
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Convert to mode L or RGB: 16 bits to 8, palettes and CMYK to RGB, transparency to a background."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = 65535 if image.mode != "F" else max(float(values.max()), 1e-9)
-        if image.mode == "I" and values.max() <= 255:
-            top = 255
-        return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, contrasting_background(image))
-        return Image.alpha_composite(background, image).convert("RGB")
-    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
-
-
-def contrasting_background(image: Image.Image) -> str:
-    """White, or black if the opaque pixels are light, so that they stay visible."""
-    levels = np.asarray(image.convert("L"), dtype=np.float64)
-    opacity = np.asarray(image.getchannel("A"), dtype=np.float64)
-    return "black" if (levels * opacity).sum() > 127 * max(opacity.sum(), 1.0) else "white"
-
-
-def to_batch(images: Sequence[Image.Image], item_shape: tuple[int, ...]) -> Tensor:
-    """Images as pixels [B, C, H, W] in [0, 1], padded to the proportions of `item_shape`, [C, H, W].
-
-    Raises ConfigError if `item_shape` is not that of images.
-    """
-    if len(item_shape) != 3:
-        raise ConfigError(f"this checkpoint's items have shape {tuple(item_shape)}: it does not take images")
-    return torch.from_numpy(np.stack([to_array(image, item_shape) for image in images])).float() / 255
+def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
+    """Decode an image, upright, in the mode of the file; see `opened` for arguments and errors."""
+    with opened(file, name) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
 
 
 def to_array(image: Image.Image, item_shape: tuple[int, ...], how: Resize = "pad") -> np.ndarray:
@@ -186,19 +159,3 @@ def border_level(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     return np.median(border, axis=0)
-
-
-def ink_of(images: Sequence[Image.Image]) -> Ink:
-    """Whether drawings are dark on light or light on dark, judged by the background of most of them."""
-    levels = [float(border_level(image.convert("L"))) for image in images]
-    return "dark" if np.median(levels) > 127 else "light"
-
-
-def as_drawings(batch: Tensor, ink: Ink) -> Tensor:
-    """Drawings [B, C, H, W] in the form of Omniglot and glyphs: bright ink on a dark ground, full contrast.
-
-    Downscaling a large image makes thin strokes fade, so the range of each image is stretched to [0, 1].
-    """
-    batch = 1 - batch if ink == "dark" else batch
-    low, high = batch.amin((1, 2, 3), keepdim=True), batch.amax((1, 2, 3), keepdim=True)
-    return (batch - low) / (high - low).clamp(min=1e-3)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metarun.datasets.base import Dataset, Split, at_least
+from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, naming_part
 from metarun.tasks.choice import different
 from metarun.tasks.class_store import MANY_CLASSES, ClassStore
@@ -67,6 +68,22 @@ class Mixture(Dataset):
         twin = copy.copy(self)
         twin.shape = item_shape
         return twin
+
+    def prepared_like(self, trained: Preparation) -> Mixture:
+        twin = copy.copy(self)
+        twin.datasets = {name: part.prepared_like(trained) for name, part in self.datasets.items()}
+        return twin
+
+    @property
+    def preparation(self) -> Preparation:
+        """That of its parts if they agree."""
+        first, *others = (dataset.preparation for dataset in self.datasets.values())
+        return first if all(each == first for each in others) else super().preparation
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        parts = {name: dataset.decided for name, dataset in self.datasets.items()}
+        return {"settings": {name: own for name, own in parts.items() if own}}
 
     @property
     def spec(self) -> TaskSpec:

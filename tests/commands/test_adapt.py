@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ import torch
 from helpers.runs import LEARNED, UNTESTED
 from PIL import Image
 
+from metarun.commands.user_images import pixels
+from metarun.datasets import images
 from metarun.datasets.glyphs import Glyphs
+from metarun.datasets.preparation import Preparation
 
 pytestmark = pytest.mark.xdist_group("learned")  # one process trains for all
 
@@ -79,6 +84,7 @@ def test_ink_on_paper_beside_chalk_on_a_board(metarun, run: Path, tmp_path: Path
     draw(tmp_path / "chalk", dark=False)
     done = metarun("adapt", f"checkpoint={run}", "support=support", "query=chalk/query", "hydra.run.dir=out")
     assert "support drawings: dark ink" in done.stderr and "query drawings: light ink" in done.stderr
+    assert "warning: support has dark ink and query has light ink" in done.stderr
     assert json.loads((tmp_path / "out/steps.json").read_text())[-1]["query accuracy"] >= 0.7
 
 
@@ -95,6 +101,76 @@ def test_a_single_query_and_what_systems_leave_behind(metarun, trained, tmp_path
     assert predicted(tmp_path / "all")[one] == pytest.approx(alone, abs=1e-5)
     metarun(*words, "query=query", "transductive=true", "hydra.run.dir=all")
     assert predicted(tmp_path / "all")[one] != pytest.approx(alone, abs=1e-5)
+
+
+def test_eval_prepares_a_folder_of_drawings_as_adapt_does(metarun, run: Path, tmp_path: Path):
+    """Dark on light, for a model that was trained on light on dark: chance without a conversion."""
+    store = Glyphs(test_classes=8, seed=12).split("test")
+    for k, split in enumerate(("train", "train", "val", "val", *["test"] * 4)):
+        for i in range(8):
+            place = tmp_path / "sheets" / split / str(k)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(200 - store.items[20 * k + i, 0].numpy() // 2).resize((70, 70)).save(
+                place / f"{i}.png"
+            )
+    words = ["dataset=image_folder", "dataset.root=sheets", "ways=4", "queries=4", "episodes=50"]
+    done = metarun("eval", f"checkpoint={run}", *words, "hydra.run.dir=out")
+    assert "sheets: dark ink on a light background" in done.stderr
+    assert json.loads((tmp_path / "out/results.json").read_text())["results"][0]["mean"] > 0.7
+    done = metarun("eval", f"checkpoint={run}", *words, "dataset.ink=none", "hydra.run.dir=raw")
+    assert json.loads((tmp_path / "raw/results.json").read_text())["results"][0]["mean"] < 0.7
+
+
+def test_a_checkpoint_keeps_what_was_decided_of_its_images(metarun, tmp_path: Path):
+    """White logos in training: a darker one, alone, is laid on the same background later."""
+    for k in range(12):
+        for i in range(4):
+            logo = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+            logo.putpixel((k % 8, i + k // 8 * 4), (250, 250, 250, 255))
+            place = tmp_path / "logos" / str(k)
+            place.mkdir(parents=True, exist_ok=True)
+            logo.save(place / f"{i}.png")
+    words = ["dataset=image_folder", "dataset.root=logos", "dataset.size=8", "backbone=mlp"]
+    sizes = [
+        "ways=2",
+        "queries=1",
+        "iterations=1",
+        "meta_batch=1",
+        "validation.episodes=2",
+        "test.episodes=0",
+    ]
+    done = metarun("train", *words, *sizes, "hardware=cpu", "log.tensorboard=false", "hydra.run.dir=run")
+    assert "logos: transparent images are laid on black" in done.stderr
+    content = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert content["config"]["dataset"]["background"] == "black"
+    for k in ("0", "1"):
+        logo = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+        logo.putpixel((1, 1), (100, 100, 100, 255))
+        (tmp_path / "support" / k).mkdir(parents=True)
+        logo.save(tmp_path / "support" / k / "0.png")
+    done = metarun("adapt", "checkpoint=run", "support=support")
+    assert "laid on" not in done.stderr
+    done = metarun("adapt", "checkpoint=run", "support=support", "ink=dark", status=1)
+    assert "ink=dark: the model was not trained on drawings" in done.stderr
+
+
+def test_images_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    draw(tmp_path, dark=True)
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def read(path: Path, original=images.read) -> Image.Image:
+        nonlocal most
+        image = original(path)
+        alive.append(weakref.ref(image))
+        most = max(most, sum(each() is not None for each in alive))
+        return image
+
+    monkeypatch.setattr(images, "read", read)
+    model = SimpleNamespace(spec=SimpleNamespace(item_shape=(1, 8, 8)))
+    files = sorted((tmp_path / "query").glob("*/*.png"))
+    assert pixels(Preparation(), model, "query", files).shape == (1, len(files), 1, 8, 8)
+    assert most <= 2
 
 
 def test_a_flat_query_folder_is_predicted_but_not_scored(metarun, run: Path, tmp_path: Path):

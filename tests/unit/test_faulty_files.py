@@ -23,6 +23,7 @@ from metarun.datasets.class_folders import entries
 from metarun.datasets.cub import Cub
 from metarun.datasets.image_folder import ImageFolder
 from metarun.datasets.mini_imagenet import MiniImageNet
+from metarun.datasets.preparation import Preparation
 from metarun.errors import DataError
 from metarun.storage import cache
 from metarun.storage.cached_arrays import extract_cached
@@ -183,7 +184,8 @@ def test_images_that_pillow_or_numpy_would_warn_of(tmp_path: Path):
     Image.fromarray(np.array([[np.nan, 1.0], [0.0, 0.5]], np.float32)).save(tmp_path / "a.tiff")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.asarray(images.read(tmp_path / "a.tiff")).tolist() == [[0, 255], [0, 127]]
+        image = images.read(tmp_path / "a.tiff")
+        assert np.asarray(Preparation().flat(image)).tolist() == [[0, 255], [0, 127]]
 
 
 # archives

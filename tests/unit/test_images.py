@@ -1,24 +1,33 @@
-"""A user's images of every kind, as pixels."""
+"""A user's images of every kind, as pixels: the preparation is decided over a whole set."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from metarun.datasets import images
+from metarun.datasets.drawings import balance, strokes
+from metarun.datasets.glyphs import Glyphs
+from metarun.datasets.preparation import Preparation
 
 pytestmark = pytest.mark.quick
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
 
 
-def saved(tmp_path: Path, image: Image.Image, name: str = "a.png", **settings) -> Image.Image:
-    image.save(tmp_path / name, **settings)
-    return images.read(tmp_path / name)
+def saved(folder: Path, *pictures: Image.Image) -> list[partial]:
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")
+    return [partial(images.opened, folder / f"{i}.png") for i in range(len(pictures))]
+
+
+def flat(folder: Path, picture: Image.Image, name: str = "a.png", **settings) -> Image.Image:
+    picture.save(folder / name, **settings)
+    return Preparation().flat(images.read(folder / name))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "CMYK"])
@@ -26,28 +35,45 @@ def test_every_mode_gives_the_same_grey_levels(tmp_path: Path, mode: str):
     name = "a.tif" if mode == "CMYK" else "a.png"
     grey = Image.fromarray(RAMP)
     made = grey.convert(mode) if mode == "P" else grey.convert("RGB").convert(mode)
-    image = saved(tmp_path, made, name)
+    image = flat(tmp_path, made, name)
     assert image.mode in ("L", "RGB")
     assert np.abs(np.asarray(image.convert("L")).astype(int) - RAMP).max() <= 2
 
 
-def test_sixteen_bits_are_scaled_not_cut(tmp_path: Path):
-    image = saved(tmp_path, Image.fromarray(RAMP.astype(np.uint16) * 257))
-    assert np.abs(np.asarray(image).astype(int) - RAMP).max() <= 1
+@pytest.mark.parametrize("white", [255, 4095, 65535])
+def test_the_depth_of_dark_images_is_that_of_their_set(tmp_path: Path, capsys, white: int):
+    levels = np.linspace(0, white, 64).astype(np.uint16).reshape(8, 8)
+    sources = saved(tmp_path, Image.fromarray(levels // 20), Image.fromarray(levels))
+    made = Preparation().with_levels(sources, "scans")
+    assert made.white == white and f"{white:g} is white" in capsys.readouterr().err
+    dark, light = (np.asarray(made.flat(images.read(tmp_path / f"{i}.png"))).astype(int) for i in (0, 1))
+    assert np.abs(light - RAMP).max() <= 1 and np.abs(dark - RAMP / 20).max() <= 1
+    assert Preparation(white=100.0).with_levels(sources, "scans").white == 100
 
 
-def test_transparency_is_laid_on_a_ground_that_shows_the_ink(tmp_path: Path):
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    clear.putpixel((1, 1), (10, 10, 10, 255))
-    assert np.asarray(saved(tmp_path, clear).convert("L")).tolist()[0] == [255] * 4
-    clear.putpixel((1, 1), (250, 250, 250, 255))  # white ink would vanish on white
-    assert np.asarray(saved(tmp_path, clear).convert("L")).tolist()[0] == [0] * 4
+def clear(level: int) -> Image.Image:
+    """A transparent image with one opaque pixel."""
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 1), (level, level, level, 255))
+    return image
+
+
+@pytest.mark.parametrize(("levels", "background"), [((10, 126, 127, 128), 255), ((250, 126, 127, 128), 0)])
+def test_all_transparent_images_of_a_set_get_one_background(tmp_path: Path, capsys, levels, background: int):
+    sources = saved(tmp_path, *map(clear, levels))
+    made = Preparation().with_levels(sources, "logos")
+    assert f"laid on {made.background}" in capsys.readouterr().err
+    for i, level in enumerate(levels):
+        pixels = np.asarray(made.flat(images.read(tmp_path / f"{i}.png")).convert("L"))
+        assert pixels[1, 1] == level and pixels[0].tolist() == [background] * 4
+    asked = Preparation(background="white").with_levels(sources, "logos")
+    assert asked.background == "white"
 
 
 def test_a_camera_held_sideways_is_turned_upright(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise
-    image = saved(tmp_path, Image.fromarray(np.vstack([RAMP, RAMP])), "a.jpg", exif=exif)
+    image = flat(tmp_path, Image.fromarray(np.vstack([RAMP, RAMP])), "a.jpg", exif=exif)
     assert image.size == (16, 8)
 
 
@@ -61,22 +87,80 @@ def test_an_image_can_be_used_after_its_file_was_closed(tmp_path: Path, suffix: 
     assert np.abs(images.to_array(image, (1, 8, 8))[0].astype(int) - RAMP).mean() < 16
 
 
-def test_proportions_are_kept_and_the_ground_filled(tmp_path: Path):
-    wide = Image.new("L", (40, 10), 255)
-    batch = images.to_batch([wide, Image.new("L", (3, 50), 0)], (1, 20, 20))
-    assert batch.shape == (2, 1, 20, 20)
-    assert batch[0].min() == 1 and batch[1].max() == 0
-    colour = images.to_batch([wide.convert("RGB")], (3, 16, 16))
-    assert colour.shape == (1, 3, 16, 16)
+def test_proportions_are_kept_and_the_ground_filled():
+    wide, high = Image.new("L", (40, 10), 255), Image.new("L", (3, 50), 0)
+    made = Preparation()
+    assert made.array(wide, (1, 20, 20)).min() == 255 and made.array(high, (1, 20, 20)).max() == 0
+    assert made.array(wide.convert("RGB"), (3, 16, 16)).shape == (3, 16, 16)
 
 
-def test_polarity_is_seen_in_the_border_and_drawings_are_stretched():
-    page = np.full((30, 30), 230, dtype=np.uint8)
-    page[10:20, 14:16] = 60
-    drawing = Image.fromarray(page)
-    assert images.ink_of([drawing]) == "dark"
-    assert images.ink_of([Image.fromarray(255 - page)]) == "light"
-    dark = images.as_drawings(images.to_batch([drawing], (1, 30, 30)), "dark")
-    light = images.as_drawings(images.to_batch([Image.fromarray(255 - page)], (1, 30, 30)), "light")
-    torch.testing.assert_close(dark, light)
-    assert dark.max() == 1 and dark.min() == 0 and dark[0, 0, 15, 15] == 1
+SIDE = 84
+INK = Glyphs(test_classes=3, seed=11, size=SIDE).split("test").items[::7, 0].numpy()[:6] / 255
+Y, X = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+
+
+def drawn(kind: str, ink: np.ndarray) -> Image.Image:
+    """A drawing with ink in [0, 1] on paper as people photograph and scan it."""
+    rng = np.random.default_rng(0)
+    levels = {
+        "dark": lambda: 255 - 255 * ink,
+        "light": lambda: 255 * ink,
+        "grey": lambda: 200 - 110 * ink,
+        "dark grey": lambda: 100 - 70 * ink,  # the paper is darker than 127
+        "board": lambda: 140 + 90 * ink,
+        "noisy": lambda: 200 - 110 * ink + rng.normal(0, 15, ink.shape),
+        "shaded": lambda: (230 - 150 * ink) * (1 - 0.3 * X - 0.2 * Y * Y),
+        "ruled": lambda: np.where(
+            ink > 0.3, 235 - 175 * ink, np.where((Y * SIDE).round() % 12 == 8, 170, 235)
+        ),
+    }[kind]()
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["light", "grey", "dark grey", "board", "noisy", "shaded", "ruled"])
+def test_ink_is_the_same_on_any_paper(kind: str):
+    """Against the clean drawing as a plain reduction: dark ink on any paper and light ink on a board."""
+    for ink in INK:
+        image = drawn(kind, ink)
+        side = balance(image)
+        assert side < -0.9 if kind in ("light", "board") else side > 0.9
+        found = strokes(image, "light" if side < 0 else "dark", 28, 28).astype(float)
+        plain = images.to_array(drawn("light", ink), (1, 28, 28))[0]
+        assert np.abs(found - plain).mean() < 4  # stretching after the reduction: 5 to 30
+        assert np.median(found) == 0
+
+
+def test_a_blank_sheet_stays_blank_and_faint_pencil_does_not():
+    noise = np.random.default_rng(0).normal(0, 10, (SIDE, SIDE))
+    sheet = Image.fromarray((200 + noise).clip(0, 255).astype(np.uint8))
+    assert strokes(sheet, "dark", 28, 28).max() == 0 and abs(balance(sheet)) < 0.5
+    assert strokes(Image.new("L", (9, 9), 77), "dark", 28, 28).max() == 0
+    pencil = Image.fromarray((220 - 30 * INK[0]).round().astype(np.uint8))
+    assert strokes(pencil, "dark", 28, 28).max() == 255
+
+
+def test_other_proportions_of_a_drawing():
+    image = Image.fromarray(np.pad(255 - 255 * INK[0], ((0, 0), (SIDE // 2, SIDE // 2)), constant_values=255))
+    image = image.convert("L")
+    padded, cropped = (strokes(image, "dark", 28, 28, how) for how in ("pad", "crop"))
+    assert not padded[:7].any() and not padded[21:].any() and padded[7:21].any()
+    plain = images.to_array(drawn("light", INK[0]), (1, 28, 28))[0]
+    assert np.abs(cropped.astype(float) - plain).mean() < 4
+    assert strokes(image, "dark", 28, 28, "stretch")[:7].any()
+
+
+def test_the_polarity_of_a_set_and_one_sheet_that_differs(tmp_path: Path, capsys):
+    sources = saved(tmp_path, *(drawn("grey", ink) for ink in INK[:-1]), drawn("light", INK[-1]))
+    made = Preparation(ink="auto").with_ink(sources, "sheets")
+    said = capsys.readouterr().err
+    assert made.majority == "dark" and "sheets: dark ink on a light background" in said
+    assert "1 of 6 drawings are of the other polarity" in said
+    for i, ink in enumerate(INK):
+        found = made.array(images.read(tmp_path / f"{i}.png"), (3, 28, 28))
+        plain = images.to_array(drawn("light", ink), (3, 28, 28))
+        assert np.abs(found.astype(float) - plain).mean() < 4
+    # A set whose polarity does not show is like the one it belongs to; a typed one is not questioned.
+    blank = saved(tmp_path, Image.new("L", (9, 9), 40))
+    assert Preparation(ink="auto").with_ink(blank, "blank", like="light").majority == "light"
+    asked = Preparation(ink="light").with_ink(sources, "sheets")
+    assert not asked.array(drawn("grey", INK[0]), (1, 28, 28)).any()
