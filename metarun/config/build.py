@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import hydra.utils
 import torch
 from hydra.utils import get_class
+from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
 from metarun.config.schema import Node, TrainConfig
 from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError, naming_part
+from metarun.errors import ConfigError, first_line, naming_part
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.source import EpisodeSource
@@ -95,7 +98,7 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
     cls: type[Algorithm] = get_class(settings.algorithm["_target_"])
     cls.check_tasks(spec)
     offered: dict[str, Any] = {
-        "backbone": instantiate(settings.backbone, "backbone", item_shape=spec.item_shape),
+        "backbone": build_backbone(settings.backbone, spec),
         "item_shape": spec.item_shape,
         "outputs": settings.ways if spec.outputs is None else spec.outputs,
         "classes": spec.classes,
@@ -114,6 +117,63 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
     return hardware.place(instantiate(settings.algorithm, "algorithm", **passed))
 
 
+def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
+    """Build the network, and check by a forward pass that it maps examples to vectors.
+
+    The networks of metarun are not checked: tests do that, and it would take a second for a large one.
+    """
+    takes = parameters_of(node)
+    if "item_shape" in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+        backbone: nn.Module = instantiate(node, "backbone", item_shape=spec.item_shape)
+    else:
+        backbone = instantiate(node, "backbone")
+    cls = type(backbone)
+    if cls.__module__.partition(".")[0] != "metarun":
+        where = f"backbone: {cls.__module__}.{cls.__qualname__}"
+        set_features(backbone, forward_on_zeros(backbone, spec, where).shape[1], where)
+    return backbone
+
+
+def forward_on_zeros(backbone: nn.Module, spec: TaskSpec, where: str) -> Tensor:
+    """The outputs for two examples of zeros, [2, features]. Raises ConfigError if they are not vectors."""
+    examples = torch.zeros(2, *spec.item_shape, dtype=spec.item_dtype)
+    try:
+        with torch.random.fork_rng([]), torch.no_grad():
+            outputs = copy.deepcopy(backbone)(examples)  # a copy, whose running averages may change
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: fails on two examples, a {spec.item_dtype} tensor of shape {tuple(examples.shape)} "
+            f"({type(error).__name__}: {first_line(error)}); adapt its forward method to such tensors"
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise ConfigError(
+            f"{where}: returns a {type(outputs).__name__}; it must return a tensor [B, features]"
+        )
+    if outputs.dim() != 2 or len(outputs) != 2:
+        raise ConfigError(
+            f"{where}: maps two examples {tuple(examples.shape)} to outputs {tuple(outputs.shape)}; it must "
+            "return one vector for each example, [B, features], for example with nn.Flatten() at its end"
+        )
+    return outputs
+
+
+def set_features(backbone: nn.Module, size: int, where: str) -> None:
+    """Set the attribute `features` if there is none. Raises ConfigError if it is not the outputs' size."""
+    features = getattr(backbone, "features", None)
+    if features is None:
+        backbone.features = size  # type: ignore[assignment]
+    elif not isinstance(features, Integral):
+        raise ConfigError(
+            f"{where}: its attribute features is a {type(features).__name__}; give it another name, since "
+            "metarun reads the size of the output vectors from it"
+        )
+    elif features != size:
+        raise ConfigError(
+            f"{where}: has features={features}, and its outputs are vectors of {size} numbers; set "
+            f"self.features = {size} in its constructor"
+        )
+
+
 def task_spec(dataset: Dataset, train: EpisodeSource | None = None) -> TaskSpec:
     """The kind of tasks of a dataset, with the number of training classes if that split is given."""
     classes = len(train.names) if train is not None and train.names else None
@@ -121,11 +181,20 @@ def task_spec(dataset: Dataset, train: EpisodeSource | None = None) -> TaskSpec:
 
 
 def load_weights(algorithm: Algorithm) -> None:
-    """Load pretrained weights into modules that have a method `load_weights`, at the start of a new run."""
+    """Load pretrained weights into modules that have a method `load_weights()`, at the start of a new run.
+
+    A method of this name that needs arguments is another one, which a network may have for its own use.
+    """
     for part in algorithm.modules():
         load = getattr(part, "load_weights", None)
-        if callable(load):
+        if callable(load) and not any(map(is_required, inspect.signature(load).parameters.values())):
             load()
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    """Whether a call must pass this parameter."""
+    variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variadic
 
 
 def training_shape(settings: TrainConfig) -> EpisodeShape:

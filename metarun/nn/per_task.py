@@ -10,6 +10,8 @@ ways (the same result to rounding):
 - `vmap`: the forward pass alone is vectorised over tasks. For any network.
 - `loop`: one task after another. The plain reference.
 
+Attention is computed without fused kernels (`plain_attention`), which cannot be differentiated twice.
+
 Differentiate outside, `autograd.grad(losses.sum(), params)`: tasks share no weights, so the
 gradient of the sum is each task's own. Do not compute inner gradients by `torch.func.grad`
 inside `vmap`: if `autograd.grad` then differentiates through them, the result is wrong for batch
@@ -20,6 +22,7 @@ backward is at fault (functorch issue 534). Only the forward pass is therefore v
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metarun.nn import double_backward
 from metarun.nn.layers import Residual
@@ -105,12 +109,29 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBat
     # The grouped form distinguishes maps and vectors by their number of dimensions; vmap takes other items.
     if how in ("auto", "grouped", "unfold") and x.dim() in (3, 5) and is_groupable(module):
         return run_grouped(module, params, x, batching)
-    if how != "loop":
-        return torch.vmap(lambda p, one: functional_call(module, p, (one,)), randomness="different")(
-            params, x
-        )
-    tasks = [{name: p[t] for name, p in params.items()} for t in range(len(x))]
-    return torch.stack([functional_call(module, p, (one,)) for p, one in zip(tasks, x, strict=True)])
+    with plain_attention():
+        if how != "loop":
+            return torch.vmap(lambda p, one: functional_call(module, p, (one,)), randomness="different")(
+                params, x
+            )
+        tasks = [{name: p[t] for name, p in params.items()} for t in range(len(x))]
+        return torch.stack([functional_call(module, p, (one,)) for p, one in zip(tasks, x, strict=True)])
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """A context in which attention is computed by matrix products and a softmax.
+
+    The fused kernels of `scaled_dot_product_attention` have no second derivative, and the fast path of
+    `nn.TransformerEncoderLayer` in evaluation has no rule for vmap.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 # The grouped batching. Feature maps are [B, T*C, H, W] and vectors [T, B, features].

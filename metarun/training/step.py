@@ -6,8 +6,10 @@ All ways of running use the same episodes and give the same result up to roundin
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -224,10 +226,11 @@ class OuterStep:
     def meta_gradient(self, meta_loss: MetaLoss, params: Sequence[Tensor], draw: Draw) -> Gradient:
         """The share of these tasks in the meta-gradient, and the sums of their losses and scores."""
         tasks = self.source.gather(draw, self.shape).to(self.hardware.dtype)
-        outcome = run_parts(meta_loss, tasks)
-        loss, count = outcome.loss.mean(), len(tasks)
-        share = loss if count == self.meta_batch else loss * (count / self.meta_batch)
-        grads = torch.autograd.grad(share, params, allow_unused=True)
+        with explained_derivatives():
+            outcome = run_parts(meta_loss, tasks)
+            loss, count = outcome.loss.mean(), len(tasks)
+            share = loss if count == self.meta_batch else loss * (count / self.meta_batch)
+            grads = torch.autograd.grad(share, params, allow_unused=True)
         scores = [outcome.scores[metric.name].mean().to(loss.dtype) for metric in self.metrics]
         return list(grads), torch.stack([loss.detach(), *scores]).double() * count
 
@@ -285,6 +288,21 @@ class OuterStep:
         else:
             if compiles:
                 self.say(f"compiled in {time.perf_counter() - began:.0f} s")
+
+
+@contextlib.contextmanager
+def explained_derivatives() -> Iterator[None]:
+    """A context that raises TrainingError for an operation that PyTorch cannot differentiate twice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (found := re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", str(error))):
+            raise
+        raise TrainingError(
+            f"{found[1]}: PyTorch has no second derivative of this operation of the network, which the "
+            "meta-gradient needs; choose inner_loop.order=1 or algorithm=protonet, or replace the layer "
+            "(nn.EmbeddingBag by nn.Embedding and a mean)"
+        ) from error
 
 
 def add(a: Gradient, b: Gradient) -> Gradient:
