@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
 import torch
@@ -142,15 +142,10 @@ class Hardware:
 
     @contextlib.contextmanager
     def compute(self):
-        """A context that sets the precision."""
+        """A context that sets the precision; on exit, the settings of the process are restored."""
         with contextlib.ExitStack() as stack:
-            if self.precision == "tf32":
-                before = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision("high")
-                torch.backends.cudnn.allow_tf32 = True
-                stack.callback(torch.set_float32_matmul_precision, before)
-            elif self.device.type == "cuda":
-                torch.backends.cudnn.allow_tf32 = False
+            if self.device.type == "cuda":
+                stack.enter_context(tensor_float_32(self.precision == "tf32"))
             if self.precision == "bf16":
                 # The cache of autocast would return the weights of the first step in all later steps.
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
@@ -161,6 +156,19 @@ class Hardware:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f" ({counted(torch.get_num_threads(), 'thread')})" if name == "CPU" else ""
         return f"{name}{threads}, {self.precision}"
+
+
+@contextlib.contextmanager
+def tensor_float_32(allowed: bool) -> Iterator[None]:
+    """A context in which float32 products are computed with TensorFloat-32, or in full precision."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def keep_freed_memory() -> None:

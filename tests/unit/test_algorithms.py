@@ -34,6 +34,7 @@ from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.reptile import Reptile
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
+from metarun.commands.adapt import Task, follow
 from metarun.errors import ConfigError
 from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.base import InnerLoop
@@ -43,6 +44,7 @@ from metarun.nn.per_task import TaskBatching, run_on_tasks
 from metarun.nn.shared_weights import runs_at_once
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import REGRESSION, mean_squared_error
+from metarun.training.evaluation import adapted_outcome
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -217,6 +219,22 @@ def test_the_order_of_classes_changes_nothing(name: str):
     expected, found = (algorithm.predict(algorithm.adapt(each), tasks.query_x) for each in (tasks, turned))
     expected, found = (outputs.log_softmax(-1) for outputs in (expected, found))
     torch.testing.assert_close(found[..., [1, 2, 0]], expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_of_its_own_is_trained_evaluated_and_reported(name: str):
+    """By training, `eval` and `adapt`; but Reptile's update has no loss of the queries."""
+    algorithm, tasks = METHODS[name].build(BACKBONES["mlp"](), 2), episodes_of(tasks=1)
+    algorithm.loss = lambda outputs, targets: outputs.square().sum((1, 2)) * 0 + 5
+    algorithm.on_step_start(0)
+    penalty = 0.1 if name == "cnaps" else 1e-12
+    if not isinstance(algorithm, Reptile):
+        assert algorithm.meta_loss(tasks).loss.mean().item() == pytest.approx(5, abs=penalty)
+    algorithm.eval()
+    assert adapted_outcome(algorithm, tasks, torch.float64).loss.tolist() == [5]
+    with torch.no_grad():
+        rows, *_ = follow(algorithm, Task(tasks, True, "abc", []))
+    assert {row["support loss"] for row in rows} | {row["query loss"] for row in rows} == {5}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -110,3 +110,22 @@ def test_losses_and_metrics_keep_these_rules(objective: Objective):
     targets = whole if objective is CLASSIFICATION else torch.zeros(2, 6, 3, device="meta")
     for score in (objective.loss, *(metric.score for metric in objective.available)):
         assert score(outputs, targets).shape == (2,)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_the_precision_of_the_process_is_restored(monkeypatch: pytest.MonkeyPatch, precision: str):
+    """Set for a computation on a GPU, and restored after it; also if it fails."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    hardware = Hardware("cpu")
+    hardware.device, hardware.precision = torch.device("cuda"), precision
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with contextlib.suppress(ZeroDivisionError), hardware.compute():
+            allowed = precision == "tf32"
+            assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+            assert torch.backends.cudnn.allow_tf32 is allowed
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.allow_tf32 is True
+    finally:
+        torch.set_float32_matmul_precision("highest")
