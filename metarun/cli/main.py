@@ -150,6 +150,8 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
         from metarun.cli.sweep import record_success
 
         record_success(folder)
+    elif name == "data":  # which writes figures at most
+        remove_hydra_files(folder, kept)
     return result
 
 

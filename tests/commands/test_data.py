@@ -14,7 +14,7 @@ from metarun.config.paths import CONF
 
 
 @pytest.mark.quick
-def test_what_there_is(metarun):
+def test_what_there_is(metarun, tmp_path: Path):
     """One line for each dataset; more about one of them is shown before it is prepared."""
     lines = metarun("data").stdout.splitlines()
     names = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
@@ -24,6 +24,7 @@ def test_what_there_is(metarun):
     assert done.stdout.startswith("Sinusoid regression (Finn et al. 2017, section 5.1)")
     assert "licence: none needed" in done.stdout
     assert "0 entries, 0 bytes" in done.stderr
+    assert not list((tmp_path / "outputs").iterdir())  # a listing leaves no empty folder
 
 
 @pytest.mark.pictures
