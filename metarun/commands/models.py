@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from metarun.algorithms.base import Algorithm
-from metarun.commands.trained_on import compare_with, trained_classes, without_trained
+from metarun.commands.trained_on import compare_with, note_weights, trained_classes, without_trained
 from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
 from metarun.config.restore import rebuild
@@ -186,6 +186,8 @@ class TestData:
             same = [each for each in self.models if dataset_node(self.command, each.settings) == node]
             if {*(self.command.dataset or {})} <= {"root", "download"}:  # the data of training
                 compare_with([each.content for each in same], self.command.split, source)
+            for each in same if source.names else []:
+                note_weights(each.name, each.settings)
             trained = {each.name: trained_classes(each.content) for each in same}
             self.sources[key] = without_trained(source, trained, self.kept_by)
         source = fitted(self.sources[key], model.spec)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.panel import Panel
 from rich.text import Text
 
-from metarun.commands.trained_on import classes_before, load_split
+from metarun.commands.trained_on import classes_before, load_split, note_weights
 from metarun.config.build import (
     build_algorithm,
     build_dataset,
@@ -128,6 +128,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         trainer.load_state(state)
     else:
         load_weights(trainer.algorithm)
+        note_weights("this run", settings)
         if start is not None:
             inform(f"initialised from the {start_from(trainer.algorithm, *start)}")
         elif trainer.algorithm.frozen and not settings.backbone.get("weights"):

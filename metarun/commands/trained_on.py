@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metarun.config.build import build_source
+from metarun.config.schema import TrainConfig
 from metarun.datasets.base import Dataset
 from metarun.errors import DataError
 from metarun.reporting.console import inform
@@ -106,6 +107,15 @@ def without_trained(
     if len(known) == len(source.names):
         raise DataError(f"{source.name}: the model was trained on all of its {len(known)} classes; {instead}")
     return source.keeping([i for i in range(len(source.names)) if i not in known])
+
+
+def note_weights(model: str, settings: TrainConfig) -> None:
+    """Report that a backbone started from other weights, whose training classes have no record."""
+    if weights := settings.backbone.get("weights"):
+        inform(
+            f"{model}: the classes that backbone.weights={weights} was trained on are not known, "
+            "and not left out"
+        )
 
 
 def compare_with(contents: Sequence[Mapping[str, Any]], split: str, source: EpisodeSource) -> None:

@@ -313,6 +313,7 @@ def test_a_run_starts_from_weights_and_its_checkpoint_does_without_them(
     words += ["iterations=1", "validation.episodes=2", "optimizer.lr=1e-9"]
     metarun("train", *words, f"backbone.weights={file}")
     file.unlink()
-    metarun("eval", "checkpoint=run", "episodes=2", "ways=2", "queries=1", "hardware=cpu")
+    done = metarun("eval", "checkpoint=run", "episodes=2", "ways=2", "queries=1", "hardware=cpu")
+    assert "weights.pth was trained on are not known" in done.stderr
     weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["algorithm"]
     torch.testing.assert_close(weights["backbone.1.weight"], theirs.conv1.weight, rtol=0, atol=1e-6)
