@@ -54,7 +54,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 NO_MEMORY = re.compile(
     r"out of memory|not enough memory|insufficient (memory|resources)|memory allocation|mmap failed"
     r"|(can't|cannot|unable to|failed to|could not) (allocate|mmap|map segment)|bad_?\s?alloc|alloc_failed"
-    r"|can't start new thread",
+    r"|can't start new thread|storage size calculation overflowed|array is too big|multiplication overflow",
     re.IGNORECASE,
 )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from metarun.cli.overrides import arrange
+from metarun.cli import main
+from metarun.cli.overrides import arrange, separated
 from metarun.config.check import check
 from metarun.config.paths import CONF
 from metarun.config.schema import register_frames
@@ -21,24 +22,58 @@ DOCUMENTS = [path.read_text("utf-8") for path in PAGES]
 BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    """Every `metarun ...` in a bash block; a backslash at the end of a line continues it."""
-    blocks = "\n".join(text for document in DOCUMENTS for text in BASH.findall(document))
-    lines = blocks.replace("\\\n", " ").splitlines()
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+#: What else a bash block may start; the tests of this repository and its benchmarks run these.
+TOOLS = ("python3 -m venv", "pip install", "pytest", "ruff", "mypy", "python -m benchmarks", ". .venv")
+EXAMPLES = [main.HELP, *(path.read_text("utf-8") for path in sorted(CONF.glob("*.yaml")))]
+
+
+def lines_of(block: str) -> list[str]:
+    """The commands of a bash block; a backslash at the end of a line continues it."""
+    lines = block.replace("\\\n", " ").splitlines()
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    typed = [shlex.split(part, comments=True)[1:] for part in parts if part.startswith("metarun ")]
-    return [words for words in typed if "-cd" not in words]  # tests/commands/test_own_parts.py runs those
+    return [part for part in parts if part and not part.startswith("#")]
+
+
+def commands() -> list[list[str]]:
+    """Every `metarun ...` in bash blocks, after a prompt, in the text, and in the examples of the help."""
+    found = []
+    for document in DOCUMENTS:
+        found += [line for text in BASH.findall(document) for line in lines_of(text)]
+        found += re.findall(r"^\$ (metarun (?:eval|adapt) .*)$", document, re.MULTILINE)
+        text = FENCE.sub("", document)
+        found += [" ".join(code.split()) for code in re.findall(r"`(metarun \w+ [^`]*[^=`])`", text)]
+    for text in EXAMPLES:
+        found += [line.partition("  ")[0] for line in re.findall(r"^ +(metarun \w+ .*)$", text, re.MULTILINE)]
+    typed = {line: shlex.split(line, comments=True)[1:] for line in found if line.startswith("metarun ")}
+    # Not templates, and not what tests/commands/test_own_parts.py runs.
+    kept = (line for line in typed if not re.search(r"NAME|-cd|\.\.\.|\[\w+=|^metarun (eval|adapt)$", line))
+    return [typed[line] for line in kept]
+
+
+def test_every_block_is_run_by_a_test():
+    for page, document in zip(PAGES, DOCUMENTS, strict=True):
+        for language, block in FENCE.findall(document):
+            if language in ("python", "yaml"):
+                assert page.name == "adding_an_algorithm.md"  # tests/commands/test_own_parts.py
+            elif language == "bash":
+                assert all(line.startswith(("metarun ", *TOOLS)) for line in lines_of(block)), block
+            else:
+                assert not language, f"{page.name} has a block of {language}, which no test runs"
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_of_the_documents_composes(words: list[str]):
     command, *rest = words
-    overrides = [word for word in arrange(command, rest) if not word.startswith("-")]
+    flags, overrides = separated(command, arrange(command, rest))
     register_frames()
     # A sweep's lists are Hydra's to split; the first choice of each stands for it here.
-    first = [word if "[" in word or "{" in word else word.split(",")[0] for word in overrides]
+    sweep = "-m" in flags
+    first = [word.split(",")[0] if sweep and "[" not in word else word for word in overrides]
+    first = [word for word in first if not word.startswith("hydra/launcher=")]  # may not be installed
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        check(compose(command, first), command, typed=first)
+        cfg = compose(command, first)
+    check(cfg, command, typed=first)
 
 
 LINKS = {

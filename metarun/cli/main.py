@@ -5,8 +5,10 @@ PyTorch is not imported here, so that help and usage errors appear quickly.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import io
 import os
 import re
 import shutil
@@ -35,20 +37,24 @@ COMMANDS = {
 HELP = """\
 metarun {version}: meta-learning experiments from the command line
 
-  metarun train  [group=option ...] [key=value ...] [-m]   meta-train an algorithm
-  metarun eval   checkpoint=RUN [ways=[5,20] shots=[1,5]]  evaluate checkpoints on a grid of tasks
-  metarun adapt  checkpoint=RUN [support=FOLDER query=FOLDER]  adapt to a new task, also of your own images
-  metarun data   [dataset=NAME]                            list datasets; prepare one and show examples
+  metarun train  meta-train an algorithm
+                 [group=option ...] [key=value ...] [-m]
+  metarun eval   evaluate checkpoints on a grid of tasks
+                 checkpoint=RUN [ways=[5,20] shots=[1,5]]
+  metarun adapt  adapt to a new task, also of your own images
+                 checkpoint=RUN [support=FOLDER query=FOLDER]
+  metarun data   list datasets; prepare one and show examples
+                 [dataset=NAME]
 
 A first result in two minutes, without any download:
   metarun train
-  metarun eval checkpoint=outputs/...        the run's folder, as `train` prints it
+  metarun eval checkpoint=outputs/...     the run's folder, as `train` prints it
 
 More to type:
   metarun train algorithm=maml dataset=omniglot ways=20 shots=5
-  metarun train -m algorithm=maml,protonet seed=0,1          a sweep over all combinations
-  metarun train --help                       every group, option and setting
-  metarun train --cfg job                    the whole config, without running it
+  metarun train -m algorithm=maml,protonet seed=0,1    a sweep over combinations
+  metarun train --help                     every group, option and setting
+  metarun train --cfg job                  the whole config, without running it
 """
 
 
@@ -72,12 +78,26 @@ def dispatch(arguments: list[str]) -> None:
         return
     name, *rest = arguments
     if name in ("-sc", "--shell-completion"):
-        name, rest = completed_command(), arguments
+        complete(arguments)
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
         fail(f"{name!r} is not a command; {hint}", status=2)
     run(name, rest)
+
+
+def complete(arguments: list[str]) -> NoReturn:
+    """Answer the shell's question for completions, or print Hydra's script that makes it ask."""
+    from metarun.cli.completion import completed_command, offered
+
+    names = list(COMMANDS)
+    if any(argument.startswith("query=") for argument in arguments) and (words := offered(names)) is not None:
+        print(" ".join(words))
+        sys.exit(0)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run(completed_command(names), arguments)
+    print(re.sub(r"(?<!\S)\+?pairing\S*\s?", "", printed.getvalue()), end="")  # the command line sets it
+    sys.exit(0)
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -89,7 +109,9 @@ def run(name: str, arguments: list[str]) -> None:
 
     register_frames()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # unreadable images raise errors that name the file
-    sys.argv = [f"metarun {name}", *arrange(name, arguments)]
+    # Hydra registers completion for the first word.
+    program = "metarun" if "-sc" in arguments else f"metarun {name}"
+    sys.argv = [program, *arrange(name, arguments)]
     kept = existing_folders(sys.argv[1:])
     check_output_folder(name, kept)
     sys.path.append(os.getcwd())  # so that a config can name classes in the current folder
@@ -235,16 +257,3 @@ def remove_hydra_files(folder: Path, kept: Collection[Path]) -> None:
             path.rmdir()
         except OSError:  # it is not empty
             return
-
-
-def completed_command() -> str:
-    """The command in the line to be completed. It is removed from the line: Hydra has no subcommands."""
-    line = os.environ.get("COMP_LINE", "")
-    for name in COMMANDS:
-        before, found, after = line.partition(f" {name} ")
-        if found:
-            os.environ["COMP_LINE"] = f"{before} {after}"
-            point = int(os.environ.get("COMP_POINT", len(line)))
-            os.environ["COMP_POINT"] = str(point - len(name) - 1)
-            return name
-    return "train"

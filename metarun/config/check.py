@@ -48,7 +48,10 @@ KINDS = {
 CLASSES_OF_TORCH = {"optimizer": "torch.optim", "scheduler": "torch.optim.lr_scheduler"}
 # Settings of nodes that must be above zero.
 POSITIVE = ("inner_loop.rate", "backbone.width", "backbone.hidden", "algorithm.width")
-MOST, MOST_SEED = (1 << 31) - 1, (1 << 63) - 1  # int32 and int64; a seed is no size, so it may be larger
+# The largest whole numbers: a network or an inner loop of more than a million parts never ends; a seed is no
+# size and may be any int64.
+MOST, MOST_OF_PARTS, MOST_SEED = (1 << 31) - 1, 1_000_000, (1 << 63) - 1
+PARTS = ("algorithm", "backbone", "inner_loop", "steps")
 LARGEST = 3.4e38  # the range of float32
 NORMS = ("batch", "running", "group", "layer", "instance", "none")
 
@@ -128,9 +131,10 @@ def check_numbers(value: Any, key: str = "") -> None:
         for name, item in items:
             check_numbers(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, int) and not isinstance(value, bool):
-        most, power = (MOST_SEED, 63) if key.rpartition(".")[2] == "seed" else (MOST, 31)
+        of_parts = key.partition(".")[0] in PARTS
+        most = MOST_SEED if key.endswith("seed") else MOST_OF_PARTS if of_parts else MOST
         if not -most <= value <= most:
-            raise ConfigError(f"{key}={value}: is out of range; choose a number of at most 2**{power} - 1")
+            raise ConfigError(f"{key}={value}: is out of range; choose a number of at most {most}")
     elif isinstance(value, float) and not abs(value) <= LARGEST:  # also rejects NaN
         raise ConfigError(f"{key}={value}: must be a finite number, of at most {LARGEST}")
 

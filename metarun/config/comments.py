@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ DATASET_FACTS = ("classes", "images", "from", "licence")
 ALGORITHM_FACTS = ("family", "inner step", "meta-gradient", "memory in steps", "support", "query", "paper")
 NOTE = "note"  # of any option: a few words in the table of options
 FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE))}): (.*)")
+OF_TESTING = {"dataset", "hardware"}  # the groups of the commands other than `train`
+HIDDEN = {"pairing"}  # groups that only the command line chooses options of
 SETTING = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(?:\s# (?P<comment>.*))?")
 
 
@@ -79,7 +81,7 @@ def settings_help(command: str) -> str:
         takes a help text for a `string.Template`.
     """
     every = list(settings(CONF / f"{command}.yaml"))
-    width = min(max(shutil.get_terminal_size().columns, 80), 100)
+    width = help_width()
     column = 4 + max(len(setting.name) for setting in every)
     lines = []
     for setting in every:
@@ -87,3 +89,27 @@ def settings_help(command: str) -> str:
         indent = " " * (column if setting.name else 2)
         lines += textwrap.wrap(setting.comment, width, initial_indent=first, subsequent_indent=indent)
     return "\n".join(lines).replace("$", "$$")
+
+
+def options_help(command: str, sources: Sequence[Mapping[str, str]]) -> str:
+    """The groups of a command with their options, for its `--help`.
+
+    Args:
+        command: "train", "eval", "adapt" or "data".
+        sources: Hydra's config sources, which include the folder of --config-dir.
+    """
+    folders = [Path(each["path"]) for each in sources if each["schema"] == "file"]
+    found: dict[str, set[str]] = {}
+    for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
+        found.setdefault(path.parent.name, set()).add(path.stem)
+    shown = found.keys() - HIDDEN if command == "train" else found.keys() & OF_TESTING
+    lines = []
+    for group in sorted(shown):
+        options = f"{group}: {', '.join(sorted(found[group]))}"
+        lines += textwrap.wrap(options, help_width(), subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines).replace("$", "$$")
+
+
+def help_width() -> int:
+    """The width of help texts: that of the terminal, but 80 to 100 characters."""
+    return min(max(shutil.get_terminal_size().columns, 80), 100)

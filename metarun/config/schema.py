@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from metarun.config.comments import settings_help
+from metarun.config.comments import options_help, settings_help
 
 # The settings of nodes that are paths, and Hydra's folders, in which `${...}` may occur.
 PATHS = re.compile(r"dataset\.(settings\.[\w-]+\.)?root|backbone\.weights")
@@ -177,8 +177,9 @@ def path_kind(command: str, key: str) -> str:
 
 
 def register_frames() -> None:
-    """Register what conf/*.yaml refers to: the frames, and `${metarun.settings:COMMAND}` in help texts."""
+    """Register what conf/*.yaml refers to: the frames, and the resolvers in help texts."""
     OmegaConf.register_new_resolver("metarun.settings", settings_help, replace=True)
+    OmegaConf.register_new_resolver("metarun.options", options_help, replace=True)
     store = ConfigStore.instance()
     for name, frame in FRAMES.items():
         store.store(name=f"{name}_frame", node=frame)

@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from metarun.datasets.base import ImageDataset, Split, at_least
+from metarun.errors import ConfigError
 from metarun.reporting.console import Bar
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.source import SPLITS
 
+MOST_BYTES = 64 << 30  # of the images of a split; more would be drawn for hours
 BLOCK = 20  # classes drawn from one generator; a block is always drawn whole
 MANY = 200  # classes that take more than a second to draw, so that progress is shown
 STROKES, SUBSTROKES, CONTROLS, SAMPLES = 4, 3, 6, 20  # the largest s and b; p; points on a sub-stroke
@@ -72,6 +74,12 @@ class Glyphs(ImageDataset):
         at_least(2, images_per_class=images_per_class)
         at_least(8, size=size)
         self.images_per_class, self.seed = images_per_class, seed
+        need = max(self.classes.values()) * images_per_class * size**2
+        if need > MOST_BYTES:
+            raise ConfigError(
+                f"dataset.train_classes={train_classes}, dataset.images_per_class={images_per_class}, "
+                f"dataset.size={size}: a split would need {need / 1e9:,.0f} GB; lower one of them"
+            )
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """Draw the images of one split and store them on `device`."""

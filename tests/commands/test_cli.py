@@ -150,6 +150,17 @@ BAD_VALUES = {
     "clip.norm=nan": "clip.norm=nan: must be a finite number",
     "algorithm=maml inner_rate=-1": "inner_rate=-1.0: must be above 0",
     "algorithm=reptile inner_loop.rate=-1": "inner_loop.rate=-1: must be above 0",
+    "backbone.width=1000000": "out of memory; lower",
+    "dataset.train_classes=2000000000": "dataset.train_classes=2000000000",
+    "metrics=[null]": "must not be null",
+    "metrics={a:1}": "metrics={a:1}: must be a list, as in metrics=",
+    "seed=${nothing}": "seed=${nothing}: Interpolation key 'nothing' not found; check what is between",
+    "+inner_loop=sgd": "+inner_loop: this group has an option already; leave the plus out",
+    "+metrics.a=1": "+metrics.a=1: ",
+    "seed=range(1,3)": "seed=range(1,3): has several values; for a sweep over them add -m",
+    "+hydra.run.dirr=x": "+hydra.run.dirr=x: Hydra has no such setting; did you mean 'dir'?",
+    "hydra.sweep.dir=x": "hydra.sweep.dir=x: is only read in a sweep",
+    "init=my,run": "init=my,run: no such checkpoint",
     "algorithm=maml_plus_plus algorithm.multi_step_loss=-1": "numbers of iterations, 0 or more",
 }
 
@@ -355,6 +366,28 @@ def test_paths_with_spaces_and_brackets_need_no_quotes(metarun, tmp_path: Path):
     metarun("train", "resume=my run (1)", "iterations=14")
 
 
-def test_completion_lists_the_options(tmp_path: Path):
-    done = typed("-sc", "query=bash", cwd=tmp_path, COMP_LINE="metarun train algorithm=", COMP_POINT="24")
-    assert "algorithm=maml" in done.stdout
+COMPLETED = {
+    "metarun ": "train eval adapt data",
+    "metarun ev": "eval",
+    "metarun train algorithm=fo": "algorithm=fomaml",
+    "metarun train p": "",  # conf/pairing is not for users
+    "metarun eval checkpoint=": "checkpoint=outputs/",
+    "metarun eval checkpoint=outputs/": "checkpoint=outputs/a/ checkpoint=outputs/b.pt",
+    "metarun eval checkpoint=[outputs/b.pt,outputs/a": "checkpoint=[outputs/b.pt,outputs/a/",
+    "metarun train init=outputs/b": "init=outputs/b.pt",
+    "metarun train resume=outputs/a": "resume=outputs/a/",
+    "metarun adapt support=outputs/n": "support=outputs/notes.txt",
+    "metarun train hydra.run.dir=o": "hydra.run.dir=outputs/",
+}
+
+
+@pytest.mark.parametrize("line", COMPLETED)
+def test_completion_offers_commands_options_and_paths(
+    metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+):
+    (tmp_path / "outputs" / "a").mkdir(parents=True)
+    for name in ("b.pt", "notes.txt", ".hidden", "with space.pt"):
+        (tmp_path / "outputs" / name).touch()
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    assert metarun("-sc", "query=bash").stdout.split() == COMPLETED[line].split()

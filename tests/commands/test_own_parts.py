@@ -62,6 +62,12 @@ def test_a_method_that_needs_examples_refuses_bandits_in_one_line(metarun, own_f
     assert line.startswith("metarun: error: ") and "Bandits" in line and "algorithm=maml" in line
 
 
+@pytest.mark.parametrize("word", ["inner_loop=adam", "inner_loop.steps=3", "inner_rate=0.1"])
+def test_a_method_without_inner_steps_refuses_their_settings(metarun, own_folder: Path, word: str):
+    done = metarun("train", "-cd", "my_conf", "algorithm=nearest", word, status=1)
+    assert done.stderr.startswith(f"metarun: error: {word}: nothing reads it")
+
+
 @pytest.mark.parametrize("name", ["clusters", "topics"])
 def test_datasets_without_images_are_counted_by_metarun_data(metarun, own_folder: Path, name: str):
     assert "30" in metarun("data", "-cd", "my_conf", f"dataset={name}").stdout

@@ -91,6 +91,7 @@ IN_VAIN = {
     "train ~optimizer._target_": "optimizer: has no class",
     "train metrics=[[accuracy]]": "metrics=.*: must be a list of text",
     "train backbone.width=4294967296": "backbone.width=4294967296: is out of range",
+    "train algorithm=maml inner_loop.steps=1000001": "choose a number of at most 1000000",
     "train seed=9223372036854775808": "seed=9223372036854775808: is out of range",
     "train optimizer.lr=1e400": "optimizer.lr=inf: must be a finite number",
     "train inner_rate=1e39": "inner_rate=1e.39: must be a finite number",

@@ -16,8 +16,13 @@ GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}
 
 
 @pytest.mark.parametrize("command", FRAMES)
-def test_every_setting_of_the_frame_is_in_the_help_with_its_explanation(metarun, command: str):
+def test_every_setting_of_the_frame_is_in_the_help_with_its_explanation(
+    metarun, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    monkeypatch.setenv("COLUMNS", "80")
     text = metarun(command, "--help").stdout
+    assert all(len(line) <= 80 for line in text.splitlines()), "wider than a terminal"
+    assert "pairing" not in text.partition("Settings:")[0]
     section = text[text.index("\nSettings:\n") : text.index("\nCurrent values")]
     explained = dict(re.findall(r"^  ([\w.]+) {2,}(\S.*)$", section, re.MULTILINE))
     for each in fields(FRAMES[command]):
