@@ -206,6 +206,8 @@ OUT_OF_MEMORY = [
     RuntimeError("bad allocation"),
     RuntimeError("unable to mmap 1024 bytes from file </x>: Cannot allocate memory (12)"),
     RuntimeError("can't start new thread"),
+    RuntimeError("Storage size calculation overflowed with sizes=[2147483648, 2147483648]"),
+    ValueError("array is too big; `arr.size * arr.dtype.itemsize` is larger than the maximum possible size."),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
     MemoryError("Unable to allocate 3.64 TiB for an array with shape (1, 2) and data type float64"),
