@@ -37,6 +37,8 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
         return "invalid YAML: " + " ".join(str(error).split())
     if is_config_error(error):
         return explain_config(error, command, arguments)
+    if found := re.search(r"provider=hydra.searchpath .*path=(.*) is not available", str(error)):
+        return f"hydra.searchpath: {found[1]} is not a folder of config files"
     if "Unexpected type for root" in str(error):  # OmegaConf's assertion about `+a.b=1` if a is null
         added = [argument for argument in reversed(arguments) if re.match(r"\+[^=]*\.", argument)]
         return f"{added[0]}: it is not part of a group of settings; leave it out"

@@ -108,6 +108,7 @@ def run(name: str, arguments: list[str]) -> None:
     from metarun.config.schema import register_frames
 
     register_frames()
+    warnings.filterwarnings("error", message="provider=hydra.searchpath")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # unreadable images raise errors that name the file
     # Hydra registers completion for the first word.
     program = "metarun" if "-sc" in arguments else f"metarun {name}"

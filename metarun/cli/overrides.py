@@ -67,10 +67,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     flags, typed = separated(name, arguments)
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
     for override in typed:
-        if OF_SWEEPS.fullmatch(override) and not sweep:
-            fail(f"{override}: is only read in a sweep; add -m, or leave it out", status=1)
-        if sweep and override.lstrip("+").startswith("hydra.run.dir="):
-            fail(f"{override}: is not read in a sweep; set hydra.sweep.dir", status=1)
+        check_override(override, sweep)
     overrides = [quote_path(name, override, sweep) for override in typed]
     if name == "train":
         overrides = pairing(overrides) + overrides
@@ -153,6 +150,20 @@ def separated(name: str, arguments: list[str]) -> tuple[list[str], list[str]]:
     ):
         fail("-sc needs install=bash, fish or zsh (or uninstall=)", status=2)
     return flags, overrides
+
+
+def check_override(override: str, sweep: bool) -> None:
+    """Exit with status 1 for an override that Hydra would accept without effect, or with another meaning."""
+    key, _, value = override.partition("=")
+    if OF_SWEEPS.fullmatch(override) and not sweep:
+        fail(f"{override}: is only read in a sweep; add -m, or leave it out", status=1)
+    if sweep and key.lstrip("+") == "hydra.run.dir":
+        fail(f"{override}: is not read in a sweep; set hydra.sweep.dir", status=1)
+    if (CONF / key).is_dir() and (value.startswith("[") or value.endswith(".yaml")):
+        option = value.strip("[]").removesuffix(".yaml")
+        fail(f"{override}: a group has one option, as in {key}={option.partition(',')[0]}", status=1)
+    if (CONF / key).is_dir() and "," in value and not sweep:
+        fail(f"{override}: a group has one option; for a sweep over several add -m", status=1)
 
 
 def check_flag(name: str, flag: str) -> None:

@@ -160,6 +160,10 @@ BAD_VALUES = {
     "seed=range(1,3)": "seed=range(1,3): has several values; for a sweep over them add -m",
     "+hydra.run.dirr=x": "+hydra.run.dirr=x: Hydra has no such setting; did you mean 'dir'?",
     "hydra.sweep.dir=x": "hydra.sweep.dir=x: is only read in a sweep",
+    "hydra.searchpath=[nowhere]": "hydra.searchpath: nowhere is not a folder of config files",
+    "backbone=[conv4]": "backbone=[conv4]: a group has one option, as in backbone=conv4",
+    "algorithm=maml.yaml": "a group has one option, as in algorithm=maml",
+    "backbone=conv4,mlp": "backbone=conv4,mlp: a group has one option; for a sweep over several add -m",
     "init=my,run": "init=my,run: no such checkpoint",
     "algorithm=maml_plus_plus algorithm.multi_step_loss=-1": "numbers of iterations, 0 or more",
 }
