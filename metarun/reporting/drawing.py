@@ -75,9 +75,9 @@ def fitted(text: str, inches: float, size: float) -> str:
 
 
 def panels(count: int, columns: int, size: tuple[float, float], **settings: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes, in rows of at most `columns`, each of `size` inches (width, height)."""
-    columns = min(columns, count)
+    """A figure with `count` axes of `size` inches (width, height), in even rows of at most `columns`."""
     lines = math.ceil(count / columns)
+    columns = math.ceil(count / lines)
     figure, axes = plt.subplots(
         lines,
         columns,
@@ -98,7 +98,7 @@ def headline(figure: Figure, text: str, size: float = 10, beside: float = 0.0) -
 
 
 def class_ticks(axis: Any, names: Sequence[str], inches: float, widest: float = 2.5, **settings: Any) -> None:
-    """Label the classes along an axis, or number some of them where there is no space for their names.
+    """Label the classes along an axis; where there is no space for their names, number every tenth or so.
 
     Args:
         axis: the x or y axis, with a class at each integer.

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from metarun.reporting import drawing
-from metarun.reporting.drawing import COLOURS, class_ticks, fitted, headline, width_of
+from metarun.reporting.drawing import COLOURS, SMALLEST, class_ticks, fitted, headline, width_of
 
 RIGHT, WRONG = COLOURS[0], COLOURS[5]
 NUMBERED = 40  # the most classes of a confusion matrix with numbers in its cells
@@ -21,15 +21,14 @@ NUMBERED = 40  # the most classes of a confusion matrix with numbers in its cell
 def confusion_matrix(counts: Tensor, names: Sequence[str], title: str, path: Path) -> None:
     """Plot a confusion matrix: how many examples of each class (row) were predicted as each class (column).
 
-    Up to 40 classes have numbers in their cells; where names would not fit, every tenth class or so is
-    numbered.
+    Up to 40 classes have numbers in their cells. Where there is no space for the names of the classes, every
+    tenth or hundredth class has the number of its row in the CSV file.
     """
     shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy(force=True)
     side = max(2.5, min(0.34 * len(names), 11))
-    names_inches = min(2.5, max(width_of(name, 7) for name in names))
-    figure, axis = plt.subplots(
-        figsize=(side + names_inches + 1.5, side + names_inches + 1.4), layout="constrained"
-    )
+    named = side / len(names) >= SMALLEST
+    margin = min(2.5, max(width_of(name, 7) for name in names)) if named else 0.3
+    figure, axis = plt.subplots(figsize=(side + margin + 1.5, side + margin + 1.4), layout="constrained")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if len(names) <= NUMBERED:
         for i, j in zip(*counts.numpy(force=True).nonzero(), strict=True):
@@ -39,8 +38,9 @@ def confusion_matrix(counts: Tensor, names: Sequence[str], title: str, path: Pat
             axis.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
     class_ticks(axis.xaxis, names, side / len(names), rotation=90)
     class_ticks(axis.yaxis, names, side / len(names))
-    axis.set_xlabel("predicted class")
-    axis.set_ylabel("class")
+    number = "" if named else ", by its number in the CSV file"
+    axis.set_xlabel(f"predicted class{number}")
+    axis.set_ylabel(f"class{number}")
     headline(figure, title)
     bar = figure.colorbar(image, ax=axis, shrink=min(1.0, 4 / side), label="share of the examples of a class")
     bar.ax.tick_params(labelsize=7)
@@ -105,7 +105,7 @@ def predictions(
         x = (i % columns) * (side + gap) + gap / 2
         y = top + (i // columns) * (head + side + gap) + head
         show(axis, image, x, y, side)
-        text = "\n".join(fitted(each, side + gap - 0.06, size) for each in lines)
+        text = "\n".join(fitted(each, side + gap - 0.1, size) for each in lines)
         colour = "black" if ok is None else RIGHT if ok else WRONG
         axis.text(x + side / 2, y - 0.03, text, ha="center", va="bottom", fontsize=size, color=colour)
     if top:

@@ -141,13 +141,9 @@ def interval_panels(
     models = list(dict.fromkeys(row["model"] for row in rows))
     labels = [fitted(model, 3, 8) for model in models]
     widest = max(width_of(label, 8) for label in labels)
-    figure, axes = panels(
-        len(cells),
-        3,
-        (3.6 + widest / min(3, len(cells)), 0.22 * len(models) + 0.95),
-        sharex=True,
-        sharey=True,
-    )
+    size = (3.6, 0.22 * len(models) + 0.95)
+    figure, axes = panels(len(cells), 3, size, sharex=True, sharey=True)
+    figure.set_figwidth(figure.get_figwidth() + widest)
     scale = metric.scale
     for axis, (cell, own) in zip(axes, cells.items(), strict=True):
         for row in own:
@@ -160,10 +156,10 @@ def interval_panels(
             weight, place = "bold" if row["best"] else "normal", axis.get_yaxis_transform()
             axis.text(1.02, i, text, transform=place, va="center", fontsize=7, fontweight=weight)
         axis.set_title(fitted(cell, 3.4, 9), fontsize=9)
-        axis.tick_params(axis="x", labelsize=8, labelbottom=True)
+        axis.tick_params(labelsize=8, labelbottom=True)
         axis.grid(alpha=0.3, axis="x")
         axis.set_xlabel(fitted(unit, 3.4, 8), fontsize=8)
-    axes[0].set_yticks(range(len(models)), labels, fontsize=8)
+    axes[0].set_yticks(range(len(models)), labels)
     axes[0].set_ylim(len(models) - 0.4, -0.6)
     return figure, axes, cells
 
