@@ -29,6 +29,7 @@ from metarun.tasks.objectives import Metric
 from metarun.training.evaluation import EvalSettings, evaluate, paired_difference
 from metarun.training.hardware import Hardware
 
+LINES = 100  # the most lines of the table of differences; with more, it is not printed
 MANY = 4  # with more models than this, the table of differences only shows pairs with the best model
 
 
@@ -59,10 +60,12 @@ def run(cfg: DictConfig) -> float:
                 cell.model.algorithm, cell.source, tasks, hardware, bar.advance, command.confusion
             )
     if data.datasets > 1:
-        inform(
-            "results on different datasets are not compared; set dataset=NAME to test all models on the same "
-            "classes, without those that any of them was trained on"
+        advice = (
+            "; set dataset=NAME to test all models on the same classes, without those that any of them was "
+            "trained on"
         )
+        one_kind = len({model.spec.outputs for model in models}) == 1
+        inform("results on different datasets are not compared" + (advice if one_kind else ""))
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(cells, command, folder)
     if command.instances is not None:
@@ -86,13 +89,7 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     # Not a caption of the table, which would be wrapped to the width of the table.
     print_line("episodes' hash: " + ", ".join(hashes(cells)))
     pairs = comparisons(cells)
-    if pairs:
-        shown = with_the_best(pairs, cells) if len({cell.model.name for cell in cells}) > MANY else pairs
-        console.print(pair_table(shown))
-        if len(shown) < len(pairs):
-            inform(
-                f"differences to the best model of each task; results.json contains all {len(pairs)} pairs"
-            )
+    report_pairs(pairs, cells)
     full = [row | scores_of(cell) for row, cell in zip(rows, cells, strict=True)]
     write_json(folder / "results.json", {"results": full, "comparisons": [plain_pair(p) for p in pairs]})
     write_csv(folder / "results.csv", rows)
@@ -149,7 +146,7 @@ def difference_rows(
         dataset, task, a, b = (pair[key] for key in ("dataset", "task", "a", "b"))
         name, difference = best[dataset, task, metric], pair["difference"]
         if name in (a, b):
-            other, value = (b, -difference) if name == a else (a, difference)
+            other, value = (b, 0.0 - difference) if name == a else (a, difference)  # no -0.0
             values[dataset, task, other] = {"mean": value, "interval": pair["interval"], "best": False}
             values[dataset, task, name] = {"mean": 0.0, "interval": math.nan, "best": True}
     keys = [(row["dataset"], row["cell"], row["model"]) for row in rows]
@@ -312,9 +309,23 @@ def with_the_best(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> lis
     return [p for p in pairs if best[p["dataset"], p["task"], p["metric"]] in (p["a"], p["b"])]
 
 
+def report_pairs(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> None:
+    """Print the table of paired differences; of many models, only the pairs with the best one."""
+    if not pairs:
+        return
+    shown = with_the_best(pairs, cells) if len({cell.model.name for cell in cells}) > MANY else pairs
+    if len(shown) > LINES:
+        inform(f"results.json contains the differences of {len(pairs)} pairs of models")
+        return
+    console.print(pair_table(shown))
+    if len(shown) < len(pairs):
+        inform(f"differences to the best model of each task; results.json contains all {len(pairs)} pairs")
+
+
 def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
     """The table of paired differences on screen."""
     several = len({pair["metric"] for pair in pairs}) > 1
+    datasets = len({pair["dataset"] for pair in pairs}) > 1
     table = Table(title="differences on the same episodes")
     metric = ["metric"] if several else []
     for heading in ("task", "models", *metric, "difference, 95 % interval", "excludes 0"):
@@ -323,7 +334,7 @@ def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
         clear = abs(pair["difference"]) > pair["interval"]
         text = pair["metric"].show_interval(pair["difference"], pair["interval"], signed=True)
         names = [
-            pair["task"],
+            Text(f"{pair['dataset']} {pair['task']}" if datasets else pair["task"]),
             Text(f"{pair['a']} - {pair['b']}"),
             *([pair["metric"].name] if several else []),
         ]

@@ -233,9 +233,12 @@ def step_panel(axis: Axes, rows: Rows, models: Sequence[str], metric: Metric, li
         low, high = band(y, half, metric)
         if log:  # a logarithmic axis cannot show values below zero
             low = np.maximum(low, y / 10)
-        look = style(models.index(model))
+        index, every = models.index(model), max(1, len(x) // 8)
+        look = style(index)
         label = f"{model} (no steps)" if without else model
-        (lines[label],) = axis.plot(x, y, **look, markersize=5, linewidth=1.2, markevery=max(1, len(x) // 8))
+        (lines[label],) = axis.plot(
+            x, y, **look, markersize=5, linewidth=1.2, markevery=(index % every, every)
+        )  # the markers of equal curves are not on each other
         if len(drawn) <= BANDS:
             axis.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
         else:
@@ -246,7 +249,7 @@ def step_panel(axis: Axes, rows: Rows, models: Sequence[str], metric: Metric, li
         first = [
             row["mean"] for row in rows if row["steps"] in (None, steps[0]) and math.isfinite(row["mean"])
         ]
-        axis.set_ylim(top=2 * max(first, default=max(finite)))
+        axis.set_ylim(min(finite) / 3, 2 * max(first, default=max(finite)))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("inner steps")
     axis.grid(alpha=0.3, which="both")

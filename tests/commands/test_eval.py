@@ -20,6 +20,7 @@ from metarun.commands.evaluate import (
     best_models,
     comparisons,
     difference_rows,
+    report_pairs,
     row_of,
     table_of,
     with_the_best,
@@ -273,3 +274,19 @@ def test_of_many_models_the_best_stands_beside_the_others():
     assert {row["model"]: round(row["mean"], 3) for row in drawn} == {
         name: round(mean - 0.1, 3) for name, mean in means.items()
     }
+
+
+def test_differences_on_several_datasets_name_them_and_very_many_are_not_printed(monkeypatch, capsys):
+    cells = []
+    for dataset in ("glyphs", "omniglot"):
+        for name, mean in (("a", 0.5), ("b", 0.9)):
+            cell = cell_of(name, result_of(EpisodeShape(5, 1, 5), torch.full((4,), mean)))
+            cells.append(replace(cell, dataset=dataset))
+    pairs = comparisons(cells)
+    report_pairs(pairs, cells)
+    shown = capsys.readouterr().out
+    assert "glyphs 5-way 1-shot" in shown and "omniglot 5-way 1-shot" in shown
+    monkeypatch.setattr("metarun.commands.evaluate.LINES", 1)
+    report_pairs(pairs, cells)
+    done = capsys.readouterr()
+    assert not done.out and "results.json contains the differences of 2 pairs of models" in done.err
