@@ -20,7 +20,7 @@ from metarun.commands.user_images import read_folders
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
-from metarun.datasets import images
+from metarun.datasets import class_folders
 from metarun.errors import ConfigError, counted
 from metarun.reporting import pictures, plots
 from metarun.reporting.classes import report_classes
@@ -85,12 +85,13 @@ def run(cfg: DictConfig) -> float:
 def user_task(command: AdaptConfig, model: Model) -> Task:
     """The task in the folders `support` and `query`, with images prepared as in the training of the model."""
     assert command.support is not None
-    classes = images.class_folders(Path(command.support).expanduser())
+    classes = class_folders.support_files(Path(command.support).expanduser(), command.depth)
     labels = torch.tensor([[i for i, files in enumerate(classes.values()) for _ in files]])
     query_files: list[Path] = []
     query_labels: list[int | None] = []
     if command.query is not None:
-        query_files, query_labels = images.query_files(Path(command.query).expanduser(), list(classes))
+        folder = Path(command.query).expanduser()
+        query_files, query_labels = class_folders.query_files(folder, list(classes), command.depth)
     support_files = [file for files in classes.values() for file in files]
     support_x, query_x = read_folders(command, model, support_files, query_files)
     known = torch.tensor([[-1 if label is None else label for label in query_labels]])

@@ -133,6 +133,7 @@ class AdaptConfig:
     checkpoint: str = setting(path="path")
     support: str | None = setting(None, path="path")
     query: str | None = setting(None, path="path", needs="support")
+    depth: int = whole(1, needs="support")
     ink: str = setting(needs="support")
     # A dataset, or settings that adjust the checkpoint's own.
     dataset: Node = setting(None, unless=("support",))  # noqa: RUF009

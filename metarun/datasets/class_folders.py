@@ -19,7 +19,7 @@ from PIL.Image import Image
 from metarun.datasets import images
 from metarun.datasets.base import ImageDataset
 from metarun.datasets.preparation import Preparation
-from metarun.errors import DataError
+from metarun.errors import DataError, counted
 from metarun.reporting.console import Bar, inform
 from metarun.storage.archives import Archive
 from metarun.storage.cached_arrays import memmap_cached
@@ -114,6 +114,54 @@ def classes_of(
             f"{'/'.join(min(inner))}{'' if direct else deeper}"
         )
     return dict(sorted(classes.items()))
+
+
+def support_files(folder: Path, depth: int) -> dict[str, list[Path]]:
+    """The files of each class of a task, by the rule of `classes_of`.
+
+    Raises DataError if a task cannot be made of them.
+    """
+    classes = classes_of(loose_files(folder), 0, folder, depth, "depth")
+    if len(classes) < 2:
+        raise DataError(f"{folder}: has {counted(len(classes), 'class folder')}; at least 2 are needed")
+    return {name: [entry.path for entry in own] for name, own in classes.items()}
+
+
+def query_files(folder: Path, classes: Sequence[str], depth: int) -> tuple[list[Path], list[int | None]]:
+    """The images to predict, and the index of each one's class, None where no folder names it.
+
+    Args:
+        folder: an image, or a folder of images, of class folders named as those of the support, or of both.
+        classes: the names of the support's classes.
+        depth: how many folders make a class, see `classes_of`.
+
+    Raises:
+        DataError: a folder is not named after a class, or there are no images.
+    """
+    if folder.is_file():
+        return [folder], [None]
+    files = loose_files(folder)
+    labels: list[int | None] = []
+    for entry in files:
+        name = "/".join(entry.parts[:-1][:depth])
+        if name and name not in classes:
+            raise DataError(
+                f"{folder / name}: is not a class of the support ({', '.join(classes)}); "
+                "rename it, or put its images directly into the query folder"
+            )
+        labels.append(list(classes).index(name) if name else None)
+    return [entry.path for entry in files], labels
+
+
+def loose_files(folder: Path) -> list[Entry]:
+    """Every file below a folder, sorted by path. Raises DataError if there is none, and for a zip."""
+    images.require_folder(folder)
+    files = sorted(_below(folder, (), set()), key=_order)
+    if not files:
+        raise DataError(f"{folder}: has no images")
+    if packed := [entry for entry in files if entry.archive]:
+        raise DataError(f"{packed[0].path}: is an archive; extract it")
+    return files
 
 
 def once_each(files: list[Entry]) -> list[Entry]:

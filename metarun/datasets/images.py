@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -14,55 +14,6 @@ from metarun.datasets.formats import not_an_image, register_plugins
 from metarun.errors import DataError, first_line
 
 Resize = Literal["pad", "crop", "stretch"]
-
-
-def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The files of each sub-folder, by its name, sorted. DataError if a task cannot be made of them."""
-    require_folder(folder)
-    if stray := [path for path in visible(folder) if path.is_file()]:
-        raise DataError(
-            f"{stray[0]}: is beside the class folders; {folder} must have one sub-folder for each class"
-        )
-    classes = {path.name: visible(path) for path in visible(folder)}
-    for name, files in classes.items():
-        if not files:
-            raise DataError(f"{folder / name}: this class has no images; add some or remove the folder")
-    if len(classes) < 2:
-        raise DataError(f"{folder}: has {len(classes)} class folders; at least 2 are needed")
-    return classes
-
-
-def query_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int | None]]:
-    """The images to predict, and the index of each one's class, None where no sub-folder names it.
-
-    Args:
-        folder: an image, or a folder of images, of sub-folders named after classes, or of both.
-        classes: the names of the support's classes.
-
-    Raises:
-        DataError: a sub-folder is not named after a class, or there are no images.
-    """
-    if folder.is_file():
-        return [folder], [None]
-    require_folder(folder)
-    files: list[Path] = []
-    labels: list[int | None] = []
-    for path in visible(folder):
-        if path.is_dir():
-            if path.name not in classes:
-                raise DataError(
-                    f"{path}: is not a class of the support ({', '.join(classes)}); "
-                    "rename it, or put its images directly into the query folder"
-                )
-            inside = visible(path)
-            files += inside
-            labels += [list(classes).index(path.name)] * len(inside)
-        else:
-            files.append(path)
-            labels.append(None)
-    if not files:
-        raise DataError(f"{folder}: has no images")
-    return files, labels
 
 
 def require_folder(folder: Path) -> None:

@@ -184,6 +184,26 @@ def test_a_flat_query_folder_is_predicted_but_not_scored(metarun, run: Path, tmp
     assert "right" not in done.stdout
 
 
+def test_class_folders_may_contain_folders(metarun, run: Path, tmp_path: Path):
+    """The same rule as in `dataset=image_folder`: a class has all images below its folder."""
+    draw(tmp_path, dark=True)
+    words = ["adapt", f"checkpoint={run}", "support=support", "query=query", "hydra.run.dir=out"]
+    flat = metarun(*words).stdout
+    for part in ("support", "query"):
+        for i, path in enumerate(sorted((tmp_path / part).glob("*/*.png"))):
+            inner = path.parent / f"{'left' if i % 2 else 'right'}"
+            inner.mkdir(exist_ok=True)
+            path.rename(inner / path.name)
+    done = metarun(*words)
+    assert "support: 3 classes, whose folders contain folders such as alpha one/left; depth=2" in done.stderr
+    assert flat.split("queries, ")[1].split()[:4] == done.stdout.split("queries, ")[1].split()[:4]
+    metarun(*words[:3], "depth=2", "hydra.run.dir=deep")
+    classes = torch.load(tmp_path / "deep/adapted.pt", weights_only=True)["classes"]
+    assert classes[:2] == ["alpha one/left", "alpha one/right"]
+    (tmp_path / "query/gamma").rename(tmp_path / "query/delta")
+    assert "query/delta/left: is not a class" in metarun(*words, "depth=2", status=1).stderr
+
+
 def spoil_nothing(folder: Path) -> str:
     return "no such folder"
 
