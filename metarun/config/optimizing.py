@@ -112,8 +112,9 @@ def run_schedule(optimizer: Optimizer, scheduler: LRScheduler, iterations: int) 
     Raises:
         ConfigError: if a learning rate is negative or not finite.
     """
-    (group,) = optimizer.param_groups
-    before = {key: group[key] for key in group if key not in ("params", "lr")}
+    group = optimizer.param_groups[0]
+    plain = (bool, int, float, tuple)
+    before = {key: value for key, value in group.items() if key != "lr" and isinstance(value, plain)}
     step: Callable[..., None] = scheduler.step
     score = [0.0] if needs_score(type(scheduler)) else []
     only_rate = True
