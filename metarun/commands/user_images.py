@@ -24,8 +24,8 @@ def read_folders(
 ) -> tuple[Tensor, Tensor | None]:
     """The images of both folders as inputs of the model, [1, S, C, H, W] and [1, B, C, H, W].
 
-    The background of transparent images and the white level are decided over both folders; the polarity of
-    drawings for each folder, because the support may be scanned and the queries drawn on a screen.
+    The background of transparent images and the white level are decided over both folders. Drawings are
+    judged folder by folder, because the support may be scanned and the queries drawn on a screen.
 
     Args:
         command: the settings of the command.
@@ -40,13 +40,15 @@ def read_folders(
         raise ConfigError(
             f"this checkpoint's items have shape {tuple(model.spec.item_shape)}: it does not take images"
         )
-    sources = [partial(images.opened, file) for file in (*support, *query)]
-    common = preparation_of(command, model).with_levels(sources, "images")
-    own = common.with_ink(sources[: len(support)], "support drawings", "ink")
+    trained = preparation_of(command, model)
+    ours, theirs = ([partial(images.opened, file) for file in files] for files in (support, query))
+    if not trained.draws:
+        trained = trained.with_levels([*ours, *theirs], "images")
+    own = trained.with_levels(ours, "support").with_ink(ours, "support drawings", "ink")
     support_x = pixels(own, model, "support", support)
     if not query:
         return support_x, None
-    other = common.with_ink(sources[len(support) :], "query drawings", "ink", own.majority)
+    other = trained.with_levels(theirs, "query").with_ink(theirs, "query drawings", "ink", own.majority)
     if own.majority != other.majority:
         inform(
             f"warning: support has {own.majority} ink and query has {other.majority} ink; each folder was "

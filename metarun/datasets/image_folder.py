@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -97,9 +98,9 @@ class ImageFolder(ImageDataset):
         if self._decoding is None:
             files = [entry for classes in self._classes.values() for own in classes.values() for entry in own]
             sources, name = [entry.opened for entry in files], Path(self.root).name
-            self._decoding = self._wanted.with_levels(sources, name, skip=True).with_ink(
-                sources, name, skip=True
-            )
+            made = self._wanted.with_levels(sources, name, skip=True).with_ink(sources, name, skip=True)
+            made.suggest_ink(sources, name)
+            self._decoding = replace(made, resize=self.resize, ink=made.ink if made.draws else None)
         return self._decoding
 
     @property

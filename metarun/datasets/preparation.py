@@ -20,7 +20,9 @@ InkSetting = Literal["none", "auto", "dark", "light"]
 Background = Literal["white", "black"]
 
 SAMPLE = 200  # the most images, evenly spaced in a set, that are looked at to decide on the set
+LOOKED_AT = 20  # images, to see whether they may be drawings
 CLEAR = 0.5  # the mean balance of a set's drawings above which its polarity is certain
+DRAWN = 0.95  # the mean balance of images above which they look like drawings
 REVERSED = 0.8  # the balance of a drawing above which it is certain to be of the other polarity
 
 
@@ -55,7 +57,7 @@ class Preparation:
         """
         return Preparation(
             resize=self.resize or trained.resize,
-            ink=self.ink or ("auto" if trained.draws else None),
+            ink=self.ink or ("auto" if trained.draws else "none"),
             background=self.background or trained.background,
             white=self.white or trained.white,
         )
@@ -128,6 +130,19 @@ class Preparation:
             inform(f"{name}: {turned} of {len(found)} drawings are of the other polarity, and are inverted")
         return replace(self, majority=majority)  # type: ignore[arg-type]
 
+    def suggest_ink(self, sources: Sequence[Source], name: str) -> None:
+        """Print a hint if it is open whether the images are drawings, and they look as if they were."""
+        if self.ink is not None:
+            return
+        found = []
+        for source in sample(sources, LOOKED_AT):
+            with suppress(DataError):
+                found.append(self.balance_of(source))
+        if found and abs(np.mean(found)) > DRAWN:
+            inform(
+                f"{name}: looks like drawings; dataset.ink=auto cleans their paper, dataset.ink=none does not"
+            )
+
     def balance_of(self, source: Source) -> float:
         """The `drawings.balance` of a drawing."""
         with source() as image:
@@ -159,9 +174,9 @@ class Preparation:
         return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
-def sample(sources: Sequence[Source]) -> Sequence[Source]:
-    """At most SAMPLE of the images, evenly spaced."""
-    count = min(len(sources), SAMPLE)
+def sample(sources: Sequence[Source], most: int = SAMPLE) -> Sequence[Source]:
+    """At most `most` of the images, evenly spaced."""
+    count = min(len(sources), most)
     return [sources[i * len(sources) // count] for i in range(count)]
 
 
