@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import metarun
 from metarun.cli.overrides import arrange, fail, unquoted
+from metarun.cli.search_path import forget_current_folder
 from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
 from metarun.errors import first_line
@@ -102,6 +103,7 @@ def complete(arguments: list[str]) -> NoReturn:
 
 def run(name: str, arguments: list[str]) -> None:
     """Compose the config of a command and run it; user errors are printed as one line."""
+    forget_current_folder()
     import hydra
 
     from metarun.cli.sweep import ending_sweep
@@ -115,7 +117,6 @@ def run(name: str, arguments: list[str]) -> None:
     sys.argv = [program, *arrange(name, arguments)]
     kept = existing_folders(sys.argv[1:])
     check_output_folder(name, kept)
-    sys.path.append(os.getcwd())  # so that a config can name classes in the current folder
     # Hydra must re-raise errors, so that they are formatted here; HYDRA_FULL_ERROR=1 shows the tracebacks.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"

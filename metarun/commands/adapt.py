@@ -20,6 +20,7 @@ from metarun.commands.user_images import read_folders
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
+from metarun.config.targets import trusted_modules
 from metarun.datasets import class_folders
 from metarun.errors import ConfigError, counted
 from metarun.reporting import pictures, plots
@@ -65,7 +66,7 @@ def run(cfg: DictConfig) -> float:
     if command.ink not in ("auto", "dark", "light"):
         raise ConfigError(f"ink={command.ink}: must be auto, dark or light")
     hardware: Hardware = instantiate(command.hardware, "hardware")
-    model = load_model(checkpoint.find(command.checkpoint), command, hardware)
+    model = load_model(checkpoint.find(command.checkpoint), command, trusted_modules(cfg), hardware)
     model.algorithm.eval()
     task = (
         user_task(command, model) if command.support is not None else dataset_task(command, model, hardware)

@@ -20,6 +20,7 @@ from metarun.commands.models import TestData, load_models
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import EvalConfig, typed
+from metarun.config.targets import trusted_modules
 from metarun.errors import ConfigError
 from metarun.reporting import plots
 from metarun.reporting.classes import report_classes
@@ -38,7 +39,7 @@ def run(cfg: DictConfig) -> float:
     check(cfg, "eval", typed=HydraConfig.get().overrides.task)
     command: EvalConfig = typed(cfg)
     hardware: Hardware = instantiate(command.hardware, "hardware")
-    models = load_models(command, hardware)
+    models = load_models(command, trusted_modules(cfg), hardware)
     data = TestData(command, hardware, models)
     cells = [
         cell

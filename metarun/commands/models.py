@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from metarun.algorithms.base import Algorithm
 from metarun.commands.trained_on import compare_with, note_weights, trained_classes, without_trained
 from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
-from metarun.config.restore import rebuild
-from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, from_plain
+from metarun.config.restore import EVALUATED, config_of, rebuild
+from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, typed
 from metarun.datasets.base import Dataset
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, counted
@@ -57,30 +57,35 @@ class Model:
         return self.spec.objective.choosing(self.settings.metrics if names is None else names)
 
 
-def load_model(path: Path, command: Command, hardware: Hardware, alone: bool = True) -> Model:
+def load_model(
+    path: Path, command: Command, trusted: Collection[str], hardware: Hardware, alone: bool = True
+) -> Model:
     """Restore a checkpoint; `steps` and `transductive` of the command have precedence over its settings.
 
     Args:
         path: of the checkpoint file.
         command: the settings of the command.
+        trusted: the modules that the checkpoint may name (`trusted_modules`).
         hardware: the device, the precision and the batching.
         alone: whether an algorithm without these settings is an error instead of a message.
     """
     content = checkpoint.load(path)
-    settings, name = from_plain(content["config"]), content["choices"]["algorithm"]
+    settings: TrainConfig = typed(config_of(content, path, trusted, EVALUATED))
+    name = content["choices"]["algorithm"]
     set_steps(settings, command, name, alone)
     algorithm, dataset, spec = rebuild(content, settings, hardware, path)
     set_transductive(algorithm, command.transductive, name, alone)
     return Model(name, path, settings, dataset, spec, algorithm, content)
 
 
-def load_models(command: EvalConfig, hardware: Hardware) -> list[Model]:
+def load_models(command: EvalConfig, trusted: Collection[str], hardware: Hardware) -> list[Model]:
     """Restore all checkpoints of `checkpoint=`, with unique names."""
     references = values_of(command.checkpoint)
     if not references:
         raise ConfigError("checkpoint=[]: name at least one run folder or .pt file")
     alone = len(references) == 1
-    models = [load_model(checkpoint.find(str(each)), command, hardware, alone) for each in references]
+    paths = [checkpoint.find(str(each)) for each in references]
+    models = [load_model(path, command, trusted, hardware, alone) for path in paths]
     # The name is the algorithm. Equal names are extended by the folder, the file, and the folder above.
     places = [model.path.resolve() for model in models]
     for parts in zip(*((p.parent.name, p.stem, p.parent.parent.name) for p in places), strict=True):

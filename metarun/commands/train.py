@@ -28,11 +28,12 @@ from metarun.config.build import (
 )
 from metarun.config.check import check
 from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
-from metarun.config.restore import start_from
+from metarun.config.restore import config_of, rebuild, start_from
 from metarun.config.schema import TrainConfig, plain, typed
+from metarun.config.targets import trust_words, trusted_modules
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError, DataError, counted
+from metarun.errors import CheckpointError, ConfigError, DataError, counted, first_line
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.reporting.tracker import Tracker
@@ -50,7 +51,7 @@ from metarun.training.trainer import Best, Trainer, TrainSettings
 
 GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
 # Settings that may change when a run is resumed; all others define the run.
-RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "dataset.root")
+RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "trust", "dataset.root")
 ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
 
 
@@ -104,7 +105,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     overrides = list(chosen.overrides.task)
     if resumed is not None:
         state = checkpoint.load(resumed)
-        cfg = resumed_config(state, cfg, overrides)
+        cfg = resumed_config(resumed, state, cfg, overrides)
         choices, overrides = state["choices"], state["overrides"]
     elif existing := [name for name in ("last.pt", "best.pt") if (folder / name).exists()]:
         raise ConfigError(
@@ -118,6 +119,8 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     settings: TrainConfig = typed(cfg)
     start = read_start(settings) if state is None else None
     hardware = instantiate(settings.hardware, "hardware")
+    if state is not None and resumed is not None:
+        rebuild(state, settings, hardware, resumed)  # so that it is refused before any data is loaded
     torch.manual_seed(settings.seed)
     dataset = build_dataset(settings.dataset)
     objective = dataset.spec.objective.choosing(settings.metrics)
@@ -125,7 +128,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     trainer = build_trainer(settings, dataset, objective, hardware, folder, record, state or {})
     test_source = build_test_source(settings, dataset, objective, hardware, record, state or {})
     if state is not None:
-        trainer.load_state(state)
+        restore_state(trainer, state, resumed)
     else:
         load_weights(trainer.algorithm)
         note_weights("this run", settings)
@@ -146,13 +149,24 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         if trainer.saved_at is None:
             inform("stopped before the first checkpoint; nothing was saved")
         else:
+            words = [f"resume={relative(folder)}", *trust_words(trainer.record["config"])]
             inform(f"stopped and saved at iteration {trainer.saved_at}; continue with")
-            inform(f"  metarun train {shlex.quote(f'resume={relative(folder)}')}")
+            inform(f"  metarun train {shlex.join(words)}")
         raise
     finally:
         tracker.close()
     assert trainer.best
     return trainer.best.score
+
+
+def restore_state(trainer: Trainer, state: dict[str, Any], path: Path | None) -> None:
+    """Restore the training state. Raises CheckpointError if it does not fit the config of the checkpoint."""
+    try:
+        trainer.load_state(state)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its state does not fit its config ({first_line(error)}); use another checkpoint"
+        ) from error
 
 
 def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
@@ -279,10 +293,11 @@ def build_test_source(
     return source
 
 
-def resumed_config(state: dict[str, Any], now: DictConfig, overrides: list[str]) -> DictConfig:
+def resumed_config(path: Path, state: dict[str, Any], now: DictConfig, overrides: list[str]) -> DictConfig:
     """The config of a resumed run, with the typed settings that may change.
 
     Args:
+        path: of the checkpoint.
         state: the content of the checkpoint.
         now: the config composed from the command line.
         overrides: the typed settings.
@@ -290,11 +305,7 @@ def resumed_config(state: dict[str, Any], now: DictConfig, overrides: list[str])
     Raises:
         ConfigError: if a setting must not change.
     """
-    cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), state["config"])
-    assert isinstance(cfg, DictConfig)
-    for key in map(str, now):  # settings that were added after the run was started get their defaults
-        if key not in state["config"]:
-            OmegaConf.update(cfg, key, now[key], force_add=True)
+    cfg = config_of(state, path, trusted_modules(now))
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         allowed = any(key == name or key.startswith(name + ".") for name in RESUMABLE)
@@ -312,7 +323,7 @@ def resumed_config(state: dict[str, Any], now: DictConfig, overrides: list[str])
             f"iterations={cfg.iterations}: the learning rate schedule of this run is for "
             f"{state['config']['iterations']} iterations; start a new run"
         )
-    cfg.resume = None
+    cfg.resume = cfg.trust = None
     return cfg
 
 
@@ -371,7 +382,9 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
     ]
     console.print(Panel(Text("\n".join(lines), overflow="fold"), title=name, expand=False))
     # Below the panel, so that users can copy the whole line.
-    print_line(f"next: metarun eval {shlex.quote(f'checkpoint={place}')}")
+    print_line(
+        f"next: metarun eval {shlex.join([f'checkpoint={place}', *trust_words(trainer.record['config'])])}"
+    )
 
 
 def test_record(test: Result) -> dict[str, Any]:

@@ -9,21 +9,20 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import logging
 import math
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union
 
-from hydra.utils import get_class
 from omegaconf import MISSING as UNSET
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.config.schema import FRAMES
+from metarun.config.targets import load_class
 from metarun.config.unread import check_read, value_of
-from metarun.errors import ConfigError, first_line
+from metarun.errors import ConfigError
 
 # Constructor arguments that the builder passes, by group; the config must not set them.
 SUPPLIED = {
@@ -56,7 +55,14 @@ LARGEST = 3.4e38  # the range of float32
 NORMS = ("batch", "running", "group", "layer", "instance", "none")
 
 
-def check(cfg: DictConfig, command: str, complete: bool = True, typed: Iterable[str] = ()) -> None:
+def check(
+    cfg: DictConfig,
+    command: str,
+    complete: bool = True,
+    typed: Collection[str] = (),
+    trusted: Collection[str] | None = None,
+    nodes: Collection[str] | None = None,
+) -> None:
     """Validate a composed config.
 
     Args:
@@ -64,6 +70,8 @@ def check(cfg: DictConfig, command: str, complete: bool = True, typed: Iterable[
         command: the name of the command, a key of `FRAMES`.
         complete: whether all mandatory settings must be set.
         typed: the overrides of the command line, such as "ways=5"; none of them may be without effect.
+        trusted: see `load_class`.
+        nodes: the groups whose classes are checked, and so imported; None: all.
 
     Raises:
         ConfigError: for the first setting that is invalid, missing, or not read by anything.
@@ -88,9 +96,12 @@ def check(cfg: DictConfig, command: str, complete: bool = True, typed: Iterable[
     if "trained_classes" in cfg and cfg.trained_classes not in ("leave_out", "keep"):
         raise ConfigError(f"trained_classes={cfg.trained_classes}: must be leave_out or keep")
     for each in fields(frame):
-        if each.name in KINDS and not (command != "train" and each.name == "dataset" and no_class(cfg)):
-            check_group(each.name, cfg[each.name], required=each.default is UNSET)
-    check_read(cfg, frame, typed)
+        if each.name not in KINDS or (nodes is not None and each.name not in nodes):
+            continue
+        if not (command != "train" and each.name == "dataset" and no_class(cfg)):
+            check_group(each.name, cfg[each.name], each.default is UNSET, trusted)
+    if typed:
+        check_read(cfg, frame, typed)
 
 
 def no_class(cfg: DictConfig) -> bool:
@@ -139,10 +150,10 @@ def check_numbers(value: Any, key: str = "") -> None:
         raise ConfigError(f"{key}={value}: must be a finite number, of at most {LARGEST}")
 
 
-def check_group(name: str, node: Any, required: bool) -> None:
+def check_group(name: str, node: Any, required: bool, trusted: Collection[str] | None = None) -> None:
     """Check the node of a group: a class with its settings, or nothing if it is not required."""
     if OmegaConf.is_dict(node) and "_target_" in node:
-        check_node(name, node)
+        check_node(name, node, trusted)
     elif not OmegaConf.is_dict(node) and (node or required):
         word = "null" if node is None else node
         how = f"set {name}._target_ and its settings{example(name, word)}"
@@ -196,7 +207,7 @@ def check_number(key: str, value: Any, least: int) -> None:
             raise ConfigError(f"{key}={number}: must be a whole number of at least {least}")
 
 
-def check_node(path: str, node: DictConfig) -> None:
+def check_node(path: str, node: DictConfig, trusted: Collection[str] | None = None) -> None:
     """Check the settings of a `_target_` node against the signature of its class.
 
     The parts of a mixture (the nodes in `settings`) are checked in the same way.
@@ -204,27 +215,17 @@ def check_node(path: str, node: DictConfig) -> None:
     Args:
         path: where the node is in the config, such as "backbone" or "dataset.settings.NAME".
         node: the class (`_target_`) and its settings.
+        trusted: see `load_class`.
 
     Raises:
         ConfigError: if the class cannot be imported or does not belong to the group, or if a setting is
             unknown, of the wrong type, missing, or passed by the builder.
     """
     group = path.partition(".")[0]
-    log = logging.getLogger("hydra.utils")  # it would print the error, and so would we
-    log.disabled = True
-    try:
-        cls = get_class(node._target_)
-    except Exception as error:
-        reason = first_line(error.__cause__ or error)
-        raise ConfigError(
-            f"{path}._target_={node._target_}: import failed ({reason}); check the name, and that the "
-            "module is installed or in the current folder"
-        ) from None
-    finally:
-        log.disabled = False
+    cls = load_class(path, node._target_, trusted)
     check_kind(path, group, cls)
     for key in map(str, node):
-        if key.startswith("_") and key != "_target_":
+        if key.startswith("_") and key != "_target_":  # Hydra's instructions, such as _args_
             raise ConfigError(f"{path}.{key}: there is no such setting; leave it out")
     parameters = inspect.signature(cls).parameters
     supplied = SUPPLIED.get(group, set())
@@ -234,10 +235,10 @@ def check_node(path: str, node: DictConfig) -> None:
                 raise ConfigError(
                     f"{path}.settings.{name}: is not a dataset; choose it by {path}.parts={{...}}"
                 )
-            check_node(f"{path}.settings.{name}", part)
+            check_node(f"{path}.settings.{name}", part, trusted)
     if "schedulers" in parameters:  # of SequentialLR and ChainedScheduler
         for number, nested in enumerate(nested_schedulers(path, node)):
-            check_node(f"{path}.schedulers.{number}", nested)
+            check_node(f"{path}.schedulers.{number}", nested, trusted)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     allowed = [name for name in parameters if name not in supplied]
@@ -288,9 +289,10 @@ def check_kind(path: str, group: str, cls: type) -> None:
     if group not in KINDS:
         raise ConfigError(f"{path}._target_: {path} takes no class; leave _target_ out")
     module, _, name = KINDS[group].rpartition(".")
-    if not issubclass(cls, getattr(importlib.import_module(module), name)):
+    if not issubclass(cls, getattr(importlib.import_module(module), name)) or inspect.isabstract(cls):
         raise ConfigError(
-            f"{path}._target_={cls.__module__}.{cls.__name__}: is not a {KINDS[group]}; choose a subclass"
+            f"{path}._target_={cls.__module__}.{cls.__name__}: is not a complete {KINDS[group]}; "
+            "choose a subclass"
         )
 
 

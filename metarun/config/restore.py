@@ -2,22 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from metarun.algorithms.base import Algorithm
 from metarun.config.build import build_algorithm, build_dataset
-from metarun.config.check import check_node
+from metarun.config.check import check
+from metarun.config.paths import CONF
 from metarun.config.schema import TrainConfig
 from metarun.datasets.base import Dataset
-from metarun.errors import CheckpointError, ConfigError
+from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError, first_line
 from metarun.tasks.spec import TaskSpec
 from metarun.training.hardware import Hardware
+
+# The groups that evaluation builds; the classes of others are not imported.
+EVALUATED = ("dataset", "backbone", "inner_loop", "algorithm")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A context in which errors of settings name the checkpoint that the settings are from."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def config_of(
+    content: Mapping[str, Any],
+    path: Path,
+    trusted: Collection[str],
+    nodes: Collection[str] | None = None,
+) -> DictConfig:
+    """The config in a checkpoint, checked like one from the command line, but with less trust.
+
+    Settings that were introduced after it was written have the values of conf/train.yaml.
+
+    Args:
+        content: the content of the checkpoint file.
+        path: of the file, for messages.
+        trusted: the modules that its classes may be from (`trusted_modules`).
+        nodes: the groups whose classes are imported and checked; None: all.
+
+    Raises:
+        CheckpointError: if a setting is unknown or invalid, or names a class of a module that is not trusted.
+    """
+    config, known = content["config"], [field.name for field in fields(TrainConfig)]
+    with naming(path):
+        if unknown := [key for key in config if key not in known]:
+            raise ConfigError(f"its config has an unknown setting {unknown[0]!r}; use another checkpoint")
+        try:
+            defaults = OmegaConf.load(CONF / "train.yaml")
+            newer = {key: value for key, value in defaults.items() if key in known and key not in config}
+            cfg: Any = OmegaConf.merge(OmegaConf.structured(TrainConfig), newer, as_data(config))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"its config is not usable: {first_line(error)} ({error.full_key})") from None
+        check(cfg, "train", trusted=trusted, nodes=nodes)
+    return cfg
+
+
+def as_data(value: Any) -> Any:
+    """Plain values, in which OmegaConf has nothing to resolve: a `${...}` could read environment variables.
+
+    Raises:
+        ConfigError: for such a value. metarun writes configs with all values resolved.
+    """
+    if isinstance(value, dict):
+        return {key: as_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_data(item) for item in value]
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"its config contains {value!r}, which is not a value; use another checkpoint")
+    return value
 
 
 def rebuild(
@@ -25,12 +89,9 @@ def rebuild(
 ) -> tuple[Algorithm, Dataset, TaskSpec]:
     """Rebuild the algorithm and the dataset of a checkpoint.
 
-    The settings are checked like settings from the command line, since a checkpoint must not name a class
-    that is not an algorithm, backbone, inner loop or dataset.
-
     Args:
         content: the content of the checkpoint file.
-        settings: its settings, or an adjusted copy of them.
+        settings: its checked settings (`config_of`), or an adjusted copy of them.
         hardware: the device, the precision and the batching.
         path: of the file, for messages.
 
@@ -38,23 +99,51 @@ def rebuild(
         The algorithm with its weights, the dataset, and the kind of tasks that it was trained on.
 
     Raises:
-        ConfigError: if a setting is invalid.
-        CheckpointError: if the weights do not fit the config.
+        CheckpointError: if the settings do not fit each other, or the weights do not fit the settings.
     """
-    for group in ("dataset", "backbone", "inner_loop", "algorithm"):
-        if node := getattr(settings, group):
-            check_node(group, OmegaConf.create(node))
-    dataset = build_dataset(settings.dataset)
-    spec = replace(dataset.spec, classes=content["classes"])
-    algorithm = build_algorithm(settings, spec, hardware)
+    weights = content["algorithm"]
+    most = BUILDING + sum(tensor.numel() for tensor in weights.values())
     try:
-        algorithm.load_state_dict(content["algorithm"])
+        with naming(path):
+            dataset = build_dataset(settings.dataset)
+            spec = replace(dataset.spec, classes=content["classes"])
+            with Limited(most):
+                algorithm = build_algorithm(settings, spec, hardware)
+    except MetarunError:
+        raise
+    except Exception as error:  # a config that is no longer that of the run may fail anywhere
+        raise CheckpointError(f"{path}: its config cannot be used ({first_line(error)})") from error
+    try:
+        algorithm.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(
             f"{path}: its weights do not fit its config ({reason}); use another checkpoint or train again"
         ) from None
     return algorithm, dataset, spec
+
+
+BUILDING = 10_000_000  # elements of a tensor that building a network may need beside its weights
+
+
+class Limited(TorchFunctionMode):
+    """A context that refuses a tensor with more than `most` elements, before its memory is filled.
+
+    A network is not larger than its weights in the checkpoint. Otherwise a number in a config could exhaust
+    the memory of the machine.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.numel() > self.most:
+            raise ConfigError(
+                "its config describes a larger network than its weights; use another checkpoint"
+            )
+        return made
 
 
 def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> str:

@@ -107,6 +107,7 @@ class TrainConfig:
     seed: int = whole(0)
     init: str | None = setting(None, path="path")
     resume: str | None = setting(None, path="path")
+    trust: list[str] | None = None
 
 
 @dataclass
@@ -126,6 +127,7 @@ class EvalConfig:
     instances: int | None = whole(2, None)
     transductive: bool | None = None
     seed: int = whole(0)
+    trust: list[str] | None = None
 
 
 @dataclass
@@ -147,6 +149,7 @@ class AdaptConfig:
     metrics: list[str] | None = None
     transductive: bool = False
     seed: int = whole(0)
+    trust: list[str] | None = None
 
 
 OF_ONE_DATASET: dict[str, Any] = {"needs": "dataset", "unless": ("verify", "clean")}
@@ -194,8 +197,3 @@ def typed(cfg: DictConfig) -> Any:
 def plain(settings: Any) -> dict[str, Any]:
     """Convert a frame to plain dicts and lists, for a checkpoint."""
     return OmegaConf.to_container(OmegaConf.structured(settings), resolve=True)  # type: ignore[return-value]
-
-
-def from_plain(config: dict[str, Any]) -> TrainConfig:
-    """Convert the plain settings in a checkpoint to a frame."""
-    return typed(OmegaConf.merge(OmegaConf.structured(TrainConfig), config))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -32,8 +33,23 @@ def save(path: Path, content: Mapping[str, Any], kind: str = "run") -> None:
 
 
 # The entries that are needed and their types; a checkpoint of a run also has those of `TRAINING`.
-ENTRIES = {"kind": str, "config": dict, "choices": dict, "algorithm": dict}
-TRAINING = {"iteration": int, "optimizer": dict, "random": torch.Tensor, "running_totals": torch.Tensor}
+ENTRIES: dict[str, Any] = {"kind": str, "config": dict, "choices": dict, "algorithm": dict}
+TRAINING: dict[str, Any] = {
+    "iteration": int,
+    "seconds": float,
+    "classes": (int, NoneType),
+    "best": (dict, NoneType),
+    "overrides": list,
+    "optimizer": dict,
+    "scheduler": (dict, NoneType),
+    "random": Tensor,
+    "cuda_random": (Tensor, NoneType),
+    "running_totals": Tensor,
+    "tasks": int,
+}
+# Entries without tensors, and the most values in one and their depth: no real config comes near.
+PLAIN = ("config", "choices", "classes", "best", "overrides", "iteration", "seconds", "tasks")
+MOST_VALUES, MOST_LEVELS = 100_000, 30
 
 
 def load(path: Path, kind: str = "run") -> dict[str, Any]:
@@ -80,6 +96,12 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
         )
     needed = (ENTRIES | TRAINING) if kind == content.get("kind") == "run" else ENTRIES
     wrong = sorted(key for key, of in needed.items() if not isinstance(content.get(key), of))
+    wrong += [key for key in PLAIN if not is_plain(content.get(key))]
+    if not wrong:
+        names = [content["choices"].get(key) for key in ("algorithm", "dataset")]
+        texts = {"choices": names, "overrides": content.get("overrides") or []}
+        wrong = [key for key, values in texts.items() if not all(isinstance(text, str) for text in values)]
+    wrong += [] if wrong or are_weights(content["algorithm"]) else ["algorithm"]
     if content["format"] == FORMAT and wrong:
         raise CheckpointError(
             f"{path}: damaged, or not a metarun checkpoint: it has no usable entry {wrong[0]!r}; "
@@ -98,9 +120,49 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
     return content
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is text, a number, a truth value, None, or nested lists and dicts of these by name.
+
+    A value that contains itself, or the same value many times, has no end for code that walks through it.
+    """
+    waiting, seen = [(value, 0)], 0
+    while waiting:
+        value, level = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES or level > MOST_LEVELS:
+            return False
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                return False
+            value = list(value.values())
+        if isinstance(value, (list, tuple)):
+            waiting += [(item, level + 1) for item in value[:MOST_VALUES]]
+        elif not isinstance(value, (str, int, float, NoneType)):
+            return False
+    return True
+
+
+def are_weights(state: Mapping[Any, Any]) -> bool:
+    """Whether the values are tensors that are all in the file: a view may repeat a few numbers endlessly."""
+    return all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        for name, tensor in state.items()
+    )
+
+
 def check_bytes(path: Path) -> None:
-    """Verify the checksums of the zip file, which torch.load ignores. Raises zipfile.BadZipFile."""
+    """Verify the checksums of the zip file, which torch.load ignores, and that it has no more bytes unpacked.
+
+    Raises:
+        zipfile.BadZipFile: if it is damaged, or would become larger in memory.
+    """
     with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise zipfile.BadZipFile("compressed")
         if (member := archive.testzip()) is not None:
             raise zipfile.BadZipFile(member)
 

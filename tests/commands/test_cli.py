@@ -272,33 +272,6 @@ def test_checkpoints_that_cannot_be_used(metarun, trained, tmp_path: Path):
         assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_cannot_run_code(metarun, tmp_path: Path):
-    """weights_only=True refuses what a plain pickle would execute."""
-    import pickle
-
-    class Attack:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "owned",))
-
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Attack()))
-    metarun("eval", "checkpoint=evil.pt", status=1)
-    assert not (tmp_path / "owned").exists()
-
-
-@pytest.mark.parametrize("group", ["dataset", "backbone", "algorithm"])
-def test_a_checkpoints_config_cannot_call_at_will(metarun, trained, tmp_path: Path, group: str):
-    """A config names classes; only what a group holds is ever built, at any depth."""
-    content = torch.load(trained(*UNTESTED) / "best.pt", weights_only=True)
-    attack = {"_target_": "pathlib.Path.write_text", "self": {"_target_": "pathlib.Path"}, "data": "x"}
-    content["config"][group] = attack
-    torch.save(content, tmp_path / "call.pt")
-    assert "import failed" in metarun("eval", "checkpoint=call.pt", status=1).stderr
-    content["config"][group] = {"_target_": "subprocess.Popen", "args": "touch owned", "shell": True}
-    torch.save(content, tmp_path / "call.pt")
-    assert "is not a" in metarun("eval", "checkpoint=call.pt", status=1).stderr
-    assert not (tmp_path / "owned").exists()
-
-
 def test_home_is_understood_in_paths(metarun, trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(trained(*UNTESTED), tmp_path / "run, (x=1) [2]")

@@ -45,13 +45,14 @@ def test_every_code_block_is_a_file_or_a_command():
 def test_the_command_trains_tests_and_evaluates(metarun, own_folder: Path, command: str):
     words = shlex.split(command)
     small = SMALL if any(word.startswith("dataset=") for word in words) else [*SMALL, *GLYPHS]
-    metarun(*words, *small)
+    hint = shlex.split(metarun(*words, *small).stdout.strip().splitlines()[-1])
     result = json.loads((own_folder / "run" / "result.json").read_text())
     assert result["test"]["episodes"] == 4
     if "metrics=[accuracy,top2]" in words:
         scores = result["test"]["metrics"]
         assert scores["top2"]["mean"] >= scores["accuracy"]["mean"] > 0
-    metarun("eval", "checkpoint=run", "episodes=4", "queries=5", "hydra.run.dir=tested")
+    assert hint[:4] == ["next:", "metarun", "eval", "checkpoint=run"]
+    metarun("eval", *hint[3:], "episodes=4", "queries=5", "hydra.run.dir=tested")
     (row,) = json.loads((own_folder / "tested" / "results.json").read_text())["results"]
     assert row["episodes"] == 4
 
