@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.config.targets import trusted_modules
 from metarun.datasets import class_folders
-from metarun.errors import ConfigError, counted
+from metarun.errors import ConfigError, TrainingError, counted
 from metarun.reporting import pictures, plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import console, inform, relative
@@ -76,11 +77,23 @@ def run(cfg: DictConfig) -> float:
     torch.manual_seed(command.seed)
     with torch.no_grad(), hardware.compute():
         steps, adapted, outputs = follow(model.algorithm, task)
+    check_finite(outputs, steps, model)
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(model, task, steps, outputs, folder)
     save_adapted(model, task, adapted, folder)
     main = task.objective.metrics[0].name
     return steps[-1].get(f"query {main}", steps[-1][f"support {main}"])
+
+
+def check_finite(outputs: Tensor | None, steps: Sequence[dict[str, Any]], model: Model) -> None:
+    """Raise TrainingError if the final predictions are not finite, so that they mean nothing."""
+    if outputs is None:
+        broken = not math.isfinite(steps[-1].get("support loss", 0.0))
+    else:  # minus infinity may be the logarithm of a probability of 0
+        broken = bool((outputs.isnan() | (outputs == math.inf)).any())
+    if broken:
+        after = f" after {counted(len(steps) - 1, 'inner step')}; lower steps" if len(steps) > 1 else ""
+        raise TrainingError(f"{model.path}: its predictions for this task are not finite{after}")
 
 
 def user_task(command: AdaptConfig, model: Model) -> Task:

@@ -21,7 +21,7 @@ from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import EvalConfig, typed
 from metarun.config.targets import trusted_modules
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, TrainingError
 from metarun.reporting import plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import Bar, console, inform, print_line, relative
@@ -60,6 +60,9 @@ def run(cfg: DictConfig) -> float:
             cell.result = evaluate(
                 cell.model.algorithm, cell.source, tasks, hardware, bar.advance, command.confusion
             )
+            check_finite(cell)
+    if all(cell.reason for cell in cells):
+        raise TrainingError(possible[0].reason)
     if data.datasets > 1:
         advice = (
             "; set dataset=NAME to test all models on the same classes, without those that any of them was "
@@ -72,6 +75,19 @@ def run(cfg: DictConfig) -> float:
     if command.instances is not None:
         report_instances(instance_rows(shown, command, hardware), folder)
     return next(cell.result.mean for cell in cells if cell.result)
+
+
+def check_finite(cell: Cell) -> None:
+    """Replace a result without any finite loss by the reason; report a result with some that are not."""
+    assert cell.result is not None
+    if not (count := cell.result.diverged):
+        return
+    advice = "; lower steps" if cell.model.algorithm.takes_steps else ""
+    what = f"{count} of {cell.result.episodes} episodes have a loss that is not finite{advice}"
+    if count < cell.result.episodes:
+        inform(f"{cell.model.name}, {cell.task}: {what}")
+        return
+    cell.result, cell.reason = None, what
 
 
 def is_several(cells: Sequence[Cell]) -> bool:

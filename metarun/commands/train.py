@@ -37,7 +37,7 @@ from metarun.errors import CheckpointError, ConfigError, DataError, counted, fir
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.reporting.tracker import Tracker
-from metarun.storage.files import write_json, write_text
+from metarun.storage.files import remove_temporary, write_json, write_text
 from metarun.storage.locks import lock_path, locked
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
@@ -100,6 +100,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     Returns:
         The best validation score.
     """
+    remove_temporary(folder)
     state, chosen = None, HydraConfig.get()
     choices = {group: chosen.runtime.choices[group] for group in GROUPS if group in chosen.runtime.choices}
     overrides = list(chosen.overrides.task)

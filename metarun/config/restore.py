@@ -21,6 +21,7 @@ from metarun.config.schema import TrainConfig
 from metarun.datasets.base import Dataset
 from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError, first_line
 from metarun.tasks.spec import TaskSpec
+from metarun.training.checkpoint import check_weights
 from metarun.training.hardware import Hardware
 
 # The groups that evaluation builds; the classes of others are not imported.
@@ -120,6 +121,7 @@ def rebuild(
         raise CheckpointError(
             f"{path}: its weights do not fit its config ({reason}); use another checkpoint or train again"
         ) from None
+    check_weights(algorithm, path)
     return algorithm, dataset, spec
 
 
@@ -184,6 +186,7 @@ def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> 
             "maml_plus_plus change their backbone)"
         )
     backbone.load_state_dict(dict(zip(wanted, offered.values(), strict=True)), strict=False)
+    check_weights(backbone, path)
     return f"backbone of {run}, iteration {content.get('iteration', '?')}"
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
+from metarun.reporting.console import inform
 from metarun.storage.files import write_text
 
 Row = dict[str, Any]
@@ -28,15 +33,15 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, resumed_at: int = 0, tensorboard: bool = True) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path, self.tensorboard = folder / "metrics.jsonl", tensorboard
         self.rows = [row for row in read_rows(self.path) if row["iteration"] <= resumed_at]
+        self.open(resumed_at + 1)
+
+    def open(self, first: int) -> None:
+        """Write all rows, and open the files; in TensorBoard, rows from iteration `first` on are replaced."""
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = self.path.open("a")
-        self.writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+        self.events = Events(self.path.parent / "tensorboard", first) if self.tensorboard else None
 
     def log(self, row: Row) -> None:
         """Write one row.
@@ -47,20 +52,88 @@ class Tracker:
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        if self.writer:
-            for key, value in row.items():
-                if isinstance(value, float):
-                    self.writer.add_scalar(f"{row['split']}/{key}", value, row["iteration"])
+        if self.events:
+            self.events.log(row)
 
     def sync(self) -> None:
-        """Flush the rows to disk; call it before saving a checkpoint, which relies on them."""
+        """Flush the rows to disk; call it before saving a checkpoint, which relies on them.
+
+        If the run folder was deleted, all rows are written again.
+        """
+        if not self.path.exists():
+            inform(f"{self.path}: was deleted; the run goes on and writes its results again")
+            self.close()
+            self.open(0)
+            for row in self.rows if self.events else []:
+                self.events.log(row)  # type: ignore[union-attr]
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the files."""
         self.file.close()
-        if self.writer:
-            self.writer.close()
+        if self.events:
+            self.events.close()
+
+
+class Events:
+    """A file of scalars for TensorBoard.
+
+    PyTorch's SummaryWriter writes in a thread of its own, where a full disk ends with a traceback. Here, the
+    run goes on without these files.
+
+    Args:
+        folder: where the file is created.
+        first: TensorBoard ignores what earlier files have from this iteration on.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # slow to import
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary, self.folder = event_pb2.Event, summary_pb2.Summary, folder
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex}"
+        self.writer = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = RecordWriter((folder / name).open("wb"))
+        except OSError as error:
+            self.give_up(error)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        for content in ({"file_version": "brain.Event:2"}, {"session_log": start}):
+            self.write(step=first, **content)
+
+    def log(self, row: Row) -> None:
+        """Write the float values of a row."""
+        values = [
+            self.summary.Value(tag=f"{row['split']}/{key}", simple_value=value)
+            for key, value in row.items()
+            if isinstance(value, float)
+        ]
+        self.write(step=row["iteration"], summary=self.summary(value=values))
+
+    def write(self, **content: Any) -> None:
+        """Write an event, if the file could be written so far."""
+        if self.writer is None:
+            return
+        try:
+            self.writer.write(self.event(wall_time=time.time(), **content).SerializeToString())
+            self.writer.flush()
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error: OSError) -> None:
+        """Report that the file cannot be written."""
+        inform(
+            f"{self.folder}: cannot be written ({error.strerror}); the run goes on without TensorBoard files"
+        )
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.writer is not None:
+            with contextlib.suppress(OSError):  # the end of a file on a full disk
+                self.writer.close()
+            self.writer = None
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             left unchanged and the temporary file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename is atomic only within one file system.
+    # In the same folder, since a rename is atomic only within one file system. See TEMPORARY.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -71,6 +72,16 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             if isinstance(fault, OSError) and fault.filename in (None, str(temporary)):
                 fault.filename = str(path)
         raise
+
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # the names of temporary files
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a folder, which no other process may use."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

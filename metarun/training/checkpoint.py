@@ -154,6 +154,23 @@ def are_weights(state: Mapping[Any, Any]) -> bool:
     )
 
 
+def broken_weight(module: torch.nn.Module) -> str | None:
+    """The name of a parameter that is not finite or of a buffer with a NaN, or None."""
+    for name, tensor in module.named_parameters():
+        if not tensor.isfinite().all():
+            return name
+    return next((name for name, tensor in module.named_buffers() if tensor.isnan().any()), None)
+
+
+def check_weights(module: torch.nn.Module, path: Path) -> None:
+    """Raise CheckpointError if a weight that was loaded from a checkpoint is not finite."""
+    if name := broken_weight(module):
+        raise CheckpointError(
+            f"{path}: its weight {name} is not finite, since the training diverged or the file is damaged; "
+            "use another checkpoint, or train again with a lower learning rate"
+        )
+
+
 def check_bytes(path: Path) -> None:
     """Verify the checksums of the zip file, which torch.load ignores, and that it has no more bytes unpacked.
 

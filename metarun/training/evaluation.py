@@ -79,6 +79,11 @@ class Result:
         return self.losses.mean().item()
 
     @property
+    def diverged(self) -> int:
+        """The number of tasks whose loss is not finite, so that their scores mean nothing."""
+        return int((~self.losses.isfinite()).sum())
+
+    @property
     def mean(self) -> float:
         """The mean of the main metric."""
         return self.mean_of(self.metric)

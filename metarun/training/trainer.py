@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metarun.algorithms.base import Algorithm
 from metarun.errors import TrainingError
-from metarun.reporting.console import Bar
+from metarun.reporting.console import Bar, inform
 from metarun.reporting.progress import live_line, validation_line
 from metarun.reporting.tracker import Tracker
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
-from metarun.training.evaluation import EvalSettings, evaluate
+from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
 from metarun.training.interrupts import hold_interrupts, uninterrupted
 from metarun.training.step import Clip, OuterStep
@@ -164,7 +164,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_random"], self.hardware.device)
         self.outer_step.running_totals.copy_(state["running_totals"])
         self.tasks = state["tasks"]
-        self.validation_due = state.get("validation_due", False)  # older checkpoints have no such entry
+        self.validation_due = bool(state.get("validation_due"))  # older checkpoints have no such entry
 
     # the loop
 
@@ -190,6 +190,9 @@ class Trainer:
             if interrupts:
                 self.save("last.pt", tracker)
                 raise KeyboardInterrupt
+        if self.lost_best():  # after its last improvement, perhaps in an earlier session
+            with self.hardware.compute():
+                self.save_best(self.measure(), tracker)
 
     def iterate(self, tracker: Tracker, bar: Bar, began: float, interrupts: Sequence[int]) -> None:
         """Run one iteration, or the part of it that is left to do.
@@ -254,13 +257,8 @@ class Trainer:
             if interrupts:
                 raise Stopped
 
-        validation = self.settings.validation
-        result = evaluate(
-            self.algorithm, self.validation_source, validation, self.hardware, stop_on_interrupt
-        )
+        result = self.measure(stop_on_interrupt)
         self.validation_due = False
-        if not math.isfinite(result.loss):
-            raise TrainingError(self.not_finite("the validation loss"))
         main = result.metric
         row = {
             "iteration": self.iteration,
@@ -278,13 +276,38 @@ class Trainer:
             own = [dict(group) for group in self.optimizer.param_groups]
             self.scheduler.step(result.mean)  # type: ignore[arg-type]
             keep_rate_tensors(self.optimizer, own)
-        if self.best is None or main.is_better(result.mean, than=self.best.score):
-            self.best = Best(self.iteration, result.mean, result.interval, main.name)
-            self.save("best.pt", tracker)
+        if self.best is None or self.lost_best() or main.is_better(result.mean, than=self.best.score):
+            self.save_best(result, tracker)
+
+    def measure(self, advance: Callable[[int], object] = lambda count: None) -> Result:
+        """The result on the fixed validation tasks. Raises TrainingError if the loss is not finite.
+
+        Args:
+            advance: called with n after every n tasks.
+        """
+        validation = self.settings.validation
+        result = evaluate(self.algorithm, self.validation_source, validation, self.hardware, advance)
+        if not math.isfinite(result.loss):
+            raise TrainingError(self.not_finite("the validation loss"))
+        return result
+
+    def save_best(self, result: Result, tracker: Tracker) -> None:
+        """Save the current weights, with this validation result, as best.pt."""
+        self.best = Best(self.iteration, result.mean, result.interval, result.metric.name)
+        self.save("best.pt", tracker)
+
+    def lost_best(self) -> bool:
+        """Whether best.pt was deleted, which is reported: the next validated weights replace it."""
+        if (self.folder / "best.pt").exists():
+            return False
+        inform(
+            f"{self.folder / 'best.pt'}: was deleted; replaced by the weights of iteration {self.iteration}"
+        )
+        return True
 
     def save(self, name: str, tracker: Tracker) -> None:
         """Write a checkpoint. Raises TrainingError instead if a weight is not finite."""
-        if not all(p.isfinite().all() for p in self.algorithm.parameters()):
+        if checkpoint.broken_weight(self.algorithm):
             raise TrainingError(self.not_finite("a weight"))
         with uninterrupted():
             tracker.sync()

@@ -141,11 +141,15 @@ def test_no_command_imports_it(metarun, content, trace: Path, attack: str, words
     assert not trace.exists()
 
 
-def test_init_reads_only_the_weights(metarun, content, trace: Path, tmp_path: Path):
+def test_init_reads_only_the_weights_which_must_be_finite(metarun, content, trace: Path, tmp_path: Path):
     for change in (*ATTACKS.values(), *ONLY_RESUMED.values()):
         change(content)
     torch.save(content, tmp_path / "evil.pt")
     metarun("train", *UNTESTED, "init=evil.pt", "iterations=1")
+    not_finite(content)
+    torch.save(content, tmp_path / "evil.pt")
+    done = metarun("train", *UNTESTED, "init=evil.pt", "iterations=1", status=1)
+    assert "error: evil.pt: its weight" in done.stderr and "is not finite" in done.stderr
     assert not trace.exists()
 
 
@@ -222,6 +226,12 @@ def repeated(content: Content) -> None:
 
 UNUSABLE = "its config is not usable: "
 LARGE = "its config describes a larger network than its weights"
+
+
+def not_finite(content: Content) -> None:
+    next(iter(content["algorithm"].values())).view(-1)[-1] = torch.inf
+
+
 BAD_VALUES: dict[str, tuple[Callable[[Content], None], str]] = {
     "an unknown setting": (put("config.foo", 1), "its config has an unknown setting 'foo'"),
     "an unknown nested setting": (
@@ -249,6 +259,7 @@ BAD_VALUES: dict[str, tuple[Callable[[Content], None], str]] = {
     "no name of an algorithm": (put("choices.algorithm", None), "no usable entry 'choices'"),
     "typed settings that are numbers": (put("overrides", [1]), "no usable entry 'overrides'"),
     "weights that are numbers": (put("algorithm", {"a": 1}), "no usable entry 'algorithm'"),
+    "a weight that is not finite": (not_finite, "weight is not finite"),
     "weights that are repeated": (repeated, "no usable entry 'algorithm'"),
     "an iteration that is text": (put("iteration", "12"), "no usable entry 'iteration'"),
 }
