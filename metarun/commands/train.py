@@ -28,12 +28,12 @@ from metarun.config.build import (
 )
 from metarun.config.check import check
 from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
-from metarun.config.restore import config_of, rebuild, start_from
+from metarun.config.restore import config_of, rebuild, restore_state, start_from
 from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.targets import trust_words, trusted_modules
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
-from metarun.errors import CheckpointError, ConfigError, DataError, counted, first_line
+from metarun.errors import ConfigError, DataError, counted
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.reporting.tracker import Tracker
@@ -158,16 +158,6 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         tracker.close()
     assert trainer.best
     return trainer.best.score
-
-
-def restore_state(trainer: Trainer, state: dict[str, Any], path: Path | None) -> None:
-    """Restore the training state. Raises CheckpointError if it does not fit the config of the checkpoint."""
-    try:
-        trainer.load_state(state)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: its state does not fit its config ({first_line(error)}); use another checkpoint"
-        ) from error
 
 
 def write_hydra_files(cfg: DictConfig, folder: Path) -> None:

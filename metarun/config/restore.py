@@ -23,6 +23,7 @@ from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError
 from metarun.tasks.spec import TaskSpec
 from metarun.training.checkpoint import check_weights
 from metarun.training.hardware import Hardware
+from metarun.training.trainer import Trainer
 
 # The groups that evaluation builds; the classes of others are not imported.
 EVALUATED = ("dataset", "backbone", "inner_loop", "algorithm")
@@ -146,6 +147,16 @@ class Limited(TorchFunctionMode):
                 "its config describes a larger network than its weights; use another checkpoint"
             )
         return made
+
+
+def restore_state(trainer: Trainer, state: dict[str, Any], path: Path | None) -> None:
+    """Restore the training state. Raises CheckpointError if it does not fit the config of the checkpoint."""
+    try:
+        trainer.load_state(state)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its state does not fit its config ({first_line(error)}); use another checkpoint"
+        ) from error
 
 
 def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> str:
