@@ -110,7 +110,7 @@ def classes_of(
     if inner and (direct or len(inner) > len(classes)):  # not a zip for each class that contains its folder
         deeper = f"; {setting}={depth + 1} makes the {len(inner):,} inner folders classes"
         inform(
-            f"{root}: {len(classes):,} classes, whose folders contain folders such as "
+            f"{root}: {counted(len(classes), 'class', 'classes')}, whose folders contain folders such as "
             f"{'/'.join(min(inner))}{'' if direct else deeper}"
         )
     return dict(sorted(classes.items()))
@@ -278,14 +278,16 @@ def class_store(
                         write(pixels)
                 bar.advance(len(block))
         if len(skipped) == len(files):
-            raise DataError(f"{title}: none of its {len(files)} files is an image that can be read")
+            raise DataError(
+                f"{title}: none of its {counted(len(files), 'file')} is an image that can be read"
+            )
         return {"skipped": skipped}
 
     what = f"{cached_as} {settings} {source}"
     content, made = memmap_cached(f"{cached_as}-{digest.hexdigest()[:24]}", build, what, source)
     skipped = set(made["skipped"])
     if skipped:
-        inform(f"{title}: {len(skipped)} unreadable files left out, such as {files[min(skipped)]}")
+        inform(f"{title}: {counted(len(skipped), 'unreadable file')} left out, such as {files[min(skipped)]}")
     numbers = iter(range(len(files)))
     counts = [sum(next(numbers) not in skipped for _ in own) for own in classes.values()]
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:

@@ -64,6 +64,9 @@ class Metric:
         return f"{self.title}, %" if self.percent else self.title
 
     def is_better(self, score: float, than: float) -> bool:
+        """Whether one score is better than another; any number is better than NaN."""
+        if math.isnan(than):
+            return not math.isnan(score)
         return score > than if self.higher_is_better else score < than
 
     def show(self, score: float, digits: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -237,3 +238,12 @@ def test_metrics_are_chosen_by_name_in_the_order_asked_for(objective: Objective)
     other = REGRESSION if objective is CLASSIFICATION else CLASSIFICATION
     with pytest.raises(ConfigError, match=f"no {other.metrics[0].name!r}"):
         objective.choosing([other.metrics[0].name])
+
+
+@pytest.mark.parametrize("name", ["accuracy", "mse"])
+def test_a_number_is_better_than_none(name: str):
+    """A diverged model must not remain the best because it was the first."""
+    metric = metric_named(name)
+    assert metric.is_better(0.1, than=math.nan) and not metric.is_better(math.nan, than=0.1)
+    assert not metric.is_better(math.nan, than=math.nan)
+    assert metric.is_better(0.2, than=0.1) == (name == "accuracy") != metric.is_better(0.1, than=0.2)
