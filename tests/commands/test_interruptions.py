@@ -178,6 +178,18 @@ def test_ctrl_c_again_stops_at_once_but_not_a_save(monkeypatch: pytest.MonkeyPat
             clock[0] = 20.0  # reached
 
 
+def test_stopped_before_its_first_checkpoint_a_run_says_so(metarun, monkeypatch: pytest.MonkeyPatch):
+    """By Ctrl-C pressed twice."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    at_call(monkeypatch, Trainer, "step", 2, stop)
+    errors = metarun("train", *UNTESTED, "iterations=3", status=130).stderr
+    assert "stopped before the first checkpoint; nothing was saved" in errors
+    assert "resume=" not in errors
+
+
 def test_nohup_is_respected():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with interrupts.hold_interrupts() as caught:
