@@ -20,7 +20,7 @@ from metarun.algorithms.feature_method import (
 from metarun.inner_loops.base import InnerLoop, refuse_learned
 from metarun.nn.per_task import Params
 from metarun.tasks.episodes import Episodes, Outcome
-from metarun.tasks.objectives import class_weights, cross_entropy, weighted
+from metarun.tasks.objectives import class_weights, cross_entropy
 
 
 class Classifier(FeatureMethod):
@@ -123,10 +123,10 @@ class Baseline(Classifier):
     def inner_problem(self, features: Tensor, targets: Tensor, ways: int):
         """The loss of a classifier on constant features, and its initial weights."""
         features = precise(features.detach())
-        balance = class_weights(targets, ways)  # every class counts equally
+        balance = class_weights(targets, ways).to(features.dtype)  # every class counts equally
 
         def loss(head: Params, step: int) -> Tensor:
-            return weighted(cross_entropy, self.score(head, features), targets, balance)
+            return cross_entropy(self.score(head, features), targets, balance)
 
         return loss, self.new_head(len(features), ways, features)
 

@@ -115,10 +115,10 @@ class Objective:
         return replace(self, metrics=tuple(known[name] for name in names))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of each task, [T]."""
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(targets.shape).mean(1)
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross entropy of each task, [T], with weights of the examples [T, B] if given."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return (losses if weights is None else losses * weights).mean(1)
 
 
 def class_weights(targets: Tensor, ways: int) -> Tensor:
