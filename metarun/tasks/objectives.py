@@ -116,7 +116,10 @@ class Objective:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean cross entropy of each task, [T], with weights of the examples [T, B] if given."""
+    """Mean cross entropy of each task, [T].
+
+    Weighted if there are weights of the examples, [T, B].
+    """
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     return (losses if weights is None else losses * weights).mean(1)
 
