@@ -7,7 +7,7 @@ from torch import nn
 from metarun.algorithms.maml import MAML
 from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop
-from metarun.nn.layers import FiLM, replace_layers
+from metarun.nn.layers import FiLM, is_called, replace_layers
 
 
 class CAVIA(MAML):
@@ -47,7 +47,7 @@ def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
     # Each weight layer, and the module after which FiLM is inserted: its normalisation, or the layer itself.
     found: list[tuple[nn.Conv2d | nn.Linear, nn.Module]] = []
     for module in backbone.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and is_called(module):
             found.append((module, module))
         elif found and isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
             found[-1] = found[-1][0], module

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, prototypes, require
 from metarun.errors import ConfigError
-from metarun.nn.layers import Norm, norm_layer, replace_layers, uses_batch_statistics
-from metarun.nn.per_task import Params, is_groupable
+from metarun.nn.layers import Norm, is_called, norm_layer, replace_layers, uses_batch_statistics
+from metarun.nn.per_task import Params, is_groupable, plain_attention
 from metarun.nn.shared_weights import run_shared, runs_at_once
 from metarun.tasks.episodes import Episodes, Outcome
 from metarun.tasks.objectives import class_weights
@@ -113,25 +113,33 @@ class CNAPs(FeatureMethod):
     def modulated(self, film: list[Tensor], x: Tensor) -> Tensor:
         for layer, by in zip(self.modulations, film, strict=True):
             layer.by = by
-        features = run_shared(self.backbone, x, self.batching)
+        with plain_attention():  # the fast path of a transformer would pass over its modulations
+            features = run_shared(self.backbone, x, self.batching)
         for layer in self.modulations:
             layer.by = None
         return features
 
 
 class Modulation(nn.Module):
-    """A layer that scales and shifts channels by `by` [T, 2, C], which is set before the forward pass."""
+    """A layer that scales and shifts channels by `by` [T, 2, C], which is set before the forward pass.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: C.
+        last: whether channels are the last dimension, as after a linear layer, or the second one.
+    """
+
+    def __init__(self, channels: int, last: bool) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.last = channels, last
         self.by: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B*T, C, ...], in the order of `run_shared`."""
+        """x [B*T, C, ...] or [B*T, ..., C], in the order of `run_shared`."""
         if self.by is None:
             return x
-        scale, shift = self.by.view(*self.by.shape, *[1] * (x.dim() - 2)).unbind(1)  # [T, C, ...]
+        ones = [1] * (x.dim() - 2)
+        shape = [*ones, self.channels] if self.last else [self.channels, *ones]
+        scale, shift = self.by.view(-1, 2, *shape).unbind(1)
         return (x.unflatten(0, (-1, len(scale))) * scale + shift).flatten(0, 1)
 
     def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:
@@ -149,10 +157,10 @@ def add_modulations(backbone: nn.Module) -> list[Modulation]:
     added: list[Modulation] = []
 
     def modulated(layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, kinds):
+        if not isinstance(layer, kinds) or not is_called(layer):
             return None
         channels = next(getattr(layer, n) for n in CHANNELS if hasattr(layer, n))
-        added.append(Modulation(channels))
+        added.append(Modulation(channels, last=isinstance(layer, nn.Linear)))
         return nn.Sequential(layer, added[-1])
 
     replace_layers(backbone, modulated)

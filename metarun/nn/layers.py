@@ -263,6 +263,11 @@ def move_average(average: Tensor, towards: Tensor, share: float) -> None:
     average.add_((shares.unsqueeze(1) * towards).sum(0))
 
 
+def is_called(layer: nn.Module) -> bool:
+    """Whether its network calls it: `nn.MultiheadAttention` reads the weights of its last layer instead."""
+    return not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def replace_layers(network: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> None:
     """Replace every layer of the network, in place, for which `new(layer)` is not None."""
     for parent in list(network.modules()):

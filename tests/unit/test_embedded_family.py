@@ -448,8 +448,21 @@ class Halves(nn.Module):
         return self.encoder(halves).mean((2, 3)).unflatten(0, (-1, 2)).mean(1)
 
 
+class Rows(nn.Module):
+    """A transformer whose tokens are the rows of an image."""
+
+    features = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x.squeeze(1)).mean(1)
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("build", [Halves, lambda: Conv4((1, 16, 16), width=4, norm="running")])
+@pytest.mark.parametrize("build", [Halves, Rows, lambda: Conv4((1, 16, 16), width=4, norm="running")])
 def test_cnaps_scales_each_task_by_itself(build, channels_last: bool):
     """Whatever the network does with its batch, in evaluation and in training."""
     algorithm = CNAPs(build(), (1, 16, 16), width=4)

@@ -9,6 +9,7 @@ from helpers.methods import RATE
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
+from metarun.algorithms.cavia import CAVIA
 from metarun.algorithms.imaml import IMAML
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
@@ -198,19 +199,24 @@ def texts() -> Episodes:
 
 
 def build(name: str, backbone: nn.Module, order: int = 2) -> Algorithm:
+    if name == "cavia":
+        return CAVIA(backbone, SGD(RATE, 2), outputs=3, context=3)
     if name == "imaml":
         return IMAML(backbone, SGD(RATE, 2), outputs=3)
     return MAML(backbone, SGD(RATE, 2, order=order), outputs=3)
 
 
-@pytest.mark.parametrize("batching", ["vmap", "loop"])
-@pytest.mark.parametrize("cls", [Transformer, Attention])
-def test_the_meta_gradient_of_a_transformer_is_the_slope(float64: None, cls: type[nn.Module], batching: str):
+@pytest.mark.parametrize(
+    ("name", "cls", "batching"),
+    [("maml", cls, batching) for cls in (Transformer, Attention) for batching in ("vmap", "loop")]
+    + [("cavia", Transformer, "vmap")],
+)
+def test_the_meta_gradient_of_a_transformer_is_the_slope(float64: None, name: str, cls, batching: str):
     """By central differences along a random direction."""
-    algorithm, tasks = build("maml", cls()), texts()
+    algorithm, tasks = build(name, cls()), texts()
     engine = engine_of(algorithm, tasks, batching=batching)
     engine.backward(next(engine.draws))
-    params = list(algorithm.parameters())
+    params = [p for p in algorithm.parameters() if p.requires_grad]
     direction = [torch.randn_like(p) for p in params]
     slope = sum((p.grad * d).sum() for p, d in zip(params, direction, strict=True)).item()
     losses = []
@@ -222,7 +228,7 @@ def test_the_meta_gradient_of_a_transformer_is_the_slope(float64: None, cls: typ
     assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["maml", "imaml"])
+@pytest.mark.parametrize("name", ["maml", "imaml", "cavia"])
 def test_a_transformer_is_trained_and_evaluated(float64: None, name: str):
     """Its fast path of evaluation would be taken here; the user's switches are left as they were."""
     algorithm, tasks = build(name, Transformer()), texts()
