@@ -79,6 +79,8 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
         # `dataset.root=...` adjusts the dataset of the checkpoint, which is not in Hydra's config.
         overrides = [f"++{a}" if a.startswith("dataset.") else a for a in overrides]
     if name == "train" and resume:
+        if typed_folder := [a for a in typed if a.lstrip("+").startswith("hydra.run.dir=")]:
+            fail(f"{typed_folder[0]}: a resumed run stays in its folder; leave hydra.run.dir out", status=1)
         folder = Path(resume[-1]).expanduser()
         folder = folder if folder.is_dir() else folder.parent
         overrides.append(f"hydra.run.dir={quoted(str(folder))}")
@@ -159,6 +161,8 @@ def check_override(override: str, sweep: bool) -> None:
         fail(f"{override}: is only read in a sweep; add -m, or leave it out", status=1)
     if sweep and key.lstrip("+") == "hydra.run.dir":
         fail(f"{override}: is not read in a sweep; set hydra.sweep.dir", status=1)
+    if re.match(r"\+*hydra\.(runtime|overrides)\b", key):
+        fail(f"{override}: is set by Hydra; leave it out", status=1)
     if (CONF / key).is_dir() and (value.startswith("[") or value.endswith(".yaml")):
         option = value.strip("[]").removesuffix(".yaml")
         fail(f"{override}: a group has one option, as in {key}={option.partition(',')[0]}", status=1)

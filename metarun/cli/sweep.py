@@ -78,6 +78,11 @@ class SweepTable(Callback):
             console.print(table_of(results, str(self.folder), len(self.jobs)))
             if self.write():
                 print_line(f"saved {self.folder / 'sweep.csv'}")
+        elif self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
+            (self.folder / "multirun.yaml").unlink()  # no job was started, since its settings are invalid
+            with contextlib.suppress(OSError):  # a folder that contains something else stays
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
         return results
 
     def results(self) -> dict[str, Row]:
@@ -122,6 +127,10 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     overrides = parser.parse_overrides([*words, *config.hydra.overrides.task])
     (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    if not jobs:
+        swept = [str(each.input_line) for each in overrides if each.is_sweep_override()]
+        print(f"metarun: error: {', '.join(swept)}: no values, so there are no jobs", file=sys.stderr)
+        sys.exit(1)
     return jobs
 
 

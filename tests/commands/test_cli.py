@@ -214,6 +214,20 @@ def test_a_failing_command_removes_only_its_own_folders(metarun, tmp_path: Path)
         assert before <= folders(), words
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("ways=2,x", "ways=2,x: must be a whole number"),
+        ("wayz=1,2", "did you mean 'ways'?"),
+        ("seed=range(0)", "seed=range(0): no values, so there are no jobs"),
+    ],
+)
+def test_a_sweep_that_cannot_start_leaves_nothing(metarun, tmp_path: Path, word: str, message: str):
+    (line,) = metarun("train", "-m", word, status=1).stderr.splitlines()
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_eval_and_adapt_do_not_write_into_a_training_run(metarun, trained):
     run = trained(*UNTESTED)
     before = (run / ".hydra" / "config.yaml").read_bytes()
@@ -311,6 +325,8 @@ def test_a_resumed_run_keeps_its_settings(metarun, trained, tmp_path: Path):
     before = (tmp_path / "run/last.pt").read_bytes()
     done = metarun("train", "resume=run", "ways=3", status=1)
     assert "ways=3: a resumed run keeps its settings" in done.stderr
+    done = metarun("train", "resume=run", "hydra.run.dir=other", status=1)
+    assert "hydra.run.dir=other: a resumed run stays in its folder" in done.stderr
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
