@@ -51,6 +51,8 @@ class Reptile(MAML):
         proximal: float = 0.0,
     ) -> None:
         refuse_learned(inner_loop, "Reptile's update moves the weights alone")
+        if batch < 0:
+            raise ConfigError(f"algorithm.batch={batch}: must be at least 0")
         if proximal < 0:
             raise ConfigError(f"algorithm.proximal={proximal}: must be at least 0")
         super().__init__(backbone, inner_loop, outputs, head, "all", transductive)

@@ -46,7 +46,10 @@ KINDS = {
 # Nodes that are not groups with options but name a class of PyTorch, and where these are.
 CLASSES_OF_TORCH = {"optimizer": "torch.optim", "scheduler": "torch.optim.lr_scheduler"}
 # Settings of nodes that must be above zero.
-POSITIVE = ("inner_loop.rate", "backbone.width", "backbone.hidden", "algorithm.width")
+POSITIVE = (
+    *("inner_loop.rate", "inner_loop.hidden", "backbone.width", "backbone.widths", "backbone.hidden"),
+    *("algorithm.width", "algorithm.hidden"),
+)
 # The largest whole numbers: a network or an inner loop of more than a million parts never ends; a seed is no
 # size and may be any int64.
 MOST, MOST_OF_PARTS, MOST_SEED = (1 << 31) - 1, 1_000_000, (1 << 63) - 1
@@ -194,9 +197,10 @@ def check_values(values: dict[str, Any], frame: type, prefix: str = "") -> None:
             raise ConfigError(f"{key}={value}: must be {describe(hints[each.name])}")
 
 
-def check_positive(key: str, number: Any) -> None:
-    if isinstance(number, (int, float)) and not 0 < number < math.inf:  # also rejects NaN
-        raise ConfigError(f"{key}={number}: must be above 0 and finite")
+def check_positive(key: str, value: Any) -> None:
+    for number in value if OmegaConf.is_list(value) else [value]:
+        if isinstance(number, (int, float)) and not 0 < number < math.inf:  # also rejects NaN
+            raise ConfigError(f"{key}={number}: must be above 0 and finite")
 
 
 def check_number(key: str, value: Any, least: int) -> None:
