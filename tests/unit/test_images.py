@@ -12,6 +12,9 @@ from PIL import Image
 from metarun.datasets import images
 from metarun.datasets.drawings import balance, strokes
 from metarun.datasets.glyphs import Glyphs
+from metarun.datasets.image_folder import ImageFolder
+from metarun.datasets.mini_imagenet import MiniImageNet
+from metarun.datasets.omniglot import Omniglot
 from metarun.datasets.preparation import Preparation
 
 pytestmark = pytest.mark.quick
@@ -166,3 +169,16 @@ def test_the_polarity_of_a_set_and_one_sheet_that_differs(tmp_path: Path, capsys
     assert Preparation(ink="auto").with_ink(blank, "blank", like="light").majority == "light"
     asked = Preparation(ink="light").with_ink(sources, "sheets")
     assert not asked.array(drawn("grey", INK[0]), (1, 28, 28)).any()
+
+
+def test_a_models_images_are_prepared_as_in_its_training_unless_set():
+    assert MiniImageNet(root="x").preparation == Preparation("stretch")
+    assert Omniglot().preparation == Preparation(ink="auto")
+    photographs = ImageFolder(root="x", resize="crop", background="black", white=4095.0).preparation
+    other = ImageFolder(root="y", resize="stretch").prepared_like(photographs)
+    assert other.preparation == Preparation("stretch", "none", "black", 4095.0)
+    assert ImageFolder(root="y").prepared_like(photographs).resize == "crop"
+    drawn_dark = ImageFolder(root="x", ink="dark").preparation
+    assert ImageFolder(root="y").prepared_like(drawn_dark).preparation.ink == "auto"  # of its own polarity
+    shaped = ImageFolder(root="y").prepared_like(photographs).reshaped((1, 28, 28))
+    assert shaped.item_shape == (1, 28, 28) and shaped.preparation.background == "black"
