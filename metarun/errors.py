@@ -41,7 +41,8 @@ def naming_part(part: str, settings: Iterable[str]) -> Iterator[None]:
     except (ConfigError, DataError) as error:
         names = "|".join(map(re.escape, settings))
         # The lookbehind skips the same words inside a path.
-        text = re.sub(rf"(?<![\w./\\-])dataset\.(?=(?:{names})\b)", f"dataset.settings.{part}.", str(error))
+        setting = re.compile(rf"(?<![\w./\\-])dataset\.(?=(?:{names})\b)")
+        text = setting.sub(lambda found: f"dataset.settings.{part}.", str(error))
         raise type(error)(text) from error
 
 
@@ -66,6 +67,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         not isinstance(error, MetarunError) and NO_MEMORY.search(str(error)) is not None
     )
+
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # also marks that reorder text
+LONGEST = 4000  # characters of a message
+
+
+def printable(text: str, instead: str = "") -> str:
+    """Text from outside, such as a file name, without codes that a terminal would obey.
+
+    Args:
+        text: the text.
+        instead: what replaces each code; "" for its escape, such as `\\x1b`.
+    """
+    return CONTROLS.sub(lambda found: instead or found[0].encode("unicode_escape").decode(), text)
+
+
+def message_line(text: str) -> str:
+    """A message as one line that a terminal can show; the middle of a very long one is left out."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return printable(text)
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 from urllib.error import URLError
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from metarun.errors import ConfigError, first_line
 from metarun.nn.layers import Norm, Residual, convolution, initialise_convolutions, norm_layer, require_images
+from metarun.storage.files import user_path
 
 
 class ResNet18(nn.Sequential):
@@ -135,7 +135,7 @@ def read_weights(weights: str) -> Mapping[str, Tensor]:
     try:
         if weights == "imagenet":
             return published.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
-        return torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True)
+        return torch.load(user_path(weights), map_location="cpu", weights_only=True)
     except Exception as error:  # network errors, file system errors and damaged files
         remedy = (
             f"check the network, or download {published.url} by other means and set backbone.weights=FILE"

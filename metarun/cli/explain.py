@@ -65,6 +65,10 @@ def explain_os(error: OSError) -> str | None:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"{where}: the disk is full; make room, or choose another folder with hydra.run.dir=FOLDER"
+        case errno.EACCES | errno.EPERM if error.filename and cannot_read(error.filename):
+            return f"{where}: no permission to read; make it readable, or name another path"
+        case errno.EISDIR:
+            return f"{where}: is a folder, not a file; name another path"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return f"{where}: no permission to write; choose another folder with hydra.run.dir=FOLDER"
         case errno.ENOTDIR | errno.EEXIST:
@@ -76,6 +80,14 @@ def explain_os(error: OSError) -> str | None:
         case errno.ENOENT if error.filename:
             return f"{where}: no such file or folder, or its parent cannot have one; name another path"
     return None
+
+
+def cannot_read(path: str | bytes) -> bool:
+    """Whether a path exists but may not be read, or is in a folder that may not be looked into."""
+    if os.path.lexists(path):
+        return not os.access(path, os.R_OK)
+    parent = os.path.dirname(os.path.abspath(path))
+    return os.path.isdir(parent) and not os.access(parent, os.X_OK)
 
 
 def is_config_error(error: BaseException) -> bool:

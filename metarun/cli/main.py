@@ -25,7 +25,7 @@ from metarun.cli.overrides import arrange, fail, unquoted
 from metarun.cli.search_path import forget_current_folder
 from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
-from metarun.errors import first_line
+from metarun.errors import first_line, message_line
 from metarun.training.interrupts import ending_on_signals, stop_requested
 
 COMMANDS = {
@@ -198,7 +198,7 @@ def failed_job(error: BaseException, name: str, raw: bool, folder: Path) -> floa
     if raw or message is None:
         traceback.print_exception(error)
     message = message or f"internal error: {type(error).__name__}: {first_line(error)}"
-    print(f"metarun: error: {message}", file=sys.stderr)
+    print(f"metarun: error: {message_line(message)}", file=sys.stderr)
     return record_failure(folder, message)
 
 

@@ -6,11 +6,12 @@ import difflib
 import os
 import re
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from metarun.config.paths import CONF
 from metarun.config.schema import path_kind
+from metarun.errors import message_line
+from metarun.storage.files import user_path
 
 PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
 
@@ -81,7 +82,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     if name == "train" and resume:
         if typed_folder := [a for a in typed if a.lstrip("+").startswith("hydra.run.dir=")]:
             fail(f"{typed_folder[0]}: a resumed run stays in its folder; leave hydra.run.dir out", status=1)
-        folder = Path(resume[-1]).expanduser()
+        folder = user_path(resume[-1])
         folder = folder if folder.is_dir() else folder.parent
         overrides.append(f"hydra.run.dir={quoted(str(folder))}")
     return flags + overrides
@@ -233,5 +234,5 @@ def unquoted(text: str) -> str:
 def fail(message: str, status: int) -> NoReturn:
     """Print an error message of one line and exit."""
     prefix = "metarun: " if status == 130 else "metarun: error: "
-    print(prefix + message, file=sys.stderr)
+    print(prefix + message_line(message), file=sys.stderr)
     sys.exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
@@ -14,6 +15,20 @@ from typing import Any
 from metarun.cli.overrides import fail
 from metarun.training.interrupts import stop_requested
 
+# What an encoding without these characters shows instead; of others, the escape, such as \xe9.
+PLAIN = {"±": "+-", "…": "...", "━": "-", "\N{REPLACEMENT CHARACTER}": "?"}
+
+
+def encodable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler of `codecs`: other characters for those that an encoding does not have."""
+    assert isinstance(error, UnicodeEncodeError)
+    characters = error.object[error.start : error.end]
+    plain = (PLAIN.get(each) or each.encode("ascii", "backslashreplace").decode() for each in characters)
+    return "".join(plain), error.end
+
+
+ERRORS = "metarun"  # the name of that handler
+codecs.register_error(ERRORS, encodable)
 POSIX = os.name == "posix"
 # As much as select promises to take without blocking.
 AT_ONCE = getattr(select, "PIPE_BUF", 512)
@@ -99,13 +114,13 @@ def protected(name: str, descriptor: int) -> Output | None:
         return None  # replaced by a notebook or a test, or a console of Windows, which has its own functions
     output = Output(descriptor)
     if own is None:
-        stream = io.TextIOWrapper(io.BufferedWriter(output), encoding="utf-8")
+        stream = io.TextIOWrapper(io.BufferedWriter(output), encoding="utf-8", errors=ERRORS)
     else:
         own.flush()
         stream = io.TextIOWrapper(
             io.BufferedWriter(output),
             encoding=own.encoding,
-            errors=own.errors,
+            errors=ERRORS,
             line_buffering=own.line_buffering or own.write_through,
         )
     setattr(sys, name, stream)

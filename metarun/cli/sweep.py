@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
-from metarun.errors import counted
+from metarun.errors import counted, message_line
 from metarun.reporting.console import inform, print_line, relative
 
 Row = dict[str, Any]
@@ -40,7 +40,7 @@ class SweepTable(Callback):
         self.folder = folder = Path(config.hydra.sweep.dir)
         if any((folder / mark).exists() for mark in MARKS) and any(folder.rglob("last.pt")):
             message = f"hydra.sweep.dir={folder}: this folder already contains a sweep; choose another one"
-            print(f"metarun: error: {message}", file=sys.stderr)
+            print(f"metarun: error: {message_line(message)}", file=sys.stderr)
             sys.exit(1)
         # Files of an earlier sweep. Not by their times: the clock of a file server may be another one.
         self.before = {path: version_of(path) for path in record_files(folder)}

@@ -27,7 +27,7 @@ from metarun.errors import ConfigError, TrainingError, counted
 from metarun.reporting import pictures, plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import console, inform, relative
-from metarun.storage.files import write_csv, write_json
+from metarun.storage.files import user_path, write_csv, write_json
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import Metric, Objective, confusion
 from metarun.tasks.sampling import fixed_draws
@@ -99,12 +99,12 @@ def check_finite(outputs: Tensor | None, steps: Sequence[dict[str, Any]], model:
 def user_task(command: AdaptConfig, model: Model) -> Task:
     """The task in the folders `support` and `query`, with images prepared as in the training of the model."""
     assert command.support is not None
-    classes = class_folders.support_files(Path(command.support).expanduser(), command.depth)
+    classes = class_folders.support_files(user_path(command.support), command.depth)
     labels = torch.tensor([[i for i, files in enumerate(classes.values()) for _ in files]])
     query_files: list[Path] = []
     query_labels: list[int | None] = []
     if command.query is not None:
-        folder = Path(command.query).expanduser()
+        folder = user_path(command.query)
         query_files, query_labels = class_folders.query_files(folder, list(classes), command.depth)
     support_files = [file for files in classes.values() for file in files]
     support_x, query_x = read_folders(command, model, support_files, query_files)

@@ -371,7 +371,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         f"folder      {place}",
         "            best.pt  last.pt  learning_curve.png  metrics.jsonl  result.json",
     ]
-    console.print(Panel(Text("\n".join(lines), overflow="fold"), title=name, expand=False))
+    console.print(Panel(Text("\n".join(lines), overflow="fold"), title=Text(name), expand=False))
     # Below the panel, so that users can copy the whole line.
     print_line(
         f"next: metarun eval {shlex.join([f'checkpoint={place}', *trust_words(trainer.record['config'])])}"

@@ -15,7 +15,7 @@ from metarun.datasets.class_folders import Entry, class_store, entries, note_cou
 from metarun.datasets.torchvision_files import obtained
 from metarun.errors import DataError
 from metarun.storage.cached_arrays import memmap_cached
-from metarun.storage.files import data_dir
+from metarun.storage.files import data_dir, user_path
 from metarun.tasks.class_store import ClassStore
 
 
@@ -65,7 +65,7 @@ class Cifar100(ImageDataset):
     @cached_property
     def _files(self) -> dict[str, list[Entry]]:
         assert self.root is not None
-        return class_files(Path(self.root).expanduser())
+        return class_files(user_path(self.root))
 
     def _downloaded(self, title: str, wanted: list[str], device: torch.device | str) -> ClassStore:
         numbers = {label.name: number for number, label in enumerate(labels())}

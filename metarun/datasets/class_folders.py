@@ -23,7 +23,7 @@ from metarun.errors import DataError, counted
 from metarun.reporting.console import Bar, inform
 from metarun.storage.archives import Archive
 from metarun.storage.cached_arrays import memmap_cached
-from metarun.storage.files import encoded, read_regular
+from metarun.storage.files import encoded, read_regular, user_path
 from metarun.tasks.class_store import ClassStore
 
 BLOCK = 256  # images decoded before they are written: bounds the memory
@@ -252,7 +252,7 @@ def class_store(
     """
     files = [entry for name in classes for entry in classes[name]]
     cached_as = cached_as or title.replace(" ", "-")
-    source = os.path.abspath(root.expanduser())
+    source = os.path.abspath(user_path(str(root)))
     settings = f"{VERSION} {dataset.item_shape} {dataset.resize} {dataset.unreadable or 'stop'}"
     settings += " inverted" if dataset.invert else ""
     decoding = dataset.decoding

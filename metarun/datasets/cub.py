@@ -15,7 +15,7 @@ from metarun.errors import DataError
 from metarun.reporting.console import inform
 from metarun.storage.cached_arrays import extract_cached
 from metarun.storage.downloads import download
-from metarun.storage.files import data_dir
+from metarun.storage.files import data_dir, user_path
 from metarun.tasks.class_store import ClassStore
 
 SPECIES = re.compile(r"(\d{3})\..+")  # 001.Black_footed_Albatross
@@ -80,7 +80,7 @@ class Cub(ImageDataset):
         return species(entries(extract_cached(archive, "cub", lambda: inform(work), md5)))
 
     def _root(self) -> Path:
-        return Path(self.root).expanduser() if self.root else self._downloaded()
+        return user_path(self.root) if self.root else self._downloaded()
 
     def _downloaded(self) -> Path:
         archive = data_dir() / "cub" / ARCHIVE

@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from metarun.datasets.torchvision_files import Labelled, obtained
 from metarun.errors import ConfigError
 from metarun.reporting.console import Bar
 from metarun.storage.cached_arrays import memmap_cached
-from metarun.storage.files import data_dir, encoded
+from metarun.storage.files import data_dir, encoded, user_path
 from metarun.tasks.class_store import ClassStore
 
 BLOCK = 256  # images submitted to the decoding threads at a time
@@ -80,7 +79,7 @@ class FromTorchvision(ImageDataset):
 
         Raises DataError if the files are missing or damaged, ConfigError if there are too few classes.
         """
-        root = os.path.abspath(Path(self.root).expanduser()) if self.root else None
+        root = os.path.abspath(user_path(self.root)) if self.root else None
         key = f"1 {self.item_shape} {self.resize} {root}"  # 1: the version of the entry's content
         entry = f"{self.name}-{hashlib.sha256(encoded(key)).hexdigest()[:24]}"
         content, made = memmap_cached(
@@ -123,7 +122,7 @@ class FromTorchvision(ImageDataset):
 
     def _parts(self) -> list[Labelled]:
         kind, settings = SETS[self.name]
-        folder = Path(self.root).expanduser() if self.root else data_dir() / "torchvision"
+        folder = user_path(self.root) if self.root else data_dir() / "torchvision"
         instead = "set dataset.root to the folder that has torchvision's files"
         return obtained(self.name, kind, settings, folder, self.download, self.root is None, instead)
 

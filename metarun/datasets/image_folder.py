@@ -17,6 +17,7 @@ from metarun.datasets.images import Resize
 from metarun.datasets.preparation import Background, InkSetting, Preparation
 from metarun.errors import ConfigError, DataError
 from metarun.reporting.console import inform
+from metarun.storage.files import user_path
 from metarun.tasks.class_store import ClassStore
 
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
@@ -138,7 +139,7 @@ class ImageFolder(ImageDataset):
     @cached_property
     def _classes(self) -> dict[Split, Classes]:
         """The classes of each split that there is."""
-        root = Path(self.root).expanduser()
+        root = user_path(self.root)
         files, root = unwrapped(entries(root), root, self.depth)
         folders = split_folders(files, self.depth, root)
         if not folders:

@@ -19,6 +19,7 @@ from metarun.datasets.base import ImageDataset, Split, and_more
 from metarun.datasets.class_folders import Entry, class_store, entries, note_counts
 from metarun.datasets.images import Resize
 from metarun.errors import DataError
+from metarun.storage.files import user_path
 from metarun.tasks.class_store import ClassStore
 
 WNID = re.compile(r"n\d{8}")
@@ -81,7 +82,7 @@ class MiniImageNet(ImageDataset):
     @cached_property
     def _files(self) -> dict[str, list[Entry]]:
         """The images of each class, by WordNet id."""
-        files = entries(Path(self.root).expanduser())
+        files = entries(user_path(self.root))
         listed = self._listed(files)
         found: dict[str, list[Entry]] = {}
         for entry in files:

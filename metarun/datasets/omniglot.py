@@ -16,7 +16,7 @@ from metarun.datasets.base import ImageDataset, Split, and_more, by_digest, sele
 from metarun.datasets.class_folders import Entry, class_store, entries
 from metarun.errors import DataError
 from metarun.storage.downloads import download
-from metarun.storage.files import data_dir
+from metarun.storage.files import data_dir, user_path
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.source import SPLITS
 
@@ -134,7 +134,7 @@ class Omniglot(ImageDataset):
     def _pieces(self) -> dict[str, Path]:
         """The zips or folders of the two pieces, downloaded if that is allowed. Raises DataError."""
         if self.root is not None:
-            return self._pieces_below(Path(self.root).expanduser())
+            return self._pieces_below(user_path(self.root))
         folder = data_dir() / "omniglot"
         missing = [piece for piece in MD5 if piece not in pieces_in(folder)]
         wanted = " and ".join(f"{piece}.zip" for piece in missing)

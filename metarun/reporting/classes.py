@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from metarun.reporting import pictures
 from metarun.reporting.console import console
 from metarun.storage.files import write_csv
 
+LONGEST_STEM = 50  # characters
 SHOWN = 10  # the most classes in the table on screen, the worst first
 TABLES = 3  # the most tables of classes on screen; of more matrices, only the worst class of each is shown
 
@@ -102,6 +104,8 @@ def write_classes(
 ) -> list[str]:
     """Write the metrics of each class, the confusion matrix and its figure; the names of the files."""
     stem = re.sub(r"[^\w.-]+", "_", title).strip("_")
+    if len(stem) > LONGEST_STEM:  # file systems limit the length of names, in bytes
+        stem = f"{stem[:LONGEST_STEM]}_{hashlib.sha256(stem.encode('utf-8', 'replace')).hexdigest()[:8]}"
     files = [f"classes_{stem}.csv", f"confusion_{stem}.csv", f"confusion_{stem}.png"]
     write_csv(folder / files[0], rows)
     present = [i for i, name in enumerate(names) if confusion[i].any() or confusion[:, i].any()]

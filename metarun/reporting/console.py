@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,10 +16,30 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+
+from metarun.errors import printable
+
+
+class TextConsole(Console):
+    """A console that takes text as it is: names from outside are no markup and no codes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What is printed, with codes of a terminal (but for line ends) replaced by a sign."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                lines = (printable(line, "\N{REPLACEMENT CHARACTER}") for line in segment.text.split("\n"))
+                yield Segment("\n".join(lines), segment.style)
+
 
 # Messages and progress go to standard error, so that standard output contains only results.
-console = Console()
-messages = Console(stderr=True)
+console = TextConsole()
+messages = TextConsole(stderr=True)
 
 
 def print_line(text: str) -> None:
@@ -31,7 +53,7 @@ def inform(text: str) -> None:
 
 
 def _line(where: Console, text: str) -> None:
-    where.print(text, markup=False, highlight=False, soft_wrap=True)
+    where.print(printable(text), soft_wrap=True)
 
 
 def progress_bar(unit: str, transient: bool = False) -> Progress:

@@ -46,7 +46,7 @@ def style(index: int) -> dict[str, Any]:
 def without_glyph_warnings() -> Iterator[None]:
     """A context in which matplotlib does not warn of characters that its font lacks; it draws boxes."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        warnings.filterwarnings("ignore", message="(?s)Glyph .* missing")
         yield
 
 

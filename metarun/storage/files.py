@@ -26,20 +26,40 @@ CHUNK = 1 << 18  # bytes read at a time
 
 def cache_dir() -> Path:
     """The cache folder: the variable METARUN_CACHE, or ~/.cache/metarun if it is not set."""
-    return Path(os.environ.get("METARUN_CACHE") or "~/.cache/metarun").expanduser()
+    return own_folder("METARUN_CACHE", "~/.cache/metarun")
 
 
 def data_dir() -> Path:
     """The folder for downloads: the variable METARUN_DATA, or ~/.cache/metarun/data if it is not set."""
-    return Path(os.environ.get("METARUN_DATA") or "~/.cache/metarun/data").expanduser()
+    return own_folder("METARUN_DATA", "~/.cache/metarun/data")
+
+
+def own_folder(variable: str, default: str) -> Path:
+    """The folder that a variable chooses. Raises DataError if it is in a home folder that is not known."""
+    folder = user_path(os.environ.get(variable) or default)
+    if str(folder).startswith("~"):
+        raise DataError(f"{folder}: the home folder is not known; set the variable {variable} to a folder")
+    return folder
+
+
+def user_path(text: str) -> Path:
+    """A typed path, with `~` as the home folder; unchanged if there is no such user."""
+    return Path(os.path.expanduser(text))
 
 
 @contextmanager
 def blaming(folder: Path, variable: str) -> Iterator[None]:
-    """Turn an OSError of writing to `folder` into a DataError that names `variable`, which chooses it."""
+    """Turn an OSError of writing to `folder` into a DataError that names `variable`, which chooses it.
+
+    The error of a file that is not in that folder, such as an archive that is read, names that file.
+    """
     try:
         yield
     except OSError as error:
+        where, own = (Path(os.path.abspath(os.fsdecode(p))) for p in (error.filename or folder, folder))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or where.is_relative_to(own) or own.is_relative_to(where)):
+            raise DataError(f"{where}: cannot be read ({error.strerror or error})") from error
         raise DataError(
             f"cannot write to {folder} ({error.strerror or error}): "
             f"set the variable {variable} to a folder that can be written"

@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from metarun.errors import printable
 from metarun.storage.files import blaming
 
 PATIENCE = 1.0  # seconds to wait for another process without a message
@@ -45,7 +46,8 @@ def once(
         with blaming(path.parent, variable):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not _acquire(lock, PATIENCE):
-                print(f"waiting for another process that prepares {path} ...", file=sys.stderr, flush=True)
+                what = printable(str(path))
+                print(f"waiting for another process that prepares {what} ...", file=sys.stderr, flush=True)
                 _acquire(lock, -1)
         value = load()  # another process may have made it while this one waited
         return make() if value is None else value

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import metarun
 from metarun.errors import CheckpointError
-from metarun.storage.files import atomic_write
+from metarun.storage.files import atomic_write, user_path
 
 FORMAT = 3  # the version of the format, incremented when older checkpoints can no longer be read
 
@@ -137,9 +137,16 @@ def is_plain(value: Any) -> bool:
             value = list(value.values())
         if isinstance(value, (list, tuple)):
             waiting += [(item, level + 1) for item in value[:MOST_VALUES]]
-        elif not isinstance(value, (str, int, float, NoneType)):
+        elif not isinstance(value, (str, int, float, NoneType)) or is_endless(value):
             return False
     return True
+
+
+def is_endless(value: object) -> bool:
+    """Whether a text or a whole number is longer than any that a run has."""
+    if isinstance(value, str):
+        return len(value) > MOST_VALUES
+    return isinstance(value, int) and abs(value) >> 64 > 0
 
 
 def are_weights(state: Mapping[Any, Any]) -> bool:
@@ -200,7 +207,7 @@ def find(
     Raises:
         CheckpointError: if there is no such file or folder, or the folder has none of `names`.
     """
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     if not path.exists():
         raise CheckpointError(f"{setting}={reference}: no such checkpoint; name a run folder or a .pt file")
     if not path.is_dir():
