@@ -7,7 +7,7 @@ ways (the same result to rounding):
   norm over T*C channels serve all tasks at once. For chains of the layers in `GROUPED`, and of
   residual blocks of these.
 - `unfold`: the same, with a convolution as one batched matrix product of unfolded patches.
-- `vmap`: the forward pass alone is vectorised over tasks. For any network.
+- `vmap`: the forward pass alone is vectorised over tasks. For any network without recurrent layers.
 - `loop`: one task after another. The plain reference.
 
 Attention is computed without fused kernels (`plain_attention`), which cannot be differentiated twice.
@@ -48,7 +48,8 @@ class TaskBatching:
 
     Args:
         how: one of the ways of this module. "auto" is `grouped` for networks that have it and
-            `vmap` for others; so are "grouped" and "unfold" for networks without a grouped form.
+            `vmap` for others; so are "grouped" and "unfold" for networks without a grouped form. Networks
+            with recurrent layers are run by `loop`.
         channels_last: keep feature maps in that memory layout. On a CPU normalising and pooling are
             then several times faster (docs/speed.md). "auto": on every device but CUDA.
     """
@@ -110,7 +111,8 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBat
     if how in ("auto", "grouped", "unfold") and x.dim() in (3, 5) and is_groupable(module):
         return run_grouped(module, params, x, batching)
     with plain_attention():
-        if how != "loop":
+        # vmap has no rule for PyTorch's recurrent layers.
+        if how != "loop" and not any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
             return torch.vmap(lambda p, one: functional_call(module, p, (one,)), randomness="different")(
                 params, x
             )

@@ -180,6 +180,17 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(*projected).squeeze(1).mean(1)
 
 
+class Recurrent(nn.Module):
+    features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.gru = nn.Embedding(VOCABULARY, 4), nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.gru(self.embedding(ids))[0].mean(1)
+
+
 class Bag(nn.Module):
     features = 4
 
@@ -209,9 +220,11 @@ def build(name: str, backbone: nn.Module, order: int = 2) -> Algorithm:
 @pytest.mark.parametrize(
     ("name", "cls", "batching"),
     [("maml", cls, batching) for cls in (Transformer, Attention) for batching in ("vmap", "loop")]
-    + [("cavia", Transformer, "vmap")],
+    + [("cavia", Transformer, "vmap"), ("maml", Recurrent, "auto")],
 )
-def test_the_meta_gradient_of_a_transformer_is_the_slope(float64: None, name: str, cls, batching: str):
+def test_the_meta_gradient_of_a_network_for_sequences_is_the_slope(
+    float64: None, name: str, cls, batching: str
+):
     """By central differences along a random direction."""
     algorithm, tasks = build(name, cls()), texts()
     engine = engine_of(algorithm, tasks, batching=batching)
