@@ -47,7 +47,11 @@ def commands() -> list[list[str]]:
         found += [line.partition("  ")[0] for line in re.findall(r"^ +(metarun \w+ .*)$", text, re.MULTILINE)]
     typed = {line: shlex.split(line, comments=True)[1:] for line in found if line.startswith("metarun ")}
     # Not templates, and not what tests/commands/test_own_parts.py runs.
-    kept = (line for line in typed if not re.search(r"NAME|-cd|\.\.\.|\[\w+=|^metarun (eval|adapt)$", line))
+    kept = (
+        line
+        for line in typed
+        if not re.search(r"NAME|-cd|\.\.\.|\[\w+=|^metarun (eval|adapt)(?!.*checkpoint=)", line)
+    )
     return [typed[line] for line in kept]
 
 
