@@ -138,6 +138,9 @@ def separated(name: str, arguments: list[str]) -> tuple[list[str], list[str]]:
                 fail(f"{flag} needs a value; see metarun {name} --help", status=2)
             if flag in CHOICES and value not in CHOICES[flag]:
                 fail(f"{flag} {value}: must be one of {', '.join(CHOICES[flag])}", status=2)
+            if flag in ("-cd", "--config-dir") and os.path.basename(os.path.abspath(value)) == ".hydra":
+                # It may be somebody else's, and a typed folder of configs may name any class.
+                fail(f"{flag} {value}: is the record of a run; continue the run with resume=RUN", status=2)
             if flag in PLAIN_FLAGS and equals:
                 fail(f"{argument}: {flag} takes no value", status=2)
             flags += [argument] if equals or flag in PLAIN_FLAGS else [flag, value]

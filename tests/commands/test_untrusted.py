@@ -163,6 +163,12 @@ def test_a_module_that_the_user_trusts_is_imported(metarun, content, trace: Path
     assert trace.read_text() == "payload"
 
 
+def test_the_record_of_a_run_is_not_a_folder_of_configs(metarun, trained):
+    folder = trained(*UNTESTED) / ".hydra"
+    done = metarun("train", "-cd", f"{folder}/", "-cn", "config", status=2)
+    assert "is the record of a run; continue the run with resume=RUN" in done.stderr
+
+
 def test_a_pickle_is_not_executed(metarun, tmp_path: Path):
     class Attack:
         def __reduce__(self):
