@@ -148,7 +148,7 @@ class ImageFolder(ImageDataset):
             split: classes_of([entry for entry in files if entry.parts[0] in names], 1, root, self.depth)
             for split, names in folders.items()
         }
-        for split in found.keys() - {"train"}:
+        for split in [split for split in found if split != "train"]:  # in their order
             if shared := sorted(found.get("train", {}).keys() & found[split].keys()):
                 raise DataError(
                     f"dataset.root={root}: class {shared[0]!r} is in train and in {split}; "
