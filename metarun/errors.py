@@ -64,6 +64,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device and in the wording of any library."""
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's own, which is not imported here
+        return True
     return isinstance(error, MemoryError) or (
         not isinstance(error, MetarunError) and NO_MEMORY.search(str(error)) is not None
     )
