@@ -293,11 +293,11 @@ def check_kind(path: str, group: str, cls: type) -> None:
     if group not in KINDS:
         raise ConfigError(f"{path}._target_: {path} takes no class; leave _target_ out")
     module, _, name = KINDS[group].rpartition(".")
-    if not issubclass(cls, getattr(importlib.import_module(module), name)) or inspect.isabstract(cls):
-        raise ConfigError(
-            f"{path}._target_={cls.__module__}.{cls.__name__}: is not a complete {KINDS[group]}; "
-            "choose a subclass"
-        )
+    what = f"{path}._target_={cls.__module__}.{cls.__name__}"
+    if not issubclass(cls, getattr(importlib.import_module(module), name)):
+        raise ConfigError(f"{what}: is not a {KINDS[group]}")
+    if inspect.isabstract(cls):
+        raise ConfigError(f"{what}: is an abstract class; choose a subclass")
 
 
 def matches(value: Any, hint: Any) -> bool:

@@ -123,7 +123,7 @@ class Preparation:
             if like is not None and abs(mean) < CLEAR:
                 majority = like
             turned = sum(is_reversed(value, majority) for value in found)
-            how = f"as in most of them; {setting} sets it"
+            how = f"detected from most of them; set {setting}=dark or {setting}=light to override"
         ground = "light" if majority == "dark" else "dark"
         inform(f"{name}: {majority} ink on a {ground} background ({how})")
         if turned:

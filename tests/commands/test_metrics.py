@@ -20,8 +20,8 @@ from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.config.build import build_dataset
-from metarun.config.restore import rebuild
-from metarun.config.schema import from_plain
+from metarun.config.restore import config_of, rebuild
+from metarun.config.schema import typed
 from metarun.datasets.glyphs import Glyphs
 from metarun.reporting import drawing, plots
 from metarun.tasks.episodes import EpisodeShape
@@ -318,7 +318,7 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor) -> float:
 
 def restored(run: Path, hardware: Hardware) -> tuple[Algorithm, Glyphs]:
     content = checkpoint.load(run / "best.pt")
-    settings = from_plain(content["config"])
+    settings = typed(config_of(content, run / "best.pt", ()))
     algorithm, _, _ = rebuild(content, settings, hardware, run / "best.pt")
     return algorithm.eval(), build_dataset(settings.dataset)  # type: ignore[return-value]
 

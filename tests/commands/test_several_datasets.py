@@ -42,7 +42,8 @@ def results(folder: Path) -> list[dict]:
 
 
 def test_train_resume_and_a_row_for_each_dataset(metarun, two: list[str], tmp_path: Path):
-    words = ["train", *two, *WORDS, "algorithm=pretrain"]  # which needs the count of all classes
+    # The method needs the number of classes of all datasets together.
+    words = ["train", *two, *WORDS, "algorithm=pretrain", "inner_loop.test_steps=3"]
     metarun(*words, "hydra.run.dir=whole")
     metarun(*words, "hydra.run.dir=parts", "iterations=2")
     (tmp_path / "own").rename(tmp_path / "moved")
