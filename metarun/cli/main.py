@@ -111,6 +111,7 @@ def run(name: str, arguments: list[str]) -> None:
 
     register_frames()
     warnings.filterwarnings("error", message="provider=hydra.searchpath")
+    warnings.filterwarnings("ignore", message="The epoch parameter in")  # by SequentialLR of PyTorch 2.6
     warnings.filterwarnings("ignore", module=r"PIL\.")  # unreadable images raise errors that name the file
     # Hydra registers completion for the first word.
     program = "metarun" if "-sc" in arguments else f"metarun {name}"
