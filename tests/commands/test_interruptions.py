@@ -27,8 +27,14 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """The handlers that were there before: an interrupted command leaves the default ones."""
+    """The handlers that were there before: an interrupted command leaves the default ones.
+
+    Signals that the process ignores, as under nohup, would stay ignored; the tests start without that.
+    """
     before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     yield
     interrupts._last_request.clear()
     for number, handler in before.items():
