@@ -197,6 +197,8 @@ def explain_choice(name: str, whole: str) -> str:
 
     group, _, option = name.rpartition("/")
     options = re.findall(r"^\t(\S+)$", whole, re.MULTILINE)
+    if group == "hydra/launcher" and option.startswith(("joblib", "submitit")):  # packages of their own
+        return f'{group}={option}: is not installed; pip install "metarun[launchers]"'
     return f"{group}={option}: no such {group or 'config'}{did_you_mean(option, options)}"
 
 

@@ -174,7 +174,7 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     if sweep:
         from metarun.cli.sweep import record_success
 
-        record_success(folder)
+        record_success(folder, result)
     elif name == "data":  # which writes figures at most
         remove_hydra_files(folder, kept)
     return result

@@ -150,14 +150,20 @@ def record_failure(folder: Path, message: str) -> float:
     return math.nan
 
 
-def record_success(folder: Path) -> None:
-    """Replace the failure.json of a job that has ended, by job.json if its command writes no result.json."""
+def record_success(folder: Path, value: float | None) -> None:
+    """Replace the failure.json of a job that has ended, by job.json if its command writes no result.json.
+
+    Args:
+        folder: of the job.
+        value: what the command returned: the first result of `metarun eval` or `adapt`, None of `data`.
+    """
     from metarun.storage.files import write_json
 
     (folder / "failure.json").unlink(missing_ok=True)
     if not (folder / "result.json").exists():
         with contextlib.suppress(OSError):
-            write_json(folder / "job.json", {"overrides": list(HydraConfig.get().overrides.task)})
+            overrides = list(HydraConfig.get().overrides.task)
+            write_json(folder / "job.json", {"overrides": overrides, "result": value})
 
 
 def record_files(folder: Path) -> list[Path]:
@@ -191,8 +197,8 @@ def row_of(job: str, result: Row) -> Row:
         if split in result:
             row[f"{split} {result['metric']}"] = result[split]["mean"]
             row[f"{split} interval"] = result[split]["interval"]
-    if "validation" not in result:  # of eval or adapt, which write files of their own
-        return row
+    if "result" in result:  # of eval or adapt, which write files of their own
+        return row | {"result": result["result"]}
     best = result["validation"]["iteration"]
     return row | {"best iteration": best, "seconds": result["seconds"], "checkpoint": result["checkpoint"]}
 
@@ -204,15 +210,17 @@ def table_of(results: dict[str, Row], folder: str, jobs: int) -> Table:
     swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]
     part = f"{len(results)} of " if len(results) < jobs else ""
     table = Table(title=f"{part}{counted(max(jobs, len(results)), 'job')} in {folder}")
-    for heading in ("job", *swept, "validation", "test", "seconds"):
+    others = any("result" in each for each in results.values())  # of eval or adapt
+    for heading in ("job", *swept, *(["result"] if others else ["validation", "test", "seconds"])):
         table.add_column(heading, overflow="fold")
     for job, result in results.items():
         cells = [job, *(settings[job].get(key, "") for key in swept)]
         if "error" in result:
             table.add_row(*cells, Text(result["error"], style="red"))
             continue
-        if "validation" not in result:
-            table.add_row(*cells, "finished")
+        if "result" in result:
+            value = result["result"]
+            table.add_row(*cells, "finished" if value is None else f"{value:.4f}")
             continue
         figures = [figure(result, split) for split in ("validation", "test")]
         table.add_row(*cells, *figures, f"{result['seconds']:.0f}")

@@ -276,7 +276,11 @@ def test_a_sweep_of_evaluations_lists_them_all(metarun, trained, tmp_path: Path)
     words = ["eval", "-m", f"checkpoint={trained(*UNTESTED)}", "episodes=2", "split=test,nothing"]
     done = metarun(*words, "hydra.sweep.dir=sweep", status=1)
     assert "2 jobs in sweep" in done.stdout
-    assert [row["error"][:14] for row in table(tmp_path / "sweep")] == ["", "split=nothing:"]
+    good, bad = table(tmp_path / "sweep")
+    assert (good["error"], bad["error"][:14]) == ("", "split=nothing:")
+    mean = json.loads((tmp_path / "sweep/0/results.json").read_text())["results"][0]["mean"]
+    assert float(good["result"]) == mean
+    assert f"{mean:.4f}" in done.stdout
 
 
 def test_the_clock_of_the_file_server_does_not_matter(
