@@ -1,4 +1,4 @@
-"""Figures can be read: no text covers another one, or is cut off; the colours of models can be told apart."""
+"""Figures can be read: no text covers another one, or is cut off; the colours of models can be distinguished."""
 
 from __future__ import annotations
 
