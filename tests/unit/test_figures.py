@@ -1,4 +1,4 @@
-"""Figures can be read: no text covers another one, or is cut off; the colours of models can be distinguished."""
+"""Figures can be read: no text covers another one or is cut off, and models can be distinguished by colour."""
 
 from __future__ import annotations
 
