@@ -1,4 +1,4 @@
-"""Figures can be read: no text covers another one or is cut off, and models can be distinguished by colour."""
+"""Figures can be read: no text covers another one or is cut off; colours distinguish the models."""
 
 from __future__ import annotations
 
