@@ -148,6 +148,10 @@ class Algorithm(nn.Module, ABC):
 
         return one_by_one
 
+    def balanced(self, tasks: Any) -> Any:
+        """Tasks for evaluation: if the method normalises batches, with copies (`Episodes.repeated`)."""
+        return tasks.repeated() if self.normalises_batches and isinstance(tasks, Episodes) else tasks
+
     def meta_loss(self, tasks: Any) -> Outcome:
         """The outcome whose mean loss over tasks is minimised by training.
 

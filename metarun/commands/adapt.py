@@ -150,17 +150,18 @@ def follow(algorithm: Algorithm, task: Task) -> tuple[list[dict[str, Any]], Adap
     rows: list[dict[str, Any]] = []
     adapted, outputs = None, None
     episode = task.episode
+    balanced = algorithm.balanced(episode)
     scored = task.has_queries and (episode.classes is None or bool((episode.query_y >= 0).any()))
-    for step, adapted in enumerate(algorithm.trajectory(episode)):
+    for step, adapted in enumerate(algorithm.trajectory(balanced)):
         row: dict[str, Any] = {"step": step}
-        support = algorithm.predict(adapted, episode.support_x)
+        support = algorithm.predict(adapted, balanced.support_x)[:, : episode.support_x.shape[1]]
         row |= figures("support", algorithm, episode, support, episode.support_y)
         if scored:
-            outputs = algorithm.predictor(adapted, episode)(episode.query_x)
+            outputs = algorithm.predictor(adapted, balanced)(episode.query_x)
             row |= figures("query", algorithm, episode, outputs, episode.query_y)
         rows.append(row)
     if task.has_queries and outputs is None:
-        outputs = algorithm.predictor(adapted, episode)(episode.query_x)
+        outputs = algorithm.predictor(adapted, balanced)(episode.query_x)
     return rows, adapted, outputs
 
 

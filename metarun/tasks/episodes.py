@@ -167,6 +167,29 @@ class Episodes(Tasks):
             return self
         return replace(self, support_weights=class_weights(self.support_y, self.ways))
 
+    def repeated(self) -> Episodes:
+        """Balanced tasks with copies of support examples: every class then has as many as the largest.
+
+        The statistics of a batch are those of a support with equal classes, while the weights of the copies
+        of an example add up to its own weight. Copies come after the examples. Tasks that are not `balanced`,
+        and those whose classes are equal, stay as they are.
+        """
+        if self.support_weights is None:
+            return self
+        tasks, shots = self.support_y.shape
+        ways = torch.arange(self.ways, device=self.support_y.device)
+        sizes = (self.support_y.unsqueeze(1) == ways.unsqueeze(1)).sum(2, keepdim=True)  # [T, N, 1]
+        turns = torch.arange(int(sizes.max()), device=sizes.device)
+        places = sizes.cumsum(1) - sizes + turns % sizes  # in the order of classes, [T, N, turns]
+        rows = self.support_y.argsort(dim=1, stable=True).gather(1, places.flatten(1))
+        copies = rows[(turns >= sizes).flatten(1)].view(tasks, -1)
+        rows = torch.cat([torch.arange(shots, device=rows.device).expand(tasks, -1), copies], 1)
+        counts = torch.zeros_like(self.support_y).scatter_add_(1, rows, torch.ones_like(rows))
+        each = torch.arange(tasks, device=rows.device).unsqueeze(1)
+        weights = self.support_weights / counts * (rows.shape[1] / shots)
+        x, y, weights = (tensor[each, rows] for tensor in (self.support_x, self.support_y, weights))
+        return replace(self, support_x=x, support_y=y, support_weights=weights)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same tasks with every tensor replaced by `function(tensor)`."""
         names = ("support_x", "support_y", "query_x", "query_y", "classes", "support_weights")

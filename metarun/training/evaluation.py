@@ -139,6 +139,7 @@ def adapted_outcome(algorithm: Algorithm, tasks: Tasks, dtype: torch.dtype) -> O
     """Adapt to each task's support and predict its queries, with outputs in `dtype`."""
 
     def run(part: Tasks) -> Outcome:
+        part = algorithm.balanced(part)
         predict = algorithm.predictor(algorithm.adapt(part), part)
         return part.query(lambda x: predict(x).to(dtype), algorithm.loss)
 

@@ -42,7 +42,7 @@ from metarun.inner_loops.sgd import SGD
 from metarun.nn.layers import replace_layers
 from metarun.nn.per_task import TaskBatching, run_on_tasks
 from metarun.nn.shared_weights import runs_at_once
-from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.episodes import Episodes, EpisodeShape, UnequalEpisodes
 from metarun.tasks.objectives import REGRESSION, mean_squared_error
 from metarun.training.evaluation import adapted_outcome
 
@@ -207,6 +207,36 @@ def test_every_class_counts_equally_whatever_its_number_of_shots(name: str):
         copies = replace(tasks, support_x=tasks.support_x[:, rows], support_y=tasks.support_y[:, rows])
         outputs.append(algorithm.predict(algorithm.adapt(copies.balanced()), tasks.query_x))
     torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in EMBEDDED])
+def test_batch_statistics_count_every_class_equally(name: str):
+    """In `adapt` and `eval`: 2, 4 and 1 examples in any order, as 2, 1 and 4 copies of each would be."""
+    algorithm = METHODS[name].build(BACKBONES["conv4"](), 2).eval()
+    algorithm.transductive = False
+    tasks = episodes_of(tasks=1, shots=4)
+    copied, few = torch.tensor([0, 1, 0, 1, 4, 5, 6, 7, 8, 8, 8, 8]), torch.tensor([6, 0, 5, 8, 4, 1, 7])
+    equal = replace(tasks, support_x=tasks.support_x[:, copied])
+    task = replace(tasks, support_x=tasks.support_x[:, few], support_y=tasks.support_y[:, few]).balanced()
+    with torch.no_grad():
+        expected, found = (follow(algorithm, Task(each, True, "abc", []))[2] for each in (equal, task))
+    torch.testing.assert_close(found, expected)
+    outcome = adapted_outcome(algorithm, UnequalEpisodes((task,)), torch.float64)
+    torch.testing.assert_close(outcome.outputs, expected)
+
+
+def test_copies_of_an_example_share_its_weight():
+    """Classes of 3, 2 and 1 examples: of the class of 2, one is there twice."""
+    tasks = episodes_of(tasks=2, shots=3)
+    rows, each = torch.tensor([[0, 1, 2, 3, 4, 6], [8, 0, 4, 5, 1, 2]]), torch.tensor([[0], [1]])
+    few = replace(tasks, support_x=tasks.support_x[each, rows], support_y=tasks.support_y[each, rows])
+    copied = few.balanced().repeated()
+    rows = torch.tensor([[0, 1, 2, 3, 4, 5, 3, 5, 5], [0, 1, 2, 3, 4, 5, 2, 0, 0]])
+    torch.testing.assert_close(copied.support_x, few.support_x[each, rows])
+    assert torch.equal(copied.support_y, few.support_y[each, rows])
+    weights = [[1, 1, 1, 0.75, 1.5, 1, 0.75, 1, 1], [1, 1, 0.75, 1.5, 1, 1, 0.75, 1, 1]]
+    torch.testing.assert_close(copied.support_weights, torch.tensor(weights))
+    assert torch.equal(tasks.balanced().repeated().support_x, tasks.support_x)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.any_order])
