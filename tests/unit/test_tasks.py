@@ -355,8 +355,8 @@ def test_nothing_is_padded(float64: None, name: str):
     )
     outcome = adapted_outcome(algorithm.eval(), tasks, torch.float64)
     torch.testing.assert_close(result.losses, outcome.loss)
-    support, query = ({task.support_x.shape[1] for task in tasks.tasks}, {4, 3})
-    assert set(counts) == support | query == {6, 3, 4}
+    # Its batch statistics see each class as often as the largest (3 of 3, 2 of 2, 2 of 3), and all queries.
+    assert set(counts) == {9, 4, 6} | {4, 3}
 
 
 @pytest.mark.quick
