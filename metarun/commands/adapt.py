@@ -23,6 +23,7 @@ from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.config.targets import trusted_modules
 from metarun.datasets import class_folders
+from metarun.datasets.base import OwnTask
 from metarun.errors import ConfigError, TrainingError, counted
 from metarun.reporting import pictures, plots
 from metarun.reporting.classes import report_classes
@@ -97,7 +98,31 @@ def check_finite(outputs: Tensor | None, steps: Sequence[dict[str, Any]], model:
 
 
 def user_task(command: AdaptConfig, model: Model) -> Task:
-    """The task in the folders `support` and `query`, with images prepared as in the training of the model."""
+    """The task in `support` and `query`, with examples prepared as in the training of the model."""
+    own = own_images(command, model) if model.spec.kind == "images" else own_examples(command, model)
+    has_queries = own.query_x is not None and own.query_y is not None
+    episode = Episodes(
+        support_x=own.support_x,
+        support_y=own.support_y,
+        query_x=own.query_x if has_queries else own.support_x,  # type: ignore[arg-type]
+        query_y=own.query_y if has_queries else own.support_y,  # type: ignore[arg-type]
+        classes=torch.arange(len(own.classes)).unsqueeze(0) if own.classes else None,
+        objective=model.objective(command.metrics),
+    ).balanced()  # the classes may have different numbers of examples
+    return Task(episode, has_queries, own.classes, own.query_names)
+
+
+def own_examples(command: AdaptConfig, model: Model) -> OwnTask:
+    """The task in files that are no images, read by the dataset of the checkpoint."""
+    assert command.support is not None
+    for name, unset in (("depth", 1), ("ink", "auto")):
+        if (value := getattr(command, name)) != unset:
+            raise ConfigError(f"{name}={value}: the model does not take images; leave it out")
+    return model.dataset.own_task(user_path(command.support), command.query)
+
+
+def own_images(command: AdaptConfig, model: Model) -> OwnTask:
+    """The task in folders of images."""
     assert command.support is not None
     classes = class_folders.support_files(user_path(command.support), command.depth)
     labels = torch.tensor([[i for i, files in enumerate(classes.values()) for _ in files]])
@@ -109,15 +134,7 @@ def user_task(command: AdaptConfig, model: Model) -> Task:
     support_files = [file for files in classes.values() for file in files]
     support_x, query_x = read_folders(command, model, support_files, query_files)
     known = torch.tensor([[-1 if label is None else label for label in query_labels]])
-    episode = Episodes(
-        support_x=support_x,
-        support_y=labels,
-        query_x=support_x if query_x is None else query_x,
-        query_y=labels if query_x is None else known,
-        classes=torch.arange(len(classes)).unsqueeze(0),
-        objective=model.objective(command.metrics),
-    ).balanced()  # the folders may contain different numbers of images
-    return Task(episode, query_x is not None, list(classes), [str(file) for file in query_files])
+    return OwnTask(support_x, labels, query_x, known, list(classes), [str(file) for file in query_files])
 
 
 def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task:

@@ -73,9 +73,13 @@ def prepare(command: DataConfig, name: str) -> None:
     drawn = command.split if command.split in sources else next(iter(sources))
     source = sources[drawn]
     inform(place(None if source.parts else name))  # a mixture caches nothing itself
-    if isinstance(source, ClassStore) and len(source.item_shape) == 3:
-        shape = EpisodeShape(command.ways, command.shots, command.queries)
+    for line in source.remarks():
+        inform(line)
+    shape = EpisodeShape(command.ways, command.shots, command.queries)
+    if isinstance(source, ClassStore) and source.spec.kind == "images":
         draw(source, shape, command.seed, f"{name} {drawn}")
+    elif source.readable:
+        show(source, shape, command.seed, f"{name} {drawn}")
 
 
 def verify(dataset: str | None) -> None:
@@ -202,3 +206,15 @@ def draw(source: ClassStore, shape: EpisodeShape, seed: int, title: str) -> None
         examples, f"{title}, {source.spec.task_name(shape)}", folder / "episode.png", mark=shape.shots
     )
     inform(f"saved contact.png and episode.png in {relative(folder)}")
+
+
+def show(source: EpisodeSource, shape: EpisodeShape, seed: int, title: str) -> None:
+    """Print the examples of one task as a table."""
+    source.check(shape)
+    rows = source.examples(source.draw(1, shape, torch.Generator().manual_seed(seed)), shape)
+    table = Table(title=Text(f"{title}, {source.spec.task_name(shape)}"))
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    console.print(table)

@@ -122,16 +122,36 @@ def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
 
     The networks of metarun are not checked: tests do that, and it would take a second for a large one.
     """
-    takes = parameters_of(node)
-    if "item_shape" in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values()):
-        backbone: nn.Module = instantiate(node, "backbone", item_shape=spec.item_shape)
-    else:
-        backbone = instantiate(node, "backbone")
-    cls = type(backbone)
-    if cls.__module__.partition(".")[0] != "metarun":
+    takes, cls = parameters_of(node), get_class(node["_target_"])
+    offered = {"item_shape": spec.item_shape, "vocabulary": spec.vocabulary}
+    passed = {name: value for name, value in offered.items() if name in takes and name not in node}
+    if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+        passed["item_shape"] = spec.item_shape
+    if in_metarun(cls):
+        check_kind(cls, spec, takes_texts="vocabulary" in takes)
+    backbone: nn.Module = instantiate(node, "backbone", **passed)
+    if not in_metarun(cls):
         where = f"backbone: {cls.__module__}.{cls.__qualname__}"
         set_features(backbone, forward_on_zeros(backbone, spec, where).shape[1], where)
     return backbone
+
+
+def check_kind(cls: type, spec: TaskSpec, takes_texts: bool) -> None:
+    """Raise ConfigError if a network of metarun is for texts and examples are something else, or reversed."""
+    if takes_texts and spec.kind != "texts":
+        choice = "conv4" if spec.kind == "images" else "mlp"
+        raise ConfigError(
+            f"backbone: {cls.__name__} takes texts, and this dataset has {spec.kind}; choose backbone={choice}"
+        )
+    if spec.kind == "texts" and not takes_texts:
+        raise ConfigError(
+            f"backbone: {cls.__name__} does not take texts; choose backbone=bag, text_cnn or text_transformer"
+        )
+
+
+def in_metarun(cls: type) -> bool:
+    """Whether a class is one of metarun's own."""
+    return cls.__module__.partition(".")[0] == "metarun"
 
 
 def forward_on_zeros(backbone: nn.Module, spec: TaskSpec, where: str) -> Tensor:

@@ -28,7 +28,7 @@ from metarun.errors import ConfigError
 SUPPLIED = {
     "dataset": {"datasets"},
     "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes", "shots"},
-    "backbone": {"item_shape"},
+    "backbone": {"item_shape", "vocabulary"},
     "optimizer": {"params"},
     "scheduler": {"optimizer"},
 }

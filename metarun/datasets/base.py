@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +22,27 @@ from metarun.tasks.spec import TaskSpec
 
 Split = Literal["train", "validation", "test"]
 Unreadable = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """A task from a user's files, batched with T = 1.
+
+    Args:
+        support_x: [1, S, *item].
+        support_y: class numbers [1, S], or values [1, S, V].
+        query_x: [1, B, *item]; None if there are no queries.
+        query_y: [1, B], -1 where the class is unknown; or [1, B, V], NaN where the value is unknown.
+        classes: the names of the ways; empty for a regression.
+        query_names: the queries in words, for the table of predictions.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor | None
+    query_y: Tensor | None
+    classes: Sequence[str]
+    query_names: Sequence[str]
 
 
 class Dataset(ABC):
@@ -93,6 +116,24 @@ class Dataset(ABC):
     def prepared_like(self, trained: Preparation) -> Dataset:
         """This dataset, prepared as that of a trained model where its own settings leave it open."""
         return self
+
+    def own_task(self, support: Path, query: str | None) -> OwnTask:
+        """The task in a user's files, prepared as the examples of this dataset (`metarun adapt support=`).
+
+        Images are read by the command itself, for any dataset of images.
+
+        Args:
+            support: a file or a folder.
+            query: a file or a folder, or what the dataset accepts in place of it; None: no queries.
+
+        Raises:
+            ConfigError: the dataset cannot read files.
+            DataError: a file is missing or is not as expected; the message names the file and the line.
+        """
+        raise ConfigError(
+            "support: the tasks of this checkpoint cannot be read from files; leave support out to adapt to "
+            "a task of its dataset"
+        )
 
 
 class ImageDataset(Dataset):

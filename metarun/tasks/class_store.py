@@ -27,6 +27,7 @@ HASHED = 256  # items hashed at once, which stay in the processor's cache
 # Above these, numbers are drawn in another way (see `different`), with other results for a seed.
 MANY_ITEMS = 2_000  # of a class; tieredImageNet has up to 1,300
 MANY_CLASSES = 10_000  # of a split; Omniglot with rotations has up to 6,492
+OF_ITEMS = ("item_shape", "classes", "item_dtype")  # the parts of a spec that follow from the items
 PADDING = 0  # the token id that fills a sequence up to the length of the longest
 
 
@@ -254,10 +255,10 @@ def joined(stores: Sequence[ClassStore], device: torch.device | str = "cpu") -> 
 def spec_of(
     items: Tensor, decode: Callable[[Tensor], Tensor], classes: int, like: TaskSpec | None = None
 ) -> TaskSpec:
-    """The spec of classification on items, as `decode` gives them; with the objective of `like`."""
+    """The spec of classification on items, as `decode` gives them; otherwise that of `like`."""
     one = decode(items[:1])
     spec = TaskSpec(tuple(one.shape[1:]), classes=classes, item_dtype=one.dtype)
-    return spec if like is None else replace(spec, objective=like.objective)
+    return spec if like is None else replace(like, **{name: getattr(spec, name) for name in OF_ITEMS})
 
 
 def hashes_of(items: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class EpisodeSource(ABC):
         names: the classes' names, in order; empty where there are no classes.
         parts: the sources of several datasets by their names, where this one mixes them; else empty.
         host_for: the device that fetched items are copied to, where items stay in host memory; else None.
+        readable: whether `examples` shows examples in words.
     """
 
     spec: TaskSpec
@@ -48,6 +49,7 @@ class EpisodeSource(ABC):
     names: Sequence[str] = ()
     parts: Mapping[str, EpisodeSource] = {}
     host_for: torch.device | None = None
+    readable: bool = False
 
     @abstractmethod
     def check(self, shape: EpisodeShape) -> None:
@@ -66,6 +68,14 @@ class EpisodeSource(ABC):
     @abstractmethod
     def gather(self, draw: Draw, shape: EpisodeShape) -> Tasks:
         """The tasks that choices name, on the source's device; index arithmetic, without randomness."""
+
+    def remarks(self) -> Sequence[str]:
+        """What a user should know about the data, one line each, such as the lengths of texts."""
+        return []
+
+    def examples(self, draw: Draw, shape: EpisodeShape) -> list[dict[str, str]]:
+        """The examples of the first task of a draw as rows of a table, by heading, if it is `readable`."""
+        raise NotImplementedError
 
     def reporting(self, objective: Objective) -> EpisodeSource:
         """The same source with the loss and the metrics of another objective."""

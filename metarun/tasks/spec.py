@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from metarun.tasks.episodes import Episodes, EpisodeShape, Tasks
 from metarun.tasks.objectives import CLASSIFICATION, Objective
+
+Kind = Literal["images", "texts", "vectors"]  # of examples: pixels, token ids, or rows of numbers
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class TaskSpec:
         classes: the number of classes of the training split; None where that is not known yet, or there are
             no classes.
         item_dtype: the type of an example's numbers: floating point, or int64 for token ids.
+        vocabulary: the number of different token ids, with that of padding; None where examples are not
+            token ids.
         static: whether the data of a task is the same whatever the weights are. Only then can a step be
             traced, or captured as a CUDA graph.
         tasks: the class of a batch of tasks; methods say which one they need.
@@ -31,8 +36,16 @@ class TaskSpec:
     outputs: int | None = None
     classes: int | None = None
     item_dtype: torch.dtype = torch.float32
+    vocabulary: int | None = None
     static: bool = True
     tasks: type[Tasks] = Episodes
+
+    @property
+    def kind(self) -> Kind:
+        """What examples are, as a network sees them."""
+        if not self.item_dtype.is_floating_point:
+            return "texts"
+        return "images" if len(self.item_shape) == 3 else "vectors"
 
     def task_name(self, shape: EpisodeShape) -> str:
         """The shape of a task for people, such as "5-way 1-shot"; without the one way of a regression."""
