@@ -140,9 +140,9 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     shape = dataset.spec.task_name(training_shape(settings))
     name = f"{choices['algorithm']} on {choices['dataset']}, {shape}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
-    if trainer.iteration:
+    if state is not None:
         inform(f"resumed at iteration {trainer.iteration}")
-    tracker = Tracker(folder, trainer.iteration, settings.log.tensorboard)
+    tracker = Tracker(folder, trainer.iteration, settings.log.tensorboard, trainer.unlogged)
     try:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
@@ -348,6 +348,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
     }
     text = metric.show_interval(best.score, best.interval)
     lines = [f"validation  {metric.name} {text}  (best, iteration {best.iteration})"]
+    lines += ["            training did not help: best.pt is the start of the run"] * (best.iteration == 0)
     if test is not None:
         task = trainer.train_source.spec.task_name(test.shape)
         result["test"] = {"task": task, **test_record(test)}

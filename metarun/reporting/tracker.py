@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,18 @@ class Tracker:
         folder: the run folder.
         resumed_at: the iteration of the checkpoint; 0 for a new run.
         tensorboard: whether to write TensorBoard files.
+        unlogged: the splits whose row of the iteration of the checkpoint is still to be logged.
 
     Attributes:
         rows: all rows so far.
     """
 
-    def __init__(self, folder: Path, resumed_at: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self, folder: Path, resumed_at: int = 0, tensorboard: bool = True, unlogged: Collection[str] = ()
+    ) -> None:
         self.path, self.tensorboard = folder / "metrics.jsonl", tensorboard
-        self.rows = [row for row in read_rows(self.path) if row["iteration"] <= resumed_at]
+        rows = [(row, row["iteration"] + (row["split"] in unlogged)) for row in read_rows(self.path)]
+        self.rows = [row for row, needed in rows if needed <= resumed_at]
         self.open(resumed_at + 1)
 
     def open(self, first: int) -> None:

@@ -79,13 +79,14 @@ class Trainer:
     """Meta-trains an algorithm.
 
     `last.pt` contains the complete state, so that a killed run resumes bit-exactly; `best.pt` is the state
-    with the best validation score.
+    with the best validation score. The start of a run is validated too, as iteration 0: training may make
+    good features worse.
 
     Args:
         algorithm: the algorithm, on the hardware's device.
         optimizer: the optimizer of its parameters.
         scheduler: changes the learning rate after every outer step, if any; one that needs a score gets the
-            main metric after every validation.
+            main metric after every validation but that of the start.
         train: the training split.
         validation: the validation split.
         settings: the settings of the outer loop.
@@ -124,7 +125,7 @@ class Trainer:
         self.tasks = 0  # the number of tasks in the running totals
         self.iteration = 0
         self.saved_at: int | None = None  # the iteration of last.pt, if there is one
-        self.validation_due = False  # whether this iteration is still to be validated
+        self.validation_due = True  # whether this iteration is still to be validated; the start is one
         self.seconds = 0.0  # the time spent in training, over all sessions
         self.best: Best | None = None
 
@@ -166,6 +167,11 @@ class Trainer:
         self.tasks = state["tasks"]
         self.validation_due = bool(state.get("validation_due"))  # older checkpoints have no such entry
 
+    @property
+    def unlogged(self) -> tuple[str, ...]:
+        """The splits whose row of this iteration is still to be logged."""
+        return ("validation",) if self.validation_due else ()
+
     # the loop
 
     def run(self, tracker: Tracker) -> None:
@@ -181,7 +187,7 @@ class Trainer:
         """
         self.algorithm.train()
         began = time.perf_counter() - self.seconds
-        bar = Bar("train", self.settings.iterations, start=self.iteration - self.validation_due)
+        bar = Bar("train", self.settings.iterations, start=self.iteration)
         with hold_interrupts() as interrupts:
             with suppress(Stopped), bar, self.hardware.compute():
                 self.outer_step.prepare(self.iteration, bar.line)
@@ -214,7 +220,7 @@ class Trainer:
             self.validate(tracker, bar, interrupts)
         if self.due(self.settings.checkpoint_every):
             self.save("last.pt", tracker)
-        bar.advance(1, live_line(tracker.rows, self.metrics[0]) if new else None)
+        bar.advance(self.iteration - bar.done, live_line(tracker.rows, self.metrics[0]) if new else None)
 
     def due(self, every: int) -> bool:
         """Whether an action with this interval is due after the current iteration; always after the last."""
@@ -248,6 +254,9 @@ class Trainer:
     def validate(self, tracker: Tracker, bar: Bar, interrupts: Sequence[int]) -> None:
         """Evaluate on the fixed validation tasks, and save best.pt if the main metric improved.
 
+        A start whose loss is not finite is reported and left out: running averages, for example, may need
+        some iterations before the network can be evaluated.
+
         Raises:
             Stopped: if there is a signal to stop; the validation is then still due.
             TrainingError: if the loss is not finite.
@@ -257,9 +266,12 @@ class Trainer:
             if interrupts:
                 raise Stopped
 
-        result = self.measure(stop_on_interrupt)
+        result = self.measure(stop_on_interrupt, refused=self.iteration > 0)
         self.validation_due = False
         main = result.metric
+        if not math.isfinite(result.loss):
+            bar.line("iteration      0   the validation loss is not finite; best.pt will be a later one")
+            return
         row = {
             "iteration": self.iteration,
             "split": "validation",
@@ -272,22 +284,23 @@ class Trainer:
         }
         tracker.log(row)
         bar.line(validation_line(tracker.rows, main))
-        if self.scheduler and self.scheduled_by_score:
+        if self.scheduler and self.scheduled_by_score and self.iteration > 0:
             own = [dict(group) for group in self.optimizer.param_groups]
             self.scheduler.step(result.mean)  # type: ignore[arg-type]
             keep_rate_tensors(self.optimizer, own)
         if self.best is None or self.lost_best() or main.is_better(result.mean, than=self.best.score):
             self.save_best(result, tracker)
 
-    def measure(self, advance: Callable[[int], object] = lambda count: None) -> Result:
-        """The result on the fixed validation tasks. Raises TrainingError if the loss is not finite.
+    def measure(self, advance: Callable[[int], object] = lambda count: None, refused: bool = True) -> Result:
+        """The result on the fixed validation tasks.
 
         Args:
             advance: called with n after every n tasks.
+            refused: whether a loss that is not finite raises TrainingError.
         """
         validation = self.settings.validation
         result = evaluate(self.algorithm, self.validation_source, validation, self.hardware, advance)
-        if not math.isfinite(result.loss):
+        if refused and not math.isfinite(result.loss):
             raise TrainingError(self.not_finite("the validation loss"))
         return result
 

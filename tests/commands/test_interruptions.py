@@ -93,6 +93,8 @@ def die() -> None:
 STOPS = {
     "reptile": [  # shuffles batches
         (trainer.OuterStep, "prepare", 1, signal.SIGHUP, 0),
+        (trainer, "evaluate", 1, signal.SIGINT, 0),  # the validation of the start
+        (Trainer, "save_best", 1, None, 0),  # its row is written, and is not to be written twice
         (Trainer, "step", 5, None, 4),
         (trainer, "evaluate", 1, signal.SIGTERM, 5),  # this validation is still to be done
         (train, "evaluate", 1, signal.SIGUSR2, 14),  # in the test
@@ -190,7 +192,7 @@ def test_stopped_before_its_first_checkpoint_a_run_says_so(metarun, monkeypatch:
     def stop() -> None:
         raise KeyboardInterrupt
 
-    at_call(monkeypatch, Trainer, "step", 2, stop)
+    at_call(monkeypatch, trainer, "evaluate", 1, stop)
     errors = metarun("train", *UNTESTED, "iterations=3", status=130).stderr
     assert "stopped before the first checkpoint; nothing was saved" in errors
     assert "resume=" not in errors

@@ -39,7 +39,7 @@ def test_a_run_without_its_best_checkpoint_goes_on(metarun, run: Path, tmp_path:
     result = json.loads((run / "result.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validated = [row for row in rows if row["split"] == "validation"]
-    assert [row["iteration"] for row in validated] == [6, 12]
+    assert [row["iteration"] for row in validated] == [0, 6, 12]
     assert result["validation"]["mean"] == pytest.approx(validated[-1]["accuracy"])
     (run / "best.pt").unlink()
     metarun("train", "resume=run", "iterations=18", "test.episodes=4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from metarun.config.comments import facts
 from metarun.config.paths import CONF
 from metarun.storage.locks import locked
-from metarun.training import checkpoint
+from metarun.training import checkpoint, trainer
 
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "result.json"}
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
@@ -130,7 +131,7 @@ def test_tensorboard_has_the_curves(metarun, tmp_path: Path):
 
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("validation/accuracy")] == [6, 12]
+    assert [event.step for event in events.Scalars("validation/accuracy")] == [0, 6, 12]
 
 
 def test_bf16_learns_too(metarun, tmp_path: Path):
@@ -155,6 +156,41 @@ def test_best_is_the_best_validation(metarun, tmp_path: Path):
         first = next(row["iteration"] for row in rows if row[key] == wanted)
         assert torch.load(folder / "best.pt", weights_only=True)["iteration"] == first
         assert result["test"]["mean"] != result["validation"]["mean"]
+
+
+def test_best_is_the_start_where_training_does_not_help(metarun, tmp_path: Path):
+    words = ["dataset=sinusoid", "algorithm=maml", "iterations=3", "hydra.run.dir=run", "test.episodes=20"]
+    words += ["validation.episodes=20", "log.tensorboard=false", "hardware=cpu", "hardware.compile=false"]
+    done = metarun("train", *words, "optimizer.lr=0.5")
+    assert "training did not help: best.pt is the start of the run" in done.stdout
+    start, end = (row for row in rows_of(tmp_path / "run") if row["split"] == "validation")
+    assert (start["iteration"], end["iteration"]) == (0, 3) and start["mse"] < end["mse"]
+    best, last = (checkpoint.load(tmp_path / f"run/{name}.pt") for name in ("best", "last"))
+    assert (best["iteration"], best["best"]["score"], last["best"]) == (0, start["mse"], best["best"])
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["validation"]["iteration"] == 0
+    metarun("eval", "checkpoint=run", "episodes=20", "queries=10", "hydra.run.dir=evaluated")
+    evaluated = json.loads((tmp_path / "evaluated/results.json").read_text())["results"][0]
+    assert (evaluated["episodes_hash"], evaluated["mean"]) == (
+        result["test"]["episodes_hash"],
+        result["test"]["mean"],
+    )
+
+
+def test_a_start_that_cannot_be_evaluated_is_no_candidate(metarun, tmp_path: Path, monkeypatch):
+    """Such as with running averages that no training step has filled yet."""
+    losses = iter([torch.tensor([float("nan")])])
+    measure = trainer.evaluate
+
+    def evaluate(*args):
+        result = measure(*args)
+        return replace(result, losses=next(losses, result.losses))
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    done = metarun("train", *UNTESTED, "iterations=2", "hydra.run.dir=run")
+    assert "the validation loss is not finite; best.pt will be a later one" in done.stderr
+    assert [row["iteration"] for row in rows_of(tmp_path / "run") if "interval" in row] == [2]
+    assert checkpoint.load(tmp_path / "run/best.pt")["iteration"] == 2
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -259,7 +295,7 @@ def test_a_schedule_cannot_be_stretched_and_iterations_cannot_be_undone(metarun,
 
 
 def test_a_plateau_lowers_the_rate_by_the_validation_scores(metarun, tmp_path: Path):
-    """As PyTorch's scheduler does with the scores of metrics.jsonl."""
+    """As PyTorch's scheduler does with the scores of metrics.jsonl, but for that of the start."""
     words = ["scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau,patience:0,threshold:0.1}"]
     words += [*UNTESTED, "optimizer.lr=1e-6", "validation.every=2", "log.every=1", "hydra.run.dir=run"]
     metarun("train", *words)
@@ -271,7 +307,7 @@ def test_a_plateau_lowers_the_rate_by_the_validation_scores(metarun, tmp_path: P
         if row["split"] == "train":
             assert row["learning_rate"] == optimizer.param_groups[0]["lr"]
             rates.append(row["learning_rate"])
-        else:
+        elif row["iteration"]:
             expected.step(row["accuracy"])
     assert len(set(rates)) > 2
 
