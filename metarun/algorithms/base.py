@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError
-from metarun.tasks.episodes import Episodes, Outcome, Tasks
+from metarun.tasks.episodes import Episodes, EpisodeShape, Outcome, Tasks
 from metarun.tasks.objectives import PerTask
+from metarun.tasks.source import EpisodeSource
 from metarun.tasks.spec import TaskSpec
 
 #: Task-specific state after adaptation (weights, prototypes, ...): a tensor, or dicts and lists of tensors.
@@ -26,7 +27,8 @@ class Algorithm(nn.Module, ABC):
     training minimises something other than the query loss after adaptation. The builder passes these
     constructor arguments by name, if the constructor has them: `backbone`, `inner_loop`, `outputs` (N, or the
     number of values of a regression), `item_shape`, `classes` (the number of classes of the training split;
-    None for a regression), `shots` (K of the training tasks). All other arguments are settings.
+    None for a regression), `shots` (K of the training tasks, at least 1), `description` (the shape of the
+    description of a class, see `TaskSpec`). All other arguments are settings.
 
     `self.training` distinguishes meta-training from evaluation, as in any module. Keep tensors on their
     device and shapes fixed (no `.item()`, no branch on the value of a tensor), so that the method can be
@@ -37,6 +39,8 @@ class Algorithm(nn.Module, ABC):
     needs: ClassVar[type[Tasks]] = Tasks  # type: ignore[type-abstract]
     #: Whether the method needs tasks with classes.
     needs_classes: ClassVar[bool] = False
+    #: Whether it learns from descriptions of classes (`Episodes.about`), so that tasks may have no support.
+    reads_descriptions: ClassVar[bool] = False
     #: Whether a task is learned by steps of `inner_loop`, whose number can be chosen at test time.
     takes_steps: ClassVar[bool] = False
     #: Whether it has `by_instance`, the accuracy at each appearance of a class (`metarun eval instances=N`).
@@ -68,6 +72,12 @@ class Algorithm(nn.Module, ABC):
                 f"algorithm={cls.__name__}: needs tasks with classes, which this dataset does not have; "
                 "choose algorithm=maml or reptile"
             )
+        if cls.reads_descriptions and spec.description is None:
+            raise ConfigError(
+                f"algorithm={cls.__name__}: needs descriptions of the classes apart from their examples, "
+                "which this dataset does not have; choose dataset=glyphs or cub, image_folder with "
+                "dataset.descriptions=FILE.csv, or another algorithm"
+            )
 
     @property
     def uses_query_statistics(self) -> bool:
@@ -80,6 +90,26 @@ class Algorithm(nn.Module, ABC):
 
     def check(self, ways: int) -> None:
         """Raise ConfigError if the method does not support tasks with this number of ways."""
+
+    def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
+        """Raise ConfigError if the method does not support tasks of this shape from this source."""
+        self.check_shots(source, shape.shots)
+        self.check(shape.ways)
+
+    @classmethod
+    def check_shots(cls, source: EpisodeSource, shots: int) -> None:
+        """Raise ConfigError for tasks without support examples, if the method needs some.
+
+        It needs none if it reads descriptions, or if the source gives descriptions in the place of examples.
+        """
+        if not (shots or cls.reads_descriptions) and source.spec.description is not None:
+            raise ConfigError(
+                f"shots=0: {cls.__name__} needs support examples; choose algorithm=zero_shot, or set "
+                "shots to 1 or more"
+            )
+
+    def on_run_start(self, train: EpisodeSource) -> None:
+        """Hook called once at the start of a new run, to set buffers by the training data."""
 
     def on_step_start(self, iteration: int) -> bool:
         """Hook called before every outer step.

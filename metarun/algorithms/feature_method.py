@@ -76,6 +76,10 @@ class FeatureMethod(Algorithm):
             Logits [T, B, N].
         """
 
+    def fit_tasks(self, tasks: Episodes, features: Tensor) -> Adapted:
+        """`fit` with what it needs of the tasks, given the features of their support [T, S, F]."""
+        return self.fit(features, tasks.support_y, tasks.ways)
+
     @property
     def features(self) -> int:
         """F, the number of features of an example."""
@@ -87,7 +91,7 @@ class FeatureMethod(Algorithm):
 
     def adapt(self, tasks: Episodes) -> Adapted:
         self.check(tasks.ways)
-        return self.fit(self.embed(tasks.support_x), tasks.support_y, tasks.ways)
+        return self.fit_tasks(tasks, self.embed(tasks.support_x))
 
     def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
         if self.training or self.normalises_batches:
@@ -98,7 +102,7 @@ class FeatureMethod(Algorithm):
 
     def meta_loss(self, tasks: Episodes) -> Outcome:
         support, query = self.embed_episodes(tasks)
-        logits = self.score(self.fit(support, tasks.support_y, tasks.ways), query)
+        logits = self.score(self.fit_tasks(tasks, support), query)
         return tasks.outcome(logits, self.loss)
 
     def embed_episodes(self, tasks: Episodes) -> tuple[Tensor, Tensor]:
@@ -112,6 +116,8 @@ class FeatureMethod(Algorithm):
 
     def embed(self, x: Tensor) -> Tensor:
         """Features [T, B, F] of x [T, B, *item]."""
+        if not x.shape[1]:  # a support of 0 shots
+            return x.new_zeros(len(x), 0, self.features)
         return self.by_task(self.backbone, x)
 
     def by_task(self, module: nn.Module, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands.models import Model, TestData, load_model
 from metarun.commands.user_images import read_folders
-from metarun.config.build import instantiate
+from metarun.config.build import instantiate, validation_shape
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.config.targets import trusted_modules
@@ -139,13 +139,14 @@ def own_images(command: AdaptConfig, model: Model) -> OwnTask:
 
 def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task:
     """The first task of the seed from the dataset of the checkpoint, or from another dataset."""
-    trained = model.settings
-    ways = command.ways or trained.validation.ways or trained.ways
-    shots = command.shots or trained.validation.shots or trained.shots
+    own = validation_shape(model.settings)
+    ways = command.ways or own.ways
+    shots = own.shots if command.shots is None else command.shots
     source = TestData(command, hardware, [model]).source(model)
     queries = command.queries if source.names else max(command.queries, CURVE)
     shape = EpisodeShape(ways, shots, queries)
     source.check(shape)
+    model.algorithm.check_source(source, shape)
     episode = source.gather(next(fixed_draws(source, shape, 1, command.seed)), shape)
     if not isinstance(episode, Episodes):
         raise ConfigError(

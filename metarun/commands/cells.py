@@ -64,7 +64,8 @@ def shapes_for(model: Model, models: Sequence[Model], command: EvalConfig) -> li
     shapes: list[EpisodeShape] = []
     for each in (each for each in models if dataset_name(each) == dataset_name(model)):
         own = validation_shape(each.settings)
-        ways, shots = values_of(command.ways or own.ways), values_of(command.shots or own.shots)
+        ways = values_of(command.ways or own.ways)
+        shots = values_of(own.shots if command.shots is None else command.shots)
         shapes += [EpisodeShape(w, s, command.queries) for w, s in itertools.product(ways, shots)]
     return list(dict.fromkeys(shapes))
 
@@ -82,7 +83,7 @@ def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], comma
     for cell in cells:
         try:
             cell.source.check(cell.shape)
-            model.algorithm.check(cell.shape.ways)
+            model.algorithm.check_source(cell.source, cell.shape)
         except MetarunError as error:
             cell.reason = str(error)
     return cells

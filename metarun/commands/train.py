@@ -239,8 +239,12 @@ def build_trainer(
     )
     train.check(plan.shape)
     check_shape(validation, plan.validation.shape, settings)
-    algorithm.check(plan.validation.shape.ways)
-    record = {"config": plain(settings), "classes": spec.classes, **record}
+    algorithm.check_source(train, plan.shape)
+    algorithm.check_source(validation, plan.validation.shape)
+    if not resumed:
+        algorithm.on_run_start(train)
+    about = list(spec.description) if spec.description else None
+    record = {"config": plain(settings), "classes": spec.classes, "description": about, **record}
     return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, record)
 
 

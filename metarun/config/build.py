@@ -102,7 +102,8 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
         "item_shape": spec.item_shape,
         "outputs": settings.ways if spec.outputs is None else spec.outputs,
         "classes": spec.classes,
-        "shots": settings.shots,
+        "shots": max(settings.shots, 1),  # a description takes the place of a support example
+        "description": spec.description,
     }
     wanted = parameters_of(settings.algorithm)
     if "inner_loop" in wanted:
@@ -195,9 +196,10 @@ def set_features(backbone: nn.Module, size: int, where: str) -> None:
 
 
 def task_spec(dataset: Dataset, train: EpisodeSource | None = None) -> TaskSpec:
-    """The kind of tasks of a dataset, with the number of training classes if that split is given."""
-    classes = len(train.names) if train is not None and train.names else None
-    return dataset.spec if classes is None else replace(dataset.spec, classes=classes)
+    """The kind of tasks of a dataset, with what is known of its training classes if that split is given."""
+    if train is None or not train.names:
+        return dataset.spec
+    return replace(dataset.spec, classes=len(train.names), description=train.spec.description)
 
 
 def load_weights(algorithm: Algorithm) -> None:
@@ -226,7 +228,9 @@ def validation_shape(settings: TrainConfig) -> EpisodeShape:
     """The shape of a validation or test task: ways, shots and queries of training, unless set separately."""
     own = settings.validation
     return EpisodeShape(
-        own.ways or settings.ways, own.shots or settings.shots, own.queries or settings.queries
+        own.ways or settings.ways,
+        settings.shots if own.shots is None else own.shots,
+        own.queries or settings.queries,
     )
 
 

@@ -27,7 +27,7 @@ from metarun.errors import ConfigError
 # Constructor arguments that the builder passes, by group; the config must not set them.
 SUPPLIED = {
     "dataset": {"datasets"},
-    "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes", "shots"},
+    "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes", "shots", "description"},
     "backbone": {"item_shape", "vocabulary"},
     "optimizer": {"params"},
     "scheduler": {"optimizer"},

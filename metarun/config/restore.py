@@ -108,7 +108,9 @@ def rebuild(
     try:
         with naming(path):
             dataset = build_dataset(settings.dataset)
-            spec = replace(dataset.spec, classes=content["classes"])
+            about = content.get("description")  # None in older checkpoints, and where there are none
+            described = tuple(about) if about else dataset.spec.description
+            spec = replace(dataset.spec, classes=content["classes"], description=described)
             with Limited(most):
                 algorithm = build_algorithm(settings, spec, hardware)
     except MetarunError:

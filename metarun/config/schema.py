@@ -53,7 +53,7 @@ class Validation:
     every: int = whole(1)
     episodes: int = whole(2)  # a confidence interval needs two
     ways: int | None = whole(1, None)
-    shots: int | None = whole(1, None)
+    shots: int | None = whole(0, None)
     queries: int | None = whole(1, None)
     seed: int = whole(0)
 
@@ -90,7 +90,7 @@ class TrainConfig:
     augment: Node = None
     hardware: Node = MISSING
     ways: int = whole(1)
-    shots: int = whole(1)
+    shots: int = whole(0)
     queries: int = whole(1)
     meta_batch: int = whole(1)
     iterations: int = whole(1)
@@ -116,7 +116,7 @@ class EvalConfig:
     dataset: Node = None  # a dataset, or settings that adjust the checkpoint's own
     hardware: Node = MISSING
     ways: OneOrMore = whole(1, None)  # noqa: RUF009
-    shots: OneOrMore = whole(1, None)  # noqa: RUF009
+    shots: OneOrMore = whole(0, None)  # noqa: RUF009
     queries: int = whole(1)
     episodes: int = whole(2)
     split: str = MISSING
@@ -141,7 +141,7 @@ class AdaptConfig:
     dataset: Node = setting(None, unless=("support",))  # noqa: RUF009
     hardware: Node = MISSING
     ways: int | None = whole(1, None, unless=("support",))
-    shots: int | None = whole(1, None, unless=("support",))
+    shots: int | None = whole(0, None, unless=("support",))
     queries: int = whole(1, unless=("support",))
     split: str = setting(unless=("support",))
     trained_classes: str = setting(unless=("support",))
@@ -163,7 +163,7 @@ class DataConfig:
     hardware: Node = setting(**OF_ONE_DATASET)  # noqa: RUF009
     split: str = setting(**OF_ONE_DATASET)
     ways: int = whole(1, **OF_ONE_DATASET)
-    shots: int = whole(1, **OF_ONE_DATASET)
+    shots: int = whole(0, **OF_ONE_DATASET)
     queries: int = whole(1, **OF_ONE_DATASET)
     seed: int = whole(0, **OF_ONE_DATASET)
 

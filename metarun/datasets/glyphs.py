@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from metarun.errors import ConfigError
 from metarun.reporting.console import Bar
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.source import SPLITS
+from metarun.tasks.spec import TaskSpec
 
 MOST_BYTES = 64 << 30  # of the images of a split; more would be drawn for hours
 BLOCK = 20  # classes drawn from one generator; a block is always drawn whole
@@ -37,13 +38,16 @@ STROKES, SUBSTROKES, CONTROLS, SAMPLES = 4, 3, 6, 20  # the largest s and b; p; 
 # Double precision, and always on the CPU: rounding errors differ between machines and numbers of threads,
 # and are then too small to change a grey level, so the same settings give the same images.
 DTYPE = torch.float64
+# The numbers of a description: of each stroke the lengths and the control points of its sub-strokes, the
+# earlier stroke that it is placed by, two joints and a gap; and the size of the character.
+DESCRIPTION = STROKES * (SUBSTROKES + SUBSTROKES * CONTROLS * 2 + STROKES + 2 + 2) + 1
 
 
 class Glyphs(ImageDataset):
     """Procedurally generated characters, with any number of classes.
 
     A class depends only on the seed, its split and its index, so that with more classes the first ones stay
-    the same.
+    the same. Its description is the program that it is drawn by (`describe`), for tasks without examples.
 
     Args:
         train_classes, validation_classes, test_classes: classes of each split, at least 1.
@@ -81,6 +85,10 @@ class Glyphs(ImageDataset):
                 f"dataset.size={size}: a split would need {need / 1e9:,.0f} GB; lower one of them"
             )
 
+    @property
+    def spec(self) -> TaskSpec:
+        return replace(super().spec, description=(DESCRIPTION,))
+
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """Draw the images of one split and store them on `device`."""
         count = self.classes[name]
@@ -94,17 +102,20 @@ class Glyphs(ImageDataset):
                 blocks.append(self._draw_block(name, block))
                 if bar:
                     bar.advance(BLOCK)
-        images = torch.cat(blocks)[:count].flatten(0, 1)
+        images = torch.cat([images for images, _ in blocks])[:count].flatten(0, 1)
+        about = torch.cat([about for _, about in blocks])[:count]
         names = [f"{name} {index}" for index in range(count)]
-        return ClassStore(images, [self.images_per_class] * count, names, f"glyphs {name}", device)
+        counts = [self.images_per_class] * count
+        return ClassStore(images, counts, names, f"glyphs {name}", device, about=about)
 
-    def _draw_block(self, name: Split, block: int) -> Tensor:
-        """The images [c, e, 1, h, w] of one block of classes, from random numbers of its own."""
+    def _draw_block(self, name: Split, block: int) -> tuple[Tensor, Tensor]:
+        """The images [c, e, 1, h, w] and the descriptions of one block of classes, from its own generator."""
         stream = 1_000_003 * self.seed + len(SPLITS) * block + SPLITS.index(name)
         generator = torch.Generator().manual_seed(stream % 2**32)  # the generator ignores higher bits
-        strokes, pens = draw_tokens(sample_types(BLOCK, generator), self.images_per_class, generator)
+        types = sample_types(BLOCK, generator)
+        strokes, pens = draw_tokens(types, self.images_per_class, generator)
         images = render(strokes.flatten(0, 1), pens.flatten(), self.size)
-        return images.view(BLOCK, self.images_per_class, *self.item_shape)
+        return images.view(BLOCK, self.images_per_class, *self.item_shape), describe(types)
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,14 @@ def sample_types(classes: int, generator: torch.Generator) -> CharacterTypes:
         *_sample_relations(present, generator),
         sizes=sizes.clamp(0.36, 0.74),
     )
+
+
+def describe(types: CharacterTypes) -> Tensor:
+    """Characters as vectors of numbers, float32 [c, DESCRIPTION]; those of absent strokes are zero."""
+    present = types.lengths.sum(-1, keepdim=True) > 0  # [c, s, 1]
+    relations = torch.nn.functional.one_hot(types.earlier, STROKES) * present
+    parts = (types.lengths, types.substrokes, relations, types.joints, types.gaps, types.sizes[:, None])
+    return torch.cat([part.flatten(1).float() for part in parts], 1)
 
 
 def _sample_substrokes(present: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -160,6 +160,7 @@ class MixtureStore(ClassStore):
         self.owners = torch.arange(len(sizes)).repeat_interleave(sizes)  # the part of each class
 
     def check(self, shape: EpisodeShape) -> None:
+        self.check_shots(shape.shots)  # those of its parts have no descriptions in common
         for part in self.parts.values():
             part.check(shape)
 

@@ -53,6 +53,7 @@ class SinusoidSource(EpisodeSource):
         self.fingerprint = f"sinusoid {split} {settings.amplitude} {settings.phase} {settings.x}"
 
     def check(self, shape: EpisodeShape) -> None:
+        self.check_shots(shape.shots)
         if shape.ways != 1:
             raise DataError(f"ways={shape.ways}: a regression task has one way; set ways=1")
 

@@ -81,9 +81,10 @@ class ClassStore(EpisodeSource):
         fingerprint: identifies the items, where that is known already; None: it is computed from them.
         decode: stored items [..., *stored] to what a network takes [..., *item]: `pixels`, `tokens`,
             `numbers`, or a function of yours.
+        about: a description of each class, float [classes, *description], for tasks without examples.
 
     Raises:
-        ValueError: where the counts do not fit the items or the names.
+        ValueError: where the counts do not fit the items or the names, or the descriptions the names.
     """
 
     def __init__(
@@ -95,11 +96,14 @@ class ClassStore(EpisodeSource):
         device: torch.device | str = "cpu",
         fingerprint: str | None = None,
         decode: Callable[[Tensor], Tensor] = pixels,
+        about: Tensor | None = None,
     ) -> None:
         if sum(counts) != len(items) or len(counts) != len(names):
             raise ValueError(
                 f"{len(items)} items, {sum(counts)} counted, {len(counts)} classes, {len(names)} names"
             )
+        if about is not None and len(about) != len(names):
+            raise ValueError(f"{len(about)} descriptions of {len(names)} classes")
         self.name = name
         self.names = list(names)
         digest = hashlib.sha256(f"{self.names} {list(counts)}".encode())
@@ -110,6 +114,10 @@ class ClassStore(EpisodeSource):
         self.fingerprint = digest.hexdigest()
         self.decode = decode
         self.spec = spec_of(items, decode, len(names))
+        self.about: Tensor | None = None
+        if about is not None:
+            self.about = about.to(device)
+            self.spec = replace(self.spec, description=tuple(about.shape[1:]))
         self.smallest_class, self.largest_class = min(counts), max(counts)
         self.items = items.to(device)
         self.counts = torch.tensor(counts, device=device)
@@ -121,7 +129,12 @@ class ClassStore(EpisodeSource):
     def item_shape(self) -> tuple[int, ...]:
         return self.spec.item_shape
 
+    @property
+    def described(self) -> bool:  # type: ignore[override]
+        return self.about is not None
+
     def check(self, shape: EpisodeShape) -> None:
+        self.check_shots(shape.shots)
         if shape.ways < 2:
             raise DataError(
                 f"ways={shape.ways}: classification needs at least 2 classes; set ways to 2 or more"
@@ -155,6 +168,8 @@ class ClassStore(EpisodeSource):
         twin.items, twin.host_for = items, host_for
         twin.spec = spec_of(items, self.decode, len(self.names), self.spec)
         twin.counts, twin.starts = self.counts.to(items.device), self.starts.to(items.device)
+        if self.about is not None:
+            twin.about = self.about.to(host_for or items.device)
         return twin
 
     @cached_property
@@ -184,6 +199,8 @@ class ClassStore(EpisodeSource):
         twin.fingerprint = hashlib.sha256(f"{self.fingerprint} {twin.names}".encode()).hexdigest()
         twin.marks = self.marks[chosen]
         twin.counts, twin.starts = self.counts[chosen], self.starts[chosen]
+        if self.about is not None:
+            twin.about = self.about[chosen]
         twin.smallest_class, twin.largest_class = int(twin.counts.min()), int(twin.counts.max())
         twin.spec = replace(self.spec, classes=len(classes))
         return twin
@@ -222,6 +239,7 @@ class ClassStore(EpisodeSource):
             query_y=y.repeat_interleave(shape.queries, dim=1),
             classes=classes,
             objective=self.spec.objective,
+            about=None if self.about is None else self.about[classes],
         )
 
     def fetch(self, draw: Draw) -> Fetched:
@@ -240,7 +258,7 @@ class ClassStore(EpisodeSource):
 
 def joined(stores: Sequence[ClassStore], device: torch.device | str = "cpu") -> ClassStore:
     """The classes of all splits of a dataset, whose items are copied into one tensor."""
-    first = stores[0]
+    first, abouts = stores[0], [store.about for store in stores if store.about is not None]
     return ClassStore(
         torch.cat([store.items for store in stores]),
         [count for store in stores for count in store.counts.tolist()],
@@ -249,6 +267,7 @@ def joined(stores: Sequence[ClassStore], device: torch.device | str = "cpu") -> 
         device,
         fingerprint=" ".join(store.fingerprint for store in stores),
         decode=first.decode,
+        about=torch.cat(abouts) if len(abouts) == len(stores) else None,
     )
 
 

@@ -105,6 +105,8 @@ class Episodes(Tasks):
         objective: the loss and the metrics.
         support_weights: the weights of the support examples in the support loss, [T, S]; None: all equal. See
             `balanced`.
+        about: the description of each way, [T, N, *description]; None where classes have none. With it, a
+            task may have no support examples.
     """
 
     support_x: Tensor
@@ -114,6 +116,7 @@ class Episodes(Tasks):
     classes: Tensor | None = None
     objective: Objective = CLASSIFICATION
     support_weights: Tensor | None = None
+    about: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.support_x)
@@ -192,7 +195,7 @@ class Episodes(Tasks):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same tasks with every tensor replaced by `function(tensor)`."""
-        names = ("support_x", "support_y", "query_x", "query_y", "classes", "support_weights")
+        names = ("support_x", "support_y", "query_x", "query_y", "classes", "support_weights", "about")
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
 

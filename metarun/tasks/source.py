@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from metarun.errors import DataError
 from metarun.tasks.episodes import EpisodeShape, Tasks
 from metarun.tasks.objectives import Objective
 from metarun.tasks.spec import TaskSpec
@@ -39,6 +40,7 @@ class EpisodeSource(ABC):
         fingerprint: identifies the data that choices refer to.
         names: the classes' names, in order; empty where there are no classes.
         parts: the sources of several datasets by their names, where this one mixes them; else empty.
+        described: whether a class is known without examples of it, so that tasks may have 0 shots.
         host_for: the device that fetched items are copied to, where items stay in host memory; else None.
         readable: whether `examples` shows examples in words.
     """
@@ -48,12 +50,21 @@ class EpisodeSource(ABC):
     fingerprint: str
     names: Sequence[str] = ()
     parts: Mapping[str, EpisodeSource] = {}
+    described: bool = False
     host_for: torch.device | None = None
     readable: bool = False
 
     @abstractmethod
     def check(self, shape: EpisodeShape) -> None:
         """Raise DataError where the split cannot give tasks of this shape."""
+
+    def check_shots(self, shots: int) -> None:
+        """Raise DataError where tasks have no shots, and nothing else says what their classes are."""
+        if not (shots or self.described):
+            raise DataError(
+                f"shots=0: {self.name} has no descriptions of its classes; set shots to 1 or more, or choose "
+                "a dataset that has some, such as glyphs, or image_folder with dataset.descriptions=FILE.csv"
+            )
 
     @abstractmethod
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:

@@ -29,6 +29,8 @@ class TaskSpec:
         static: whether the data of a task is the same whatever the weights are. Only then can a step be
             traced, or captured as a CUDA graph.
         tasks: the class of a batch of tasks; methods say which one they need.
+        description: the shape of the description that each class has apart from its examples
+            (`Episodes.about`); None where that is not known yet, or there are none.
     """
 
     item_shape: tuple[int, ...]
@@ -39,6 +41,7 @@ class TaskSpec:
     vocabulary: int | None = None
     static: bool = True
     tasks: type[Tasks] = Episodes
+    description: tuple[int, ...] | None = None
 
     @property
     def kind(self) -> Kind:

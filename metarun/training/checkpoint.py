@@ -38,6 +38,7 @@ TRAINING: dict[str, Any] = {
     "iteration": int,
     "seconds": float,
     "classes": (int, NoneType),
+    "description": (list, NoneType),  # older ones have none
     "best": (dict, NoneType),
     "overrides": list,
     "optimizer": dict,
@@ -48,7 +49,7 @@ TRAINING: dict[str, Any] = {
     "tasks": int,
 }
 # Entries without tensors, and the most values in one and their depth: no real config comes near.
-PLAIN = ("config", "choices", "classes", "best", "overrides", "iteration", "seconds", "tasks")
+PLAIN = ("config", "choices", "classes", "description", "best", "overrides", "iteration", "seconds", "tasks")
 MOST_VALUES, MOST_LEVELS = 100_000, 30
 
 

@@ -69,6 +69,26 @@ def cosine_protonet(net, support, y, query, query_y) -> Tensor:
     return mean_cross_entropy(rows, query_y)
 
 
+def zero_shot(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[str, Tensor]:
+    """The mapped description and the features of a class's examples, each of unit length, added."""
+    net = copy.deepcopy(algorithm)
+    total = 0.0
+    for t, (x, y, query_x, query_y) in enumerate(tasks_of(episodes)):
+        support = net.backbone(x) if len(x) else []
+        centres = []
+        for k in range(3):
+            about = (episodes.about[t, k].flatten() - net.mean) / net.deviation
+            for layer in net.map:
+                about = layer.weight @ about + layer.bias if hasattr(layer, "weight") else about.clamp(min=0)
+            vectors = [about, *(f for f, label in zip(support, y, strict=True) if label == k)]
+            centre = sum(v / v.square().sum().sqrt() for v in vectors)
+            centres.append(centre / centre.square().sum().sqrt())
+        rows = [torch.stack([-(q - c).square().sum() for c in centres]) for q in net.backbone(query_x)]
+        total = total + mean_cross_entropy(rows, query_y) / len(episodes)
+    params = dict(net.named_parameters())
+    return dict(zip(params, torch.autograd.grad(total, list(params.values())), strict=True))
+
+
 def matching(net, support, y, query, query_y) -> Tensor:
     """Equation 1, one query at a time; with contexts, the recurrences of the appendix.
 

@@ -31,6 +31,7 @@ from metarun.algorithms.relation import RelationNet
 from metarun.algorithms.reptile import Reptile
 from metarun.algorithms.snail import SNAIL
 from metarun.algorithms.versa import Versa
+from metarun.algorithms.zero_shot import ZeroShot
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.backbones.omniglot_cnn import OmniglotCNN
@@ -365,6 +366,13 @@ def versa(backbone: nn.Module, steps: int) -> Versa:
     return algorithm
 
 
+def zero_shot(backbone: nn.Module, steps: int) -> ZeroShot:
+    algorithm = ZeroShot(backbone, (2, 3), hidden=(5,))
+    algorithm.mean.uniform_()
+    algorithm.deviation.uniform_(0.5, 2)
+    return algorithm
+
+
 METHODS = {
     "maml": Method(maml(), maml_reference(), any_order=False),
     "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False, any_order=False),
@@ -424,6 +432,7 @@ METHODS = {
         pretrain_reference,
     ),
     "protonet": Method(lambda backbone, steps: ProtoNet(backbone), protonet_reference),
+    "zero_shot": Method(zero_shot, embedded.zero_shot, equal_classes=False),  # a description is an example
     "meta_baseline": Method(
         lambda backbone, steps: ProtoNet(backbone, distance="cosine", scale=10.0, learn_scale=True),
         embedded.gradient_of(embedded.cosine_protonet),
@@ -526,6 +535,7 @@ def episodes_of(tasks: int = 3, ways: int = 3, shots: int = 2, queries: int = 2)
         torch.rand(tasks, ways * queries, *SHAPE),
         labels(queries),
         torch.stack([torch.randperm(11)[:ways] for _ in range(tasks)]),
+        about=torch.rand(tasks, ways, 2, 3),
     )
 
 

@@ -245,7 +245,7 @@ def test_the_order_of_classes_changes_nothing(name: str):
     algorithm = without_batch_statistics(name)
     tasks = episodes_of(shots=2)
     rows = torch.tensor([4, 5, 0, 1, 2, 3])  # the class that was last comes first
-    turned = replace(tasks, support_x=tasks.support_x[:, rows])
+    turned = replace(tasks, support_x=tasks.support_x[:, rows], about=tasks.about[:, [2, 0, 1]])
     expected, found = (algorithm.predict(algorithm.adapt(each), tasks.query_x) for each in (tasks, turned))
     expected, found = (outputs.log_softmax(-1) for outputs in (expected, found))
     torch.testing.assert_close(found[..., [1, 2, 0]], expected)

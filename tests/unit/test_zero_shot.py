@@ -1,0 +1,138 @@
+"""Tasks without examples: descriptions of classes, from the source to the prediction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers.methods import METHODS, SHAPE, Smooth, episodes_of, gradient, relative_error
+
+from metarun.algorithms.maml import MAML
+from metarun.algorithms.protonet import ProtoNet
+from metarun.algorithms.zero_shot import ZeroShot
+from metarun.backbones.mlp import MLP
+from metarun.datasets.glyphs import DESCRIPTION, Glyphs, describe, sample_types
+from metarun.datasets.mixture import MixtureStore
+from metarun.datasets.sinusoid import Sinusoid
+from metarun.errors import ConfigError, DataError
+from metarun.tasks.class_store import ClassStore, joined
+from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.objectives import CLASSIFICATION
+from metarun.tasks.sampling import sample
+
+NONE = EpisodeShape(3, 0, 2)
+
+
+def store(classes: int = 6, about: bool = True, first: int = 0) -> ClassStore:
+    """Four images of each class, whose pixels are the number of the class, as is its description."""
+    numbers = torch.arange(first, first + classes)
+    images = numbers.repeat_interleave(4)[:, None, None, None].expand(-1, *SHAPE).to(torch.uint8)
+    names = [f"class {i}" for i in numbers.tolist()]
+    own = numbers[:, None, None].expand(-1, 2, 3).float() if about else None
+    return ClassStore(images.clone(), [4] * classes, names, "mine train", about=own)
+
+
+def drawn(source: ClassStore, shape: EpisodeShape = NONE) -> Episodes:
+    tasks = sample(source, 5, shape, torch.Generator().manual_seed(0))
+    assert isinstance(tasks, Episodes)
+    return tasks
+
+
+VIEWS = {
+    "itself": lambda: store(),
+    "moved": lambda: store().with_items(store().items + 0),
+    "some classes": lambda: store().keeping([1, 2, 4, 5]),
+    "resized": lambda: store().resized((3, 8, 8)),
+    "other metrics": lambda: store().reporting(CLASSIFICATION.choosing(["ece"])),
+    "all splits": lambda: joined([store(2), store(3, first=2)]),
+    "host memory": lambda: store().with_items(store().items, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("shots", [0, 2])
+def test_descriptions_stay_with_their_classes(view: str, shots: int):
+    source = VIEWS[view]()
+    shape = EpisodeShape(3, shots, 2)
+    source.check(shape)
+    tasks = drawn(source, shape)
+    assert source.spec.description == (2, 3)
+    assert tasks.support_x.shape[:2] == (5, 3 * shots)
+    assert tasks.about is not None and tasks.about.shape == (5, 3, 2, 3)
+    pixels = tasks.query_x.flatten(2)[..., 0].unflatten(1, (3, 2)) * 255
+    assert torch.equal(pixels.round(), tasks.about[..., 0, :2])
+
+
+def test_a_task_without_examples_needs_descriptions():
+    plain = store(about=False)
+    for source in (plain, MixtureStore({"a": store()}, [1.0], "mixture", "cpu"), Sinusoid().split("train")):
+        with pytest.raises(DataError, match=rf"^shots=0: {source.name} has no descriptions of its classes"):
+            source.check(EpisodeShape(1 if source.spec.outputs else 3, 0, 2))
+    assert drawn(plain, EpisodeShape(3, 1, 1)).about is None
+    with pytest.raises(ValueError, match="2 descriptions of 3 classes"):
+        ClassStore(torch.zeros(3, 1, dtype=torch.uint8), [1] * 3, list("abc"), "x", about=torch.zeros(2, 1))
+
+
+def test_who_needs_examples_and_who_descriptions():
+    source = store()
+    protonet, zero_shot = ProtoNet(Smooth()), ZeroShot(Smooth(), (2, 3))
+    with pytest.raises(ConfigError, match=r"^shots=0: ProtoNet needs support examples; choose algorithm=z"):
+        protonet.check_source(source, NONE)
+    protonet.check_source(source, EpisodeShape(3, 1, 2))
+    zero_shot.check_source(source, NONE)
+    for other in (store(about=False), Glyphs(train_classes=2).split("train")):
+        with pytest.raises(ConfigError, match=r"this model takes those of shape \(2, 3\)"):
+            zero_shot.check_source(other, NONE)
+    with pytest.raises(ConfigError, match="needs descriptions of the classes apart from their examples"):
+        ZeroShot.check_tasks(store(about=False).spec)
+
+
+class InThePlaceOfExamples(ClassStore):
+    """A source whose descriptions are items, as texts are."""
+
+    described = True  # type: ignore[assignment]
+
+
+def test_descriptions_in_the_place_of_examples_are_for_every_method():
+    plain = store(about=False)
+    source = InThePlaceOfExamples(plain.items, [4] * 6, plain.names, "texts")
+    source.check(NONE)
+    MAML.check_shots(source, 0)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_gradient_without_examples_is_the_references():
+    method = METHODS["zero_shot"]
+    algorithm, episodes = method.build(Smooth(), 1), episodes_of(shots=0)
+    expected = method.reference(algorithm, episodes, 1)
+    assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
+    algorithm.eval()
+    outputs = algorithm.predict(algorithm.adapt(episodes), episodes.query_x)
+    assert outputs.shape == (3, 6, 3)
+
+
+def test_descriptions_are_standardised_by_the_training_classes():
+    about = torch.randn(7, 4) * torch.tensor([100.0, 1e-3, 1.0, 0.0]) + torch.tensor([5.0, 0.0, -3.0, 0.1])
+    source = ClassStore(torch.zeros(7, 2), [1] * 7, list("abcdefg"), "x", about=about)
+    algorithm = ZeroShot(MLP((2,), (3,)), (4,), hidden=())
+    algorithm.on_run_start(source)
+    np.testing.assert_allclose(algorithm.mean, about.numpy().mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(algorithm.deviation[:3], about.numpy().std(0)[:3], rtol=1e-5)
+    assert algorithm.deviation[3] == 1
+    assert {"mean", "deviation"} <= algorithm.state_dict().keys()
+
+
+def test_a_glyph_is_described_by_its_program():
+    """Characters of the same seed have the same description; absent strokes are zero."""
+    source = Glyphs(train_classes=25).split("train")
+    assert source.about is not None and source.spec.description == Glyphs().spec.description == (DESCRIPTION,)
+    assert torch.equal(source.about[:3], Glyphs(train_classes=3).split("train").about)
+    assert len(source.about.unique(dim=0)) == 25
+    types = sample_types(200, torch.Generator().manual_seed(0))
+    described = describe(types)
+    strokes = (types.lengths.sum(-1) > 0).sum(1)
+    filled = described[:, :12].unflatten(1, (4, 3)).any(2).sum(1)
+    assert torch.equal(filled, strokes) and set(strokes.tolist()) == {1, 2, 3, 4}
+    relations = described[:, 156:172].unflatten(1, (4, 4)).sum(2)
+    assert torch.equal(relations.sum(1).long(), strokes)
+    assert torch.equal(described[:, -1], types.sizes.float())
