@@ -125,7 +125,7 @@ def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
     """
     takes, cls = parameters_of(node), get_class(node["_target_"])
     offered = {"item_shape": spec.item_shape, "vocabulary": spec.vocabulary}
-    passed = {name: value for name, value in offered.items() if name in takes and name not in node}
+    passed = {name: value for name, value in offered.items() if name in takes}
     if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
         passed["item_shape"] = spec.item_shape
     if in_metarun(cls):
@@ -142,7 +142,8 @@ def check_kind(cls: type, spec: TaskSpec, takes_texts: bool) -> None:
     if takes_texts and spec.kind != "texts":
         choice = "conv4" if spec.kind == "images" else "mlp"
         raise ConfigError(
-            f"backbone: {cls.__name__} takes texts, and this dataset has {spec.kind}; choose backbone={choice}"
+            f"backbone: {cls.__name__} takes texts, and this dataset has {spec.kind}; "
+            f"choose backbone={choice}"
         )
     if spec.kind == "texts" and not takes_texts:
         raise ConfigError(
