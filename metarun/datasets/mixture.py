@@ -105,15 +105,26 @@ class Mixture(Dataset):
         return self.split(name, device)  # type: ignore[arg-type]  # each part loads all of its own
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> MixtureStore:
-        """The classes of all parts. Raises what a part's `split` raises, with its settings' full names."""
-        stores = {}
+        """The classes of all parts. Raises what a part's `split` raises, with its settings' full names.
+
+        Of a part with several sources, each is a part of its own: a task has classes of one of them.
+        """
+        stores: dict[str, ClassStore] = {}
+        weights: list[float] = []
         for part, dataset in self.datasets.items():
             with naming_part(part, inspect.signature(type(dataset)).parameters):
                 store = dataset.load(name)
             if not isinstance(store, ClassStore):
                 raise ConfigError(f"dataset.parts: {part} is not a dataset of classes; leave it out")
-            stores[part] = store.resized(self.item_shape)
-        return MixtureStore(stores, list(self.weights.values()), f"mixture {name}", device)
+            store = store.resized(self.item_shape)
+            weight = self.weights[part]
+            if isinstance(store, MixtureStore):
+                stores |= {f"{part} {inner}": each for inner, each in store.parts.items()}
+                weights += (weight * store.weights / store.weights.sum()).tolist()
+            else:
+                stores[part] = store
+                weights.append(weight)
+        return MixtureStore(stores, weights, f"mixture {name}", device)
 
 
 class MixtureStore(ClassStore):

@@ -98,7 +98,8 @@ def _receive(url: str, part: Path) -> None:
             have = 0
         total = None if response.length is None else have + response.length
         with open(part, "ab" if have else "wb") as file, _bytes_bar() as bar:
-            task = bar.add_task(f"download {url.rpartition('/')[2]}", completed=have, total=total)
+            name = url.rpartition("/")[2].partition("?")[0]
+            task = bar.add_task(f"download {name}", completed=have, total=total)
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 have += len(chunk)
