@@ -27,7 +27,7 @@ from metarun.storage.files import encoded, read_regular, user_path
 from metarun.tasks.class_store import ClassStore
 
 BLOCK = 256  # images decoded before they are written: bounds the memory
-VERSION = 2  # of the decoding: with another one, images are decoded again
+VERSION = 3  # of the decoding: with another one, images are decoded again
 
 
 class Entry(NamedTuple):

@@ -2,7 +2,8 @@
 
 The paper is what a smooth surface through the border explains; ink is what differs from it to one side. The
 paper is subtracted before an image is reduced: Lanczos reduction overshoots beside strokes, which would
-otherwise raise the paper of a drawing whose contrast is stretched afterwards.
+otherwise raise the paper of a drawing whose contrast is stretched afterwards. Noise is removed before, too,
+because it looks like the edges of strokes in the reduced image.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ DETAIL = 8  # pixels of a drawing for each pixel of the result, above which it i
 SAMPLES = 1024  # pixels that the surface of the paper is fitted to
 NOISE = 2.5  # standard deviations of the paper's noise that are cut off
 CLEAR = 5.0  # standard deviations above which the strongest stroke is not noise
+ONE_SIDED = 0.5  # the `one_sidedness` of a small image, above which its strokes are not noise
 FAINT = 8.0  # the least contrast of a stroke, of 255 levels
+STEEP = 4.0  # a contrast of fewer standard deviations of the noise is reduced to ink and paper
 SURVEYED = 48  # pixels a side at which the polarity of a drawing is judged
 
 
@@ -36,23 +39,31 @@ def strokes(image: Image.Image, ink: Ink, height: int, width: int, how: Resize =
     levels = averaged(image, DETAIL * max(height, width))
     above = levels - paper(levels)
     above = without_lines(-above if ink == "dark" else above)
-    full = ink_level(above)
-    small = fitted(above, height, width, how)
-    top = min(full, float(small.max()))
-    noise = spread(small[small < top / 2]) if top > 0 else 0.0
-    if top < max(FAINT, CLEAR * noise):
+    small, top, noise = reduced(above, height, width, how)
+    if top < FAINT or (top < CLEAR * noise and one_sidedness(small - np.median(small)) < ONE_SIDED):
         return np.zeros((height, width), np.uint8)
+    grain = spread(above[above < 0])  # strokes are on the other side of the paper
+    side = min(above.shape[0] // height, above.shape[1] // width)
+    if grain > 1 and side > 2:
+        above = without_grain(above, grain, side)
+        small, top, noise = reduced(above, height, width, how)
+        top = max(top, FAINT)
     floor = NOISE * noise
     return ((small - floor) / (top - floor) * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def balance(image: Image.Image) -> float:
-    """On which side of the paper the ink of an image of mode L is: 1 dark, -1 light, about 0 if it is blank.
-
-    Cubes of the differences, in which noise on both sides cancels out.
-    """
+    """On which side of the paper the ink of an image of mode L is: 1 dark, -1 light, about 0: it is blank."""
     levels = averaged(image, SURVEYED)
-    cubes = (paper(levels) - levels) ** 3
+    return one_sidedness(paper(levels) - levels)
+
+
+def one_sidedness(differences: np.ndarray) -> float:
+    """1 if large differences from the paper are positive, -1 if they are negative, about 0 if there are none.
+
+    By their cubes, in which noise on both sides cancels out.
+    """
+    cubes = differences**3
     total = float(np.abs(cubes).sum())
     return float(cubes.sum()) / total if total > FAINT**3 else 0.0
 
@@ -121,6 +132,34 @@ def without_lines(above: np.ndarray) -> np.ndarray:
         raised[(raised < NOISE * spread(raised)) | (raised > most) | (raised < FAINT)] = 0
         lines -= raised[:, None]
     return above
+
+
+def without_grain(above: np.ndarray, grain: float, side: int) -> np.ndarray:
+    """Ink [H, W] without the noise of each pixel, which the means of small windows separate from strokes.
+
+    The stronger the noise, the more is taken from these means instead of the pixels, and the steeper the step
+    between paper and full ink.
+
+    Args:
+        above: the ink.
+        grain: the standard deviation of the noise.
+        side: of the largest window, which is a pixel of the reduced drawing. Strokes are about as wide.
+    """
+    side -= 1 - side % 2
+    share = min(STEEP * grain / ink_level(above), 1.0)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(above, side // 2, mode="edge"), (side, side))
+    mixed = above + share * (windows.mean((2, 3)) - above)
+    full = ink_level(mixed)
+    half = max(full / 2, NOISE * grain / side)
+    low, high = share * half, full - share * (full - half)
+    return full * ((mixed - low) / max(high - low, 1.0)).clip(0, 1)
+
+
+def reduced(above: np.ndarray, height: int, width: int, how: Resize) -> tuple[np.ndarray, float, float]:
+    """Ink [H, W] as `fitted`, the level of full ink in it, and the noise of the paper."""
+    small = fitted(above, height, width, how)
+    top = min(ink_level(above), float(small.max()))
+    return small, top, spread(small[small < top / 2]) if top > 0 else 0.0
 
 
 def fitted(above: np.ndarray, height: int, width: int, how: Resize) -> np.ndarray:
