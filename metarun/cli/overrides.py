@@ -13,6 +13,9 @@ from metarun.config.schema import path_kind
 from metarun.errors import message_line
 from metarun.storage.files import user_path
 
+# Settings that name columns of a table, which may contain any character, and values that need no quotes.
+COLUMNS = re.compile(r"\+*dataset\.(task|label|target|smiles|tasks|features|drop|categories|missing)")
+PLAIN = re.compile(r"""[\w.+-]*|\$.*|'[^']*'|"[^"]*\"""")
 PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
 
 # Settings that Hydra only reads in a sweep.
@@ -69,7 +72,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
     for override in typed:
         check_override(override, sweep)
-    overrides = [quote_path(name, override, sweep) for override in typed]
+    overrides = [quote_column(quote_path(name, override, sweep), sweep) for override in typed]
     if name == "train":
         overrides = pairing(overrides) + overrides
     overrides += parts_of(overrides)
@@ -200,6 +203,27 @@ def quote_path(name: str, override: str, sweep: bool) -> str:
         fail(f"{key}= is empty; name a path", status=1)
     values = [each.strip() for each in ITEM.findall(value)] if sweep and kind != "folder" else [value]
     return f"{key}={','.join(quoted_item(each, kind) for each in values)}"
+
+
+def quote_column(override: str, sweep: bool) -> str:
+    """Quote the value of an override that names a column, or each of a list, where Hydra requires it.
+
+    Args:
+        override: as typed.
+        sweep: whether commas separate the values of a sweep. Otherwise they are part of the name.
+    """
+    key, _, value = override.partition("=")
+    if not COLUMNS.fullmatch(key):
+        return override
+    values = [each.strip() for each in ITEM.findall(value)] if sweep else [value]
+    return f"{key}={','.join(map(quoted_column, values))}"
+
+
+def quoted_column(value: str) -> str:
+    """The name of a column in quotes, if it needs them, or a list of them."""
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(quoted_column(item.strip()) for item in ITEM.findall(value[1:-1]))}]"
+    return value if PLAIN.fullmatch(value) else quoted(value)
 
 
 def quoted_item(value: str, kind: str) -> str:

@@ -170,10 +170,12 @@ def describe(path: Path) -> None:
 def counts(source: EpisodeSource) -> list[str]:
     """Table cells: the numbers of classes, items, and items per class, and the shape of an item."""
     shape = "x".join(map(str, source.spec.item_shape))
-    if not isinstance(source, ClassStore):
+    if not (sizes := source.item_counts()):
         return ["", "drawn anew", "", shape]
-    least, most = source.smallest_class, source.largest_class
+    least, most = min(sizes), max(sizes)
     each = str(least) if least == most else f"{least} to {most}"
+    if not isinstance(source, ClassStore):  # tasks may have items in common
+        return [counted(len(sizes), "task"), f"{len(source.items):,}", each, shape]  # type: ignore[attr-defined]
     return [f"{len(source.names):,}", f"{len(source.items):,}", each, shape]
 
 

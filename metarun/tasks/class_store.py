@@ -133,6 +133,9 @@ class ClassStore(EpisodeSource):
     def described(self) -> bool:  # type: ignore[override]
         return self.about is not None
 
+    def item_counts(self) -> Sequence[int]:
+        return self.counts.tolist()
+
     def check(self, shape: EpisodeShape) -> None:
         self.check_shots(shape.shots)
         if shape.ways < 2:

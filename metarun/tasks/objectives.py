@@ -93,11 +93,28 @@ class Objective:
             over classes instead need another step size (docs/protocols.md).
         metrics: the metrics that are computed and reported; the first decides which checkpoint is best.
         available: all metrics that can be chosen.
+        units: outputs and targets of a regression [..., V] to the values that people read, such as degrees;
+            None: they are these values.
     """
 
     loss: PerTask
     metrics: tuple[Metric, ...]
     available: tuple[Metric, ...]
+    units: Callable[[Tensor], Tensor] | None = None
+
+    def in_units(self, units: Callable[[Tensor], Tensor]) -> Objective:
+        """The same objective of a regression on standardised values, with metrics of the original values.
+
+        Args:
+            units: standardised values [..., V] to original ones; see the attribute.
+        """
+
+        def converted(metric: Metric) -> Metric:
+            score = metric.score
+            return replace(metric, score=lambda outputs, targets: score(units(outputs), units(targets)))
+
+        metrics, available = (tuple(map(converted, each)) for each in (self.metrics, self.available))
+        return replace(self, metrics=metrics, available=available, units=units)
 
     def choosing(self, names: Sequence[str] | None) -> Objective:
         """The same objective reporting the metrics of these names; None: those it reports by default.

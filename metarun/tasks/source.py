@@ -84,6 +84,10 @@ class EpisodeSource(ABC):
         """What a user should know about the data, one line each, such as the lengths of texts."""
         return []
 
+    def item_counts(self) -> Sequence[int]:
+        """The number of items of each class, or of each stored task; empty where tasks are drawn anew."""
+        return []
+
     def examples(self, draw: Draw, shape: EpisodeShape) -> list[dict[str, str]]:
         """The examples of the first task of a draw as rows of a table, by heading, if it is `readable`."""
         raise NotImplementedError

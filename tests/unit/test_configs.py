@@ -148,6 +148,17 @@ def test_every_path_is_typed_without_quotes(command: str, key: str):
         assert OmegaConf.create({"path": value}).path == path
 
 
+@pytest.mark.parametrize("column", [*ODD_PATHS, "subject#", "Jitter(%)", "Jitter:DDP", "NR-*"])
+def test_columns_of_tables_are_typed_without_quotes(column: str):
+    parser = OverridesParser.create()
+    (word,) = arrange("train", [f"dataset.task={column}"])
+    assert OmegaConf.create({"it": parser.parse_override(word).value()}).it == column
+    if not {",", "'", "\\", "]"} & {*column}:
+        (word,) = arrange("train", [f"dataset.drop=[{column},b]"])
+        assert list(OmegaConf.create({"it": parser.parse_override(word).value()}).it) == [column, "b"]
+    assert arrange("train", ["-m", "dataset.task=a#,b"]) == ["-m", "dataset.task='a#',b"]
+
+
 def test_paths_are_swept_and_listed():
     assert arrange("eval", ["-m", "checkpoint=a, b,[c,d]"]) == ["-m", "checkpoint='a','b',['c','d']"]
     assert arrange("eval", ["-m", "checkpoint='a,b',c"]) == ["-m", "checkpoint='a,b','c'"]

@@ -1,0 +1,100 @@
+"""One task from a user's tables, for `metarun adapt`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metarun.datasets.base import OwnTask
+from metarun.datasets.tables.columns import in_order, is_missing, label_of, numbers_of
+from metarun.datasets.tables.reading import Cells
+from metarun.errors import DataError
+from metarun.tasks.class_store import numbers
+
+if TYPE_CHECKING:
+    from metarun.datasets.tables.table import Table
+
+
+def own_task(table: Table, support: Path, query: Path | None, fixed: Sequence[str] | None) -> OwnTask:
+    """The task in a file of rows with labels or targets, and a file of rows to predict.
+
+    Args:
+        table: the dataset of the model.
+        support, query: the files. The queries may have labels or targets, by which they are scored.
+        fixed: the labels, if they are those of the training tasks; None: those of the support.
+
+    Raises:
+        DataError: a column is missing, or a cell is not as expected; the message names the line.
+    """
+    cells = table.read(support)
+    asked = None if query is None else table.read(query)
+    wanted = table.roles.answer or "label"
+    classes: list[str] = []
+    if table.roles.target:
+        support_y = values_of(table, cells, wanted, required=True)
+        query_y = None if asked is None else values_of(table, asked, wanted, required=False)
+    else:
+        known = labels_of(table, cells, wanted, required=True)
+        classes = list(fixed or in_order({label for label in known if label is not None}))
+        support_y = class_numbers(cells, known, classes, wanted)
+        if absent := [name for i, name in enumerate(classes) if not (support_y == i).any()]:
+            raise DataError(f"{cells.path}: has no row with the {wanted} {absent[0]!r}; add at least one")
+        if len(classes) < 2:
+            raise DataError(f"{cells.path}: all rows have the same {wanted}; add rows with another one")
+        query_y = None
+        if asked is not None:
+            query_y = class_numbers(asked, labels_of(table, asked, wanted, required=False), classes, wanted)
+    return OwnTask(
+        support_x=numbers(table.encode(cells)).unsqueeze(0),
+        support_y=support_y,
+        query_x=None if asked is None else numbers(table.encode(asked)).unsqueeze(0),
+        query_y=query_y,
+        classes=classes,
+        query_names=[] if asked is None else [table.row_name(asked, row) for row in range(len(asked))],
+    )
+
+
+def labels_of(table: Table, cells: Cells, wanted: str, required: bool) -> list[str | None]:
+    """The label of each row; None where it is missing, unless it is required."""
+    if wanted not in cells.columns and not required:
+        return [None] * len(cells)
+    own = cells.column(wanted, "support")
+    if required:
+        refuse_missing(table, cells, wanted)
+    found = [None if is_missing(cell, table.roles.missing) else label_of(cell) for cell in own]
+    if not table.roles.tasks:
+        return found
+    names = dict(zip("01", table.learned.labels, strict=True))  # 0 and 1 mean these in the training tasks
+    return [None if label is None else names.get(label, label) for label in found]
+
+
+def values_of(table: Table, cells: Cells, wanted: str, required: bool) -> Tensor:
+    """The target of each row as it is learned, [1, rows, 1]; NaN where it is missing, unless required."""
+    if wanted not in cells.columns and not required:
+        return torch.full((1, len(cells), 1), torch.nan)
+    cells.column(wanted, "support")
+    if required:
+        refuse_missing(table, cells, wanted)
+    return table.standard(torch.from_numpy(numbers_of(cells, wanted, table.roles.missing))).unsqueeze(0)
+
+
+def refuse_missing(table: Table, cells: Cells, wanted: str) -> None:
+    """Raise DataError if a cell of a column is missing."""
+    for row, cell in enumerate(cells.columns[wanted]):
+        if is_missing(cell, table.roles.missing):
+            raise DataError(f"{cells.at(row)}: column {wanted!r} is empty; fill it, or remove the line")
+
+
+def class_numbers(cells: Cells, labels: Sequence[str | None], classes: Sequence[str], wanted: str) -> Tensor:
+    """Labels as class numbers [1, rows]; -1 where they are unknown."""
+    places = {name: i for i, name in enumerate(classes)}
+    for row, label in enumerate(labels):
+        if label is not None and label not in places:
+            raise DataError(
+                f"{cells.at(row)}: the {wanted} {label!r} is not one of {', '.join(classes)}; correct it"
+            )
+    return torch.tensor([[-1 if label is None else places[label] for label in labels]])
