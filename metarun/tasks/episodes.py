@@ -18,6 +18,7 @@ from metarun.tasks.objectives import CLASSIFICATION, Objective, PerTask, class_w
 
 #: T tasks' examples [T, B, *item] to outputs [T, B, N], each task by its own weights.
 Model = Callable[[Tensor], Tensor]
+MOST_COPIES = 4  # see `Episodes.repeated`
 
 
 @dataclass(frozen=True)
@@ -176,13 +177,17 @@ class Episodes(Tasks):
         The statistics of a batch are those of a support with equal classes, while the weights of the copies
         of an example add up to its own weight. Copies come after the examples. Tasks that are not `balanced`,
         and those whose classes are equal, stay as they are.
+
+        Classes are filled up to at most `MOST_COPIES` times the mean size of a class, so that one very large
+        class does not multiply the memory. All T tasks must have classes of the same sizes, in any order.
         """
         if self.support_weights is None:
             return self
         tasks, shots = self.support_y.shape
         ways = torch.arange(self.ways, device=self.support_y.device)
         sizes = (self.support_y.unsqueeze(1) == ways.unsqueeze(1)).sum(2, keepdim=True)  # [T, N, 1]
-        turns = torch.arange(int(sizes.max()), device=sizes.device)
+        most = min(int(sizes.max()), MOST_COPIES * shots // self.ways)
+        turns = torch.arange(most, device=sizes.device)
         places = sizes.cumsum(1) - sizes + turns % sizes  # in the order of classes, [T, N, turns]
         rows = self.support_y.argsort(dim=1, stable=True).gather(1, places.flatten(1))
         copies = rows[(turns >= sizes).flatten(1)].view(tasks, -1)

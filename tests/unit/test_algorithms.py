@@ -239,6 +239,17 @@ def test_copies_of_an_example_share_its_weight():
     assert torch.equal(tasks.balanced().repeated().support_x, tasks.support_x)
 
 
+def test_copies_take_limited_memory():
+    """Twenty examples of one class beside one of each of five: four times the mean size of a class is 16."""
+    few = episodes_of(tasks=1, ways=6, shots=20)
+    rows = torch.tensor([*range(20), *range(20, 120, 20)])
+    few = replace(few, support_x=few.support_x[:, rows], support_y=few.support_y[:, rows])
+    copied = few.balanced().repeated()
+    assert copied.support_y[0].bincount().tolist() == [20, 16, 16, 16, 16, 16]
+    sums = torch.zeros(6).scatter_add_(0, copied.support_y[0], copied.support_weights[0])
+    torch.testing.assert_close(sums, torch.full((6,), 100 / 6))
+
+
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.any_order])
 def test_the_order_of_classes_changes_nothing(name: str):
     """Classes in another order, as if their folders had other names."""
