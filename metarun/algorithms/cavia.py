@@ -54,6 +54,11 @@ def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
     convolutions = sum(isinstance(weights, nn.Conv2d) for weights, _ in found)
     if position is None:
         position = min(3, convolutions) if convolutions else 1
+    if not found:
+        raise ConfigError(
+            "algorithm=cavia: needs a backbone with a convolution or a linear layer, and "
+            f"{type(backbone).__name__} has none; choose another backbone"
+        )
     if not 1 <= position <= len(found):
         raise ConfigError(
             f"algorithm.layer={position}: choose a weight layer of the backbone, 1 to {len(found)}"

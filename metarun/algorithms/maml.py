@@ -59,7 +59,7 @@ class MAML(Algorithm):
         self.adapts = adapts
         self.normalises_batches = uses_batch_statistics(backbone)
         self.transductive = transductive
-        learned = dict(self.learner.named_parameters())
+        learned = self.learner.own_parameters()
         inner_loop.attach({name: p.detach() for name, p in learned.items() if self.is_fast(name)})
         if head == "shared" and not self.is_fast("head.weight"):
             raise ConfigError(

@@ -65,7 +65,7 @@ class Reptile(MAML):
             phi = self.adapt(whole)
             outcome = tasks.query(self.predictor(phi, whole))
         theta = self.learner.task_params(len(tasks), tasks.outputs)
-        learned = dict(self.learner.named_parameters())
+        learned = self.learner.own_parameters()
         first = next(iter(theta.values()))
         distance = torch.zeros((), device=first.device, dtype=first.dtype)
         for name, p in theta.items():

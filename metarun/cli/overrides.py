@@ -8,6 +8,7 @@ import re
 import sys
 from typing import NoReturn
 
+from metarun.config.comments import PAIRING, facts
 from metarun.config.paths import CONF
 from metarun.config.schema import path_kind
 from metarun.errors import message_line
@@ -98,9 +99,9 @@ def pairing(overrides: list[str]) -> list[str]:
     on a choice must not override another group.
     """
     chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
-    name = chosen.get("dataset", "")
-    paired = "pairing" not in chosen and (CONF / "pairing" / f"{name}.yaml").is_file()
-    return [f"pairing={name}"] if paired else []
+    path = CONF / "dataset" / f"{chosen.get('dataset', '')}.yaml"
+    paired = facts(path).get(PAIRING) if path.is_file() else None
+    return [f"pairing={paired}"] if paired and "pairing" not in chosen else []
 
 
 def parts_of(overrides: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from metarun.config.build import (
     build_dataset,
     instantiate,
     load_weights,
+    start_from_items,
     task_spec,
     training_shape,
     validation_settings,
@@ -131,6 +132,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     if state is not None:
         restore_state(trainer, state, resumed)
     else:
+        start_from_items(trainer.algorithm, trainer.train_source)
         load_weights(trainer.algorithm)
         note_weights("this run", settings)
         if start is not None:

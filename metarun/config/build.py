@@ -214,6 +214,18 @@ def load_weights(algorithm: Algorithm) -> None:
             load()
 
 
+def start_from_items(algorithm: Algorithm, source: EpisodeSource) -> None:
+    """Let modules with a method `start_from_items(items)` start from training items, in a new run.
+
+    The backbone `bag` sets the weights of its tokens by their frequencies.
+    """
+    if not isinstance(source, ClassStore):
+        return
+    for part in algorithm.modules():
+        if callable(start := getattr(part, "start_from_items", None)):
+            start(source.items)
+
+
 def is_required(parameter: inspect.Parameter) -> bool:
     """Whether a call must pass this parameter."""
     variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)

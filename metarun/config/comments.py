@@ -19,7 +19,8 @@ from metarun.config.paths import CONF
 DATASET_FACTS = ("classes", "images", "from", "licence")
 ALGORITHM_FACTS = ("family", "inner step", "meta-gradient", "memory in steps", "support", "query", "paper")
 NOTE = "note"  # of any option: a few words in the table of options
-FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE))}): (.*)")
+PAIRING = "pairing"  # of a dataset: the file in conf/pairing with the settings that it needs in other groups
+FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE, PAIRING))}): (.*)")
 OF_TESTING = {"dataset", "hardware"}  # the groups of the commands other than `train`
 HIDDEN = {"pairing"}  # groups that only the command line chooses options of
 SETTING = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(?:\s# (?P<comment>.*))?")

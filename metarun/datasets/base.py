@@ -15,6 +15,7 @@ from torch import Tensor
 from metarun.datasets.images import Resize
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError
+from metarun.reporting.console import inform
 from metarun.storage.files import encoded
 from metarun.tasks.class_store import ClassStore, joined
 from metarun.tasks.source import EpisodeSource
@@ -96,8 +97,8 @@ class Dataset(ABC):
         return joined(stores, device)  # type: ignore[arg-type]
 
     @property
-    def preparation(self) -> Preparation:
-        """How other images are prepared for a model that was trained on this dataset."""
+    def preparation(self) -> Any:
+        """How other examples are prepared for a model that was trained on this dataset; a hashable value."""
         return Preparation(ink="auto" if self.drawings else None)
 
     @property
@@ -113,8 +114,12 @@ class Dataset(ABC):
         """
         return self
 
-    def prepared_like(self, trained: Preparation) -> Dataset:
-        """This dataset, prepared as that of a trained model where its own settings leave it open."""
+    def prepared_like(self, trained: Any) -> Dataset:
+        """This dataset, prepared as that of a trained model where its own settings leave it open.
+
+        Args:
+            trained: the `preparation` of a dataset of the same kind.
+        """
         return self
 
     def own_task(self, support: Path, query: str | None) -> OwnTask:
@@ -206,6 +211,42 @@ def split_by_digest(
         "validation": sorted(order[test:held_out]),
         "test": sorted(order[:test]),
     }
+
+
+LEAST_CLASSES = 6  # that can be split into three
+
+
+def split_by_rule(
+    names: Iterable[str], shares: tuple[float, float], seed: int, root: str
+) -> dict[Split, list[str]]:
+    """The classes of a user's files that name no splits, by digest; fewer than six are all test classes.
+
+    Args:
+        names: of all classes.
+        shares: of the classes to validate and to test on.
+        seed: another one gives another split.
+        root: the files, for the message that says how they were split.
+    """
+    classes = list(names)
+    if (count := len(classes)) < LEAST_CLASSES:
+        inform(f"{root}: {count} classes are too few for three splits, so all are test classes")
+        return {"test": classes}
+    validation, test = (max(2, round(share * count)) for share in shares)
+    sizes = (max(count - validation - test, 0), validation, test)
+    inform(
+        f"{root}: {count} classes split {'/'.join(map(str, sizes))} into train, validation and "
+        f"test by dataset.seed={seed}",
+    )
+    return split_by_digest(classes, sizes, f"{seed} ")
+
+
+def check_shares(validation: float, test: float) -> None:
+    """Raise ConfigError unless these shares of the classes leave some to train on."""
+    if min(validation, test) <= 0 or validation + test >= 1:
+        raise ConfigError(
+            f"dataset.validation={validation}, dataset.test={test}: choose shares above 0 that are less "
+            "than 1 together"
+        )
 
 
 def select(store: ClassStore, names: Sequence[str]) -> tuple[Tensor, list[int]]:

@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 import torch
 
-from metarun.datasets.base import ImageDataset, Split, Unreadable, and_more, at_least, split_by_digest
+from metarun.datasets.base import (
+    LEAST_CLASSES,
+    ImageDataset,
+    Split,
+    Unreadable,
+    and_more,
+    at_least,
+    check_shares,
+    split_by_rule,
+)
 from metarun.datasets.class_folders import Entry, class_store, classes_of, entries
 from metarun.datasets.images import Resize
 from metarun.datasets.preparation import Background, InkSetting, Preparation
@@ -26,7 +35,6 @@ SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
     "test": ("test",),
 }
 SPLIT_OF = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
-LEAST = 6  # classes that can be split into three
 Classes = dict[str, list[Entry]]  # the images of each class, by its name
 
 
@@ -71,11 +79,7 @@ class ImageFolder(ImageDataset):
         depth: int = 1,
     ) -> None:
         super().__init__(size, channels, resize or "pad")
-        if min(validation, test) <= 0 or validation + test >= 1:
-            raise ConfigError(
-                f"dataset.validation={validation}, dataset.test={test}: choose shares above 0 that are less "
-                "than 1 together"
-            )
+        check_shares(validation, test)
         at_least(1, depth=depth)
         self.root, self.unreadable, self.depth = root, unreadable, depth
         self.shares, self.seed = (validation, test), seed
@@ -157,26 +161,16 @@ class ImageFolder(ImageDataset):
         return found
 
     def _by_rule(self, classes: Classes) -> dict[Split, Classes]:
-        count = len(classes)
-        if count < LEAST:
-            inform(f"{self.root}: {count} classes are too few for three splits, so all are test classes")
-            self._too_few = count
-            return {"test": classes}
-        validation, test = (max(2, round(share * count)) for share in self.shares)
-        sizes = (max(count - validation - test, 0), validation, test)
-        inform(
-            f"{self.root}: {count} classes split {'/'.join(map(str, sizes))} into train, validation and "
-            f"test by dataset.seed={self.seed}",
-        )
-        parts = split_by_digest(classes, sizes, f"{self.seed} ")
+        self._too_few = len(classes) if len(classes) < LEAST_CLASSES else 0
+        parts = split_by_rule(classes, self.shares, self.seed, self.root)
         return {split: {name: classes[name] for name in names} for split, names in parts.items()}
 
     def _missing(self, name: Split) -> str:
         """Why there is no such split, and what to do."""
         if self._too_few:
             return (
-                f"dataset.root={self.root}: has {self._too_few} classes; at least {LEAST} are needed for "
-                "three splits of two or more; eval and adapt take fewer, with split=test"
+                f"dataset.root={self.root}: has {self._too_few} classes; at least {LEAST_CLASSES} are needed "
+                "for three splits of two or more; eval and adapt take fewer, with split=test"
             )
         there, *_ = self._classes
         return (

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError, counted
-from metarun.nn.per_task import AUTO, Params, grouped_linear, run_on_tasks
+from metarun.nn.per_task import AUTO, Params, grouped_linear, run_on_tasks, shared_names
 
 
 class Learner(nn.Module):
@@ -47,13 +47,18 @@ class Learner(nn.Module):
             ConfigError: if a fixed head has fewer outputs.
         """
         self.check(ways)
-        params: Params = dict(self.named_parameters())
+        params: Params = dict(self.own_parameters())
         for name in ("head.weight", "head.bias"):
             if self.shares_head:
                 params[name] = params[name].expand(ways, *params[name].shape[1:])
             elif ways < self.outputs:
                 params[name] = params[name][:ways]
         return {name: p.expand(tasks, *p.shape) for name, p in params.items()}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of which every task has a copy of its own, by name."""
+        shared = shared_names(self)
+        return {name: p for name, p in self.named_parameters() if name not in shared}
 
     def check(self, ways: int, remedy: str = "algorithm.head=shared") -> None:
         """Raise ConfigError, naming the setting `remedy`, if a fixed head has fewer than `ways` outputs."""

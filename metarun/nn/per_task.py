@@ -94,12 +94,22 @@ def unflatten(rows: Tensor, like: Params) -> Params:
     return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts, strict=True)}
 
 
+def shared_names(module: nn.Module) -> set[str]:
+    """The names of the weights that are the same for all tasks and that no task adapts.
+
+    They are those of layers with a true attribute `shared_by_tasks`, such as large tables of embeddings.
+    """
+    shared = [(n, layer) for n, layer in module.named_modules() if getattr(layer, "shared_by_tasks", False)]
+    return {f"{n}.{key}" for n, layer in shared for key, _ in layer.named_parameters()}
+
+
 def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBatching = AUTO) -> Tensor:
     """Run one network with the weights of T tasks.
 
     Args:
         module: the network, written for examples [B, *item]. Its own weights are not used.
-        params: all of its weights by name, every task's own, [T, *shape] each.
+        params: its weights by name, every task's own, [T, *shape] each; without those of layers that all
+            tasks share (`shared_names`), which are the module's.
         x: each task's examples, [T, B, *item].
         batching: how tasks are run at once.
 
@@ -225,7 +235,9 @@ def run_grouped(module: nn.Module, params: Params, x: Tensor, batching: TaskBatc
     tasks = len(x)
 
     def apply(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        own = {key: params[f"{name}.{key}"] for key, _ in layer.named_parameters()}
+        own = {
+            key: p for key, _ in layer.named_parameters() if (p := params.get(f"{name}.{key}")) is not None
+        }
         if isinstance(layer, OnTasks):
             return layer.on_tasks(own, x, tasks)
         unfolds = batching.how == "unfold" and isinstance(layer, nn.Conv2d) and layer.groups == 1

@@ -138,24 +138,26 @@ class ClassStore(EpisodeSource):
 
     def check(self, shape: EpisodeShape) -> None:
         self.check_shots(shape.shots)
-        if shape.ways < 2:
-            raise DataError(
-                f"ways={shape.ways}: classification needs at least 2 classes; set ways to 2 or more"
-            )
-        if len(self.names) < 2:
-            raise DataError(
-                f"{self.name} has one class, and a task needs two; choose another split or dataset"
-            )
-        if shape.ways > len(self.names):
-            raise DataError(
-                f"ways={shape.ways}: {self.name} has {counted(len(self.names), 'class', 'classes')}; "
-                f"lower ways to at most {len(self.names)}"
-            )
+        self.check_ways(shape.ways)
         if (wanted := shape.shots + shape.queries) > self.smallest_class:
             smallest = self.names[int(self.counts.argmin())]
             raise DataError(
                 f"shots={shape.shots} and queries={shape.queries} need {counted(wanted, 'example')} a class: "
                 f"class {smallest!r} of {self.name} has {self.smallest_class}; lower shots or queries"
+            )
+
+    def check_ways(self, ways: int) -> None:
+        """Raise DataError if there are not that many classes."""
+        if ways < 2:
+            raise DataError(f"ways={ways}: classification needs at least 2 classes; set ways to 2 or more")
+        if len(self.names) < 2:
+            raise DataError(
+                f"{self.name} has one class, and a task needs two; choose another split or dataset"
+            )
+        if ways > len(self.names):
+            raise DataError(
+                f"ways={ways}: {self.name} has {counted(len(self.names), 'class', 'classes')}; "
+                f"lower ways to at most {len(self.names)}"
             )
 
     def with_items(self, items: Tensor, host_for: torch.device | None = None) -> ClassStore:

@@ -1,0 +1,1 @@
+"""Texts: files of them, token ids, and datasets of classes of texts."""

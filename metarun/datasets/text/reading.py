@@ -1,0 +1,158 @@
+"""Files of labelled texts: csv, tsv, jsonl, also compressed, and class folders of text files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from metarun.datasets.images import visible
+from metarun.errors import DataError, first_line
+
+SEPARATORS = (",", ";", "\t")
+FORMATS = ".csv, .tsv, .jsonl or .txt, each also with .gz"
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than the module's 131,072
+
+
+class Row(NamedTuple):
+    """A line of a file: its cells by the names of the columns, and where it is, for messages."""
+
+    cells: Mapping[str, str]
+    place: str
+
+
+def opened(path: Path) -> str:
+    """The content of a text file in UTF-8, with or without a byte order mark, unpacked if it ends in .gz.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or it is not UTF-8.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: is not UTF-8 text; save the file as UTF-8") from None
+    except (OSError, EOFError, gzip.BadGzipFile) as error:
+        if not path.exists():
+            raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def kind_of(path: Path) -> str:
+    """The format of a file by its name, such as ".csv"."""
+    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+
+
+def rows_of(path: Path, columns: tuple[str, ...] = ()) -> Iterator[Row]:
+    """The rows of a file.
+
+    Args:
+        path: a .csv, .tsv or .jsonl file.
+        columns: the names of the columns where the file has no line of headings; empty: it has one.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not like the others; the message names it.
+    """
+    match kind_of(path):
+        case ".csv" | ".tsv" | ".txt":
+            yield from _table_rows(path, columns)
+        case ".jsonl" | ".json":
+            yield from _json_rows(path)
+        case _:
+            raise DataError(f"{path}: is not a {FORMATS} file")
+
+
+def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    text = opened(path)
+    first = text.split("\n", 1)[0]
+    tabs = kind_of(path) == ".tsv"
+    separator = "\t" if tabs else max(SEPARATORS, key=first.count)
+    lines = io.StringIO(text, newline="")
+    if tabs:
+        reader = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(lines, delimiter=separator, strict=True)
+    begun = 1
+    try:
+        for cells in reader:
+            place, begun = f"{path}, line {begun}", reader.line_num + 1
+            if not columns:
+                columns = tuple(cell.strip() for cell in cells)
+                continue
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(columns):
+                raise DataError(
+                    f"{place}: has {len(cells)} fields, and {len(columns)} are expected "
+                    f"({', '.join(columns)}); put quotes around a text that contains {separator!r}"
+                )
+            yield Row(dict(zip(columns, cells, strict=True)), place)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {begun}: {error}; check its quotes") from None
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(opened(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: is not JSON ({first_line(error)})") from None
+        if not isinstance(value, dict):
+            raise DataError(f'{place}: is not an object such as {{"text": "...", "label": "..."}}')
+        yield Row({key: item if isinstance(item, str) else str(item) for key, item in value.items()}, place)
+
+
+def cell(row: Row, column: str, setting: str) -> str:
+    """A cell without white space around it.
+
+    Args:
+        row: the row.
+        column: the name of the column.
+        setting: the setting that names the column, for messages.
+
+    Raises:
+        DataError: there is no such column, or the cell is empty.
+    """
+    if column not in row.cells:
+        raise DataError(
+            f"{row.place}: there is no column {column!r}, but {', '.join(map(repr, row.cells))}; "
+            f"set {setting}=COLUMN"
+        )
+    if not (found := row.cells[column].strip()):
+        raise DataError(f"{row.place}: its {column} is empty; remove the line")
+    return found
+
+
+def text_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The class and the path of each text file in class folders. Raises DataError if there are none."""
+    classes = [each for each in visible(folder) if each.is_dir()]
+    found = [(each.name, file) for each in classes for file in visible(each) if file.suffix == ".txt"]
+    if not found:
+        raise DataError(
+            f"{folder}: has no class folders of .txt files, one text in each; or name a {FORMATS} file"
+        )
+    yield from found
+
+
+def whole_text(path: Path) -> str:
+    """The text in a file without white space around it. Raises DataError if it is empty or unreadable."""
+    if not (text := opened(path).strip()):
+        raise DataError(f"{path}: is empty; remove the file")
+    return text
+
+
+def grouped(labelled: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Texts by their class, from pairs of a class and a text; classes in the order in which they appear."""
+    classes: dict[str, list[str]] = {}
+    for name, text in labelled:
+        classes.setdefault(name, []).append(text)
+    return classes
