@@ -149,7 +149,9 @@ class PublishedTexts(TextDataset):
         query_language: str | list[str] | None = None,
         download: bool = True,
     ) -> None:
-        super().__init__(Reading(ngrams, length, descriptions, names_as_shots, support_language, query_language))
+        super().__init__(
+            Reading(ngrams, length, descriptions, names_as_shots, support_language, query_language)
+        )
         if name != "injongo" and (languages or support_language or query_language):
             raise ConfigError(f"dataset.languages: {name} has one language; leave the languages out")
         self.name, self.root, self.fold = name, root, fold

@@ -54,7 +54,9 @@ class Texts(TextDataset):
         test: float = 0.2,
         seed: int = 0,
     ) -> None:
-        super().__init__(Reading(ngrams, length, descriptions, names_as_shots, support_language, query_language))
+        super().__init__(
+            Reading(ngrams, length, descriptions, names_as_shots, support_language, query_language)
+        )
         check_shares(validation, test)
         self.root, self.columns = root, (text, label, language)
         self.shares, self.seed = (validation, test), seed
