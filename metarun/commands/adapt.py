@@ -83,7 +83,7 @@ def run(cfg: DictConfig) -> float:
     report(model, task, steps, outputs, folder)
     save_adapted(model, task, adapted, folder)
     main = task.objective.metrics[0].name
-    return steps[-1].get(f"query {main}", steps[-1][f"support {main}"])
+    return steps[-1].get(f"query {main}", steps[-1].get(f"support {main}", math.nan))
 
 
 def check_finite(outputs: Tensor | None, steps: Sequence[dict[str, Any]], model: Model) -> None:

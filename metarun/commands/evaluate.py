@@ -99,6 +99,8 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     """Print tables; write results.json, results.csv and figures to the folder."""
     rows = [row_of(cell, command) for cell in cells]
     title = f"{command.episodes} episodes, seed {command.seed}"
+    guesses = {f"{cell.shape.ways}-way": cell.shape.chance for cell in cells if cell.shape.chance}
+    title += "".join(f", {chance} {ways}" for ways, chance in guesses.items())
     # One table for each set of metrics: tasks of different kinds have different metrics.
     for metrics in dict.fromkeys(cell.metrics for cell in cells):
         own = [cell for cell in cells if cell.metrics == metrics]

@@ -359,6 +359,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         task = trainer.train_source.spec.task_name(test.shape)
         result["test"] = {"task": task, **test_record(test)}
         kind = ", transductive" if test.uses_query_statistics else ""
+        kind += f", {test.shape.chance}" if test.shape.chance else ""
         for each in test.metrics:
             head, tail = (
                 ("            ", "")

@@ -32,6 +32,11 @@ class EpisodeShape:
     def __str__(self) -> str:
         return f"{self.ways}-way {self.shots}-shot"
 
+    @property
+    def chance(self) -> str:
+        """The accuracy of a guess, for reports of tasks without examples; "" with examples."""
+        return "" if self.shots else f"chance {1 / self.ways:.1%}".replace("%", " %")
+
 
 @dataclass(frozen=True)
 class Outcome:

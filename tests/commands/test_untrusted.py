@@ -250,7 +250,7 @@ BAD_VALUES: dict[str, tuple[Callable[[Content], None], str]] = {
     ),
     "text for a number": (put("config.iterations", "ten"), "could not be converted to Integer (iterations)"),
     "a list for a number": (put("config.ways", [5]), "(ways)"),
-    "a number below its bound": (put("config.shots", 0), "shots=0: must be a whole number of at least 1"),
+    "a number below its bound": (put("config.shots", -1), "shots=-1: must be a whole number of at least 0"),
     "a group that is a number": (put("config.dataset", 5), "dataset"),
     "a group that is missing": (put("config.algorithm", None), "algorithm"),
     "an environment variable": (put("config.norm", "${oc.env:HOME}"), "contains '${oc.env:HOME}'"),
