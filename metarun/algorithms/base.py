@@ -75,8 +75,8 @@ class Algorithm(nn.Module, ABC):
         if cls.reads_descriptions and spec.description is None:
             raise ConfigError(
                 f"algorithm={cls.__name__}: needs descriptions of the classes apart from their examples, "
-                "which this dataset does not have; choose dataset=glyphs or cub, image_folder with "
-                "dataset.descriptions=FILE.csv, or another algorithm"
+                "which this dataset does not have; choose dataset=glyphs, cub with its file of attributes, "
+                "or image_folder with dataset.descriptions=FILE.csv"
             )
 
     @property

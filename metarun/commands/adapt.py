@@ -24,7 +24,8 @@ from metarun.config.schema import AdaptConfig, typed
 from metarun.config.targets import trusted_modules
 from metarun.datasets import class_folders
 from metarun.datasets.base import OwnTask
-from metarun.errors import ConfigError, TrainingError, counted
+from metarun.datasets.descriptions import read_table
+from metarun.errors import ConfigError, DataError, TrainingError, counted
 from metarun.reporting import pictures, plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import console, inform, relative
@@ -108,7 +109,10 @@ def user_task(command: AdaptConfig, model: Model) -> Task:
         query_y=own.query_y if has_queries else own.support_y,  # type: ignore[arg-type]
         classes=torch.arange(len(own.classes)).unsqueeze(0) if own.classes else None,
         objective=model.objective(command.metrics),
-    ).balanced()  # the classes may have different numbers of examples
+        about=own.about,
+    )
+    if own.support_x.shape[1]:
+        episode = episode.balanced()  # the classes may have different numbers of examples
     return Task(episode, has_queries, own.classes, own.query_names)
 
 
@@ -124,6 +128,8 @@ def own_examples(command: AdaptConfig, model: Model) -> OwnTask:
 def own_images(command: AdaptConfig, model: Model) -> OwnTask:
     """The task in folders of images."""
     assert command.support is not None
+    if model.algorithm.reads_descriptions and user_path(command.support).is_file():
+        return described_images(command, model)
     classes = class_folders.support_files(user_path(command.support), command.depth)
     labels = torch.tensor([[i for i, files in enumerate(classes.values()) for _ in files]])
     query_files: list[Path] = []
@@ -135,6 +141,27 @@ def own_images(command: AdaptConfig, model: Model) -> OwnTask:
     support_x, query_x = read_folders(command, model, support_files, query_files)
     known = torch.tensor([[-1 if label is None else label for label in query_labels]])
     return OwnTask(support_x, labels, query_x, known, list(classes), [str(file) for file in query_files])
+
+
+def described_images(command: AdaptConfig, model: Model) -> OwnTask:
+    """The task of classes that are described in the file `support`, without examples."""
+    assert command.support is not None
+    if command.query is None:
+        raise ConfigError(f"support={command.support}: has no images to predict; add query=FOLDER")
+    table = read_table(command.support)
+    about = torch.tensor([[numbers for _, numbers in table.values()]])
+    if about.shape[2:] != model.spec.description:
+        raise ConfigError(
+            f"support={command.support}: has {counted(about.shape[2], 'number')} for each class, and the "
+            f"model takes descriptions of shape {model.spec.description}"
+        )
+    if len(table) < 2:
+        raise DataError(f"support={command.support}: has one class; at least 2 are needed")
+    files, labels = class_folders.query_files(user_path(command.query), list(table), command.depth)
+    support_x, query_x = read_folders(command, model, [], files)
+    known = torch.tensor([[-1 if label is None else label for label in labels]])
+    none = torch.empty(1, 0, dtype=torch.long)
+    return OwnTask(support_x, none, query_x, known, list(table), list(map(str, files)), about)
 
 
 def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task:

@@ -52,7 +52,10 @@ from metarun.training.trainer import Best, Trainer, TrainSettings
 
 GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
 # Settings that may change when a run is resumed; all others define the run.
-RESUMABLE = ("iterations", "resume", "hardware", "log", "checkpoint", "test", "trust", "dataset.root")
+RESUMABLE = (
+    *("iterations", "resume", "hardware", "log", "checkpoint", "test", "trust"),
+    *("dataset.root", "dataset.descriptions"),
+)
 ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
 
 
@@ -359,7 +362,6 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         task = trainer.train_source.spec.task_name(test.shape)
         result["test"] = {"task": task, **test_record(test)}
         kind = ", transductive" if test.uses_query_statistics else ""
-        kind += f", {test.shape.chance}" if test.shape.chance else ""
         for each in test.metrics:
             head, tail = (
                 ("            ", "")
@@ -369,6 +371,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
             lines.append(
                 f"{head}{each.name} {each.show_interval(test.mean_of(each), test.interval_of(each))}{tail}"
             )
+        lines += [f"            {test.shape.chance}"] * bool(test.shape.chance)
         for part, own in test.parts.items():
             lines.append(f"            {metric.show_interval(own.mean, own.interval)}  {part}")
     write_json(folder / "result.json", result)

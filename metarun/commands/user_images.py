@@ -30,7 +30,8 @@ def read_folders(
     Args:
         command: the settings of the command.
         model: the model.
-        support, query: the files of each; the second tensor is None if there are no queries.
+        support, query: the files of each; the second tensor is None if there are no queries. One of them may
+            be empty.
 
     Raises:
         ConfigError: the model does not take images, or `ink` is set and it does not take drawings.
@@ -44,6 +45,9 @@ def read_folders(
     ours, theirs = ([partial(images.opened, file) for file in files] for files in (support, query))
     if not trained.draws:
         trained = trained.with_levels([*ours, *theirs], "images")
+    if not support:  # classes that are only described
+        other = trained.with_levels(theirs, "query").with_ink(theirs, "query drawings", "ink")
+        return torch.empty(1, 0, *model.spec.item_shape), pixels(other, model, "query", query)
     own = trained.with_levels(ours, "support").with_ink(ours, "support drawings", "ink")
     support_x = pixels(own, model, "support", support)
     if not query:

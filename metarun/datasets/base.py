@@ -36,6 +36,7 @@ class OwnTask:
         query_y: [1, B], -1 where the class is unknown; or [1, B, V], NaN where the value is unknown.
         classes: the names of the ways; empty for a regression.
         query_names: the queries in words, for the table of predictions.
+        about: descriptions of the ways, [1, N, *description], where there are some.
     """
 
     support_x: Tensor
@@ -44,6 +45,7 @@ class OwnTask:
     query_y: Tensor | None
     classes: Sequence[str]
     query_names: Sequence[str]
+    about: Tensor | None = None
 
 
 class Dataset(ABC):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from metarun.datasets import images
 from metarun.datasets.base import ImageDataset
@@ -236,6 +237,7 @@ def class_store(
     root: Path,
     device: torch.device | str = "cpu",
     cached_as: str = "",
+    about: Tensor | None = None,
 ) -> ClassStore:
     """The images of some classes, decoded into the cache unless the same files are there already.
 
@@ -246,6 +248,7 @@ def class_store(
         root: the folder or zip that the files are below.
         device: where the images are stored.
         cached_as: the name in the cache, DATASET-SPLIT; by default made of the title.
+        about: descriptions of the classes, see `ClassStore`.
 
     Raises:
         DataError: a file cannot be decoded, or a class has no images.
@@ -294,7 +297,7 @@ def class_store(
         raise DataError(f"{title}: class {empty[0]!r} has no images; add some, or remove the class")
     shown = [encoded(name).decode("utf-8", "backslashreplace") for name in classes]
     images = content.view(-1, *dataset.item_shape)
-    return ClassStore(images, counts, shown, title, device, fingerprint=made["sha256"])
+    return ClassStore(images, counts, shown, title, device, fingerprint=made["sha256"], about=about)
 
 
 def note_counts(store: ClassStore, least: int, most: int) -> ClassStore:

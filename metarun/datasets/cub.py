@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from metarun.datasets.base import ImageDataset, Split, and_more
 from metarun.datasets.class_folders import Entry, class_store, entries, note_counts
+from metarun.datasets.descriptions import numbers_of
 from metarun.datasets.images import Resize
 from metarun.errors import DataError
 from metarun.reporting.console import inform
@@ -17,10 +20,13 @@ from metarun.storage.cached_arrays import extract_cached
 from metarun.storage.downloads import download
 from metarun.storage.files import data_dir, user_path
 from metarun.tasks.class_store import ClassStore
+from metarun.tasks.spec import TaskSpec
 
 SPECIES = re.compile(r"(\d{3})\..+")  # 001.Black_footed_Albatross
 ARCHIVE = "CUB_200_2011.tgz"
 URL = f"https://data.caltech.edu/records/65de6-vp158/files/{ARCHIVE}"
+# In the archive: for each species, how many percent of people saw each of 312 attributes, such as red wings.
+ATTRIBUTES, COUNT = "class_attribute_labels_continuous.txt", 312
 MD5 = "97eceeb196236b17998738112f37df78"
 
 
@@ -34,7 +40,7 @@ def split_of(number: int) -> Split:
 
 
 class Cub(ImageDataset):
-    """CUB-200-2011.
+    """CUB-200-2011. The description of a species are its attributes, if their file is there.
 
     Args:
         root: a folder or zip with the species folders somewhere below it, the authors' archive, or a folder
@@ -52,6 +58,10 @@ class Cub(ImageDataset):
         super().__init__(size, resize=resize)
         self.root, self.download = root, download
 
+    @property
+    def spec(self) -> TaskSpec:
+        return replace(super().spec, description=(COUNT,))
+
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """The species of one split, in the authors' order. Raises DataError if some are missing."""
         wanted = [number for number in range(1, 201) if split_of(number) == name]
@@ -61,15 +71,35 @@ class Cub(ImageDataset):
                 f"of the {len(wanted)} {name} species; put {URL} there, or leave dataset.root out"
             )
         classes = {self._files[number][0].parts[-2]: self._files[number] for number in wanted}
-        return note_counts(class_store(self, f"cub {name}", classes, self._root(), device), 41, 60)
+        about = None if self._attributes is None else self._attributes[[number - 1 for number in wanted]]
+        store = class_store(self, f"cub {name}", classes, self._root(), device, about=about)
+        return note_counts(store, 41, 60)
 
     @cached_property
     def _files(self) -> dict[int, list[Entry]]:
         """The photographs of each species, by its number."""
+        return species(self._entries)
+
+    @cached_property
+    def _attributes(self) -> Tensor | None:
+        """The attributes of all species in their order, [200, COUNT]; None if there is no such file."""
+        entry = next((each for each in self._entries if each.parts[-1] == ATTRIBUTES), None)
+        if entry is None:
+            return None
+        lines = entry.read().decode(errors="replace").splitlines()
+        rows = [numbers_of(line.split(), f"{entry}, line {i}", 1) for i, line in enumerate(lines, 1)]
+        if len(rows) != 200 or {len(row) for row in rows} != {COUNT}:
+            raise DataError(f"{entry}: has not 200 lines of {COUNT} numbers; replace it by that of {URL}")
+        return torch.tensor(rows)
+
+    @cached_property
+    def _entries(self) -> list[Entry]:
+        """All files, of the archive if the root has no photographs."""
         root = self._root()
         archive = root if root.name.endswith((".tgz", ".tar.gz", ".tar")) else root / ARCHIVE
-        if found := {} if archive == root else species(entries(root)):
-            return found
+        files = [] if archive == root else entries(root)
+        if species(files):
+            return files
         if not archive.is_file():
             raise DataError(
                 f"dataset.root={self.root}: has neither species folders nor {ARCHIVE}; "
@@ -77,7 +107,7 @@ class Cub(ImageDataset):
             )
         md5 = MD5 if archive.name == ARCHIVE else None  # an archive of another name was packed by the user
         work = f"check and unpack {archive} into the cache"
-        return species(entries(extract_cached(archive, "cub", lambda: inform(work), md5)))
+        return entries(extract_cached(archive, "cub", lambda: inform(work), md5))
 
     def _root(self) -> Path:
         return user_path(self.root) if self.root else self._downloaded()

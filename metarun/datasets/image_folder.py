@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from metarun.datasets.base import (
     LEAST_CLASSES,
@@ -22,6 +23,7 @@ from metarun.datasets.base import (
     split_by_rule,
 )
 from metarun.datasets.class_folders import Entry, class_store, classes_of, entries
+from metarun.datasets.descriptions import described
 from metarun.datasets.images import Resize
 from metarun.datasets.preparation import Background, InkSetting, Preparation
 from metarun.errors import ConfigError, DataError
@@ -56,6 +58,7 @@ class ImageFolder(ImageDataset):
             warning.
         validation, test: the shares of the classes to validate and to test on, above 0 and less than 1
             together; used where `root` has no folder `train`.
+        descriptions: a table with a description of each class, see `descriptions.read_table`.
         seed: another one gives another split.
 
     Raises:
@@ -77,11 +80,13 @@ class ImageFolder(ImageDataset):
         test: float = 0.2,
         seed: int = 0,
         depth: int = 1,
+        descriptions: str | None = None,
     ) -> None:
         super().__init__(size, channels, resize or "pad")
         check_shares(validation, test)
         at_least(1, depth=depth)
         self.root, self.unreadable, self.depth = root, unreadable, depth
+        self.descriptions = descriptions
         self.shares, self.seed = (validation, test), seed
         self._too_few = 0  # the number of classes, where they are too few for three splits
         if white is not None and not 0 < white < math.inf:
@@ -135,7 +140,17 @@ class ImageFolder(ImageDataset):
             raise DataError(self._missing(name))
         root = Path(self.root)
         title, cached_as = f"{root.name} {name}", f"image_folder-{name}"
-        return class_store(self, title, self._classes[name], root, device, cached_as)
+        about = self._about.get(name)
+        return class_store(self, title, self._classes[name], root, device, cached_as, about)
+
+    @cached_property
+    def _about(self) -> dict[Split, Tensor]:
+        """The descriptions of the classes of each split; empty if there are none."""
+        if self.descriptions is None:
+            return {}
+        names = [name for classes in self._classes.values() for name in classes]
+        found = described(self.descriptions, names).split([len(own) for own in self._classes.values()])
+        return dict(zip(self._classes, found, strict=True))
 
     def splits(self) -> tuple[Split, ...]:
         return tuple(self._classes)

@@ -127,6 +127,32 @@ def test_cub_in_every_layout(tmp_path: Path, layout: str, capsys):
         assert "unpack" not in capsys.readouterr().err
 
 
+def attributes(root: Path, lines: list[str]) -> None:
+    file = root / "CUB_200_2011/attributes" / cub.ATTRIBUTES
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+
+
+def test_species_of_cub_are_described_by_their_attributes(tmp_path: Path):
+    """As the archive has them: of species n, here, n and then 311 numbers."""
+    root = cub_tree(tmp_path / "birds")
+    assert Cub(root=str(root), size=8).split("test").about is None
+    good = [f"{n} " + " ".join(["0.5"] * 311) for n in range(1, 201)]
+    attributes(root, good)
+    packed(root / "CUB_200_2011", tmp_path / cub.ARCHIVE)
+    for place in (root, tmp_path / cub.ARCHIVE):
+        store = Cub(root=str(place), size=8).split("validation")
+        assert store.about.shape == (50, 312) and store.spec.description == Cub().spec.description == (312,)
+        assert store.about[:, 0].tolist() == [int(name[:3]) for name in store.names]
+    for lines, says in (
+        (good[1:], "has not 200 lines of 312"),
+        ([*good[:9], "x 1"], r", line 10: 'x' in col"),
+    ):
+        attributes(root, lines)
+        with pytest.raises(DataError, match=rf"{cub.ATTRIBUTES}.*{says}"):
+            Cub(root=str(root), size=8).split("train")
+
+
 def test_what_is_missing_of_cub_is_said(tmp_path: Path):
     root = cub_tree(tmp_path / "birds")
     shutil.rmtree(root / "CUB_200_2011" / "images" / "002.Bird_2")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.zero_shot import ZeroShot
 from metarun.backbones.mlp import MLP
+from metarun.datasets.descriptions import described
 from metarun.datasets.glyphs import DESCRIPTION, Glyphs, describe, sample_types
 from metarun.datasets.mixture import MixtureStore
 from metarun.datasets.sinusoid import Sinusoid
@@ -136,3 +140,59 @@ def test_a_glyph_is_described_by_its_program():
     relations = described[:, 156:172].unflatten(1, (4, 4)).sum(2)
     assert torch.equal(relations.sum(1).long(), strokes)
     assert torch.equal(described[:, -1], types.sizes.float())
+
+
+# descriptions in files
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a,1,-2.5\nb,0,1e3\n", "\ufeffclass,x,y\r\na,1,-2.5\r\n\r\nb,0,1e3\r\n", "name;x;y\na;1;-2,5\nb;0;1e3"],
+)
+@pytest.mark.parametrize("tabs", [False, True])
+def test_a_table_of_descriptions(tmp_path: Path, text: str, tabs: bool):
+    text = text.replace(";", "\t") if tabs else text
+    (tmp_path / "about.csv").write_text(text, encoding="utf-8", newline="")
+    assert described(str(tmp_path / "about.csv"), ["b", "a"]).tolist() == [[0, 1000], [1, -2.5]]
+
+
+def test_a_name_may_have_separators_quotes_and_accents(tmp_path: Path, capsys):
+    (tmp_path / "about.csv").write_text('"a, ""b""\nc",1\ncafe\u0301,2\nother,3\n', encoding="utf-8")
+    file = str(tmp_path / "about.csv")
+    assert described(file, ["caf\u00e9", 'a, "b"\nc']).tolist() == [[2], [1]]
+    assert f"{file}, line 4: not a class of the dataset; 1 of 3 lines" in capsys.readouterr().err.replace(
+        "\n", ""
+    )
+
+
+WRONG_TABLES = {
+    "no line": ("", "has no classes"),
+    "headings only": ("class,x\n", "has no classes"),
+    "a class missing": ("a,1\n", "has no line for class 'b'; add"),
+    "a class twice": ("a,1\nb,2\na,3\n", "line 3: class 'a' is also in .*line 1"),
+    "no number": ("a,1\nb,red\n", "line 2: 'red' in column 2 is not a number"),
+    "an empty cell": ("class,x,y\na,1,\nb,2,3\n", "line 2: '' in column 3 is not a number"),
+    "a digit separator": ("a,1\nb,1_000\n", "line 2: '1_000' in column 2 is not a number"),
+    "NaN": ("a,1\nb,nan\n", "line 2: nan in column 2 is not finite"),
+    "infinite": ("a,1\n\nb,1e39\n", "line 3: 1e39 in column 2 is not finite"),
+    "unequal lengths": ("a,1,2\nb,3\n", "line 2: has 1 numbers, and lines before it have 2"),
+    "names only": ("a\nb\n", "line 2: has no numbers"),
+    "an open quote": ('a,1\n"b,2\n', "line 2: .*check its quotes"),
+    "another encoding": (b"a,1\n\xff,2\n", "is not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TABLES)
+def test_a_wrong_table_is_refused_by_line(tmp_path: Path, name: str):
+    content, says = WRONG_TABLES[name]
+    (tmp_path / "about.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path))}/about\.csv.*{says}") as error:
+        described(str(tmp_path / "about.csv"), ["a", "b"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_that_is_not_there(tmp_path: Path):
+    with pytest.raises(DataError, match=r"none\.csv: cannot be read \(No such file"):
+        described(str(tmp_path / "none.csv"), ["a"])
+    with pytest.raises(DataError, match="cannot be read"):
+        described(str(tmp_path), ["a"])

@@ -1,0 +1,132 @@
+"""Descriptions of classes in files: the same numbers for each class, such as attributes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metarun.datasets.base import and_more
+from metarun.errors import DataError
+from metarun.reporting.console import inform
+from metarun.storage.files import read_regular, user_path
+
+SEPARATORS = (",", ";", "\t")
+LARGEST = torch.finfo(torch.float32).max
+
+
+def read_table(file: str) -> dict[str, tuple[str, list[float]]]:
+    """The classes in a table, the line of each for messages, and its numbers.
+
+    Args:
+        file: a line for each class, the name and the numbers, separated by commas, semicolons or tabs; in
+            UTF-8. There may be a first line of headings, in which no column after the first is a number.
+            With semicolons or tabs, numbers may have decimal commas.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not as expected; the message names the line.
+    """
+    classes: dict[str, tuple[str, list[float]]] = {}
+    size = 0
+    for first, place, (cell, *cells), commas in table_rows(user_path(file)):
+        if first and not any(is_number(each, commas) for each in cells):
+            size = len(cells)
+            continue
+        name = same_text(cell.strip())
+        numbers = numbers_of(cells, place, 2, commas)
+        size = size or len(numbers)
+        if not numbers:
+            raise DataError(f"{place}: has no numbers; write the name of a class and its numbers in a line")
+        if len(numbers) != size:
+            raise DataError(f"{place}: has {len(numbers)} numbers, and lines before it have {size}")
+        if name in classes:
+            raise DataError(f"{place}: class {name!r} is also in {classes[name][0]}; remove one of them")
+        classes[name] = place, numbers
+    if not classes:
+        raise DataError(f"{file}: has no classes; write the name of a class and its numbers in each line")
+    return classes
+
+
+def described(file: str, names: Sequence[str]) -> Tensor:
+    """The descriptions of classes in a table, float32 [classes, numbers], in the order of `names`.
+
+    A message says if other classes are in the table, too. Raises DataError if one of these is not.
+    """
+    table = read_table(file)
+    wanted = [same_text(name) for name in names]
+    if missing := [name for name in wanted if name not in table]:
+        raise DataError(
+            f"{file}: has no line for class {and_more([repr(name) for name in missing])}; add the name and "
+            "its numbers"
+        )
+    if others := [place for name, (place, _) in table.items() if name not in set(wanted)]:
+        inform(f"{others[0]}: not a class of the dataset; {len(others)} of {len(table)} lines are not used")
+    return torch.tensor([table[name][1] for name in wanted])
+
+
+def table_rows(path: Path) -> Iterator[tuple[bool, str, list[str], bool]]:
+    """Whether it is the first, the place, the cells, and whether decimal commas may occur, of each line."""
+    try:
+        text = read_regular(path).decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name a csv file") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text; save it as csv in UTF-8") from None
+    head = next((line for line in text.splitlines() if line.strip()), "")
+    separator = max(SEPARATORS[::-1], key=head.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    start, first = 1, True
+    try:
+        for cells in reader:
+            place, start = f"{path}, line {start}", reader.line_num + 1
+            if any(cell.strip() for cell in cells):
+                yield first, place, cells, separator != ","
+                first = False
+    except csv.Error as error:
+        raise DataError(f"{path}, line {start}: {error}; check its quotes") from None
+
+
+def numbers_of(cells: Iterable[str], place: str, first: int, commas: bool = False) -> list[float]:
+    """The cells of a line as numbers.
+
+    Args:
+        cells: the cells.
+        place: the file and the line, for messages.
+        first: the number of the first cell's column, for messages.
+        commas: whether there may be decimal commas.
+
+    Raises:
+        DataError: a cell is not a number, or not finite in float32.
+    """
+    numbers = []
+    for column, cell in enumerate(cells, first):
+        if not is_number(cell, commas):
+            raise DataError(f"{place}: {cell.strip()!r} in column {column} is not a number; correct it")
+        numbers.append(value_of(cell, commas))
+        if not abs(numbers[-1]) <= LARGEST:  # also NaN
+            raise DataError(f"{place}: {cell.strip()} in column {column} is not finite; write a number")
+    return numbers
+
+
+def value_of(cell: str, commas: bool) -> float:
+    """The number in a cell; NaN if there is none."""
+    try:
+        return math.nan if "_" in cell else float(cell.replace(",", ".") if commas else cell)
+    except ValueError:
+        return math.nan
+
+
+def is_number(cell: str, commas: bool) -> bool:
+    """Whether a cell is a number, also one that is not finite."""
+    return not math.isnan(value_of(cell, commas)) or cell.strip().lower() in ("nan", "+nan", "-nan")
+
+
+def same_text(name: str) -> str:
+    """The name in one form: file systems and editors write accents in different ways."""
+    return unicodedata.normalize("NFC", name)
