@@ -70,7 +70,7 @@ class Algorithm(nn.Module, ABC):
         if cls.needs_classes and spec.outputs is not None:
             raise ConfigError(
                 f"algorithm={cls.__name__}: needs tasks with classes, which this dataset does not have; "
-                "choose algorithm=maml or reptile"
+                "choose algorithm=maml, reptile or r2d2"
             )
         if cls.reads_descriptions and spec.description is None:
             raise ConfigError(

@@ -56,8 +56,9 @@ class FeatureMethod(Algorithm):
 
         Args:
             features: of the support examples, [T, S, F].
-            targets: the way of each support example, int64 [T, S], from 0 to ways - 1.
-            ways: N.
+            targets: the way of each support example, int64 [T, S], from 0 to ways - 1; or its values, float
+                [T, S, V], if the method does not need classes.
+            ways: N, or V.
 
         Returns:
             The task-specific state that `score` needs: a tensor, or dicts and lists of tensors, each with T
@@ -73,12 +74,12 @@ class FeatureMethod(Algorithm):
             features: of the queries, [T, B, F].
 
         Returns:
-            Logits [T, B, N].
+            Logits [T, B, N], or values [T, B, V].
         """
 
     def fit_tasks(self, tasks: Episodes, features: Tensor) -> Adapted:
         """`fit` with what it needs of the tasks, given the features of their support [T, S, F]."""
-        return self.fit(features, tasks.support_y, tasks.ways)
+        return self.fit(features, tasks.support_y, tasks.outputs)
 
     @property
     def features(self) -> int:
@@ -90,7 +91,7 @@ class FeatureMethod(Algorithm):
         return uses_batch_statistics(self)
 
     def adapt(self, tasks: Episodes) -> Adapted:
-        self.check(tasks.ways)
+        self.check(tasks.outputs)
         return self.fit_tasks(tasks, self.embed(tasks.support_x))
 
     def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class FeatureMethod(Algorithm):
 
     def embed_episodes(self, tasks: Episodes) -> tuple[Tensor, Tensor]:
         """Features of the support [T, S, F] and of the query [T, B, F] in training."""
-        self.check(tasks.ways)
+        self.check(tasks.outputs)
         if uses_batch_statistics(self.backbone):
             return self.embed(tasks.support_x), self.embed(tasks.query_x)
         features = self.embed(torch.cat([tasks.support_x, tasks.query_x], 1))

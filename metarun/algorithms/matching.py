@@ -18,6 +18,9 @@ class MatchingNet(FeatureMethod):
     have different numbers of shots, which the paper does not consider, the votes of a class are averaged
     instead of summed, so that a class with more shots is not preferred.
 
+    In tasks of regression, which the paper does not have, a query gets the mean of the support's values with
+    the same weights.
+
     Args:
         backbone: passed by the builder; see `Algorithm`.
         full_context: with True (section 2.1.2), a bidirectional LSTM encodes the support examples, in the
@@ -29,6 +32,7 @@ class MatchingNet(FeatureMethod):
     """
 
     unread: ClassVar = {"reads": "full_context=false"}
+    needs_classes = False
 
     def __init__(
         self,
@@ -49,20 +53,26 @@ class MatchingNet(FeatureMethod):
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
         """The support embeddings [T, S, F], their one-hot classes [T, S, N] and the logarithms of their
-        weights [T, S], which are zero if all classes have the same number of shots.
+        weights [T, S], which are zero if all classes have the same number of shots. In a regression, the
+        support embeddings and their values [T, S, V].
         """
         if self.support_context is not None:
             forward, backward = self.support_context(features)[0].chunk(2, -1)
             features = forward + backward + features
+        if targets.is_floating_point():
+            return {"support": features, "values": targets.to(features.dtype)}
         weights = class_weights(targets, ways).to(features.dtype).log()
         return {"support": features, "classes": one_hot(targets, ways, features), "log weights": weights}
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
         """The logarithm of the summed attention of each class, [T, B, N], up to a constant for each query."""
-        support, classes = adapted["support"], adapted["classes"]
+        support = adapted["support"]
         if self.query_context is not None:
             features = self.read(support, features)
-        logits = self.scale * cosines(features, support) + adapted["log weights"].unsqueeze(1)  # [T, B, S]
+        logits = self.scale * cosines(features, support)  # [T, B, S]
+        if "values" in adapted:
+            return logits.softmax(-1) @ adapted["values"]
+        classes, logits = adapted["classes"], logits + adapted["log weights"].unsqueeze(1)
         outside = (classes == 0).mT.unsqueeze(1)  # [T, 1, N, S]
         return logits.unsqueeze(2).masked_fill(outside, -torch.inf).logsumexp(-1)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, precise, require, without_autocast
 from metarun.tasks.objectives import class_weights
+from metarun.tasks.source import EpisodeSource
 
 
 class R2D2(FeatureMethod):
@@ -20,6 +21,9 @@ class R2D2(FeatureMethod):
     penalty by its logarithm, so that it stays positive. Their common bias is omitted, since a
     softmax is invariant to it; a constant feature gives every class its own bias, as in the paper's code.
     Examples are weighted such that every class counts equally if classes have different numbers of shots.
+
+    In tasks of regression, which the paper does not have, the ridge regression is onto the values themselves,
+    and its predictions are not scaled.
 
     Args:
         backbone: passed by the builder; see `Algorithm`.
@@ -33,6 +37,7 @@ class R2D2(FeatureMethod):
     """
 
     unread: ClassVar = {"steps": "solver=ridge"}
+    needs_classes = False
 
     def __init__(
         self,
@@ -49,11 +54,22 @@ class R2D2(FeatureMethod):
         self.log_ridge = nn.Parameter(torch.tensor(float(ridge)).log())
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
+    def on_run_start(self, train: EpisodeSource) -> None:
+        require(
+            self.solver == "ridge" or train.spec.outputs is None,
+            "algorithm.solver=logistic: needs tasks with classes, which this dataset does not have; choose "
+            "algorithm=r2d2",
+        )
+
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """{"weights": weights of the classifiers, [T, F+1, N]}."""
+        """{"weights": weights of the classifiers, [T, F+1, N]}, or {"values": those of a regression}."""
         features = with_constant(features)
-        wanted = one_hot(targets, ways, features)
         ridge = self.log_ridge.exp()
+        if targets.is_floating_point():
+            with without_autocast(features):
+                equal = torch.ones_like(features[..., 0])
+                return {"values": ridge_regression(features, targets.to(features.dtype), ridge, equal)}
+        wanted = one_hot(targets, ways, features)
         balance = class_weights(targets, ways).to(features.dtype)
         with without_autocast(features):
             if self.solver == "ridge":
@@ -62,6 +78,8 @@ class R2D2(FeatureMethod):
 
     def score(self, adapted: dict[str, Any], features: Tensor) -> Tensor:
         with without_autocast(features):
+            if "values" in adapted:
+                return with_constant(features) @ adapted["values"]
             return self.scale * (with_constant(features) @ adapted["weights"])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands.models import Model, TestData, load_model
+from metarun.commands.predictions import class_rows, class_table, known_targets, value_rows, value_table
 from metarun.commands.user_images import read_folders
 from metarun.config.build import instantiate, validation_shape
 from metarun.config.check import check
@@ -36,7 +37,6 @@ from metarun.tasks.sampling import fixed_draws
 from metarun.training import checkpoint
 from metarun.training.hardware import Hardware
 
-SHOWN = 30  # the most predictions in the table on screen; predictions.csv contains all
 CURVE = 200  # the least number of queries of a regression task, so that its curve can be drawn
 
 
@@ -45,8 +45,8 @@ class Task:
     """One task, batched with T = 1.
 
     Args:
-        episode: the support and the queries; queries of an unknown class have the target -1. If there are no
-            queries, the support is used in their place.
+        episode: the support and the queries; queries of an unknown class have the target -1, those of an
+            unknown value NaN. If there are no queries, the support is used in their place.
         has_queries: whether there are queries.
         classes: the names of the ways; empty for a regression.
         query_names: the names of the queries.
@@ -196,7 +196,7 @@ def follow(algorithm: Algorithm, task: Task) -> tuple[list[dict[str, Any]], Adap
     adapted, outputs = None, None
     episode = task.episode
     balanced = algorithm.balanced(episode)
-    scored = task.has_queries and (episode.classes is None or bool((episode.query_y >= 0).any()))
+    scored = task.has_queries and bool(known_targets(episode.query_y).any())
     for step, adapted in enumerate(algorithm.trajectory(balanced)):
         row: dict[str, Any] = {"step": step}
         support = algorithm.predict(adapted, balanced.support_x)[:, : episode.support_x.shape[1]]
@@ -220,13 +220,12 @@ def figures(
         algorithm: its loss is used.
         episode: the task.
         outputs: predictions [1, B, N].
-        targets: [1, B]; -1 is an unknown class.
+        targets: [1, B], or [1, B, V]; -1 is an unknown class, NaN an unknown value.
     """
-    if episode.classes is not None:
-        known = targets[0] >= 0
-        if not known.any():
-            return {}
-        outputs, targets = outputs[:, known], targets[:, known]
+    known = known_targets(targets)
+    if not known.any():
+        return {}
+    outputs, targets = outputs[:, known], targets[:, known]
     loss = algorithm.loss_of(episode)(outputs, targets).item()
     scores = {f"{name} {m.name}": m.score(outputs, targets).item() for m in episode.objective.metrics}
     return {f"{name} loss": loss} | scores
@@ -246,8 +245,8 @@ def report(
     saved = ["steps.json", "adapted.pt"]
     write_json(folder / "steps.json", steps)
     if outputs is not None and task.classes:
-        rows = prediction_rows(task, outputs)
-        console.print(prediction_table(rows))
+        rows = class_rows(task.query_names, task.classes, outputs, task.episode.query_y)
+        console.print(class_table(rows))
         write_csv(folder / "predictions.csv", rows)
         draw_predictions(rows, task, folder / "predictions.png")
         saved += ["predictions.csv", "predictions.png"]
@@ -256,15 +255,25 @@ def report(
             inform("the queries were predicted in one batch and depend on each other (transductive)")
         elif model.algorithm.normalises_batches:
             inform("each query was predicted independently; transductive=true predicts them in one batch")
-    elif outputs is not None and task.episode.query_x.shape[2:] == (1,):
-        draw_regression(model.algorithm, task, folder / "curves.png")
-        saved.append("curves.png")
+    elif outputs is not None:
+        rows = value_rows(task.query_names, in_units(task, outputs), in_units(task, task.episode.query_y))
+        console.print(value_table(rows))
+        write_csv(folder / "predictions.csv", rows)
+        saved.append("predictions.csv")
+        if task.episode.query_x.shape[2:] == (1,):
+            draw_regression(model.algorithm, task, folder / "curves.png")
+            saved.append("curves.png")
     inform(f"saved {', '.join(saved)} in {relative(folder)}")
+
+
+def in_units(task: Task, values: Tensor) -> Tensor:
+    """Outputs or targets of a regression in the units that people read."""
+    return task.objective.units(values) if task.objective.units else values
 
 
 def classes_of(task: Task, outputs: Tensor, folder: Path) -> list[str]:
     """Report metrics by class and the confusion matrix, if the classes of queries are known; the files."""
-    known = task.episode.query_y[0] >= 0
+    known = known_targets(task.episode.query_y)
     if not known.any():
         return []
     counts = confusion(outputs[:, known], task.episode.query_y[:, known])[0].long().cpu()
@@ -301,48 +310,6 @@ def step_table(
     return table
 
 
-def prediction_rows(task: Task, outputs: Tensor) -> list[dict[str, Any]]:
-    """One row for each query: the prediction, the probability of every class, and the true class if known."""
-    rows = []
-    for name, probabilities, label in zip(
-        task.query_names, outputs[0].softmax(-1).tolist(), task.episode.query_y[0].tolist(), strict=True
-    ):
-        best = max(range(len(probabilities)), key=probabilities.__getitem__)
-        rows.append(
-            {
-                "query": name,
-                "prediction": task.classes[best],
-                "probability": probabilities[best],
-                "class": task.classes[label] if label >= 0 else "",
-                **{f"p({c})": p for c, p in zip(task.classes, probabilities, strict=True)},
-            }
-        )
-    return rows
-
-
-def prediction_table(rows: list[dict[str, Any]]) -> Table:
-    """A table of the first predictions, with wrong ones in red."""
-    known = [row for row in rows if row["class"]]
-    right = sum(row["prediction"] == row["class"] for row in known)
-    title = counted(len(rows), "query", "queries") + (
-        f", {right} of {len(known)} right ({right / len(known):.1%})" if known else ""
-    )
-    caption = f"the first {SHOWN}; all are in predictions.csv" if len(rows) > SHOWN else None
-    table = Table(title=title, caption=caption)
-    for heading in ("query", "prediction", "probability", *(["class"] if known else [])):
-        table.add_column(heading, overflow="fold")
-    for row in rows[:SHOWN]:
-        wrong = row["class"] and row["prediction"] != row["class"]
-        cells = [
-            row["query"],
-            row["prediction"],
-            f"{row['probability']:.3f}",
-            *([row["class"]] if known else []),
-        ]
-        table.add_row(*map(Text, cells), style="red" if wrong else None)
-    return table
-
-
 def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
     """Write the figure of the queries and their predictions; nothing if the queries are not images."""
     if task.episode.query_x.dim() != 5:
@@ -365,8 +332,11 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     trajectory = list(algorithm.trajectory(episode))
     shown = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
     names = {i: "before adapting" if i == 0 else f"after step {i}" for i in shown}
-    curves = {names[i]: algorithm.predictor(trajectory[i], episode)(episode.query_x) for i in shown}
-    support, query = (episode.support_x, episode.support_y), (episode.query_x, episode.query_y)
+    curves = {
+        names[i]: in_units(task, algorithm.predictor(trajectory[i], episode)(episode.query_x)) for i in shown
+    }
+    support = episode.support_x, in_units(task, episode.support_y)
+    query = episode.query_x, in_units(task, episode.query_y)
     plots.regression_curves(support, query, curves, path)
 
 

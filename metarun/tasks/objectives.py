@@ -211,6 +211,31 @@ def calibration_error(logits: Tensor, targets: Tensor) -> Tensor:
     return sums.abs().sum(1) / targets.shape[1]
 
 
+def roc_auc(logits: Tensor, targets: Tensor) -> Tensor:
+    """The probability that an example of a class gets a higher score for it than another example, [T].
+
+    The area under the ROC curve, with a half for ties: the mean over the classes that occur among a task's
+    targets, each against the rest. Of two classes, it is that of either. NaN where all targets are equal.
+    """
+    odds = _log_odds(logits.double())  # in float32, a large difference of logits could become a tie
+    scores = odds.mT.contiguous()  # [T, N, B]
+    ordered = scores.sort(-1).values
+    below = torch.searchsorted(ordered, scores)
+    ranks = (below + torch.searchsorted(ordered, scores, right=True) + 1) / 2.0  # the mean rank of ties
+    members = targets.unsqueeze(1) == torch.arange(logits.shape[-1], device=targets.device)[:, None]
+    inside = members.sum(-1).double()  # [T, N]
+    pairs = inside * (targets.shape[1] - inside)
+    areas = ((ranks * members).sum(-1) - inside * (inside + 1) / 2) / pairs.clamp_min(1)
+    return ((areas * (pairs > 0)).sum(1) / (pairs > 0).sum(1)).float()
+
+
+def _log_odds(logits: Tensor) -> Tensor:
+    """The logarithm of the odds of each class, [T, B, N]; in the order of its probability, without ties."""
+    others = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    rest = logits.unsqueeze(-2).masked_fill(others, -math.inf).logsumexp(-1)
+    return logits - rest
+
+
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error of each task, [T]."""
     _check_shapes(outputs, targets)
@@ -244,6 +269,7 @@ def _check_shapes(outputs: Tensor, targets: Tensor) -> None:
 
 
 ACCURACY = Metric("accuracy", accuracy, "accuracy", percent=True, chance=lambda ways: 1 / ways)
+ROC_AUC = Metric("roc_auc", roc_auc, "ROC-AUC", percent=True, chance=lambda ways: 0.5)
 POSITIVE = (0.0, math.inf)
 MSE = Metric("mse", mean_squared_error, "mean squared error", higher_is_better=False, bounds=POSITIVE)
 
@@ -256,6 +282,7 @@ CLASSIFICATION = Objective(
             "balanced_accuracy", balanced_accuracy, "balanced accuracy", True, True, lambda ways: 1 / ways
         ),
         Metric("macro_f1", macro_f1, "macro F1", percent=True),
+        ROC_AUC,
         Metric("ece", calibration_error, "expected calibration error", higher_is_better=False, percent=True),
         Metric("nll", cross_entropy, "negative log-likelihood", higher_is_better=False, bounds=POSITIVE),
     ),

@@ -91,7 +91,7 @@ def test_training_reports_the_metrics_asked_for_and_keeps_the_best_by_the_first(
 
 
 def test_a_metric_that_does_not_exist_is_one_line(metarun, trained, tmp_path: Path):
-    names = "accuracy, balanced_accuracy, macro_f1, ece, nll"
+    names = "accuracy, balanced_accuracy, macro_f1, roc_auc, ece, nll"
     done = metarun("train", *PROTONET, "metrics=[accuracy,f1]", "hydra.run.dir=run", status=1)
     assert f"metrics: these tasks have no 'f1'; choose from {names}" in only_line(done.stderr)
     assert not (tmp_path / "run/last.pt").exists()

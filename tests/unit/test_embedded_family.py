@@ -31,6 +31,7 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
 from metarun.nn.per_task import TaskBatching
 from metarun.tasks.episodes import Episodes
+from metarun.tasks.objectives import REGRESSION
 
 EMBEDDED = [name for name, m in METHODS.items() if isinstance(m.build(MLP(SHAPE, (4,)), 1), FeatureMethod)]
 
@@ -113,6 +114,51 @@ def test_the_machine_is_scikit_learns(ways: int, shots: int, features: int, pena
         expected = other.coef_.T if ways > 2 else np.stack([-other.coef_[0], other.coef_[0]], 1) / 2
         np.testing.assert_allclose((x[t].T @ dual[t]).numpy(), expected, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(single[t].numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def ridge_values(net: R2D2, x: Tensor, y: Tensor, query: Tensor) -> Tensor:
+    """The normal equations, one output after the other."""
+    x, query = (torch.cat([each, torch.ones(len(each), 1)], 1) for each in (x, query))
+    system = x.T @ x + net.log_ridge.exp() * torch.eye(x.shape[1])
+    return torch.stack([query @ torch.linalg.inv(system) @ (x.T @ y[:, v]) for v in range(y.shape[1])], 1)
+
+
+def mean_of_neighbours(net: MatchingNet, x: Tensor, y: Tensor, query: Tensor) -> Tensor:
+    rows = []
+    for q in query:
+        weights = torch.stack([(net.scale * (q @ s) / q.norm() / s.norm()).exp() for s in x])
+        rows.append((weights[:, None] * y).sum(0) / weights.sum())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("build", "predict"),
+    [
+        (lambda net: R2D2(net, ridge=0.3, scale=10.0), ridge_values),
+        (lambda net: MatchingNet(net, scale=4.0), mean_of_neighbours),
+    ],
+    ids=["r2d2", "matching"],
+)
+def test_values_of_a_regression_are_those_of_a_plain_loop(build, predict):
+    """Two values an example, with more and with fewer features than examples; and the meta-gradient."""
+    for features in (3, 12):
+        algorithm = build(MLP((5,), (8, features)))
+        x, query_x = torch.randn(2, 4, 6, 5)
+        y, query_y = torch.randn(2, 4, 6, 2)
+        tasks = Episodes(x, y, query_x, query_y, objective=REGRESSION)
+        outcome = algorithm.meta_loss(tasks)
+        expected = [
+            predict(algorithm, algorithm.backbone(x[t]), y[t], algorithm.backbone(query_x[t]))
+            for t in range(4)
+        ]
+        losses = torch.stack([(own - query_y[t]).square().mean() for t, own in enumerate(expected)])
+        torch.testing.assert_close(outcome.loss, losses, rtol=1e-9, atol=1e-11)
+        params = [p for name, p in algorithm.named_parameters() if name != "scale"]
+        grads, wanted = (torch.autograd.grad(loss.sum(), params) for loss in (outcome.loss, losses))
+        for found, other in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(found, other, rtol=1e-8, atol=1e-11)
+        outputs = algorithm.eval().predict(algorithm.adapt(tasks), query_x)
+        torch.testing.assert_close(outputs, torch.stack(expected), rtol=1e-9, atol=1e-11)
 
 
 CLOSED_FORM = {

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.special
 import sklearn.metrics
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ NUMBERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def test_no_metric_is_without_a_test():
-    assert {m.name for m in CLASSIFICATION.available} == {*CLASSES, "ece", "nll"}
+    assert {m.name for m in CLASSIFICATION.available} == {*CLASSES, "ece", "nll", "roc_auc"}
     assert {m.name for m in REGRESSION.available} == {*NUMBERS}
 
 
@@ -88,6 +89,27 @@ def test_metrics_of_predicted_classes_are_those_of_scikit_learn(name: str, dtype
     assert found.shape == (TASKS,)
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
     assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("ways", [2, WAYS])
+def test_the_area_under_the_roc_curve_is_that_of_scikit_learn(ways: int, dtype: torch.dtype):
+    """Of the classes that occur, each against the rest; with many ties, and logits that are far apart."""
+    logits, targets = classified(dtype)
+    logits[0] = (2 * logits[0]).round() / 2
+    logits, targets = logits[..., :ways], targets % ways
+    targets[1, 1::3] = targets[2, ::2] = 1
+    if ways == 2:
+        logits[0] *= 100  # in float32, their softmax would be 0 or 1
+    found = metric_named("roc_auc").score(logits, targets)
+    expected = []
+    for own, truth in zip(logits.double().numpy(), targets.numpy(), strict=True):
+        rest = np.stack([scipy.special.logsumexp(np.delete(own, k, 1), axis=1) for k in range(ways)], 1)
+        areas = [sklearn.metrics.roc_auc_score(truth == k, (own - rest)[:, k]) for k in np.unique(truth)]
+        expected.append(np.mean(areas))
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert metric_named("roc_auc").chance(ways) == 0.5
+    assert metric_named("roc_auc").score(logits, torch.zeros_like(targets)).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -195,7 +217,7 @@ def test_regressions_of_unequal_shapes_are_an_error_of_the_program():
             metric_named(name).score(torch.zeros(2, 3, 1), torch.zeros(2, 3))
 
 
-BETTER = {"accuracy", "balanced_accuracy", "macro_f1", "r2"}  # the higher
+BETTER = {"accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "r2"}  # the higher
 
 
 @pytest.mark.parametrize("metric", [*CLASSIFICATION.available, *REGRESSION.available], ids=lambda m: m.name)
@@ -204,7 +226,7 @@ def test_the_direction_of_a_metric_is_that_of_a_better_model(metric: Metric):
     assert metric.is_better(0.6, than=0.7) == (metric.name not in BETTER)
     assert not metric.is_better(0.6, than=0.6)
     assert not metric.is_better(float("nan"), than=0.6)
-    percent = metric.name in {"accuracy", "balanced_accuracy", "macro_f1", "ece"}
+    percent = metric.name in {"accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "ece"}
     assert (metric.scale, metric.label.endswith(", %")) == ((100, True) if percent else (1, False))
 
 

@@ -1,0 +1,67 @@
+"""`dataset=table` as a person types it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+TINY = ("hardware=cpu", "iterations=3", "meta_batch=2", "validation.every=3", "validation.episodes=3")
+SMALL = (*TINY, "test.episodes=0", "backbone.hidden=[8]", "log.tensorboard=false")
+ROWS = ("shots=3", "queries=3", "dataset.root=table.csv", "dataset.task=no.")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Eight tasks of twelve rows: a straight line of each, and whether it is above its middle."""
+    draw = random.Random(0)
+    lines = ["no.;x (m);site;y;high"]
+    for task in range(8):
+        slope, start = draw.uniform(1, 3), draw.uniform(100, 200)
+        for row in range(12):
+            x = draw.uniform(-1, 1)
+            lines.append(f"{task};{x:.4f};{'ab'[row % 2]};{start + slope * x:.4f};{int(x > 0)}")
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_regression_is_trained_and_adapted_to_new_rows(metarun, table: Path, tmp_path: Path):
+    words = ("dataset=table", *ROWS, "dataset.target=y", "dataset.drop=[high]")
+    metarun("train", *words, "algorithm=r2d2", "ways=1", *SMALL, "hydra.run.dir=run")
+    lines = table.read_text().splitlines()
+    (tmp_path / "support.csv").write_text("\n".join([lines[0], *lines[1:7]]))
+    (tmp_path / "query.csv").write_text("\n".join([lines[0], *lines[7:12], ";0,5;b;?;"]))
+    table.unlink()  # what was learned of its columns is in the checkpoint
+    words = ("adapt", "checkpoint=run", "support=support.csv", "query=query.csv", "hardware=cpu")
+    done = metarun(*words, "hydra.run.dir=out")
+    assert "6 queries" in done.stdout and "line 7" in done.stdout
+    rows = read(tmp_path / "out/predictions.csv")
+    assert [row["value"] for row in rows][-1] == ""
+    errors = [float(row["prediction"]) - float(row["value"]) for row in rows[:-1]]
+    assert abs(errors[0]) < 100  # in the units of the file
+    steps = json.loads((tmp_path / "out/steps.json").read_text())
+    assert steps[-1]["query mse"] == pytest.approx(sum(e * e for e in errors) / len(errors), rel=1e-4)
+
+
+def test_labels_are_trained_listed_and_evaluated(metarun, table: Path, tmp_path: Path):
+    words = ("dataset=table", *ROWS, "dataset.label=high", "dataset.drop=[y]")
+    metarun("train", *words, *SMALL, "metrics=[roc_auc]", "hydra.run.dir=run")
+    done = metarun("data", *words, "hardware=cpu", "ways=2")
+    assert "tasks of 12 to 12 rows" in done.stderr and "support" in done.stdout and "x (m)" in done.stdout
+    done = metarun(
+        "eval", "checkpoint=run", "episodes=4", "queries=3", "shots=2", "hardware=cpu", "split=all"
+    )
+    assert "roc_auc" in done.stdout
+    done = metarun("train", *words, "ways=5", *TINY, status=1)
+    assert "set ways=2" in done.stderr and len(done.stderr.strip().splitlines()) == 2
+    done = metarun("train", *words, "dataset.task=no", *TINY, status=1)
+    assert "no column 'no'; did you mean 'no.'?" in done.stderr
