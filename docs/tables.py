@@ -160,8 +160,6 @@ def row_of(group: str) -> str:
     default = default_of(group)
     families: dict[str, list[str]] = {}
     for name, stated in sorted(options(group).items(), key=lambda item: item[0] != default):
-        if name == "none" and name != default:
-            continue
         notes = [*(["default"] if name == default else []), *([stated["note"]] if "note" in stated else [])]
         words = f"`{name}`" + (f" ({', '.join(notes)})" if notes else "")
         families.setdefault(stated.get("family", ""), []).append(words)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
+from metarun.config.paths import CONF
 from metarun.errors import MetarunError, first_line, is_out_of_memory
 
 
@@ -184,7 +187,7 @@ def explain_value(key: str, message: str, command: str, arguments: list[str]) ->
         if text in message:
             return f"{where}: {expected.format(key=key, value=value)}"
     if "Invalid type assigned" in message:
-        settings = known_keys(key, command, []) or ["NAME"]
+        settings = known_keys(key, setting_names(command, [])) or ["NAME"]
         hint = "; to continue a run set resume=RUN, to start from its backbone init=RUN"
         hint = hint if (command, key) == ("train", "checkpoint") else ""
         return f"{where}: is a group of settings; set one of them, as in {key}.{settings[0]}=VALUE{hint}"
@@ -203,30 +206,60 @@ def explain_choice(name: str, whole: str) -> str:
 
 
 def explain_key(key: str, command: str, arguments: list[str]) -> str:
-    """The message for a setting that does not exist, with the closest existing name."""
-    from metarun.config.check import did_you_mean
+    """The message for a setting that does not exist, with the one that is probably meant."""
+    from metarun.config.check import CLASSES_OF_TORCH, did_you_mean
+    from metarun.config.schema import FRAMES
 
     parent, _, last = key.rpartition(".")
-    known = known_keys(parent, command, arguments)
-    if parent and not known and parent in known_keys("", command, arguments):  # such as scheduler: null
+    names = setting_names(command, arguments)
+    known = known_keys(parent, names)
+    if parent and not known and parent in names:
+        if (CONF / parent).is_dir():
+            return f"{key}: {parent} has no option here, so it has no settings; leave it out"
         return f"{key}: {parent} is null, so its settings are new and need a plus: +{key}=VALUE"
-    return (
-        f"{key}: there is no such setting{did_you_mean(last, known)} (metarun {command} --cfg job shows all)"
-    )
+    everything = f" (metarun {command} --cfg job shows all)"
+    if same := [name for name in names if name.rpartition(".")[2] == last]:
+        return f"{key}: there is no such setting; did you mean {quoted_names(same, key)}?{everything}"
+    others = {other: setting_names(other, []) for other in FRAMES if other != command}
+    of = [f"metarun {other}" for other, own in others.items() if key in own]
+    hint = did_you_mean(last, known or known_keys("", names))
+    if parent in CLASSES_OF_TORCH and "did you mean" not in hint:
+        return f"{key}: is not set so far; a further argument of its class needs a plus: +{key}=VALUE"
+    if not of and "did you mean" not in hint:  # such as a setting of an option that is not the default
+        of = [f"metarun {o}" for o, own in others.items() if parent and parent.partition(".")[0] in own]
+    if of:
+        return f"{key}: is a setting of {' and '.join(of)}, not of metarun {command}; leave it out"
+    return f"{key}: there is no such setting{hint}{everything}"
 
 
-def known_keys(parent: str, command: str, arguments: list[str]) -> list[str]:
-    """The names of the settings under `parent` ("": at the top), with the group options in `arguments`."""
+def quoted_names(names: list[str], key: str) -> str:
+    """The names that are closest to a key, at most three; only the first if it is very close."""
+    near = {name: difflib.SequenceMatcher(None, name, key).ratio() for name in names}
+    best = sorted(names, key=near.__getitem__, reverse=True)[:3]
+    return repr(best[0]) if near[best[0]] > 0.85 else " or ".join(map(repr, best))
+
+
+def known_keys(parent: str, names: list[str]) -> list[str]:
+    """The names of the settings under `parent` ("": at the top)."""
+    return [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == parent]
+
+
+def setting_names(command: str, arguments: list[str]) -> list[str]:
+    """The dotted names of all settings of a command, with the group options in `arguments`."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    from metarun.config.paths import CONF
-
     groups = [a for a in arguments if (CONF / re.split("[=@]", a.lstrip("+"))[0]).is_dir()]
     GlobalHydra.instance().clear()
     with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(command, groups)
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        return [str(name) for name in node if name != "_target_"]
+        return list(dotted(OmegaConf.to_container(compose(command, groups))))
     return []
+
+
+def dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names in nested dicts, without those of classes."""
+    for name, value in node.items() if isinstance(node, dict) else []:
+        if name != "_target_":
+            yield f"{prefix}{name}"
+            yield from dotted(value, f"{prefix}{name}.")

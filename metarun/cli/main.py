@@ -154,12 +154,14 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     from hydra.types import RunMode
 
     from metarun.config.check import check_hydra
+    from metarun.config.targets import naming_options
 
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         check_hydra(HydraConfig.get())
-        result = load(name).run(cfg)
+        with naming_options(cfg, HydraConfig.get().runtime.choices):
+            result = load(name).run(cfg)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or stop_requested():
             remove_hydra_files(folder, kept)

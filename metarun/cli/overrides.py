@@ -164,7 +164,11 @@ def separated(name: str, arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def check_override(override: str, sweep: bool) -> None:
     """Exit with status 1 for an override that Hydra would accept without effect, or with another meaning."""
-    key, _, value = override.partition("=")
+    key, equals, value = override.partition("=")
+    if equals and not value.strip() and not key.startswith("~"):
+        fail(f"{override} is empty; type a value, or leave it out for the default", status=1)
+    if key.lstrip("+") == "hydra.verbose" and value.lower() not in ("true", "false"):
+        fail(f"{override}: must be true or false", status=1)
     if OF_SWEEPS.fullmatch(override) and not sweep:
         fail(f"{override}: is only read in a sweep; add -m, or leave it out", status=1)
     if sweep and key.lstrip("+") == "hydra.run.dir":
@@ -200,8 +204,6 @@ def quote_path(name: str, override: str, sweep: bool) -> str:
     kind = path_kind(name, key.lstrip("+"))
     if not kind or override.startswith("~") or value == "null" or value.startswith("$"):
         return override
-    if not value:
-        fail(f"{key}= is empty; name a path", status=1)
     values = [each.strip() for each in ITEM.findall(value)] if sweep and kind != "folder" else [value]
     return f"{key}={','.join(quoted_item(each, kind) for each in values)}"
 

@@ -57,7 +57,7 @@ class SweepTable(Callback):
         inform(f"job {number + 1}{f' of {len(jobs)}' if jobs else ''}: {' '.join(words)}".rstrip(": "))
         folder = Path(config.hydra.runtime.output_dir)
         again = f"; metarun train resume={relative(folder)} continues it"
-        record_failure(folder, "not finished" + (again if config.hydra.job.name == "train" else ""))
+        record_failure(folder, "not finished" + (again if config.hydra.job.config_name == "train" else ""))
         self.write()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,28 +130,51 @@ def classes_in(cells: Sequence[Cell], split: str) -> str:
 def draw(
     cells: Sequence[Cell], rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], folder: Path
 ) -> list[str]:
-    """Write the figures for each main metric: the curves in steps.png if several numbers of steps were
+    """Write the figures for each kind of tasks: the curves in steps.png if several numbers of steps were
     evaluated; else the scores in results.png, and their differences to the best model in differences.png.
 
     Returns:
         The names of the files.
     """
     names = []
-    best = best_models(cells)
-    by_metric = dict.fromkeys(cell.metrics[0] for cell in cells if cell.result)
-    for metric in by_metric:
-        own = [r for r, cell in zip(rows, cells, strict=True) if cell.result and cell.metrics[0] == metric]
-        suffix = ".png" if len(by_metric) == 1 else f"_{metric.name}.png"
-        if len({row["steps"] for row in own if row["steps"] is not None}) > 1:
+    best, note = best_models(cells), common_settings()
+    kinds = dict.fromkeys(cell.metrics[0] for cell in cells if cell.result)
+    for kind in kinds:
+        own = [
+            (row, cell)
+            for row, cell in zip(rows, cells, strict=True)
+            if cell.result and cell.metrics[0] == kind
+        ]
+        metrics = dict.fromkeys(metric for _, cell in own for metric in cell.metrics)
+        results = {
+            metric: [row | of_metric(cell, metric) for row, cell in own if metric in cell.metrics]
+            for metric in metrics
+        }
+        suffix = ".png" if len(kinds) == 1 else f"_{kind.name}.png"
+        if len({row["steps"] for row, _ in own if row["steps"] is not None}) > 1:
             names.append(f"steps{suffix}")
-            plots.step_curves(own, metric, folder / names[-1])
+            plots.step_curves(results, folder / names[-1], note)
             continue
         names.append(f"results{suffix}")
-        plots.evaluation_grid(own, metric, folder / names[-1])
-        if to_best := difference_rows(own, pairs, best, metric):
+        plots.evaluation_grid(results, folder / names[-1], note)
+        to_best = {metric: difference_rows(of, pairs, best, metric) for metric, of in results.items()}
+        if to_best := {metric: of for metric, of in to_best.items() if of}:
             names.append(f"differences{suffix}")
-            plots.differences(to_best, metric, folder / names[-1])
+            plots.differences(to_best, folder / names[-1], note)
     return names
+
+
+def of_metric(cell: Cell, metric: Metric) -> dict[str, Any]:
+    """The mean of a metric over the episodes of an evaluated cell, and half of its interval."""
+    assert cell.result is not None
+    return {"mean": cell.result.mean_of(metric), "interval": cell.result.interval_of(metric)}
+
+
+def common_settings() -> str:
+    """The typed settings that change all results and that neither tasks nor axes of figures show."""
+    typed = HydraConfig.get().overrides.task
+    shown = re.compile(r"(queries|trained_classes|transductive|seed)=.*|steps=(?!\[.*,).*")
+    return ", ".join(each for each in typed if shown.fullmatch(each))
 
 
 def difference_rows(

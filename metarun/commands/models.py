@@ -16,6 +16,7 @@ from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
 from metarun.config.restore import EVALUATED, config_of, rebuild
 from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, typed
+from metarun.config.targets import naming_options
 from metarun.datasets.base import Dataset
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, counted
@@ -113,7 +114,7 @@ def set_steps(settings: TrainConfig, command: Command, name: str, alone: bool) -
     elif alone:
         raise ConfigError(f"steps={command.steps}: {name} has no such setting; leave it out")
     else:
-        inform(f"steps={command.steps}: {name} has no such setting and is evaluated without it")
+        inform(f"steps: {name} has no such setting and is evaluated without it")
 
 
 def set_transductive(algorithm: Algorithm, transductive: bool | None, name: str, alone: bool) -> None:
@@ -139,14 +140,15 @@ def values_of(setting: Any) -> list[Any]:
     return list(dict.fromkeys(setting)) if isinstance(setting, list) else [setting]
 
 
-def dataset_node(command: Command, trained: TrainConfig) -> Node:
-    """The dataset to evaluate on: another one, or that of the checkpoint with the typed settings."""
+def dataset_node(command: Command, model: Model) -> Node:
+    """The dataset to evaluate a model on: another one, or that of its training with the typed settings."""
     if command.dataset and "_target_" in command.dataset:
         return command.dataset
-    own = OmegaConf.merge(trained.dataset, command.dataset or {})
+    own = OmegaConf.merge(model.settings.dataset, command.dataset or {})
     if command.dataset and "parts" in command.dataset:  # replace the parts of a mixture, do not merge them
         own.parts = command.dataset["parts"]
-    check_node("dataset", own)  # type: ignore[arg-type]
+    with naming_options(model.content["config"], model.content["choices"]):
+        check_node("dataset", own)  # type: ignore[arg-type]
     return OmegaConf.to_container(own)
 
 
@@ -175,7 +177,7 @@ class TestData:
         A mixture converts each part's own images to that shape, so that equal hashes mean equal pixels,
         however the dataset was named.
         """
-        node = dataset_node(self.command, model.settings)
+        node = dataset_node(self.command, model)
         dataset = model.dataset if node == model.settings.dataset else build_dataset(node)
         wanted = model.spec.item_shape
         if self.command.dataset and "_target_" in self.command.dataset:
@@ -188,7 +190,7 @@ class TestData:
             source = build_source(shaped, self.command.split, self.hardware)
             if "_target_" in (self.command.dataset or {}) and self.command.split == "test" and source.names:
                 inform(f"{source.name}: {len(source.names):,} classes; split=all takes those of all splits")
-            same = [each for each in self.models if dataset_node(self.command, each.settings) == node]
+            same = [each for each in self.models if dataset_node(self.command, each) == node]
             if {*(self.command.dataset or {})} <= {"root", "download"}:  # the data of training
                 compare_with([each.content for each in same], self.command.split, source)
             for each in same if source.names else []:

@@ -13,6 +13,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.panel import Panel
+from rich.table import Column, Table
 from rich.text import Text
 
 from metarun.commands.trained_on import classes_before, load_split, note_weights
@@ -184,7 +185,9 @@ def finish(
     trainer: Trainer, tracker: Tracker, test_source: EpisodeSource | None, settings: TrainConfig, name: str
 ) -> None:
     """Write the learning curve, test the best checkpoint, and report."""
-    plots.learning_curve(tracker.rows, trainer.metrics, name, trainer.folder / "learning_curve.png")
+    validation = trainer.train_source.spec.task_name(validation_shape(settings))
+    label = "validation" if name.endswith(f", {validation}") else f"validation ({validation})"
+    plots.learning_curve(tracker.rows, trainer.metrics, name, trainer.folder / "learning_curve.png", label)
     test = test_best(trainer, test_source, settings) if test_source else None
     report(trainer, test, name)
 
@@ -355,34 +358,32 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         "validation": {"iteration": best.iteration, "mean": best.score, "interval": best.interval},
         "checkpoint": str((folder / "best.pt").resolve()),
     }
-    text = metric.show_interval(best.score, best.interval)
-    lines = [f"validation  {metric.name} {text}  (best, iteration {best.iteration})"]
-    lines += ["            training did not help: best.pt is the start of the run"] * (best.iteration == 0)
+    figure = metric.show_interval(best.score, best.interval)
+    lines = [("validation", f"{metric.name} {figure}  (best, iteration {best.iteration})")]
+    lines += [("", "training did not help: best.pt is the start of the run")] * (best.iteration == 0)
     if test is not None:
         task = trainer.train_source.spec.task_name(test.shape)
         result["test"] = {"task": task, **test_record(test)}
         kind = ", transductive" if test.uses_query_statistics else ""
         for each in test.metrics:
-            head, tail = (
-                ("            ", "")
-                if each is not metric
-                else ("test        ", f"  ({task}, {test.episodes} episodes{kind})")
-            )
-            lines.append(
-                f"{head}{each.name} {each.show_interval(test.mean_of(each), test.interval_of(each))}{tail}"
-            )
-        lines += [f"            {test.shape.chance}"] * bool(test.shape.chance)
+            figure = each.show_interval(test.mean_of(each), test.interval_of(each))
+            about = f"  ({task}, {test.episodes} episodes{kind})" if each is metric else ""
+            lines.append(("test" if each is metric else "", f"{each.name} {figure}{about}"))
+        lines += [("", test.shape.chance)] * bool(test.shape.chance)
         for part, own in test.parts.items():
-            lines.append(f"            {metric.show_interval(own.mean, own.interval)}  {part}")
+            lines.append(("", f"{metric.show_interval(own.mean, own.interval)}  {part}"))
     write_json(folder / "result.json", result)
     (folder / "failure.json").unlink(missing_ok=True)  # it may exist from an earlier attempt in a sweep
     place = relative(folder)
     lines += [
-        f"trained     {counted(trainer.iteration, 'iteration')} in {trainer.seconds:.0f} s",
-        f"folder      {place}",
-        "            best.pt  last.pt  learning_curve.png  metrics.jsonl  result.json",
+        ("trained", f"{counted(trainer.iteration, 'iteration')} in {trainer.seconds:.0f} s"),
+        ("folder", place),
+        ("", "best.pt  last.pt  learning_curve.png  metrics.jsonl  result.json"),
     ]
-    console.print(Panel(Text("\n".join(lines), overflow="fold"), title=Text(name), expand=False))
+    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+    for label, text in lines:
+        table.add_row(label, Text(text))
+    console.print(Panel(table, title=Text(name), expand=False))
     # Below the panel, so that users can copy the whole line.
     print_line(
         f"next: metarun eval {shlex.join([f'checkpoint={place}', *trust_words(trainer.record['config'])])}"

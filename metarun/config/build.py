@@ -109,11 +109,11 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
     if "inner_loop" in wanted:
         if not settings.inner_loop:
             raise ConfigError(
-                f"inner_loop=none: {cls.__name__} needs an inner loop; choose inner_loop=sgd or adam"
+                f"inner_loop=none: algorithm={cls.__name__} needs one; choose inner_loop=sgd or adam"
             )
         offered["inner_loop"] = instantiate(settings.inner_loop, "inner_loop")
     elif "_target_" in (settings.inner_loop or {}):
-        raise ConfigError(f"inner_loop: {cls.__name__} has no inner loop; choose inner_loop=none")
+        raise ConfigError(f"inner_loop: algorithm={cls.__name__} has no inner loop; choose inner_loop=none")
     passed = {name: value for name, value in offered.items() if name in wanted}
     return hardware.place(instantiate(settings.algorithm, "algorithm", **passed))
 

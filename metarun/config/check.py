@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metarun.config.schema import FRAMES
 from metarun.config.targets import load_class
-from metarun.config.unread import check_read, value_of
+from metarun.config.unread import check_read, shown, value_of
 from metarun.errors import ConfigError
 
 # Constructor arguments that the builder passes, by group; the config must not set them.
@@ -55,6 +55,7 @@ POSITIVE = (
 MOST, MOST_OF_PARTS, MOST_SEED = (1 << 31) - 1, 1_000_000, (1 << 63) - 1
 PARTS = ("algorithm", "backbone", "inner_loop", "steps")
 LARGEST = 3.4e38  # the range of float32
+SWITCHES = ("true", "false", "yes", "no", "on", "off", "1", "0", "null")
 NORMS = ("batch", "running", "group", "layer", "instance", "none")
 
 
@@ -104,7 +105,22 @@ def check(
         if not (command != "train" and each.name == "dataset" and no_class(cfg)):
             check_group(each.name, cfg[each.name], each.default is UNSET, trusted)
     if typed:
+        check_switches(frame, typed)
         check_read(cfg, frame, typed)
+
+
+def check_switches(frame: type, typed: Collection[str], prefix: str = "") -> None:
+    """Check that a switch is typed as true or false: OmegaConf takes any whole number for one."""
+    hints = typing.get_type_hints(frame)
+    for each in fields(frame):
+        key = f"{prefix}{each.name}"
+        if each.default_factory is not MISSING:
+            check_switches(each.default_factory, typed, f"{key}.")  # type: ignore[arg-type]
+        elif hints[each.name] in (bool, bool | None):
+            for override in typed:
+                name, _, value = override.partition("=")
+                if name.lstrip("+") == key and value.lower() not in SWITCHES:
+                    raise ConfigError(f"{override}: must be {describe(hints[each.name])}")
 
 
 def no_class(cfg: DictConfig) -> bool:
@@ -194,7 +210,7 @@ def check_values(values: dict[str, Any], frame: type, prefix: str = "") -> None:
         elif "positive" in each.metadata:
             check_positive(key, value)
         elif value != "???" and not matches(value, hints[each.name]):
-            raise ConfigError(f"{key}={value}: must be {describe(hints[each.name])}")
+            raise ConfigError(f"{key}={shown(value)}: must be {describe(hints[each.name])}")
 
 
 def check_positive(key: str, value: Any) -> None:
@@ -255,13 +271,21 @@ def check_node(path: str, node: DictConfig, trusted: Collection[str] | None = No
             raise ConfigError(f"{path}.{key}={value}: is set by metarun; leave it out")
         if key not in allowed:
             raise ConfigError(
-                f"{path}.{key}: {cls.__name__} has no setting {key!r}{did_you_mean(key, allowed)}"
+                f"{path}.{key}: {owner(path, cls)} has no setting {key!r}{did_you_mean(key, allowed)}"
             )
         if not matches(value, hints.get(key, Any)):
-            raise ConfigError(f"{path}.{key}={value}: must be {describe(hints[key])}")
+            raise ConfigError(f"{path}.{key}={shown(value)}: must be {describe(hints[key])}")
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in settings:
             raise ConfigError(f"{path}.{name} is not set; add {path}.{name}=VALUE")
+
+
+def owner(path: str, cls: type) -> str:
+    """What has the settings of a node, for messages: an option of a group, or a class of PyTorch."""
+    group, *inside = path.split(".")
+    if inside[:1] == ["settings"]:  # a part of a mixture is named like its option
+        return inside[-1]
+    return cls.__name__ if group in CLASSES_OF_TORCH else f"{group}={cls.__name__}"
 
 
 def nested_schedulers(path: str, node: DictConfig) -> list[DictConfig]:
@@ -336,7 +360,7 @@ def describe(hint: Any) -> str:
     """A type hint in words, for messages."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
         plain = [a for a in arguments if not isinstance(a, type) or a.__module__ == "builtins"]
         return " or ".join(map(describe, plain or arguments))

@@ -18,6 +18,7 @@ from metarun.config.build import build_algorithm, build_dataset
 from metarun.config.check import check
 from metarun.config.paths import CONF
 from metarun.config.schema import TrainConfig
+from metarun.config.targets import naming_options
 from metarun.datasets.base import Dataset
 from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError, first_line
 from metarun.tasks.spec import TaskSpec
@@ -30,10 +31,11 @@ EVALUATED = ("dataset", "backbone", "inner_loop", "algorithm")
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A context in which errors of settings name the checkpoint that the settings are from."""
+def naming(path: Path, content: Mapping[str, Any]) -> Iterator[None]:
+    """A context in which errors of settings name the checkpoint that they are from, and its options."""
     try:
-        yield
+        with naming_options(content["config"], content["choices"]):
+            yield
     except (ConfigError, DataError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -58,7 +60,7 @@ def config_of(
         CheckpointError: if a setting is unknown or invalid, or names a class of a module that is not trusted.
     """
     config, known = content["config"], [field.name for field in fields(TrainConfig)]
-    with naming(path):
+    with naming(path, content):
         if unknown := [key for key in config if key not in known]:
             raise ConfigError(f"its config has an unknown setting {unknown[0]!r}; use another checkpoint")
         try:
@@ -106,7 +108,7 @@ def rebuild(
     weights = content["algorithm"]
     most = BUILDING + sum(tensor.numel() for tensor in weights.values())
     try:
-        with naming(path):
+        with naming(path, content):
             dataset = build_dataset(settings.dataset)
             about = content.get("description")  # None in older checkpoints, and where there are none
             described = tuple(about) if about else dataset.spec.description
@@ -180,7 +182,8 @@ def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> 
     """
     backbone = algorithm.own_backbone()
     if backbone is None:
-        raise ConfigError(f"init={path}: {type(algorithm).__name__} has no backbone; leave init out")
+        name = type(algorithm).__name__
+        raise ConfigError(f"init={path}: algorithm={name} has no backbone; leave init out")
     choices = content["choices"]
     run = f"{choices.get('algorithm')} on {choices.get('dataset')}"
     offered, wanted = backbone_of(content["algorithm"]), dict(backbone.state_dict())

@@ -11,12 +11,13 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from metarun.errors import ConfigError, first_line
+from metarun.errors import ConfigError, MetarunError, first_line
 
 OWN = ("metarun", "torch.optim")  # what a checkpoint may name without the user's consent
 
@@ -41,6 +42,30 @@ def trust_words(config: Mapping[str, Any]) -> list[str]:
     others = (target for target in targets_in(config) if not is_in(target, OWN))
     packages = sorted({target.partition(".")[0] for target in others})
     return [f"trust=[{','.join(packages)}]"] if packages else []
+
+
+@contextmanager
+def naming_options(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Iterator[None]:
+    """A context in which errors name the option of a group, `algorithm=protonet`, where they name its class.
+
+    A class does not know which option it was chosen by, so it writes `algorithm=ProtoNet` in its errors.
+
+    Args:
+        config: the groups, with the `_target_` of each.
+        choices: the option of each group. One whose class is not in the config stays as it is.
+    """
+    try:
+        yield
+    except MetarunError as error:
+        text = str(error)
+        for group, option in choices.items():
+            node = config.get(group) if "@" not in group else None
+            target = str(node.get("_target_")) if isinstance(node, (Mapping, DictConfig)) else ""
+            if target and option:
+                text = text.replace(f"{group}={target.rpartition('.')[2]}", f"{group}={option}")
+        if text == str(error):
+            raise
+        raise type(error)(text) from error
 
 
 def is_in(name: str, modules: Collection[str]) -> bool:

@@ -65,10 +65,10 @@ def unread_by_classes(cfg: DictConfig) -> dict[str, str]:
             negated, other = other.endswith("!"), f"{key.rpartition('.')[0]}.{other.rstrip('!')}"
             value = shown(value_of(cfg, other))
             if not condition or (value == wanted) != negated:
-                reason = f"with {other}={value}" if condition else f"in {cls.__name__}"
+                reason = f"with {other}={value}" if condition else f"in {group}={cls.__name__}"
                 found[key] = f"{reason}; leave it out"
         if group == "algorithm":
-            found |= dict.fromkeys(unused_parts(cls), f"in {cls.__name__}; leave it out")
+            found |= dict.fromkeys(unused_parts(cls), f"in {group}={cls.__name__}; leave it out")
     return found
 
 

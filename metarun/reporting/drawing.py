@@ -30,6 +30,7 @@ plt.rcParams["text.parse_math"] = False
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">")
 LINES = ("-", "--", "-.", ":")
+TITLE_LINES = 3
 SMALLEST = 0.095  # inches; the height of the smallest text that can be read
 
 
@@ -92,9 +93,21 @@ def panels(count: int, columns: int, size: tuple[float, float], **settings: Any)
 
 
 def headline(figure: Figure, text: str, size: float = 10, beside: float = 0.0) -> None:
-    """A title above all panels, cut to the width of the figure without the `beside` inches at its right."""
+    """A title above all panels, in lines of the width of the figure without the `beside` inches at its right.
+
+    Lines end at commas. There are at most three, of which the last is cut if it is too long.
+    """
     width = figure.get_figwidth()
-    figure.suptitle(fitted(text, width - beside - 0.2, size), x=0.1 / width, ha="left", fontsize=size)
+    inches = width - beside - 0.2
+    lines: list[str] = []
+    for part in text.split(", "):
+        longer = f"{lines[-1]}, {part}" if lines else part
+        if lines and (len(lines) == TITLE_LINES or width_of(longer, size) <= inches):
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    shown = ",\n".join(fitted(line, inches, size) for line in lines)
+    figure.suptitle(shown, x=0.1 / width, ha="left", fontsize=size)
 
 
 def class_ticks(axis: Any, names: Sequence[str], inches: float, widest: float = 2.5, **settings: Any) -> None:

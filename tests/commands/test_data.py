@@ -122,7 +122,7 @@ def test_only_what_was_made_of_the_named_files_is_removed(metarun, tmp_path: Pat
         root = folder_of_classes(tmp_path / name)
         metarun("data", "dataset=image_folder", f"dataset.root={root}", "dataset.size=8", "ways=2")
     done = metarun("data", "dataset=glyphs", "dataset.foo=3", "clean=true", status=1)
-    assert "dataset.foo: Glyphs has no setting 'foo'" in done.stderr
+    assert "dataset.foo: dataset=glyphs has no setting 'foo'" in done.stderr
     done = metarun("data", "dataset=image_folder", "dataset.root=a", "clean=true")
     assert done.stdout.count("removed image_folder-") == 3
     assert "image_folder: 3 entries" in done.stderr

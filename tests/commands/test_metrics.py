@@ -198,7 +198,7 @@ def test_a_curve_of_r_squared_is_drawn_as_it_is(monkeypatch, means: list[float])
     monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
     row = {"model": "maml", "dataset": "d", "split": "test", "task": "5-shot", "episodes": 9}
     rows = [row | {"steps": i, "mean": mean, "interval": 0.05} for i, mean in enumerate(means)]
-    plots.step_curves(rows, metric_named("r2"), Path("steps.png"))
+    plots.step_curves({metric_named("r2"): rows}, Path("steps.png"))
     (axis,) = drawn[0].axes
     low, high = (f(y for _, y in axis.collections[0].get_paths()[0].vertices) for f in (min, max))
     assert [low, high] == pytest.approx([means[0] - 0.05, means[-1] + 0.05])

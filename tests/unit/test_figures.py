@@ -58,15 +58,26 @@ def faults_of(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def faults(monkeypatch, tmp_path: Path) -> Callable[[Draw], list[str]]:
-    """`faults(draw)`: what cannot be read in the figure that `draw` makes."""
+def drawn(monkeypatch, tmp_path: Path) -> Callable[[Draw], Figure]:
+    """`drawn(draw)`: the figure that `draw` makes."""
 
-    def check(draw: Draw) -> list[str]:
+    def figure_of(draw: Draw) -> Figure:
         figures: list[Figure] = []
         with monkeypatch.context() as patch:
             patch.setattr(drawing, "save", lambda figure, path: figures.append(figure))
             draw(tmp_path / "figure.png")
         (figure,) = figures
+        return figure
+
+    return figure_of
+
+
+@pytest.fixture
+def faults(drawn, monkeypatch) -> Callable[[Draw], list[str]]:
+    """`faults(draw)`: what cannot be read in the figure that `draw` makes."""
+
+    def check(draw: Draw) -> list[str]:
+        figure = drawn(draw)
         try:
             return faults_of(figure, monkeypatch)
         finally:
@@ -91,20 +102,32 @@ def rows_of(models: int, tasks: int, metric: Metric, steps: int = 0) -> list[dic
 
 
 @pytest.mark.parametrize("models", [1, 2, 6, 12, pytest.param(17, marks=pytest.mark.quick)])
-def test_results_of_many_models_can_be_read(faults, models: int):
+def test_results_of_many_models_can_be_read(drawn, faults, monkeypatch, models: int):
+    """A panel for each task and metric, whose axis is that of the metric; typed settings are in the title."""
     tasks = {1: 1, 2: 4, 6: 2, 12: 1, 17: 2}[models]
-    metric = MSE if models in (6, 17) else ACCURACY
-    rows = rows_of(models, tasks, metric)
-    assert not faults(lambda path: plots.evaluation_grid(rows, metric, path))
-    differences = [row | {"best": row["model"] == rows[0]["model"]} for row in rows]
-    assert not faults(lambda path: plots.differences(differences, metric, path))
+    metrics = {2: [ACCURACY, MSE, metric_named("ece")], 6: [MSE], 17: [MSE, ACCURACY]}.get(models, [ACCURACY])
+    results = {metric: rows_of(models, tasks, metric) for metric in metrics}
+    note = "steps=10, transductive=false"
+    figure = drawn(lambda path: plots.evaluation_grid(results, path, note))
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    names = [axis.get_xlabel().removesuffix(" (dotted: chance)") for axis in shown]
+    assert names == [metric.label for metric in metrics for _ in range(tasks)]
+    assert len({axis.get_xlim() for axis in shown}) == len(metrics)
+    assert note in figure.get_suptitle().replace("\n", " ")
+    assert not faults_of(figure, monkeypatch)
+    plt.close(figure)
+    differences = {
+        metric: [row | {"best": row["model"] == rows[0]["model"]} for row in rows]
+        for metric, rows in results.items()
+    }
+    assert not faults(lambda path: plots.differences(differences, path))
 
 
 @pytest.mark.parametrize(("models", "steps"), [(1, 2), (2, 5), (6, 11), (12, 3), (17, 30)])
 def test_curves_over_inner_steps_can_be_read(faults, models: int, steps: int):
     metric = ACCURACY if models % 2 else MSE
     rows = rows_of(models, 2 if models == 6 else 1, metric, steps)
-    assert not faults(lambda path: plots.step_curves(rows, metric, path))
+    assert not faults(lambda path: plots.step_curves({metric: rows}, path))
 
 
 @pytest.mark.parametrize("classes", [2, 30, 100, 423])
@@ -140,13 +163,6 @@ def training_rows(names: list[str], loss: str | None = None) -> list[dict]:
     return rows
 
 
-def curves_of(monkeypatch, rows: list[dict], metrics: list[Metric]) -> Figure:
-    figures: list[Figure] = []
-    monkeypatch.setattr(drawing, "save", lambda figure, path: figures.append(figure))
-    plots.learning_curve(rows, metrics, f"{LONG * 2} on omniglot, 5-way 1-shot", Path("curve.png"))
-    return figures[0]
-
-
 @pytest.mark.parametrize(
     ("names", "titles"),
     [
@@ -158,10 +174,14 @@ def curves_of(monkeypatch, rows: list[dict], metrics: list[Metric]) -> Figure:
         (["mse"], ["mean squared error"]),
     ],
 )
-def test_a_learning_curve_has_a_panel_and_a_band_within_bounds_for_each_metric(monkeypatch, names, titles):
+def test_a_learning_curve_has_a_panel_and_a_band_within_bounds_for_each_metric(
+    drawn, monkeypatch, names, titles
+):
     metrics = [metric_named(name) for name in names]
     same = next((name for name in names if name in ("nll", "mse")), None)
-    figure = curves_of(monkeypatch, training_rows(names, same), metrics)
+    title, label = f"{LONG * 2} on omniglot, 5-way 1-shot", "validation (20-way 1-shot)"
+    rows = training_rows(names, same)
+    figure = drawn(lambda path: plots.learning_curve(rows, metrics, title, path, label))
     assert not faults_of(figure, monkeypatch)
     assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == titles
     for axis, metric in zip(figure.axes, metrics, strict=False):
@@ -171,6 +191,19 @@ def test_a_learning_curve_has_a_panel_and_a_band_within_bounds_for_each_metric(m
         half = metric.scale * (0.2 if metric is metrics[0] else 0.3)
         assert y.min() == pytest.approx(max(low, metric.scale / 40 - half))
         assert y.max() == pytest.approx(min(high, metric.scale * 39 / 40 + half))
+    plt.close(figure)
+
+
+def test_a_single_validation_has_its_interval_and_no_curve_that_is_not_there(drawn, monkeypatch):
+    rows = [row for row in training_rows(["accuracy"]) if row["split"] == "validation"][-1:]
+    figure = drawn(lambda path: plots.learning_curve(rows, [ACCURACY], "a run", path, "validation (5-way)"))
+    assert not faults_of(figure, monkeypatch)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["validation (5-way)", "95 % interval"]
+    (bar,) = figure.axes[0].collections
+    low, high = bar.get_segments()[0][:, 1]
+    assert [low, high] == pytest.approx([77.5, 100])  # 97.5 and 20 above and below, cut at 100 %
+    assert all(tick == int(tick) for tick in figure.axes[0].get_xticks())
     plt.close(figure)
 
 

@@ -168,7 +168,7 @@ def test_its_parts_are_checked_like_any_dataset_before_they_are_built():
         ),
         (
             node("metarun.datasets.glyphs.Glyphs", sise=3),
-            "settings.glyphs.sise: Glyphs has no setting 'sise'",
+            "settings.glyphs.sise: glyphs has no setting 'sise'",
         ),
         (OmegaConf.merge(good, {"settings": {"x": 3}}), "settings.x: is not a dataset"),
         (OmegaConf.merge(good, {"datasets": {}}), "is set by metarun; leave it out"),
