@@ -169,7 +169,9 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     own = validation_shape(model.settings)
     ways = command.ways or own.ways
     shots = own.shots if command.shots is None else command.shots
-    source = TestData(command, hardware, [model]).source(model)
+    data = TestData(command, hardware, [model])
+    data.dataset(model).check_shape(command.split, EpisodeShape(ways, shots, command.queries))  # type: ignore[arg-type]
+    source = data.source(model)
     queries = command.queries if source.names else max(command.queries, CURVE)
     shape = EpisodeShape(ways, shots, queries)
     source.check(shape)

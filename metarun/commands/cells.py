@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from metarun.commands.models import Model, TestData, dataset_name, values_of
 from metarun.config.build import validation_shape
 from metarun.config.schema import EvalConfig
-from metarun.errors import MetarunError, counted
+from metarun.errors import DataError, MetarunError, counted
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Metric
 from metarun.tasks.source import EpisodeSource
@@ -68,6 +68,21 @@ def shapes_for(model: Model, models: Sequence[Model], command: EvalConfig) -> li
         shots = values_of(own.shots if command.shots is None else command.shots)
         shapes += [EpisodeShape(w, s, command.queries) for w, s in itertools.product(ways, shots)]
     return list(dict.fromkeys(shapes))
+
+
+def check_before_loading(models: Sequence[Model], data: TestData, command: EvalConfig) -> None:
+    """Raise DataError if the settings of the datasets tell that no split has the tasks for any model."""
+    errors = []
+    for model in models:
+        dataset = data.dataset(model)
+        for shape in shapes_for(model, models, command):
+            try:
+                dataset.check_shape(command.split, shape)  # type: ignore[arg-type]
+            except DataError as error:
+                errors.append(error)
+            else:
+                return
+    raise errors[0]
 
 
 def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], command: EvalConfig) -> list[Cell]:

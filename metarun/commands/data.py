@@ -63,6 +63,8 @@ def prepare(command: DataConfig, name: str) -> None:
         table.add_column(heading, justify="left" if heading == "split" else "right")
     sources: dict[str, EpisodeSource] = {}
     dataset = build_dataset(command.dataset)
+    shape = EpisodeShape(command.ways, command.shots, command.queries)
+    dataset.check_shape(command.split, shape)  # type: ignore[arg-type]
     for split in dataset.splits():
         began = time.perf_counter()
         sources[split] = build_source(dataset, split, hardware)
@@ -75,7 +77,6 @@ def prepare(command: DataConfig, name: str) -> None:
     inform(place(None if source.parts else name))  # a mixture caches nothing itself
     for line in source.remarks():
         inform(line)
-    shape = EpisodeShape(command.ways, command.shots, command.queries)
     if isinstance(source, ClassStore) and source.spec.kind == "images":
         draw(source, shape, command.seed, f"{name} {drawn}")
     elif source.readable:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from metarun.commands.cells import Cell, cells_of, shapes_for
+from metarun.commands.cells import Cell, cells_of, check_before_loading, shapes_for
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
 from metarun.commands.models import TestData, load_models
 from metarun.config.build import instantiate
@@ -42,6 +42,7 @@ def run(cfg: DictConfig) -> float:
     hardware: Hardware = instantiate(command.hardware, "hardware")
     models = load_models(command, trusted_modules(cfg), hardware)
     data = TestData(command, hardware, models)
+    check_before_loading(models, data, command)
     cells = [
         cell
         for model in models

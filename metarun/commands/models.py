@@ -171,6 +171,11 @@ class TestData:
         self.command, self.hardware, self.models = command, hardware, models
         self.sources: dict[tuple[str, tuple[int, ...], Preparation], EpisodeSource] = {}
 
+    def dataset(self, model: Model) -> Dataset:
+        """The dataset to evaluate one model on, without files read."""
+        node = dataset_node(self.command, model)
+        return model.dataset if node == model.settings.dataset else build_dataset(node)
+
     def source(self, model: Model) -> EpisodeSource:
         """The split for one model, with items of the model's shape and the model's objective.
 
@@ -178,7 +183,7 @@ class TestData:
         however the dataset was named.
         """
         node = dataset_node(self.command, model)
-        dataset = model.dataset if node == model.settings.dataset else build_dataset(node)
+        dataset = self.dataset(model)
         wanted = model.spec.item_shape
         if self.command.dataset and "_target_" in self.command.dataset:
             dataset = dataset.prepared_like(model.dataset.preparation)

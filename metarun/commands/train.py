@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from metarun.commands.shapes import check_before_loading, check_shape
 from metarun.commands.trained_on import classes_before, load_split, note_weights
 from metarun.config.build import (
     build_algorithm,
@@ -35,14 +36,13 @@ from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.targets import trust_words, trusted_modules
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError, DataError, counted
+from metarun.errors import ConfigError, counted
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.reporting.tracker import Tracker
 from metarun.storage.files import remove_temporary, write_json, write_text
 from metarun.storage.locks import lock_path, locked
 from metarun.tasks.class_store import ClassStore
-from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Objective
 from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
@@ -129,6 +129,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         rebuild(state, settings, hardware, resumed)  # so that it is refused before any data is loaded
     torch.manual_seed(settings.seed)
     dataset = build_dataset(settings.dataset)
+    check_before_loading(dataset, settings)
     objective = dataset.spec.objective.choosing(settings.metrics)
     record = {"choices": choices, "overrides": overrides, **classes_before(state, start and start[1])}
     trainer = build_trainer(settings, dataset, objective, hardware, folder, record, state or {})
@@ -246,7 +247,7 @@ def build_trainer(
         clip=None if clip.value is None and clip.norm is None else Clip(clip.value, clip.norm),
     )
     train.check(plan.shape)
-    check_shape(validation, plan.validation.shape, settings)
+    check_shape(validation.check, "validation", settings)
     algorithm.check_source(train, plan.shape)
     algorithm.check_source(validation, plan.validation.shape)
     if not resumed:
@@ -254,30 +255,6 @@ def build_trainer(
     about = list(spec.description) if spec.description else None
     record = {"config": plain(settings), "classes": spec.classes, "description": about, **record}
     return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, record)
-
-
-def check_shape(
-    source: EpisodeSource, shape: EpisodeShape, settings: TrainConfig, otherwise: str = ""
-) -> None:
-    """Check a split for validation or test tasks; the error names the settings that their shape is set by.
-
-    Args:
-        source: the split.
-        shape: of its tasks.
-        settings: of the run.
-        otherwise: what else can be done.
-    """
-    try:
-        source.check(shape)
-    except DataError as error:
-        text = str(error)
-        named = [name for name in ("ways", "shots", "queries") if re.search(rf"(?<!\S){name}\b", text)]
-        for name in named:
-            if getattr(settings.validation, name) is None:
-                otherwise = f", or set validation.{name}{otherwise}"
-            else:
-                text = re.sub(rf"(?<!\S){name}\b", f"validation.{name}", text)
-        raise DataError(text + otherwise) from None
 
 
 def build_test_source(
@@ -292,7 +269,7 @@ def build_test_source(
     if not settings.test.episodes:
         return None
     source = load_split(dataset, "test", hardware, record, resumed).reporting(objective)
-    check_shape(source, validation_shape(settings), settings, ", or set test.episodes=0 for no test")
+    check_shape(source.check, "test", settings)
     return source
 
 

@@ -58,7 +58,7 @@ def naming_options(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Ite
         yield
     except MetarunError as error:
         text = str(error)
-        for group, option in choices.items():
+        for group, option in ((str(name), option) for name, option in choices.items()):
             node = config.get(group) if "@" not in group else None
             target = str(node.get("_target_")) if isinstance(node, (Mapping, DictConfig)) else ""
             if target and option:

@@ -17,8 +17,9 @@ from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError
 from metarun.reporting.console import inform
 from metarun.storage.files import encoded
-from metarun.tasks.class_store import ClassStore, joined
-from metarun.tasks.source import EpisodeSource
+from metarun.tasks.class_store import ClassStore, check_classes, joined
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.source import SPLITS, EpisodeSource
 from metarun.tasks.spec import TaskSpec
 
 Split = Literal["train", "validation", "test"]
@@ -88,6 +89,22 @@ class Dataset(ABC):
     def splits(self) -> tuple[Split, ...]:
         """The splits that there are: all three, except where a user's files have fewer. Raises DataError."""
         return "train", "validation", "test"
+
+    def known_classes(self, split: Split) -> tuple[str, int] | None:
+        """The name of a split, as in messages, and the number of its classes; None if only its files tell."""
+        return None
+
+    def check_shape(self, split: Split | Literal["all"], shape: EpisodeShape) -> None:
+        """Raise DataError if a split cannot have tasks of this shape, as far as the settings tell.
+
+        It is called before files are downloaded or images drawn; `EpisodeSource.check` knows all.
+        """
+        sizes = [self.known_classes(each) for each in (SPLITS if split == "all" else (split,))]  # type: ignore[arg-type]
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes):
+            names, counts = zip(*known, strict=True)
+            name = names[0] if len(names) == 1 else f"{names[0].rpartition(' ')[0]} all"
+            check_classes(name, sum(counts), shape.ways)
 
     def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> EpisodeSource:
         """One split, or the classes of all splits. Raises what `split` raises, and ConfigError."""

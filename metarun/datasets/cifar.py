@@ -48,9 +48,15 @@ class Cifar100(ImageDataset):
         super().__init__(size=32)
         self.root, self.download = root, download
 
+    def known_classes(self, split: Split) -> tuple[str, int]:
+        return f"{self.name} {split}", len(self._wanted(split))
+
+    def _wanted(self, split: Split) -> list[str]:
+        return sorted(label.name for label in labels() if getattr(label, self.name) == split)
+
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """The classes of one split, sorted by name. Raises DataError if images are missing or damaged."""
-        wanted = sorted(label.name for label in labels() if getattr(label, self.name) == name)
+        wanted = self._wanted(name)
         title = f"{self.name} {name}"
         if self.root is None:
             return self._downloaded(title, wanted, device)

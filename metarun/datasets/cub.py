@@ -62,6 +62,9 @@ class Cub(ImageDataset):
     def spec(self) -> TaskSpec:
         return replace(super().spec, description=(COUNT,))
 
+    def known_classes(self, split: Split) -> tuple[str, int]:
+        return f"cub {split}", sum(split_of(number) == split for number in range(1, 201))
+
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """The species of one split, in the authors' order. Raises DataError if some are missing."""
         wanted = [number for number in range(1, 201) if split_of(number) == name]

@@ -24,6 +24,7 @@ from metarun.reporting.console import Bar
 from metarun.storage.cached_arrays import memmap_cached
 from metarun.storage.files import data_dir, encoded, user_path
 from metarun.tasks.class_store import ClassStore
+from metarun.tasks.source import SPLITS
 
 BLOCK = 256  # images submitted to the decoding threads at a time
 
@@ -73,6 +74,9 @@ class FromTorchvision(ImageDataset):
         super().__init__(size, channels, resize)
         at_least(1, classes=list(classes))
         self.name, self.classes, self.root, self.download = name, classes, root, download
+
+    def known_classes(self, split: Split) -> tuple[str, int]:
+        return f"{self.name} {split}", self.classes[SPLITS.index(split)]
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """The classes of one split, sorted by name.

@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from torch import Tensor
 from metarun.datasets.base import ImageDataset, Split, at_least
 from metarun.errors import ConfigError
 from metarun.reporting.console import Bar
-from metarun.tasks.class_store import ClassStore
+from metarun.tasks.class_store import ClassStore, check_examples
+from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.source import SPLITS
 from metarun.tasks.spec import TaskSpec
 
@@ -88,6 +90,13 @@ class Glyphs(ImageDataset):
     @property
     def spec(self) -> TaskSpec:
         return replace(super().spec, description=(DESCRIPTION,))
+
+    def known_classes(self, split: Split) -> tuple[str, int]:
+        return f"glyphs {split}", self.classes[split]
+
+    def check_shape(self, split: Split | Literal["all"], shape: EpisodeShape) -> None:
+        super().check_shape(split, shape)
+        check_examples(f"glyphs {split}", "each class", self.images_per_class, shape)
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """Draw the images of one split and store them on `device`."""

@@ -64,6 +64,9 @@ class MiniImageNet(ImageDataset):
         self.root = root
         self._lists: set[str] = set()  # names of the CSV files found
 
+    def known_classes(self, split: Split) -> tuple[str, int]:
+        return f"{self.name} {split}", len(class_split(self.name)[split])
+
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """The classes of one split, sorted by WordNet id. Raises DataError if some are missing."""
         wanted = class_split(self.name)[name]

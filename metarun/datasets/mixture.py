@@ -101,6 +101,10 @@ class Mixture(Dataset):
         shared = [set(dataset.splits()) for dataset in self.datasets.values()]
         return tuple(split for split in super().splits() if all(split in own for own in shared))
 
+    def check_shape(self, split: Split | Literal["all"], shape: EpisodeShape) -> None:
+        for dataset in self.datasets.values():
+            dataset.check_shape(split, shape)
+
     def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> MixtureStore:
         return self.split(name, device)  # type: ignore[arg-type]  # each part loads all of its own
 

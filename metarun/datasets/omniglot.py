@@ -107,6 +107,10 @@ class Omniglot(ImageDataset):
         super().__init__(size, channels=1, resize="stretch")
         self.root, self.classes, self.rotations, self.download = root, classes, rotations, download
 
+    def known_classes(self, split: Split) -> tuple[str, int]:
+        turns = 4 if split in TURNED[self.rotations] else 1
+        return f"omniglot {split}", turns * len(class_split(self.classes)[split])
+
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """The classes of one split, sorted by name, rotated ones ('@90' and so on) after the others.
 

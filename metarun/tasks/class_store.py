@@ -139,26 +139,12 @@ class ClassStore(EpisodeSource):
     def check(self, shape: EpisodeShape) -> None:
         self.check_shots(shape.shots)
         self.check_ways(shape.ways)
-        if (wanted := shape.shots + shape.queries) > self.smallest_class:
-            smallest = self.names[int(self.counts.argmin())]
-            raise DataError(
-                f"shots={shape.shots} and queries={shape.queries} need {counted(wanted, 'example')} a class: "
-                f"class {smallest!r} of {self.name} has {self.smallest_class}; lower shots or queries"
-            )
+        smallest = f"class {self.names[int(self.counts.argmin())]!r}"
+        check_examples(self.name, smallest, self.smallest_class, shape)
 
     def check_ways(self, ways: int) -> None:
         """Raise DataError if there are not that many classes."""
-        if ways < 2:
-            raise DataError(f"ways={ways}: classification needs at least 2 classes; set ways to 2 or more")
-        if len(self.names) < 2:
-            raise DataError(
-                f"{self.name} has one class, and a task needs two; choose another split or dataset"
-            )
-        if ways > len(self.names):
-            raise DataError(
-                f"ways={ways}: {self.name} has {counted(len(self.names), 'class', 'classes')}; "
-                f"lower ways to at most {len(self.names)}"
-            )
+        check_classes(self.name, len(self.names), ways)
 
     def with_items(self, items: Tensor, host_for: torch.device | None = None) -> ClassStore:
         """The same classes on other items, and on their device.
@@ -259,6 +245,27 @@ class ClassStore(EpisodeSource):
         items = torch.empty(*rows.shape, *stored, dtype=self.items.dtype, pin_memory=pinned)
         torch.index_select(self.items, 0, rows.flatten(), out=items.view(-1, *stored))
         return Fetched(each.to(self.host_for, non_blocking=pinned) for each in (classes, items, *random))
+
+
+def check_classes(name: str, classes: int, ways: int) -> None:
+    """Raise DataError if a split has too few classes for tasks of so many ways."""
+    if ways < 2:
+        raise DataError(f"ways={ways}: classification needs at least 2 classes; set ways to 2 or more")
+    if classes < 2:
+        raise DataError(f"{name} has one class, and a task needs two; choose another split or dataset")
+    if ways > classes:
+        raise DataError(
+            f"ways={ways}: {name} has {counted(classes, 'class', 'classes')}; lower ways to at most {classes}"
+        )
+
+
+def check_examples(name: str, smallest: str, examples: int, shape: EpisodeShape) -> None:
+    """Raise DataError if the smallest class of a split has too few examples for tasks of this shape."""
+    if (wanted := shape.shots + shape.queries) > examples:
+        raise DataError(
+            f"shots={shape.shots} and queries={shape.queries} need {counted(wanted, 'example')} a class: "
+            f"{smallest} of {name} has {examples}; lower shots or queries"
+        )
 
 
 def joined(stores: Sequence[ClassStore], device: torch.device | str = "cpu") -> ClassStore:

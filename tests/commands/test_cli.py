@@ -200,6 +200,32 @@ def test_a_bad_value_is_one_line_and_exit_1_and_leaves_nothing(metarun, tmp_path
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train ways=2000", "ways=2000: glyphs train has 1000 classes"),
+        ("train ways=800", "glyphs validation has 100 classes; lower ways to at most 100, or set validation"),
+        (
+            "train validation.shots=30",
+            "validation.shots=30 and queries=5 need 35 examples a class: each class",
+        ),
+        ("train dataset=cifar_fs ways=65", "cifar_fs train has 64 classes"),
+        ("train dataset=omniglot ways=4401", "omniglot train has 4400 classes"),
+        ("train dataset=mixture dataset.parts={glyphs:1,mnist:1} ways=6", "mnist train has 5 classes"),
+        ("data dataset=cub ways=101", "cub train has 100 classes"),
+        ("eval checkpoint=RUN dataset=glyphs ways=[401,500]", "ways=401: glyphs test has 400 classes"),
+        ("eval checkpoint=RUN dataset=glyphs split=all ways=1501", "glyphs all has 1500 classes"),
+        ("adapt checkpoint=RUN dataset=glyphs ways=401", "ways=401: glyphs test has 400 classes"),
+    ],
+)
+def test_tasks_that_the_settings_rule_out_are_refused_before_any_data(
+    metarun, trained, monkeypatch, words: str, message: str
+):
+    words = words.replace("RUN", str(trained(*UNTESTED)))
+    monkeypatch.setattr("metarun.datasets.base.Dataset.load", None)  # a call would be an error of its own
+    assert message in metarun(*words.split(), status=1).stderr
+
+
 def test_a_failing_command_removes_only_its_own_folders(metarun, tmp_path: Path):
     def folders() -> set[str]:
         return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}

@@ -246,7 +246,7 @@ BAD_VALUES: dict[str, tuple[Callable[[Content], None], str]] = {
     ),
     "an unknown setting of a class": (
         put("config.backbone.foo", 1),
-        "Conv4 has no setting 'foo'",
+        "backbone=conv4 has no setting 'foo'",
     ),
     "text for a number": (put("config.iterations", "ten"), "could not be converted to Integer (iterations)"),
     "a list for a number": (put("config.ways", [5]), "(ways)"),
