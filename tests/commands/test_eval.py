@@ -118,7 +118,7 @@ def test_steps_and_one_query_at_a_time_change_what_they_should(metarun, runs: Pa
     done = metarun("eval", f"checkpoint={runs}/protonet", "steps=3", status=1)
     assert "protonet has no such setting" in done.stderr
     done = metarun("eval", f"checkpoint=[{runs}/maml,{runs}/protonet]", "steps=3", "episodes=5", "queries=2")
-    assert "steps=3: protonet has no such setting" in done.stderr
+    assert "steps: protonet has no such setting" in done.stderr
 
 
 def test_splits_of_a_dataset_without_classes_differ_too(metarun, tmp_path: Path):
@@ -154,7 +154,7 @@ def test_a_curve_over_inner_steps(metarun, runs: Path, tmp_path: Path):
         ("protonet", None),
     ]
     assert re.search(r"maml +│ 5-way 1-shot │ +3 │", done.stdout)
-    assert "steps=[0, 1, 3]: protonet has no such setting" in done.stderr
+    assert "steps: protonet has no such setting" in done.stderr
     assert (tmp_path / "curve/steps.png").stat().st_size > 5000
     metarun(*words, "steps=3", "hydra.run.dir=alone")
     alone = results_of(tmp_path / "alone")["results"]
