@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import TINY
+from helpers.runs import TINY, UNTESTED
 
 from metarun.config.restore import backbone_of, is_average
 from metarun.training import checkpoint
@@ -17,9 +17,10 @@ SMALL = [
     "dataset.validation_classes=20",
     "dataset.test_classes=20",
     "backbone.width=16",
-    "validation.episodes=20",
-    "test.episodes=40",
+    "validation.episodes=2",
+    "test.episodes=0",
     "log.tensorboard=false",
+    "hardware.compile=false",
     "hardware.threads=1",
 ]
 
@@ -39,12 +40,12 @@ def backbone(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
 
 def test_the_pipeline(metarun, pretrained: Path, tmp_path: Path):
     """Each stage by the command line; starting from a checkpoint beats starting from nothing."""
-    words = ["algorithm=meta_baseline", *SMALL, "iterations=3", "validation.every=3"]
+    words = ["algorithm=meta_baseline", *SMALL, "iterations=3", "validation.every=3", "test.episodes=40"]
     done = metarun("train", *words, f"init={pretrained}", "hydra.run.dir=meta")
     assert "initialised from the backbone of baseline on glyphs, iteration 60" in done.stderr
     metarun("train", *words, "hydra.run.dir=scratch")
     assert accuracy(tmp_path / "meta") > accuracy(tmp_path / "scratch") + 0.05
-    grid = metarun("eval", f"checkpoint=[{pretrained},meta]", "ways=[3,7]", "shots=[1,2]", "episodes=10")
+    grid = metarun("eval", f"checkpoint=[{pretrained},meta]", "ways=[3,7]", "shots=[1,2]", "episodes=2")
     assert "7-way 2-shot" in grid.stdout and "differences" in grid.stdout
     assert "10 queries" in metarun("adapt", "checkpoint=meta", "queries=2").stdout
     assert "10 queries" in metarun("adapt", f"checkpoint={pretrained}", "queries=2", "steps=3").stdout
@@ -83,7 +84,7 @@ def test_a_resumed_run_does_not_start_again(metarun, pretrained: Path, tmp_path:
 @pytest.mark.parametrize("algorithm", ["snail", "mann", "versa", "simpleshot", "metaoptnet"])
 def test_a_stopped_run_ends_as_one_that_never_was(metarun, tmp_path: Path, algorithm: str):
     """Random orders and samples, averages and all: the same weights, bit by bit."""
-    words = ["train", f"algorithm={algorithm}", *TINY, "test.episodes=0", "validation.every=4"]
+    words = ["train", f"algorithm={algorithm}", *UNTESTED, "validation.every=4", "validation.episodes=2"]
     metarun(*words, "iterations=4", "hydra.run.dir=whole")
     metarun(*words, "iterations=2", "hydra.run.dir=parts")
     metarun("train", "resume=parts", "iterations=4")
@@ -94,7 +95,7 @@ def test_a_stopped_run_ends_as_one_that_never_was(metarun, tmp_path: Path, algor
 
 @pytest.mark.parametrize("algorithm", ["gnn", "meta_networks", "snail"])
 def test_more_ways_than_it_has_are_refused_everywhere(metarun, tmp_path: Path, algorithm: str):
-    words = ["train", f"algorithm={algorithm}", *TINY, "ways=3", "iterations=1"]
+    words = ["train", f"algorithm={algorithm}", *UNTESTED, "validation.episodes=2", "ways=3", "iterations=1"]
     assert "the network has 3 ways" in metarun(*words, "validation.ways=5", status=1).stderr
     metarun(*words, "hydra.run.dir=run")
     assert "the network has 3 ways, not 5" in metarun("adapt", "checkpoint=run", "ways=5", status=1).stderr

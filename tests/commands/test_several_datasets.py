@@ -12,7 +12,8 @@ from PIL import Image
 SMALL = (
     "backbone.width=8 iterations=4 meta_batch=4 validation.every=2 validation.episodes=10 test.episodes=10"
 )
-WORDS = [*SMALL.split(), "queries=2", "log.tensorboard=false", "hardware=cpu", "log.every=2"]
+WORDS = [*SMALL.split(), "queries=2", "log.tensorboard=false", "log.every=2"]
+WORDS += ["hardware=cpu", "hardware.compile=false"]
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def test_train_resume_and_a_row_for_each_dataset(metarun, two: list[str], tmp_pa
 
 
 def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[str], tmp_path: Path):
-    metarun("train", *two, *WORDS, "dataset.size=16", "test.episodes=0", "hydra.run.dir=mixed")
+    mixed = [*two, *WORDS, "dataset.size=16", "test.episodes=0", "hardware.compile=auto"]
+    metarun("train", *mixed, "hydra.run.dir=mixed")
     own = ["dataset.train_classes=12", "dataset.validation_classes=6", "dataset.test_classes=6", "ways=2"]
     metarun("train", *own, *WORDS, "test.episodes=0", "hydra.run.dir=own")
     glyphs = ["dataset=glyphs", "dataset.test_classes=6", "episodes=10", "queries=2"]
@@ -106,7 +108,7 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
         (["dataset.parts={glyphs:0}"], "dataset.parts.glyphs=0: a weight must be above 0"),
         (["dataset.parts={glyphs:1,glyphs:2}"], "dataset.parts: glyphs is listed twice"),
         (
-            ["dataset.parts={glyphs:1,image_folder:1}", "dataset.settings.image_folder.root=gone"],
+            ["dataset.parts={image_folder:1,glyphs:1}", "dataset.settings.image_folder.root=gone"],
             "dataset.settings.image_folder.root=gone: no such folder",
         ),
         (

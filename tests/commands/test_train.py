@@ -18,6 +18,8 @@ from metarun.config.paths import CONF
 from metarun.storage.locks import locked
 from metarun.training import checkpoint, trainer
 
+# A run of every algorithm needs no more than a validation, a checkpoint and what follows them.
+FOUR = "iterations=4 validation.every=2 validation.episodes=9 test.episodes=9 checkpoint.every=2 log.every=2"
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "result.json"}
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
 CLASSIFIERS = [name for name in ALGORITHMS if facts(CONF / f"algorithm/{name}.yaml")["family"] == "features"]
@@ -36,12 +38,12 @@ def rows_of(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("algorithm", some_quick(ALGORITHMS, "maml", "protonet"))
 def test_every_algorithm_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorithm: str):
-    done = metarun("train", f"algorithm={algorithm}", *TINY)
+    done = metarun("train", f"algorithm={algorithm}", *TINY, *FOUR.split())
     folder = run_folder(tmp_path)
     assert {path.name for path in folder.iterdir()} >= FILES
     assert f"metarun eval checkpoint={folder.relative_to(tmp_path)}" in done.stdout
     result = json.loads((folder / "result.json").read_text())
-    assert result["iterations"] == 12
+    assert result["iterations"] == 4
     assert 0 <= result["test"]["mean"] <= 1
     evaluated = metarun("eval", f"checkpoint={folder}", "episodes=10", "queries=3", "shots=[1,2]")
     assert "5-way 2-shot" in evaluated.stdout
@@ -51,13 +53,12 @@ def test_every_algorithm_trains_evaluates_and_adapts(metarun, tmp_path: Path, al
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in CLASSIFIERS])
 def test_regression_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorithm: str):
-    words = ["train", "dataset=sinusoid", f"algorithm={algorithm}", "iterations=20", "meta_batch=2"]
-    words += ["validation.episodes=20", "test.episodes=20"]
+    words = ["train", "dataset=sinusoid", f"algorithm={algorithm}", "meta_batch=2", *FOUR.split()]
     words += ["hardware=cpu", f"hardware.compile={'auto' if algorithm == 'maml' else 'false'}"]
-    done = metarun(*words, "validation.every=10", "log.tensorboard=false")
+    done = metarun(*words, "log.tensorboard=false")
     assert "mse" in done.stdout
     folder = run_folder(tmp_path)
-    metarun("eval", f"checkpoint={folder}", "episodes=20", "steps=2", "hydra.run.dir=evaluated")
+    metarun("eval", f"checkpoint={folder}", "episodes=10", "steps=2", "hydra.run.dir=evaluated")
     results = json.loads((tmp_path / "evaluated/results.json").read_text())["results"]
     assert results[0]["metric"] == "mse"
     assert "mse" in metarun("adapt", f"checkpoint={folder}", "hydra.run.dir=adapted").stdout

@@ -149,7 +149,7 @@ def test_a_traced_gradient_is_the_references_each_time(name: str):
     """Recorded once and repeated: nothing of it may have a state of its own."""
     algorithm = METHODS[name].build(BACKBONES["mlp"](), 1)
     episodes = episodes_of()
-    engine = engine_of(algorithm, episodes, compile="auto")
+    engine = engine_of(algorithm, episodes)
     engine.trace(compiles=False)
     assert engine.traced
     expected = METHODS[name].reference(algorithm, episodes, 1)
