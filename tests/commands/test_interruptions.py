@@ -110,7 +110,7 @@ STOPS = {
 @pytest.mark.parametrize("algorithm", STOPS)
 def test_stopped_at_every_stage_it_ends_bit_identical(metarun, tmp_path: Path, algorithm: str):
     words = [f"algorithm={algorithm}", *TINY, "iterations=14", "validation.every=5", "checkpoint.every=2"]
-    words += ["validation.episodes=4", "test.episodes=4"]
+    words += ["validation.episodes=4", "test.episodes=4", "inner_loop.steps=3"]
     metarun("train", *words, "hydra.run.dir=whole")
     start = [*words, "hydra.run.dir=stopped"]
     for owner, name, count, number, iteration in STOPS[algorithm]:

@@ -16,6 +16,7 @@ SMALL = [
     "dataset.train_classes=60",
     "dataset.validation_classes=20",
     "dataset.test_classes=20",
+    "dataset.size=20",
     "backbone.width=16",
     "validation.episodes=2",
     "test.episodes=0",
@@ -27,7 +28,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def pretrained(trained) -> Path:
-    return trained("algorithm=baseline", *SMALL, "iterations=60")
+    return trained("algorithm=baseline", *SMALL, "iterations=60", "meta_batch=4")
 
 
 def accuracy(folder: Path) -> float:
