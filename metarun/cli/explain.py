@@ -8,7 +8,8 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
 
 from metarun.config.paths import CONF
 from metarun.errors import MetarunError, first_line, is_out_of_memory
@@ -35,6 +36,8 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
             return message
     if found := re.search(r"Ambiguous value for argument '(\S+?)=(.*?)'", str(error)):
         key, value = found.groups()
+        if takes_one(key, command):
+            return f"{key}={value}: takes one value; for a sweep over several add -m"
         return f"{key}={value}: type a list as {key}=[{value}]; for a sweep over the values add -m"
     if type(error).__module__.startswith("yaml") or "yaml" in type(error.__cause__).__module__:
         return "invalid YAML: " + " ".join(str(error).split())
@@ -51,6 +54,20 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
             f"{', '.join(empty)}=null: a group needs one of its options; metarun {command} --help lists them"
         )
     return None
+
+
+def takes_one(key: str, command: str) -> bool:
+    """Whether a setting of a command is one number or text, and never a list."""
+    from metarun.config.schema import FRAMES
+
+    *groups, name = key.split(".")
+    frame = FRAMES[command]
+    for group in groups:
+        frame = get_type_hints(frame).get(group)
+        if not is_dataclass(frame):
+            return False
+    hint = str(get_type_hints(frame).get(name))
+    return bool(re.match(r"<class '(int|float|str|bool)'>|(int|str|bool) \|", hint))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

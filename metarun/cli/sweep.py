@@ -75,7 +75,10 @@ class SweepTable(Callback):
         SweepTable.running = None
         results = self.results()
         if results:
-            console.print(table_of(results, str(self.folder), len(self.jobs)))
+            part = f"{len(results)} of " if len(results) < len(self.jobs) else ""
+            jobs = counted(max(len(self.jobs), len(results)), "job")
+            print_line(f"{part}{jobs} in {self.folder}")  # no title, which would be wrapped inside the path
+            console.print(table_of(results))
             if self.write():
                 print_line(f"saved {self.folder / 'sweep.csv'}")
         elif self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
@@ -203,13 +206,12 @@ def row_of(job: str, result: Row) -> Row:
     return row | {"best iteration": best, "seconds": result["seconds"], "checkpoint": result["checkpoint"]}
 
 
-def table_of(results: dict[str, Row], folder: str, jobs: int) -> Table:
+def table_of(results: dict[str, Row]) -> Table:
     """The table on the screen: the settings that differ between the jobs, and the scores."""
     settings = {job: typed(result) for job, result in results.items()}
     keys = list(dict.fromkeys(key for own in settings.values() for key in own))
     swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]
-    part = f"{len(results)} of " if len(results) < jobs else ""
-    table = Table(title=f"{part}{counted(max(jobs, len(results)), 'job')} in {folder}")
+    table = Table()
     others = any("result" in each for each in results.values())  # of eval or adapt
     for heading in ("job", *swept, *(["result"] if others else ["validation", "test", "seconds"])):
         table.add_column(heading, overflow="fold")

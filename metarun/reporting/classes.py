@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from metarun.reporting import pictures
-from metarun.reporting.console import console
+from metarun.reporting.console import console, shortened
 from metarun.storage.files import write_csv
 
 LONGEST_STEM = 50  # characters
@@ -59,7 +59,8 @@ def class_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for row in worst:
         figures = (f"{100 * row[key]:.1f} %" for key in ("precision", "recall", "f1"))
-        table.add_row(Text(row["class"]), str(row["queries"]), *figures, Text(row["most often taken for"]))
+        name, taken = (Text(shortened(row[key])) for key in ("class", "most often taken for"))
+        table.add_row(name, str(row["queries"]), *figures, taken)
     return table
 
 
@@ -70,8 +71,8 @@ def worst_table(reports: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
         table.add_column(heading, justify="right" if heading == "f1" else "left", overflow="fold")
     for title, rows in reports.items():
         worst = min(rows, key=lambda row: row["f1"])
-        taken = Text(worst["most often taken for"])
-        table.add_row(Text(title), Text(worst["class"]), f"{100 * worst['f1']:.1f} %", taken)
+        name, taken = (Text(shortened(worst[key])) for key in ("class", "most often taken for"))
+        table.add_row(Text(title), name, f"{100 * worst['f1']:.1f} %", taken)
     return table
 
 
@@ -114,8 +115,9 @@ def write_classes(
     write_csv(
         folder / files[1],
         [
-            {"class": name, **{f"as {other}": count for other, count in zip(labels, row, strict=True)}}
-            for name, row in zip(labels, matrix.tolist(), strict=True)
+            {"number": number, "class": name}
+            | {f"as {other}": count for other, count in zip(labels, row, strict=True)}
+            for number, (name, row) in enumerate(zip(labels, matrix.tolist(), strict=True), start=1)
         ],
     )
     pictures.confusion_matrix(matrix, labels, title, folder / files[2])

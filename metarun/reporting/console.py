@@ -56,6 +56,11 @@ def _line(where: Console, text: str) -> None:
     where.print(printable(text), soft_wrap=True)
 
 
+def shortened(text: str, most: int = 32) -> str:
+    """A text of at most `most` characters, with an ellipsis in the middle of a longer one."""
+    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[-(most // 2) :]}"
+
+
 def progress_bar(unit: str, transient: bool = False) -> Progress:
     """A progress bar with count, speed, remaining time and a text, for terminals of 80 columns."""
     return Progress(

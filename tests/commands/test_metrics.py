@@ -223,6 +223,7 @@ def test_a_confusion_matrix_counts_every_query_once(metarun, trained, tmp_path: 
         stem = f"protonet_glyphs_{row['ways']}-way_1-shot"
         matrix = rows_of(tmp_path / f"out/confusion_{stem}.csv")
         names = [line["class"] for line in matrix]
+        assert [line["number"] for line in matrix] == [str(i + 1) for i in range(len(names))]
         assert names == [name for name in store.names if name in names]
         counts = np.array([[int(line[f"as {name}"]) for name in names] for line in matrix])
         assert counts.sum() == 30 * 3 * row["ways"]

@@ -82,6 +82,19 @@ def test_of_many_confusion_matrices_only_the_worst_class_of_each_is_shown(monkey
     assert out.file.getvalue().count("\n│ b ") == 1  # the whole table
 
 
+@pytest.mark.parametrize("count", [2, 20, 423])
+def test_long_names_of_classes_take_two_lines_in_the_table_at_most(count: int):
+    names = [f"Malayalam_(Grantha)/{'very_long_' * (i % 4)}character{i:03}" for i in range(count)]
+    confusion = torch.eye(count).long() * 9 + torch.eye(count).long().roll(1, 0)
+    out = Console(file=io.StringIO(), width=80)
+    out.print(classes.class_table(classes.class_rows(confusion, names), "maml, omniglot"))
+    lines = out.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len([line for line in lines if line.startswith("│")]) <= 2 * min(count, classes.SHOWN)
+    shown = {line.split("│")[1].strip() for line in lines if line.startswith("│")}
+    assert any(text.endswith("character000") for text in shown)  # the end of a name tells classes apart
+
+
 def test_a_number_and_its_noun():
     assert [counted(n, "entry", "entries") for n in (0, 1, 2)] == ["0 entries", "1 entry", "2 entries"]
     assert counted(1, "way") == "1 way" and counted(5, "way") == "5 ways"
