@@ -19,6 +19,8 @@ class TokenEmbedding(nn.Module):
             their own, T tasks need T times its memory.
     """
 
+    independent = True
+
     def __init__(self, vocabulary: int, width: int, shared: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocabulary, width) * width**-0.5)

@@ -48,6 +48,8 @@ class WordFilters(nn.Module):
     Maps [B, C, 1, L] to vectors [B, filters * widths].
     """
 
+    independent = True
+
     def __init__(self, width: int, filters: int, widths: Sequence[int]) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(

@@ -71,7 +71,11 @@ AUTO = TaskBatching()
 
 @runtime_checkable
 class OnTasks(Protocol):
-    """A layer with a method for T tasks at once, for layers that are not in `GROUPED`."""
+    """A layer with a method for T tasks at once, for layers that are not in `GROUPED`.
+
+    With an attribute `independent` that is true, the output for an example does not depend on the task that it
+    is in: tasks with the same weights are then one batch of `forward`.
+    """
 
     def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:
         """The layer's output for T tasks, of the layout of x.

@@ -71,7 +71,7 @@ def run_layer(layer: nn.Module, x: Tensor, tasks: int) -> Tensor:
     """A layer on x [B*T, ...], in which the statistics of each task are its own."""
     if is_batch_norm(layer) and (layer.training or layer.running_mean is None):
         return apart(batch_norm(layer, together(x, tasks), tasks), tasks)
-    if isinstance(layer, OnTasks) and x.dim() == 4:
+    if isinstance(layer, OnTasks) and x.dim() == 4 and not getattr(layer, "independent", False):
         own = {name: p.expand(tasks, *p.shape) for name, p in layer.named_parameters()}
         return apart(layer.on_tasks(own, together(x, tasks), tasks), tasks)
     return layer(x)
