@@ -250,8 +250,10 @@ def report(
         rows = class_rows(task.query_names, task.classes, outputs, task.episode.query_y)
         console.print(class_table(rows))
         write_csv(folder / "predictions.csv", rows)
-        draw_predictions(rows, task, folder / "predictions.png")
-        saved += ["predictions.csv", "predictions.png"]
+        saved.append("predictions.csv")
+        if task.episode.query_x.dim() == 5:  # images
+            draw_predictions(rows, task, folder / "predictions.png")
+            saved.append("predictions.png")
         saved += classes_of(task, outputs, folder)
         if model.algorithm.uses_query_statistics:
             inform("the queries were predicted in one batch and depend on each other (transductive)")
@@ -313,9 +315,7 @@ def step_table(
 
 
 def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
-    """Write the figure of the queries and their predictions; nothing if the queries are not images."""
-    if task.episode.query_x.dim() != 5:
-        return
+    """Write the figure of the queries, which are images, and their predictions."""
     titles = [title_of(row) for row in rows]
     right = [row["prediction"] == row["class"] if row["class"] else None for row in rows]
     pictures.predictions(task.episode.query_x[0].float(), titles, right, path)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
+from metarun.algorithms.base import Algorithm
 from metarun.commands.models import Model, TestData, dataset_name, values_of
 from metarun.config.build import validation_shape
 from metarun.config.schema import EvalConfig
@@ -16,12 +19,19 @@ from metarun.tasks.source import EpisodeSource
 from metarun.training.evaluation import Result
 
 
+class Reference(NamedTuple):
+    """The name of what is evaluated without a checkpoint, beside the models."""
+
+    name: str
+    path: Path | str = ""
+
+
 @dataclass
 class Cell:
     """One checkpoint on tasks of one shape, with a number of inner steps.
 
     Args:
-        model: the checkpoint.
+        model: the checkpoint, or what is shown beside checkpoints.
         shape: the shape of the tasks.
         steps: the number of inner steps; None: the setting of the checkpoint.
         source: the split.
@@ -30,13 +40,19 @@ class Cell:
         reason: why the combination is not supported; "" if it is.
     """
 
-    model: Model
+    model: Model | Reference
     shape: EpisodeShape
     steps: int | None
     source: EpisodeSource
     dataset: str
     result: Result | None = None
     reason: str = ""
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm of the checkpoint."""
+        assert isinstance(self.model, Model)
+        return self.model.algorithm
 
     @property
     def task(self) -> str:

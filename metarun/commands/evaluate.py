@@ -18,6 +18,7 @@ from torch import Tensor
 from metarun.commands.cells import Cell, cells_of, check_before_loading, shapes_for
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
 from metarun.commands.models import TestData, load_models
+from metarun.commands.tfidf import with_references
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import EvalConfig, typed
@@ -57,10 +58,10 @@ def run(cfg: DictConfig) -> float:
     with Bar("eval", len(possible) * command.episodes, "episodes") as bar:
         for cell in possible:
             if cell.steps is not None:
-                cell.model.algorithm.inner_loop.test_steps = cell.steps  # type: ignore[union-attr]
+                cell.algorithm.inner_loop.test_steps = cell.steps  # type: ignore[union-attr]
             tasks = EvalSettings(cell.shape, command.episodes, command.seed)
             cell.result = evaluate(
-                cell.model.algorithm, cell.source, tasks, hardware, bar.advance, command.confusion
+                cell.algorithm, cell.source, tasks, hardware, bar.advance, command.confusion
             )
             check_finite(cell)
     if all(cell.reason for cell in cells):
@@ -73,7 +74,7 @@ def run(cfg: DictConfig) -> float:
         one_kind = len({model.spec.outputs for model in models}) == 1
         inform("results on different datasets are not compared" + (advice if one_kind else ""))
     folder = Path(HydraConfig.get().runtime.output_dir)
-    report(cells, command, folder)
+    report(with_references(cells, command), command, folder)
     if command.instances is not None:
         report_instances(instance_rows(shown, command, hardware), folder)
     return next(cell.result.mean for cell in cells if cell.result)
@@ -84,7 +85,7 @@ def check_finite(cell: Cell) -> None:
     assert cell.result is not None
     if not (count := cell.result.diverged):
         return
-    advice = "; lower steps" if cell.model.algorithm.takes_steps else ""
+    advice = "; lower steps" if cell.algorithm.takes_steps else ""
     what = f"{count} of {cell.result.episodes} episodes have a loss that is not finite{advice}"
     if count < cell.result.episodes:
         inform(f"{cell.model.name}, {cell.task}: {what}")
@@ -312,6 +313,8 @@ def comparisons(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
         assert a.result and b.result
         same = (a.dataset, a.task) == (b.dataset, b.task)
+        if isinstance(a.model, Reference) and isinstance(b.model, Reference):
+            continue
         if not same or a.result.episodes_hash != b.result.episodes_hash:
             continue
         for metric in (metric for metric in a.metrics if metric in b.metrics):

@@ -26,7 +26,7 @@ def instance_cells(cells: list[Cell], command: EvalConfig) -> list[Cell]:
     """
     if command.instances is None:
         return []
-    found = [cell for cell in cells if cell.model.algorithm.sees_examples_in_turn]
+    found = [cell for cell in cells if cell.algorithm.sees_examples_in_turn]
     if not found:
         raise ConfigError(
             f"instances={command.instances}: needs a method that processes examples in sequence; train with "
@@ -45,7 +45,7 @@ def instance_rows(cells: list[Cell], command: EvalConfig, hardware: Hardware) ->
         for cell in cells:
             shape = EpisodeShape(cell.shape.ways, 1, command.instances - 1)
             tasks = EvalSettings(shape, command.episodes, command.seed)
-            scores = instance_scores(cell.model.algorithm, cell.source, tasks, hardware, bar.advance)
+            scores = instance_scores(cell.algorithm, cell.source, tasks, hardware, bar.advance)
             rows += [
                 {
                     "model": cell.model.name,

@@ -73,8 +73,8 @@ AUTO = TaskBatching()
 class OnTasks(Protocol):
     """A layer with a method for T tasks at once, for layers that are not in `GROUPED`.
 
-    With an attribute `independent` that is true, the output for an example does not depend on the task that it
-    is in: tasks with the same weights are then one batch of `forward`.
+    With an attribute `independent` that is true, the output for an example does not depend on the task that
+    it is in: tasks with the same weights are then one batch of `forward`.
     """
 
     def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:

@@ -122,8 +122,16 @@ class TextDataset(Dataset):
     def _store(self, corpus: Corpus, name: str, device: torch.device | str) -> TextStore:
         descriptions = [self._descriptions.get(label, readable(label)) for label in corpus]
         languages, names_as_shots = self.options.languages(), self.options.names_as_shots
-        title = f"{self.title} {name}"
-        return TextStore(corpus, descriptions, self.encoding, title, device, languages, names_as_shots)
+        return TextStore(
+            corpus,
+            descriptions,
+            self.encoding,
+            f"{self.title} {name}",
+            device,
+            languages,
+            names_as_shots,
+            self._corpora.get("train"),
+        )
 
     @cached_property
     def _descriptions(self) -> Mapping[str, str]:
@@ -173,10 +181,10 @@ def read_descriptions(path: Path) -> dict[str, str]:
     """The descriptions of classes in a file with columns `label` and `description`. Raises DataError."""
     found: dict[str, str] = {}
     for row in reading.rows_of(path):
-        label = reading.cell(row, "label", "the column's name in the file")
+        label = reading.cell(row, "label")
         if label in found:
             raise DataError(f"{row.place}: class {label!r} has a description already; remove one")
-        found[label] = reading.cell(row, "description", "the column's name in the file")
+        found[label] = reading.cell(row, "description")
     return found
 
 
@@ -189,7 +197,7 @@ def own_support(path: Path) -> list[tuple[str, str]]:
         raise DataError(f"{path}: has no texts; write a line of headings, text,label, and a line for each")
     if "text" not in rows[0].cells and "description" in rows[0].cells:
         return list(read_descriptions(path).items())
-    return [(reading.cell(row, "label", "label"), reading.cell(row, "text", "text")) for row in rows]
+    return [(reading.cell(row, "label"), reading.cell(row, "text")) for row in rows]
 
 
 def own_queries(query: str, classes: Sequence[str]) -> list[tuple[str | None, str]]:
@@ -203,6 +211,8 @@ def own_queries(query: str, classes: Sequence[str]) -> list[tuple[str | None, st
             raise ConfigError(f'query={query}: write a list of texts, ["..."]; none may be empty')
         return [(None, text) for text in texts]
     path = user_path(query)
+    if not path.exists():
+        raise DataError(f"query={query}: no such file; texts are typed as a list, query='[\"...\"]'")
     if path.is_dir():
         loose = [(None, file) for file in sorted(path.glob("*.txt"))]
         files: list[tuple[str | None, Path]] = [*loose] if loose else [*reading.text_files(path)]
@@ -212,7 +222,7 @@ def own_queries(query: str, classes: Sequence[str]) -> list[tuple[str | None, st
         raise DataError(f"{path}: has no texts; write a line of headings, text, and a line for each")
     labels = [row.cells["label"].strip() or None if "label" in row.cells else None for row in rows]
     return [
-        (known(label, classes, row.place), reading.cell(row, "text", "text"))
+        (known(label, classes, row.place), reading.cell(row, "text"))
         for label, row in zip(labels, rows, strict=True)
     ]
 

@@ -63,14 +63,14 @@ class Published:
 def sentences(path: Path) -> Iterator[Labelled]:
     """ProtAugment's full.jsonl."""
     for row in reading.rows_of(path):
-        text = reading.cell(row, "sentence", "the key's name in the file")
-        yield Labelled(reading.cell(row, "label", "the key's name in the file"), "", text)
+        text = reading.cell(row, "sentence")
+        yield Labelled(reading.cell(row, "label"), "", text)
 
 
 def numbered(path: Path) -> Iterator[Labelled]:
     """Bao's sets: the number of the class and the text."""
     for row in reading.rows_of(path):
-        text = reading.cell(row, "raw", "the key's name in the file")
+        text = reading.cell(row, "raw")
         yield Labelled(f"{int(row.cells['label']):02}", "", text)
 
 
@@ -199,7 +199,7 @@ class PublishedTexts(TextDataset):
         if place.is_file():
             columns = COLUMNS.get(self.name, ("label", "text"))
             for row in reading.rows_of(place, columns):
-                label, text = (reading.cell(row, column, "the file") for column in ("label", "text"))
+                label, text = (reading.cell(row, column) for column in ("label", "text"))
                 yield Labelled(label, row.cells.get("language", ""), text)
             return
         for path in self.paths(place):

@@ -111,13 +111,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield Row({key: item if isinstance(item, str) else str(item) for key, item in value.items()}, place)
 
 
-def cell(row: Row, column: str, setting: str) -> str:
+def cell(row: Row, column: str, setting: str = "") -> str:
     """A cell without white space around it.
 
     Args:
         row: the row.
         column: the name of the column.
-        setting: the setting that names the column, for messages.
+        setting: the setting that names the column, if there is one, for messages.
 
     Raises:
         DataError: there is no such column, or the cell is empty.
@@ -125,7 +125,7 @@ def cell(row: Row, column: str, setting: str) -> str:
     if column not in row.cells:
         raise DataError(
             f"{row.place}: there is no column {column!r}, but {', '.join(map(repr, row.cells))}; "
-            f"set {setting}=COLUMN"
+            + (f"set {setting}=COLUMN" if setting else "rename one")
         )
     if not (found := row.cells[column].strip()):
         raise DataError(f"{row.place}: its {column} is empty; remove the line")

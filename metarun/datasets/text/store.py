@@ -75,6 +75,7 @@ class TextStore(ClassStore):
         name: what messages call the split.
         device: where the items are kept.
         languages: which languages tasks are drawn in.
+        background: texts that word frequencies are counted in, those of the training classes; None: `corpus`.
         names_as_shots: whether the description of a class is one of its support examples. Without shots it
             always is, in place of them.
 
@@ -94,6 +95,7 @@ class TextStore(ClassStore):
         device: torch.device | str = "cpu",
         languages: Languages = Languages(),
         names_as_shots: bool = False,
+        background: Corpus | None = None,
     ) -> None:
         self.spoken = sorted({language for by_language in corpus.values() for language in by_language})
         ordered = [[by_language.get(each, ()) for each in self.spoken] for by_language in corpus.values()]
@@ -105,6 +107,7 @@ class TextStore(ClassStore):
         self.fingerprint = hashlib.sha256(encoded(f"{languages} {content}")).hexdigest()
         self.spec = replace(self.spec, vocabulary=encoding.vocabulary)
         self.encoding, self.languages, self.names_as_shots = encoding, languages, names_as_shots
+        self.background = self.texts if background is None else texts_of(background)
         self.by_language = counts  # [classes, languages]
         self.descriptions = list(descriptions)
         self.described_items = encoding.encode(self.descriptions)[0].to(device)  # [classes, *stored]
@@ -150,6 +153,12 @@ class TextStore(ClassStore):
         twin.drawn = self.languages_of([support]), self.languages_of([query])
         twin.name = f"{self.name} {support} to {query}"
         twin.fingerprint = hashlib.sha256(encoded(f"{self.fingerprint} {support} {query}")).hexdigest()
+        return twin
+
+    def numbered(self) -> TextStore:
+        """The same classes with the number of a text as its item [1]; those of descriptions come after."""
+        twin = self.with_items(torch.arange(len(self.texts)).unsqueeze(1))
+        twin.described_items = torch.arange(len(self.descriptions)).unsqueeze(1) + len(self.texts)
         return twin
 
     def check(self, shape: EpisodeShape) -> None:
@@ -237,6 +246,11 @@ class TextStore(ClassStore):
             for role, text in zip(roles, texts, strict=True):
                 rows.append({"class": self.names[number], "role": role, "text": shortened(text)})
         return rows
+
+
+def texts_of(corpus: Corpus) -> list[str]:
+    """All texts."""
+    return [text for by_language in corpus.values() for texts in by_language.values() for text in texts]
 
 
 def shortened(text: str, most: int = 200) -> str:

@@ -1,0 +1,96 @@
+"""Nearest centroids of TF-IDF vectors: what a method on texts must be better than, on the same episodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarun.commands.cells import Cell, Reference
+from metarun.config.schema import EvalConfig
+from metarun.datasets.text.store import TextStore
+from metarun.datasets.text.tokens import normalised, words
+from metarun.reporting.console import inform
+from metarun.tasks.episodes import Episodes
+from metarun.tasks.sampling import fixed_draws
+from metarun.training.evaluation import Result
+
+SCALE = 10.0  # of cosines as logits; accuracies do not depend on it
+VECTORIZERS: dict[str, dict[str, Any]] = {
+    # Not the pattern of scikit-learn, which cuts words at combining marks.
+    "TF-IDF words": {"tokenizer": words, "token_pattern": None},
+    "TF-IDF characters": {"analyzer": "char_wb", "ngram_range": (3, 5)},
+}
+
+
+def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
+    """The cells, with two cells of TF-IDF for each task on texts; needs scikit-learn."""
+    tasks = {(cell.dataset, cell.shape): cell for cell in reversed(cells) if cell.result}
+    own = [cell for cell in reversed(tasks.values()) if isinstance(cell.source, TextStore)]
+    if not own:
+        return list(cells)
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError:
+        inform("pip install scikit-learn to see the accuracy of TF-IDF vectors on the same episodes")
+        return list(cells)
+    found = list(cells)
+    for cell in own:
+        for name, settings in VECTORIZERS.items():
+            vectorizer = TfidfVectorizer(preprocessor=normalised, **settings)
+            found.append(reference_cell(cell, Reference(name), vectorizer, command))
+    return found
+
+
+def reference_cell(cell: Cell, name: Reference, vectorizer: Any, command: EvalConfig) -> Cell:
+    """A cell of nearest centroids on the episodes of another cell.
+
+    Args:
+        cell: an evaluated cell on texts.
+        name: in tables.
+        vectorizer: of scikit-learn; fitted to the training texts.
+        command: the number and the seed of the episodes.
+    """
+    source, began = cell.source, time.perf_counter()
+    assert isinstance(source, TextStore) and cell.result
+    vectorizer.fit(source.background)
+    vectors = vectorizer.transform([*source.texts, *source.descriptions])
+    outcomes = []
+    for draw in fixed_draws(source, cell.shape, command.episodes, command.seed):
+        tasks = source.numbered().gather(draw, cell.shape)
+        logits = torch.stack([SCALE * each for each in nearest_centroids(vectors, tasks)])
+        outcomes.append(tasks.outcome(logits))
+    return Cell(
+        model=name,
+        shape=cell.shape,
+        steps=None,
+        source=source,
+        dataset=cell.dataset,
+        result=Result(
+            shape=cell.shape,
+            metrics=cell.metrics,
+            scores={m.name: torch.cat([one.scores[m.name] for one in outcomes]) for m in cell.metrics},
+            losses=torch.cat([one.loss for one in outcomes]),
+            episodes_hash=cell.result.episodes_hash,
+            uses_query_statistics=False,
+            seconds=time.perf_counter() - began,
+        ),
+    )
+
+
+def nearest_centroids(vectors: Any, tasks: Episodes) -> Iterator[Tensor]:
+    """The cosines of queries and class means [B, N] of one task after the other.
+
+    Args:
+        vectors: a sparse matrix with a row for each text.
+        tasks: with the number of a text as example, [T, S, 1] and [T, B, 1].
+    """
+    for support, y, query in zip(tasks.support_x, tasks.support_y, tasks.query_x, strict=True):
+        members = (y == torch.arange(tasks.ways).unsqueeze(1)).numpy().astype(float)  # [N, S]
+        means = members @ vectors[support.flatten().numpy()].toarray()  # [N, words]
+        means /= np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
+        yield torch.from_numpy(vectors[query.flatten().numpy()] @ means.T)
