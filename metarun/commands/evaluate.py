@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from metarun.commands.cells import Cell, cells_of, check_before_loading, shapes_for
+from metarun.commands.cells import Cell, Reference, cells_of, check_before_loading, shapes_for
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
 from metarun.commands.models import TestData, load_models
 from metarun.commands.tfidf import with_references
