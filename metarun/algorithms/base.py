@@ -72,6 +72,11 @@ class Algorithm(nn.Module, ABC):
                 f"algorithm={cls.__name__}: needs tasks with classes, which this dataset does not have; "
                 "choose algorithm=maml, reptile or r2d2"
             )
+        if cls.reads_descriptions and spec.kind == "texts":
+            raise ConfigError(
+                f"algorithm={cls.__name__}: is for images; of texts, a description takes the place of a "
+                "support example, so choose any other method, such as algorithm=protonet shots=0"
+            )
         if cls.reads_descriptions and spec.description is None:
             raise ConfigError(
                 f"algorithm={cls.__name__}: needs descriptions of the classes apart from their examples, "

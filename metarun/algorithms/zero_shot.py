@@ -61,7 +61,8 @@ class ZeroShot(FeatureMethod):
 
     def on_run_start(self, train: EpisodeSource) -> None:
         """Standardise by the training classes; numbers that are the same for all of them are only centred."""
-        assert isinstance(train, ClassStore) and train.about is not None
+        if not isinstance(train, ClassStore) or train.about is None:
+            return
         about = train.about.flatten(1)
         spread, self.mean[:] = torch.std_mean(about, 0, correction=0)
         self.deviation[:] = torch.where(spread > 1e-6 * about.abs().amax(0), spread, 1)

@@ -90,7 +90,7 @@ class Cub(ImageDataset):
         if entry is None:
             return None
         lines = entry.read().decode(errors="replace").splitlines()
-        rows = [numbers_of(line.split(), f"{entry}, line {i}", 1) for i, line in enumerate(lines, 1)]
+        rows = [numbers_of(line.split(), f"{entry}, line {i}") for i, line in enumerate(lines, 1)]
         if len(rows) != 200 or {len(row) for row in rows} != {COUNT}:
             raise DataError(f"{entry}: has not 200 lines of {COUNT} numbers; replace it by that of {URL}")
         return torch.tensor(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor
 
 from metarun.datasets.base import and_more
+from metarun.datasets.tables.columns import number_of
+from metarun.datasets.tables.reading import text_of
 from metarun.errors import DataError
 from metarun.reporting.console import inform
-from metarun.storage.files import read_regular, user_path
+from metarun.storage.files import user_path
 
-SEPARATORS = (",", ";", "\t")
+SEPARATORS = ("\t", ";", ",")  # of equal numbers, the first: a comma may be a decimal one
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -35,10 +36,10 @@ def read_table(file: str) -> dict[str, tuple[str, list[float]]]:
     classes: dict[str, tuple[str, list[float]]] = {}
     size = 0
     for first, place, (cell, *cells), commas in table_rows(user_path(file)):
-        if first and not any(is_number(each, commas) for each in cells):
+        if first and all(number_of(each, commas) is None for each in cells):
             size = len(cells)
             continue
-        name = same_text(cell.strip())
+        name = same_text(cell)
         numbers = numbers_of(cells, place, 2, commas)
         size = size or len(numbers)
         if not numbers:
@@ -72,27 +73,22 @@ def described(file: str, names: Sequence[str]) -> Tensor:
 
 def table_rows(path: Path) -> Iterator[tuple[bool, str, list[str], bool]]:
     """Whether it is the first, the place, the cells, and whether decimal commas may occur, of each line."""
-    try:
-        text = read_regular(path).decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name a csv file") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text; save it as csv in UTF-8") from None
+    text = text_of(path)
     head = next((line for line in text.splitlines() if line.strip()), "")
-    separator = max(SEPARATORS[::-1], key=head.count)
+    separator = max(SEPARATORS, key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     start, first = 1, True
     try:
         for cells in reader:
             place, start = f"{path}, line {start}", reader.line_num + 1
             if any(cell.strip() for cell in cells):
-                yield first, place, cells, separator != ","
+                yield first, place, [cell.strip() for cell in cells], separator != ","
                 first = False
     except csv.Error as error:
         raise DataError(f"{path}, line {start}: {error}; check its quotes") from None
 
 
-def numbers_of(cells: Iterable[str], place: str, first: int, commas: bool = False) -> list[float]:
+def numbers_of(cells: Iterable[str], place: str, first: int = 1, commas: bool = False) -> list[float]:
     """The cells of a line as numbers.
 
     Args:
@@ -106,25 +102,11 @@ def numbers_of(cells: Iterable[str], place: str, first: int, commas: bool = Fals
     """
     numbers = []
     for column, cell in enumerate(cells, first):
-        if not is_number(cell, commas):
-            raise DataError(f"{place}: {cell.strip()!r} in column {column} is not a number; correct it")
-        numbers.append(value_of(cell, commas))
-        if not abs(numbers[-1]) <= LARGEST:  # also NaN
-            raise DataError(f"{place}: {cell.strip()} in column {column} is not finite; write a number")
+        number = number_of(cell, commas)
+        if number is None or abs(number) > LARGEST:
+            raise DataError(f"{place}: {cell!r} in column {column} is not a finite number; correct it")
+        numbers.append(number)
     return numbers
-
-
-def value_of(cell: str, commas: bool) -> float:
-    """The number in a cell; NaN if there is none."""
-    try:
-        return math.nan if "_" in cell else float(cell.replace(",", ".") if commas else cell)
-    except ValueError:
-        return math.nan
-
-
-def is_number(cell: str, commas: bool) -> bool:
-    """Whether a cell is a number, also one that is not finite."""
-    return not math.isnan(value_of(cell, commas)) or cell.strip().lower() in ("nan", "+nan", "-nan")
 
 
 def same_text(name: str) -> str:

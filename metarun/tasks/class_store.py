@@ -136,6 +136,11 @@ class ClassStore(EpisodeSource):
     def item_counts(self) -> Sequence[int]:
         return self.counts.tolist()
 
+    def remarks(self) -> Sequence[str]:
+        if self.about is None:
+            return []
+        return [f"{self.name}: each class has a description of {self.about[0].numel()} numbers, for shots=0"]
+
     def check(self, shape: EpisodeShape) -> None:
         self.check_shots(shape.shots)
         self.check_ways(shape.ways)

@@ -98,6 +98,8 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
     needed = (ENTRIES | TRAINING) if kind == content.get("kind") == "run" else ENTRIES
     wrong = sorted(key for key, of in needed.items() if not isinstance(content.get(key), of))
     wrong += [key for key in PLAIN if not is_plain(content.get(key))]
+    if not wrong and any(type(size) is not int for size in content.get("description") or []):
+        wrong = ["description"]
     if not wrong:
         names = [content["choices"].get(key) for key in ("algorithm", "dataset")]
         texts = {"choices": names, "overrides": content.get("overrides") or []}

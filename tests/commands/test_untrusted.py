@@ -267,6 +267,7 @@ BAD_VALUES: dict[str, tuple[Callable[[Content], None], str]] = {
     "weights that are numbers": (put("algorithm", {"a": 1}), "no usable entry 'algorithm'"),
     "a weight that is not finite": (not_finite, "weight is not finite"),
     "weights that are repeated": (repeated, "no usable entry 'algorithm'"),
+    "a shape that is text": (put("description", ["189"]), "no usable entry 'description'"),
     "an iteration that is text": (put("iteration", "12"), "no usable entry 'iteration'"),
 }
 
