@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from metarun.errors import DataError
-from metarun.storage.files import CHUNK, md5_sum
+from metarun.storage.files import CHUNK, file_sum, kind_of_sum
 from metarun.storage.locks import once
 
 TIMEOUT = 30.0  # seconds without a byte before a connection counts as lost
@@ -28,24 +28,24 @@ TRIES = 3
 PAUSE = 1.0  # seconds before the second try; one more before each later one
 
 
-def download(url: str, path: Path, md5: str | None) -> None:
+def download(url: str, path: Path, checksum: str | None) -> None:
     """Download `url` to `path`, unless that file exists.
 
     What arrives is kept in `path`.part, which a later attempt resumes, in this call or the next one.
-    `path` itself appears only when the file is complete and its MD5 sum is right.
+    `path` itself appears only when the file is complete and its sum is right.
 
     Args:
         url: what to download.
         path: the file to write; its folder is created if missing.
-        md5: the sum in hexadecimal; None: none is known, and only the length is checked.
+        checksum: the MD5 or SHA-256 sum in hexadecimal; None: none is known, and only the length is checked.
 
     Raises:
-        DataError: the download failed or its MD5 sum is wrong; the message says how to do it by hand.
+        DataError: the download failed or its sum is wrong; the message says how to do it by hand.
     """
-    once(path, lambda: path.exists() or None, lambda: _download(url, path, md5), "METARUN_DATA")
+    once(path, lambda: path.exists() or None, lambda: _download(url, path, checksum), "METARUN_DATA")
 
 
-def _download(url: str, path: Path, md5: str | None) -> None:
+def _download(url: str, path: Path, checksum: str | None) -> None:
     part = path.with_name(path.name + ".part")
     try:
         fetch(url, part)
@@ -53,11 +53,11 @@ def _download(url: str, path: Path, md5: str | None) -> None:
         raise DataError(
             f"cannot download {url}: {_reason(error)}; check the network, or put that file at {path} yourself"
         ) from error
-    if md5 is not None and (found := md5_sum(part)) != md5:
+    if checksum is not None and (found := file_sum(part, like=checksum)) != checksum:
         part.unlink()
         raise DataError(
-            f"{url} gave a file with md5 sum {found} where {md5} is right; it was deleted: "
-            f"try again later, or put the right file at {path} yourself"
+            f"{url} gave a file with {kind_of_sum(checksum)} sum {found} where {checksum} is right; it was "
+            f"deleted: try again later, or put the right file at {path} yourself"
         )
     os.replace(part, path)
 

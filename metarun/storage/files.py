@@ -147,6 +147,18 @@ def md5_sum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def kind_of_sum(checksum: str) -> str:
+    """The kind of a sum in hexadecimal, by its length: "md5" or "sha256"."""
+    return {32: "md5", 64: "sha256"}[len(checksum)]
+
+
+def file_sum(path: Path, like: str) -> str:
+    """The sum of a file, in hexadecimal and of the kind of another sum. Raises OSError."""
+    digest = hashlib.new(kind_of_sum(like), usedforsecurity=False)
+    add_bytes(digest, path)
+    return digest.hexdigest()
+
+
 def add_bytes(digest: Any, path: Path | str, advance: Callable[[int], object] = lambda count: None) -> None:
     """Update a hashlib digest with a file's bytes; `advance(n)` is called after every n bytes.
 

@@ -48,9 +48,10 @@ def names_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_download_good(server, tmp_path):
+@pytest.mark.parametrize("checksum", [MD5, hashlib.sha256(BODY).hexdigest(), None])
+def test_download_good(server, tmp_path, checksum):
     path = tmp_path / "new" / "file.zip"
-    download(server.url, path, MD5)
+    download(server.url, path, checksum)
     assert path.read_bytes() == BODY
     assert names_in(path.parent) == ["file.zip"]
 
@@ -98,11 +99,12 @@ def test_download_follows_a_redirect(server, tmp_path):
     assert (tmp_path / "file.zip").read_bytes() == BODY
 
 
-def test_download_of_a_wrong_file(server, tmp_path):
+@pytest.mark.parametrize(("wrong", "right"), [("0" * 32, MD5), ("0" * 64, hashlib.sha256(BODY).hexdigest())])
+def test_download_of_a_wrong_file(server, tmp_path, wrong, right):
     with pytest.raises(DataError) as failure:
-        download(server.url, tmp_path / "file.zip", "0" * 32)
+        download(server.url, tmp_path / "file.zip", wrong)
     message = one_line(failure)
-    assert server.url in message and MD5 in message and str(tmp_path / "file.zip") in message
+    assert server.url in message and right in message and str(tmp_path / "file.zip") in message
     assert names_in(tmp_path) == []
 
 

@@ -65,11 +65,7 @@ def labels_of(table: Table, cells: Cells, wanted: str, required: bool) -> list[s
     own = cells.column(wanted, "support")
     if required:
         refuse_missing(table, cells, wanted)
-    found = [None if is_missing(cell, table.roles.missing) else label_of(cell) for cell in own]
-    if not table.roles.tasks:
-        return found
-    names = dict(zip("01", table.learned.labels, strict=True))  # 0 and 1 mean these in the training tasks
-    return [None if label is None else names.get(label, label) for label in found]
+    return [None if is_missing(cell, table.roles.missing) else label_of(cell) for cell in own]
 
 
 def values_of(table: Table, cells: Cells, wanted: str, required: bool) -> Tensor:

@@ -17,6 +17,7 @@ from metarun.datasets.preparation import Preparation
 from metarun.datasets.tables import own_files
 from metarun.datasets.tables.columns import Learned, learn_columns, listed, numbers_of
 from metarun.datasets.tables.layout import Layout, Roles
+from metarun.datasets.tables.molecules import BITS, Fingerprints
 from metarun.datasets.tables.reading import Cells, read_table
 from metarun.datasets.tables.tasks import Group, TableClasses, TableTasks
 from metarun.errors import ConfigError, DataError, counted
@@ -64,8 +65,10 @@ class Table(Dataset):
         missing: words for a missing value, in upper or lower case; an empty cell is one in any case.
         labels: "fixed": way i of every task is label i. "shuffled": the ways are labels of the task in random
             order; a task may have more labels than ways.
-        disjoint: whether test tasks share no rows with others, where `tasks` have rows in common: half of the
-            rows, by their digests, are only used in test tasks, and the others only in other tasks.
+        smiles: the column of molecules as SMILES strings; their fingerprints are features, and rows that
+            RDKit cannot read are left out.
+        disjoint: whether rows are new in the test, where `tasks` have rows in common: half of the rows, by
+            their digests, are only used in training tasks, and the others only to validate and to test.
         validation, test: the shares of the tasks or classes to validate and to test on.
         seed: of the split.
         learned: what was learned from the table that a model was trained on; a checkpoint keeps it.
@@ -75,6 +78,7 @@ class Table(Dataset):
     """
 
     unread: ClassVar = {"labels": "task=null", "disjoint": "tasks=null"}
+    kind: str = "table"  # whose entries of the cache its fingerprints are
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class Table(Dataset):
         label: str | None = None,
         target: str | None = None,
         tasks: str | list[str] | None = None,
+        smiles: str | None = None,
         features: list[str] | None = None,
         drop: list[str] | None = None,
         categories: list[str] | None = None,
@@ -100,6 +105,7 @@ class Table(Dataset):
             label=label,
             target=target,
             tasks=[tasks] if isinstance(tasks, str) else tasks or [],
+            smiles=smiles,
             features=features,
             drop=drop or [],
             categories=categories or [],
@@ -114,6 +120,7 @@ class Table(Dataset):
         self.root, self.shares, self.seed = root, (validation, test), seed
         self.shuffled, self.disjoint = task is not None and labels == "shuffled", disjoint
         self.notes: Sequence[str] = ()  # on the columns, for the user
+        self.fingerprints = Fingerprints(self.kind)
         self._given = None if learned is None else learned_from(learned)
 
     @property
@@ -124,7 +131,7 @@ class Table(Dataset):
     @property
     def width(self) -> int:
         """The number of features of a row."""
-        return self.learned.width
+        return self.learned.width + (BITS if self.roles.smiles else 0)
 
     @property
     def objective(self) -> Objective:
@@ -153,11 +160,16 @@ class Table(Dataset):
     @cached_property
     def layout(self) -> Layout:
         """The file. Raises DataError."""
-        return Layout(self.roles, self.read(user_path(self.root)))
+        return Layout(self.roles, self.read(self.file(user_path(self.root))))
+
+    def file(self, path: Path) -> Path:
+        """The file of the dataset. Raises DataError."""
+        return path
 
     def read(self, path: Path) -> Cells:
         """The rows of a file that can be used. Raises DataError."""
-        return read_table(path)
+        cells, smiles = read_table(path), self.roles.smiles
+        return cells if smiles is None else self.fingerprints.readable(cells, smiles)
 
     @property
     def title(self) -> str:
@@ -192,7 +204,7 @@ class Table(Dataset):
 
     @cached_property
     def of_test(self) -> frozenset[int]:
-        """The rows that only test tasks have, with `disjoint`."""
+        """The rows that are not trained on, with `disjoint`."""
         names = self.layout.row_names
         order = by_digest(set(names), f"{self.seed} ")
         chosen = set(order[: len(order) // 2])
@@ -210,7 +222,7 @@ class Table(Dataset):
         groups = list(every.values()) if split == "all" else [every[name] for name in self.parts[split]]
         if not self.disjoint or split == "all":
             return groups
-        tested = split == "test"
+        tested = split != "train"
         return [
             Group(one.name, tuple(tuple(r for r in own if (r in self.of_test) == tested) for own in one.rows))
             for one in groups
@@ -240,7 +252,7 @@ class Table(Dataset):
 
     def checked(self, learned: Learned) -> Learned:
         """Raise DataError unless there are features."""
-        if not learned.columns:
+        if not learned.columns and self.roles.smiles is None:
             cells = self.layout.cells
             raise DataError(
                 f"{cells.path}: no feature is left of its columns {listed(list(cells.columns), 10)}"
@@ -253,8 +265,12 @@ class Table(Dataset):
         return self.encode(self.layout.cells)
 
     def encode(self, cells: Cells) -> Tensor:
-        """The features of rows, [rows, F]. Raises DataError."""
-        return self.learned.encode(cells, self.roles.missing)
+        """The features of rows, [rows, F]: fingerprints as bytes, all else as float32. Raises DataError."""
+        others = self.learned.encode(cells, self.roles.missing)
+        if self.roles.smiles is None:
+            return others
+        bits = self.fingerprints.of(cells.columns[self.roles.smiles])
+        return torch.cat([others, bits.float()], 1) if self.learned.columns else bits
 
     # Sources
 
@@ -316,9 +332,10 @@ class Table(Dataset):
         return [group for group in groups if group.name not in single]
 
     def show(self, row: int) -> dict[str, str]:
-        """A row for a table: the target and the first features."""
+        """A row for a table: the target, the molecule and the first features."""
         names, columns = self.layout.features, self.layout.cells.columns
-        shown = [*([self.roles.target] if self.roles.target else []), *names[:SHOWN]]
+        first = [name for name in (self.roles.target, self.roles.smiles) if name]
+        shown = [*first, *names[:SHOWN]]
         more = {f"... {len(names) - SHOWN} more": ""} if len(names) > SHOWN else {}
         return {name: columns[name][row] for name in shown} | more
 
@@ -328,8 +345,8 @@ class Table(Dataset):
         return own_files.own_task(self, support, None if query is None else user_path(query), fixed)
 
     def row_name(self, cells: Cells, row: int) -> str:
-        """A row of a user's file in words."""
-        return f"line {cells.lines[row]}"
+        """A row of a user's file in words: the molecule, or its line."""
+        return cells.columns[self.roles.smiles][row] if self.roles.smiles else f"line {cells.lines[row]}"
 
 
 def learned_from(text: str) -> Learned:
