@@ -67,7 +67,8 @@ def test_regression_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorit
 @pytest.mark.pictures
 def test_a_run_and_an_adaptation_leave_pictures(metarun, tmp_path: Path):
     words = ["train", "dataset=sinusoid", "algorithm=maml", "iterations=4", "test.episodes=2"]
-    metarun(*words, "validation.every=2", "log.tensorboard=false", "hydra.run.dir=run")
+    words += ["validation.every=2", "validation.episodes=5"]
+    metarun(*words, "log.tensorboard=false", "hydra.run.dir=run")
     metarun("adapt", "checkpoint=run", "hydra.run.dir=adapted")
     for name in ("run/learning_curve.png", "adapted/curves.png"):
         assert (tmp_path / name).stat().st_size > 5000
@@ -139,6 +140,7 @@ def test_bf16_learns_too(metarun, tmp_path: Path):
     """Autocast must not keep the first step's weights."""
     words = ["train", "backbone.width=16", "iterations=120", "validation.every=60", "test.episodes=0"]
     data = ["dataset.train_classes=100", "log.tensorboard=false", "hardware.threads=1", "log.every=10"]
+    data.append("validation.episodes=5")
     metarun(*words, *data, "hardware.precision=bf16", "hydra.run.dir=run")
     losses = [row["loss"] for row in rows_of(tmp_path / "run") if row["split"] == "train"]
     assert sum(losses[-3:]) < 0.75 * sum(losses[:3])

@@ -38,6 +38,7 @@ LEARNED = [
     "backbone.width=16",
     "iterations=150",
     "validation.every=150",
+    "validation.episodes=20",
     "test.episodes=200",
     "log.tensorboard=false",
     "hardware=cpu",
