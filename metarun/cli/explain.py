@@ -150,7 +150,7 @@ def explain_config(error: BaseException, command: str, arguments: list[str]) -> 
 OF_HYDRA = {
     r"Multiple values for ([\w/]+)\.": r"+\1: this group has an option already; leave the plus out",
     r"An item is already at '([^']+)'": r"+\1: is set already; leave the plus out",
-    r"Could not delete (?:from config\. )?'([^']+)'": r"~\1: there is no such setting",
+    r"Could not delete (?:from config\. )?'([^']+)'": r"~\1: there is no such setting to delete",
     r"The value of '(\S+)' is (.+) and not (.+)\.": r"~\1=\3: its value is \2",
     r"force-add of config groups is not supported: '\++([^']+)'": r"++\1: leave the plus signs out",
     r"Override (\S+) looks like .* but config group '(\S+)'": r"\1: there is no group \2",

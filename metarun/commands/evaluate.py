@@ -376,7 +376,7 @@ def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="differences on the same episodes")
     metric = ["metric"] if several else []
     for heading in ("task", "models", *metric, "difference, 95 % interval", "excludes 0"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for pair in pairs:
         clear = abs(pair["difference"]) > pair["interval"]
         text = pair["metric"].show_interval(pair["difference"], pair["interval"], signed=True)

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from metarun.errors import counted
+from metarun.reporting.console import shortened
 
 SHOWN = 30  # the most predictions in the table on screen; predictions.csv contains all
 
@@ -76,9 +77,9 @@ def class_table(rows: list[dict[str, Any]]) -> Table:
         wrong = row["class"] and row["prediction"] != row["class"]
         cells = [
             row["query"],
-            row["prediction"],
+            shortened(row["prediction"]),
             f"{row['probability']:.3f}",
-            *([row["class"]] if known else []),
+            *([shortened(row["class"])] if known else []),
         ]
         table.add_row(*map(Text, cells), style="red" if wrong else None)
     return table

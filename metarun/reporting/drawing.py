@@ -106,6 +106,7 @@ def headline(figure: Figure, text: str, size: float = 10, beside: float = 0.0) -
             lines[-1] = longer
         else:
             lines.append(part)
+    figure.set_figheight(figure.get_figheight() + (len(lines) - 1) * size / 60)
     shown = ",\n".join(fitted(line, inches, size) for line in lines)
     figure.suptitle(shown, x=0.1 / width, ha="left", fontsize=size)
 
