@@ -109,8 +109,8 @@ class Algorithm(nn.Module, ABC):
         """
         if not (shots or cls.reads_descriptions) and source.spec.description is not None:
             raise ConfigError(
-                f"shots=0: {cls.__name__} needs support examples; choose algorithm=zero_shot, or set "
-                "shots to 1 or more"
+                f"shots=0: algorithm={cls.__name__} needs support examples; choose algorithm=zero_shot, or "
+                "set shots to 1 or more"
             )
 
     def on_run_start(self, train: EpisodeSource) -> None:

@@ -99,12 +99,12 @@ def test_glyphs_without_examples(metarun, tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["algorithm=maml", "shots=0", *TINY], "shots=0: MAML needs support examples; choose algorithm=zero"),
+        (["algorithm=maml", "shots=0", *TINY], "shots=0: algorithm=maml needs support examples; choose algo"),
         (
             ["validation.shots=0", *TINY],
-            "shots=0: ProtoNet needs support examples; choose algorithm=zero_shot",
+            "shots=0: algorithm=protonet needs support examples; choose",
         ),
-        (["algorithm=zero_shot", "dataset=sinusoid"], "algorithm=ZeroShot: needs tasks with classes"),
+        (["algorithm=zero_shot", "dataset=sinusoid"], "algorithm=zero_shot: needs tasks with classes"),
         (["shots=-1"], "shots=-1: must be a whole number of at least 0"),
     ],
 )

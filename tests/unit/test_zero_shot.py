@@ -80,7 +80,7 @@ def test_a_task_without_examples_needs_descriptions():
 def test_who_needs_examples_and_who_descriptions():
     source = store()
     protonet, zero_shot = ProtoNet(Smooth()), ZeroShot(Smooth(), (2, 3))
-    with pytest.raises(ConfigError, match=r"^shots=0: ProtoNet needs support examples; choose algorithm=z"):
+    with pytest.raises(ConfigError, match=r"^shots=0: algorithm=ProtoNet needs support examples; choose al"):
         protonet.check_source(source, NONE)
     protonet.check_source(source, EpisodeShape(3, 1, 2))
     zero_shot.check_source(source, NONE)
