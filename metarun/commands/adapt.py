@@ -172,7 +172,8 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     data = TestData(command, hardware, [model])
     data.dataset(model).check_shape(command.split, EpisodeShape(ways, shots, command.queries))  # type: ignore[arg-type]
     source = data.source(model)
-    queries = command.queries if source.names else max(command.queries, CURVE)
+    drawn_anew = not (source.names or source.item_counts())
+    queries = max(command.queries, CURVE) if drawn_anew else command.queries
     shape = EpisodeShape(ways, shots, queries)
     source.check(shape)
     model.algorithm.check_source(source, shape)

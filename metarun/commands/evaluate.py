@@ -28,6 +28,7 @@ from metarun.reporting import plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.storage.files import write_csv, write_json
+from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Metric
 from metarun.training.evaluation import EvalSettings, evaluate, paired_difference
 from metarun.training.hardware import Hardware
@@ -123,10 +124,13 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
 
 def classes_in(cells: Sequence[Cell], split: str) -> str:
     """The datasets and the number of classes that are evaluated of each."""
-    counts = {cell.dataset: len(cell.source.names) for cell in cells}
-    kind = "classes of all splits" if split == "all" else f"{split} classes"
-    each = [f"{name}, {count:,} {kind}" if count else f"{name}, {split}" for name, count in counts.items()]
-    return "; ".join(each)
+    texts = {}
+    for cell in cells:
+        stored = isinstance(cell.source, ClassStore) or cell.source.item_counts()
+        what = "classes" if isinstance(cell.source, ClassStore) else "tasks"
+        kind = f"{what} of all splits" if split == "all" else f"{split} {what}"
+        texts[cell.dataset] = f"{len(cell.source.item_counts()):,} {kind}" if stored else split
+    return "; ".join(f"{name}, {text}" for name, text in texts.items())
 
 
 def draw(

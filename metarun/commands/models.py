@@ -193,7 +193,11 @@ class TestData:
         key = OmegaConf.to_yaml(node), shaped.spec.item_shape, shaped.preparation
         if key not in self.sources:
             source = build_source(shaped, self.command.split, self.hardware)
-            if "_target_" in (self.command.dataset or {}) and self.command.split == "test" and source.names:
+            if (
+                "_target_" in (self.command.dataset or {})
+                and self.command.split == "test"
+                and isinstance(source, ClassStore)
+            ):
                 inform(f"{source.name}: {len(source.names):,} classes; split=all takes those of all splits")
             same = [each for each in self.models if dataset_node(self.command, each) == node]
             if {*(self.command.dataset or {})} <= {"root", "download"}:  # the data of training

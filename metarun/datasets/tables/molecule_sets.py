@@ -70,15 +70,16 @@ SETS = {
 class MoleculeSet(Table):
     """A set of molecules with a column of results (0, 1 or empty) for each of its tasks.
 
-    The last tasks are tested on, as in publications; those before them are for validation, which publications
-    do not have, and the others are trained on.
+    The last tasks are tested on, as in publications, which train on all others and have no tasks for
+    validation. Without any, the tasks that are trained on are validated: with `disjoint` on molecules
+    that are new to them, otherwise the best iteration mostly is the last one.
 
     Args:
         name: of the set.
         root: the file, or the folder it is in. None: it is downloaded.
         disjoint, seed, learned: see `Table`. In publications, the molecules of test tasks were trained on in
             other tasks (`disjoint=False`).
-        validation: the number of tasks to validate on.
+        validation: the number of tasks to validate on, the last ones before those of the test.
         download: whether the file may be downloaded.
     """
 
@@ -90,12 +91,12 @@ class MoleculeSet(Table):
         name: Literal["tox21", "sider", "muv", "toxcast"],
         root: str | None = None,
         disjoint: bool = False,
-        validation: int = 2,
+        validation: int = 0,
         seed: int = 0,
         download: bool = True,
         learned: str | None = None,
     ) -> None:
-        at_least(1, validation=validation)
+        at_least(0, validation=validation)
         self.source, self.kind = SETS[name], name
         super().__init__(
             root=root or str(data_dir() / name / self.source.name),
@@ -140,4 +141,5 @@ class MoleculeSet(Table):
                 f"dataset.validation={self.validation}: {self.kind} has {len(rest)} tasks besides those of "
                 f"the test; choose at most {len(rest) - 1}"
             )
-        return {"train": rest[: -self.validation], "validation": rest[-self.validation :], "test": test}
+        trained = len(rest) - self.validation
+        return {"train": rest[:trained], "validation": rest[trained:] or rest, "test": test}
