@@ -17,6 +17,9 @@ from metarun.storage.files import user_path
 # Settings that name columns of a table, which may contain any character, and values that need no quotes.
 COLUMNS = re.compile(r"\+*dataset\.(task|label|target|smiles|tasks|features|drop|categories|missing)")
 PLAIN = re.compile(r"""[\w.+-]*|\$.*|'[^']*'|"[^"]*\"""")
+# Options of conf/pairing, and the settings of datasets of texts that choose between them.
+TEXTS, TEXT_VECTORS, MAKE_VECTORS = "texts", "text_vectors", ("dataset.vectors", "dataset.encoder")
+
 PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
 
 # Settings that Hydra only reads in a sweep.
@@ -101,6 +104,8 @@ def pairing(overrides: list[str]) -> list[str]:
     chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
     path = CONF / "dataset" / f"{chosen.get('dataset', '')}.yaml"
     paired = facts(path).get(PAIRING) if path.is_file() else None
+    if paired == TEXTS and any(chosen.get(name, "null") != "null" for name in MAKE_VECTORS):
+        paired = TEXT_VECTORS
     return [f"pairing={paired}"] if paired and "pairing" not in chosen else []
 
 

@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from metarun.config.comments import options_help, settings_help
 
 # The settings of nodes that are paths, and Hydra's folders, in which `${...}` may occur.
-PATHS = re.compile(r"dataset\.(settings\.[\w-]+\.)?(root|descriptions)|backbone\.weights")
+PATHS = re.compile(r"dataset\.(settings\.[\w-]+\.)?(root|descriptions|vectors|encoder)|backbone\.weights")
 FOLDERS = re.compile(r"hydra\.(run|sweep)\.dir")
 
 Node = Any  # {"_target_": class, setting: value, ...}

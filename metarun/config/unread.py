@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -59,7 +59,7 @@ def unread_by_classes(cfg: DictConfig) -> dict[str, str]:
             continue
         cls = get_class(cfg[group]._target_)
         # The `unread` of an algorithm also has settings of other groups, whose names contain a dot.
-        for name, condition in getattr(cls, "unread", {}).items():
+        for name, condition in conditions(getattr(cls, "unread", {})):
             key = name if "." in name else f"{group}.{name}"
             other, _, wanted = condition.partition("=")
             negated, other = other.endswith("!"), f"{key.rpartition('.')[0]}.{other.rstrip('!')}"
@@ -70,6 +70,13 @@ def unread_by_classes(cfg: DictConfig) -> dict[str, str]:
         if group == "algorithm":
             found |= dict.fromkeys(unused_parts(cls), f"in {group}={cls.__name__}; leave it out")
     return found
+
+
+def conditions(stated: Mapping[str, str | tuple[str, ...]]) -> Iterator[tuple[str, str]]:
+    """Each setting in the `unread` of a class, with each of its conditions."""
+    for name, each in stated.items():
+        for condition in (each,) if isinstance(each, str) else each:
+            yield name, condition
 
 
 def unused_parts(algorithm: type) -> set[str]:

@@ -6,19 +6,22 @@ import copy
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from metarun.datasets.base import Dataset, OwnTask, Split, and_more, at_least
 from metarun.datasets.text import reading
+from metarun.datasets.text.encoder import Encoder
 from metarun.datasets.text.store import Corpus, Encoding, Languages, TextStore, shortened
 from metarun.datasets.text.tokens import Tokens
+from metarun.datasets.text.vectors import Vectors
+from metarun.datasets.text.word_vectors import WordVectors
 from metarun.errors import ConfigError, DataError
 from metarun.storage.files import user_path
 from metarun.tasks.spec import TaskSpec
@@ -31,7 +34,12 @@ class Reading:
     """How the texts of a dataset are used; each is the setting of the same name.
 
     Args:
-        ngrams, length: see `Tokens`.
+        ngrams, length: see `Tokens`; `length` also limits the tokens of an encoder.
+        vectors: a file of word vectors, see `WordVectors`.
+        encoder: a folder or a name, see `Encoder`. None, as of `vectors`: texts are token ids.
+        centred: whether the mean of the vectors of the training texts of a language is taken off the vectors
+            of that language. None: of word vectors, which have much in common.
+        learned: these means, see `Vectors`; a checkpoint keeps them.
         descriptions: a file with a description of each class, columns `label` and `description`; None: the
             name of a class is its description.
         names_as_shots: whether the description of a class is also one of its support examples.
@@ -41,14 +49,40 @@ class Reading:
 
     ngrams: Sequence[int] = (3, 4)
     length: int = 256
+    vectors: str | None = None
+    encoder: str | None = None
+    centred: bool | None = None
+    learned: str | None = None
     descriptions: str | None = None
     names_as_shots: bool = False
     support_language: Sequence[str] | str | None = None
     query_language: Sequence[str] | str | None = None
 
     def encoding(self) -> Encoding:
+        """Texts to items; without what is learned from the training texts, if that is not known.
+
+        Raises:
+            ConfigError: settings are out of range, or do not fit each other.
+        """
         at_least(1, length=self.length, ngrams=list(self.ngrams))
+        if self.vectors is not None and self.encoder is not None:
+            raise ConfigError(
+                "dataset.vectors, dataset.encoder: one of them makes the vectors; leave one out"
+            )
+        means = (self.is_centred and self.learned) or ""
+        if self.vectors is not None:
+            return Vectors(WordVectors(self.vectors), means)
+        if self.encoder is not None:
+            return Vectors(Encoder(self.encoder, self.length), means)
+        if self.centred:
+            raise ConfigError(
+                "dataset.centred=true: is for dataset.vectors and dataset.encoder; leave it out"
+            )
         return Tokens(tuple(self.ngrams), self.length)
+
+    @property
+    def is_centred(self) -> bool:
+        return self.vectors is not None if self.centred is None else self.centred
 
     def languages(self) -> Languages:
         support, query = (several(each) for each in (self.support_language, self.query_language))
@@ -70,6 +104,8 @@ class TextDataset(Dataset):
         ConfigError: a setting is out of range.
     """
 
+    unread: ClassVar = {"ngrams": ("vectors!=null", "encoder!=null"), "length": "vectors!=null"}
+
     def __init__(self, options: Reading) -> None:
         self.options = options
         self.encoding = options.encoding()
@@ -88,18 +124,69 @@ class TextDataset(Dataset):
         return self.corpora()
 
     @property
+    def cached_as(self) -> str:
+        """The name of the dataset in the cache."""
+        return self.title
+
+    @property
     def spec(self) -> TaskSpec:
         made = self.encoding
         return TaskSpec(made.item_shape, item_dtype=made.item_dtype, vocabulary=made.vocabulary)
 
     @property
     def preparation(self) -> Encoding:
-        return self.encoding
+        return self.learned
 
-    def prepared_like(self, trained: Encoding) -> TextDataset:
+    @property
+    def decided(self) -> dict[str, Any]:
+        means = self.learned.means if isinstance(self.learned, Vectors) else ""
+        return {"learned": means} if means else {}
+
+    def prepared_like(self, trained: Any) -> TextDataset:
+        if not isinstance(trained, (Tokens, Vectors)):  # of a model for something else
+            return self
         twin = copy.copy(self)
-        twin.encoding = trained
+        for name in ("learned", "_known"):  # what was made without it
+            twin.__dict__.pop(name, None)
+        twin.encoding, twin.options = trained, replace(self.options, centred=False)
         return twin
+
+    @cached_property
+    def learned(self) -> Encoding:
+        """The encoding, with the means of the training texts where they are taken off. Raises DataError."""
+        if not (isinstance(self.encoding, Vectors) and self.options.is_centred) or self.encoding.means:
+            return self.encoding
+        if "train" not in self._corpora:
+            raise DataError(
+                f"{self.title}: has no training classes, whose mean dataset.centred takes off; set "
+                "dataset.centred=false"
+            )
+        known = self.encoding.knowing(self._every_text, self.cached_as)
+        pairs = [
+            (text, language)
+            for by_language in self._corpora["train"].values()
+            for language, texts in by_language.items()
+            for text in texts
+        ]
+        centred = known.centred(*map(list, zip(*pairs, strict=True)))
+        return replace(centred, known=None)
+
+    @cached_property
+    def _known(self) -> Encoding:
+        """The encoding with the items of all texts, if these are cached."""
+        return self.learned.knowing(self._every_text, self.cached_as)
+
+    @property
+    def _every_text(self) -> Iterator[str]:
+        """The texts and the descriptions of all splits."""
+        for corpus in self._corpora.values():
+            for label, by_language in corpus.items():
+                yield self._description(label)
+                for texts in by_language.values():
+                    yield from texts
+
+    def _description(self, label: str) -> str:
+        return self._descriptions.get(label, readable(label))
 
     def splits(self) -> tuple[Split, ...]:
         return tuple(self._corpora)
@@ -120,12 +207,12 @@ class TextDataset(Dataset):
         return self._store(every, name, device)
 
     def _store(self, corpus: Corpus, name: str, device: torch.device | str) -> TextStore:
-        descriptions = [self._descriptions.get(label, readable(label)) for label in corpus]
+        descriptions = [self._description(label) for label in corpus]
         languages, names_as_shots = self.options.languages(), self.options.names_as_shots
         return TextStore(
             corpus,
             descriptions,
-            self.encoding,
+            self._known,
             f"{self.title} {name}",
             device,
             languages,
@@ -169,7 +256,7 @@ class TextDataset(Dataset):
 
     def _items(self, texts: Sequence[str]) -> Tensor:
         """Texts as a network takes them, as one task [1, texts, *item]."""
-        return self.encoding.decode(self.encoding.encode(texts)[0]).unsqueeze(0)
+        return self.learned.decode(self.learned.encode(texts)[0]).unsqueeze(0)
 
 
 def readable(label: str) -> str:

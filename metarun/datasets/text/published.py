@@ -126,7 +126,8 @@ class PublishedTexts(TextDataset):
         name: which.
         root: a folder with NAME.tsv or NAME.tsv.gz, or with the authors' files. None: these are downloaded.
         fold: of the sets of ProtAugment, which of the five splits; others have one.
-        ngrams, length, descriptions, names_as_shots, support_language, query_language: see `Reading`.
+        ngrams, length, vectors, encoder, centred, learned, descriptions, names_as_shots, support_language,
+            query_language: see `Reading`.
         languages: of injongo, those that are used; None: all.
         download: whether files may be downloaded.
 
@@ -142,6 +143,10 @@ class PublishedTexts(TextDataset):
         fold: Literal[1, 2, 3, 4, 5] = 1,
         ngrams: list[int] | tuple[int, ...] = (3, 4),
         length: int = 256,
+        vectors: str | None = None,
+        encoder: str | None = None,
+        centred: bool | None = None,
+        learned: str | None = None,
         descriptions: str | None = None,
         names_as_shots: bool = False,
         languages: list[str] | None = None,
@@ -150,7 +155,18 @@ class PublishedTexts(TextDataset):
         download: bool = True,
     ) -> None:
         super().__init__(
-            Reading(ngrams, length, descriptions, names_as_shots, support_language, query_language)
+            Reading(
+                ngrams=ngrams,
+                length=length,
+                vectors=vectors,
+                encoder=encoder,
+                centred=centred,
+                learned=learned,
+                descriptions=descriptions,
+                names_as_shots=names_as_shots,
+                support_language=support_language,
+                query_language=query_language,
+            )
         )
         if name != "injongo" and (languages or support_language or query_language):
             raise ConfigError(f"dataset.languages: {name} has one language; leave the languages out")

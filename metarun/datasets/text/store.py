@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -43,8 +43,24 @@ class Encoding(Protocol):
     @property
     def decode(self) -> Callable[[Tensor], Tensor]: ...
 
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Items [texts, *stored], and the length of each text in tokens, before it was cut."""
+    def encode(self, texts: Sequence[str], languages: Sequence[str] = ()) -> tuple[Tensor, list[int]]:
+        """Items [texts, *stored], and the length of each text in tokens, before it was cut.
+
+        Args:
+            texts: the texts.
+            languages: of each of them; empty: they are not known.
+        """
+
+    def knowing(self, texts: Iterable[str], cached_as: str) -> Encoding:
+        """This encoding, with the items of these texts in a cache if they take long to compute.
+
+        Args:
+            texts: all texts of a dataset.
+            cached_as: the name of the dataset in the cache.
+        """
+
+    def remarks(self, texts: Sequence[str], lengths: Sequence[int]) -> list[str]:
+        """What users should know about texts of these lengths."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,13 @@ class TextStore(ClassStore):
         ordered = [[by_language.get(each, ()) for each in self.spoken] for by_language in corpus.values()]
         self.texts = [text for by_language in ordered for texts in by_language for text in texts]
         counts = torch.tensor([[len(texts) for texts in by_language] for by_language in ordered])
-        items, self.lengths = encoding.encode(self.texts)
+        languages_of_texts = [
+            each
+            for by_language in ordered
+            for each, texts in zip(self.spoken, by_language, strict=True)
+            for _ in texts
+        ]
+        items, self.lengths = encoding.encode(self.texts, languages_of_texts)
         super().__init__(items, counts.sum(1).tolist(), list(corpus), name, device, "", encoding.decode)
         content = "\0".join([*self.names, str(counts.tolist()), *self.texts])
         self.fingerprint = hashlib.sha256(encoded(f"{languages} {content}")).hexdigest()
@@ -220,14 +242,9 @@ class TextStore(ClassStore):
         )
 
     def remarks(self) -> Sequence[str]:
-        tokens = torch.tensor(self.lengths, dtype=torch.float64)
-        most = self.encoding.item_shape[0] if self.encoding.vocabulary else int(tokens.max())
-        half, nearly = (int(tokens.quantile(share)) for share in (0.5, 0.99))
-        cut = int((tokens > most).sum())
         repeated = Counter(normalised(text) for text in self.texts)
         lines = [
-            f"{self.name}: tokens of a text: {half} (median), {nearly} (99 %); "
-            f"{cut:,} of {len(self.texts):,} texts cut to {most}",
+            *(f"{self.name}: {line}" for line in self.encoding.remarks(self.texts, self.lengths)),
             f"{self.name}: {len(self.texts) - len(repeated):,} texts are repetitions",
         ]
         if len(self.spoken) > 1:

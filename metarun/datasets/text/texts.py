@@ -32,7 +32,8 @@ class Texts(TextDataset):
         root: a .csv, .tsv or .jsonl file, also with .gz; or a folder with class folders of .txt files.
         text, label, language: the names of the columns of the texts, of their classes and of their languages;
             a file without languages needs no such column.
-        ngrams, length, descriptions, names_as_shots, support_language, query_language: see `Reading`.
+        ngrams, length, vectors, encoder, centred, learned, descriptions, names_as_shots, support_language,
+            query_language: see `Reading`.
         validation, test: the shares of the classes to validate and to test on.
         seed: another one gives another split.
     """
@@ -46,6 +47,10 @@ class Texts(TextDataset):
         language: str = "language",
         ngrams: list[int] | tuple[int, ...] = (3, 4),
         length: int = 256,
+        vectors: str | None = None,
+        encoder: str | None = None,
+        centred: bool | None = None,
+        learned: str | None = None,
         descriptions: str | None = None,
         names_as_shots: bool = False,
         support_language: str | list[str] | None = None,
@@ -55,7 +60,18 @@ class Texts(TextDataset):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            Reading(ngrams, length, descriptions, names_as_shots, support_language, query_language)
+            Reading(
+                ngrams=ngrams,
+                length=length,
+                vectors=vectors,
+                encoder=encoder,
+                centred=centred,
+                learned=learned,
+                descriptions=descriptions,
+                names_as_shots=names_as_shots,
+                support_language=support_language,
+                query_language=query_language,
+            )
         )
         check_shares(validation, test)
         self.root, self.columns = root, (text, label, language)
@@ -64,6 +80,10 @@ class Texts(TextDataset):
     @property
     def title(self) -> str:
         return Path(self.root).name
+
+    @property
+    def cached_as(self) -> str:
+        return "texts"
 
     def corpora(self) -> Mapping[Split, Corpus]:
         path = user_path(self.root)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +40,10 @@ class Tokens:
     def item_shape(self) -> tuple[int, ...]:
         return (self.length,)
 
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
+    def knowing(self, texts: Iterable[str], cached_as: str) -> Tokens:
+        return self  # they are not worth a cache
+
+    def encode(self, texts: Sequence[str], languages: Sequence[str] = ()) -> tuple[Tensor, list[int]]:
         """The ids of texts, int32 [texts, length] with padding at their ends, and each text's own length."""
         known: dict[str, list[int]] = {}  # by what stands between white space
         ids = torch.full((len(texts), self.length), PADDING, dtype=torch.int32)
@@ -54,6 +57,9 @@ class Tokens:
             lengths.append(len(found))
             row[: len(found)] = torch.tensor(found[: self.length], dtype=torch.int32)
         return ids, lengths
+
+    def remarks(self, texts: Sequence[str], lengths: Sequence[int]) -> list[str]:
+        return [length_remark(lengths, self.length)]
 
     def ids_of(self, chunk: str) -> list[int]:
         """The ids of the words between two white spaces, each followed by those of its n-grams."""
@@ -82,3 +88,12 @@ def words(text: str) -> list[str]:
 def bucket(token: str) -> int:
     """The id of a token, from 1 to BUCKETS - 1."""
     return zlib.crc32(token.encode("utf-8", "surrogatepass")) % (BUCKETS - 1) + 1
+
+
+def length_remark(lengths: Sequence[int], most: int) -> str:
+    """The lengths of texts in tokens, and how many were cut, for a message."""
+    half, nearly = (int(torch.tensor(lengths, dtype=torch.float64).quantile(share)) for share in (0.5, 0.99))
+    cut = sum(length > most for length in lengths)
+    return (
+        f"tokens of a text: {half} (median), {nearly} (99 %); {cut:,} of {len(lengths):,} texts cut to {most}"
+    )
