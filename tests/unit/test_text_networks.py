@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metarun.algorithms.maml import MAML
+from metarun.backbones.adapter import Adapter
 from metarun.backbones.bag import Bag
 from metarun.backbones.text_cnn import TextCNN
 from metarun.backbones.text_transformer import TextTransformer
@@ -26,10 +27,20 @@ from metarun.tasks.spec import TaskSpec
 
 pytestmark = pytest.mark.quick
 VOCABULARY, LENGTH = 40, 6
+
+
+def adapter(adapts: bool) -> nn.Module:
+    """With a last layer that is no longer zero, so that all weights have gradients."""
+    network = Adapter((LENGTH,), hidden=5)
+    nn.init.normal_(network[0].body[2].weight)
+    return network
+
+
 NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
     "bag": lambda adapts: Bag(VOCABULARY, features=16, adapts=adapts),
     "text_cnn": lambda adapts: TextCNN(VOCABULARY, width=4, filters=3, widths=(1, 3), adapts=adapts),
     "text_transformer": lambda adapts: TextTransformer((LENGTH,), VOCABULARY, 4, 1, 2, adapts=adapts),
+    "adapter": adapter,
 }
 
 
@@ -50,12 +61,16 @@ def texts(*shape: int, empty: bool) -> Tensor:
     return ids
 
 
-def episodes(empty: bool = True) -> Episodes:
+def episodes(name: str, empty: bool = True) -> Episodes:
+    """Of token ids; of vectors for an adapter, one of them zeros instead of the empty text."""
     y = torch.arange(3).repeat(2, 1)
+    x, query_x = (texts(2, 6, empty=empty) for _ in range(2))
+    if name == "adapter":
+        x, query_x = x / VOCABULARY, query_x / VOCABULARY
     return Episodes(
-        texts(2, 6, empty=empty),
+        x,
         y.repeat_interleave(2, 1),
-        texts(2, 6, empty=empty),
+        query_x,
         y.repeat_interleave(2, 1),
         torch.arange(3).repeat(2, 1),
     )
@@ -102,7 +117,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("rule", ["sgd", "meta_sgd"])
 def test_gradient_based_methods_differentiate_through_their_steps(name, adapts, how, rule):
-    tasks, network = episodes(), NETWORKS[name](adapts)
+    tasks, network = episodes(name), NETWORKS[name](adapts)
     loop = SGD(0.3, 2) if rule == "sgd" else MetaSGD(steps=2)
     algorithm = MAML(network, loop, outputs=3)
     algorithm.learner.batching = TaskBatching(how)
@@ -139,7 +154,7 @@ def test_gradient_based_methods_differentiate_through_their_steps(name, adapts, 
 @pytest.mark.parametrize("method", ["protonet", "r2d2", "matching"])
 def test_methods_on_features_have_the_gradient_of_a_plain_loop(method, name):
     algorithm = METHODS[method].build(NETWORKS[name](False), 1)
-    tasks = episodes(empty=False)  # the references divide by the length of a vector
+    tasks = episodes(name, empty=False)  # the references divide by the length of a vector
     theirs = METHODS[method].reference(algorithm, tasks, 1)
     assert_equal(gradients(algorithm.meta_loss(tasks).loss.mean(), algorithm), theirs)
 
