@@ -140,7 +140,7 @@ def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
 def check_kind(cls: type, spec: TaskSpec, takes_texts: bool) -> None:
     """Raise ConfigError if a network of metarun is for texts and examples are something else, or reversed."""
     if takes_texts and spec.kind != "texts":
-        choice = "conv4" if spec.kind == "images" else "mlp"
+        choice = "conv4" if spec.kind == "images" else "adapter or mlp"
         raise ConfigError(
             f"backbone: {cls.__name__} takes texts, and this dataset has {spec.kind}; "
             f"choose backbone={choice}"

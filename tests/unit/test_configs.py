@@ -27,6 +27,13 @@ SMALL = {  # a network of the same kind that is built in no time
     "resnet18": ["backbone.width=8"],
     "wrn28_10": ["backbone.depth=10", "backbone.width=1"],
 }
+FOR_TEXTS = ("adapter", "bag", "text_cnn", "text_transformer")
+#: The backbones that have no layers of the kind that an algorithm changes.
+REFUSED = {
+    "meta_networks": (*SMALL, "adapter", "text_transformer"),  # its weights have a fast twin each
+    "cnaps": FOR_TEXTS,
+    "cavia": ("bag",),
+}
 #: One of each way in which an algorithm uses its network.
 KINDS = ("maml", "maml_plus_plus", "cavia", "protonet", "cnaps", "meta_networks")
 
@@ -54,8 +61,12 @@ def test_every_yaml_opens_with_its_command_which_composes_and_checks(path: Path)
     command, words = words[0], [word for word in words[1:] if not word.startswith("checkpoint=")]
     words += ["checkpoint=x"] if command in ("eval", "adapt") else []
     words = [word for word in words if not word.startswith(("support=", "query="))]
-    assert path.stem in " ".join([command, *words]) or path.stem == "none"
     cfg, choices = composed_with_choices(command, *words)
+    assert path.stem in [
+        *" ".join([command, *words]).replace("=", " ").split(),
+        "none",
+        choices.get("pairing"),
+    ]
     check(cfg, command, typed=words)
     group = path.parent.name
     if group in GROUPS:
@@ -86,6 +97,8 @@ IN_VAIN = {
     "adapt checkpoint=x support=y split=train": "nothing reads it with support",
     "data ways=3": "ways=3: nothing reads it without dataset",
     "data verify=true split=test": "nothing reads it with",
+    "train dataset=clinc150 dataset.encoder=x dataset.ngrams=[]": "nothing reads it with dataset.encoder=x",
+    "train dataset=texts dataset.root=x dataset.vectors=y dataset.ngrams=[]": "nothing reads it with",
     "train ~ways": "~ways: ways is needed",
     "train ~validation": "~validation: validation is needed",
     "train ~optimizer._target_": "optimizer: has no class",
@@ -170,12 +183,20 @@ def test_paths_are_swept_and_listed():
 
 @pytest.mark.parametrize("algorithm", KINDS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_kind_of_algorithm_builds_on_every_backbone(algorithm: str, backbone: str):
+def test_every_kind_of_algorithm_builds_on_every_backbone(algorithm: str, backbone: str, tmp_path: Path):
     """Every algorithm on conv4 is in tests/commands/test_train.py."""
     words = [f"algorithm={algorithm}", f"backbone={backbone}", "hardware=cpu", *SMALL.get(backbone, [])]
+    if backbone in FOR_TEXTS:
+        words.append("dataset=clinc150")
+    if backbone == "adapter":
+        (tmp_path / "words.txt").write_text("the 1 0 2 0 3 0 4 0")
+        words.append(f"dataset.vectors={tmp_path / 'words.txt'}")
     cfg = composed("train", *words)
-    if algorithm == "meta_networks" and backbone in SMALL:  # its weights have a fast twin each
-        with pytest.raises(ConfigError, match="chain of layers without shortcuts"):
+    if backbone in REFUSED.get(algorithm, ()):
+        with pytest.raises(
+            ConfigError,
+            match=r"chain of layers without shortcuts|needs images|with channels|and Bag has none",
+        ):
             built(cfg)
         return
     assert sum(p.numel() for p in built(cfg).parameters()) > 1000
@@ -184,6 +205,22 @@ def test_every_kind_of_algorithm_builds_on_every_backbone(algorithm: str, backbo
 def test_what_is_typed_is_stronger_than_what_a_dataset_asks_for():
     cfg = composed("train", "dataset=sinusoid", "shots=5", "backbone=conv4")
     assert (cfg.ways, cfg.shots, cfg.backbone._target_.rsplit(".")[-1]) == (1, 5, "Conv4")
+
+
+@pytest.mark.parametrize(
+    ("words", "backbone"),
+    [
+        (["dataset.encoder=x"], "Adapter"),
+        (["dataset.vectors=my vectors.txt", "backbone=mlp"], "MLP"),
+        (["dataset.vectors=x"], "Adapter"),
+        (["dataset.encoder=null"], "Bag"),
+        ([], "Bag"),
+    ],
+)
+def test_vectors_of_texts_get_a_network_for_vectors(words: list[str], backbone: str):
+    for dataset in (["dataset=clinc150"], ["dataset=texts", "dataset.root=x"]):
+        cfg = composed("train", *dataset, *words)
+        assert cfg.backbone._target_.rsplit(".")[-1] == backbone
 
 
 def test_reptile_brings_its_own_optimizers_which_can_be_replaced():
