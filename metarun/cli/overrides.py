@@ -102,11 +102,18 @@ def pairing(overrides: list[str]) -> list[str]:
     on a choice must not override another group.
     """
     chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
-    path = CONF / "dataset" / f"{chosen.get('dataset', '')}.yaml"
-    paired = facts(path).get(PAIRING) if path.is_file() else None
+    paired, of_backbone = (of_option(group, chosen.get(group, "")) for group in ("dataset", "backbone"))
     if paired == TEXTS and any(chosen.get(name, "null") != "null" for name in MAKE_VECTORS):
         paired = TEXT_VECTORS
+    elif paired and of_backbone:
+        paired = f"{paired}_{of_backbone}"
     return [f"pairing={paired}"] if paired and "pairing" not in chosen else []
+
+
+def of_option(group: str, option: str) -> str:
+    """The pairing that the file of an option names; "" if there is no such file, or it names none."""
+    path = CONF / group / f"{option}.yaml"
+    return facts(path).get(PAIRING, "") if path.is_file() else ""
 
 
 def parts_of(overrides: list[str]) -> list[str]:

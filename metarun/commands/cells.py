@@ -12,6 +12,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.commands.models import Model, TestData, dataset_name, values_of
 from metarun.config.build import validation_shape
 from metarun.config.schema import EvalConfig
+from metarun.datasets.text.store import TextStore
 from metarun.errors import DataError, MetarunError, counted
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Metric
@@ -104,7 +105,8 @@ def check_before_loading(models: Sequence[Model], data: TestData, command: EvalC
 def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], command: EvalConfig) -> list[Cell]:
     """The cells of one model; combinations that are not supported have a reason."""
     source = data.source(model)
-    parts = source.parts or {dataset_name(model): source}
+    name = dataset_name(model)
+    parts = source.parts or pairs_of_languages(source, name) or {name: source}
     several = isinstance(command.steps, list) and model.algorithm.takes_steps
     steps = values_of(command.steps) if several else [None]
     cells = [
@@ -118,3 +120,11 @@ def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], comma
         except MetarunError as error:
             cell.reason = str(error)
     return cells
+
+
+def pairs_of_languages(source: EpisodeSource, name: str) -> dict[str, EpisodeSource]:
+    """The source for each pair of languages, where languages are chosen and there are several pairs."""
+    if not isinstance(source, TextStore) or source.languages.is_open:
+        return {}
+    pairs = source.pairs()
+    return {f"{name} {a} to {b}": source.speaking(a, b) for a, b in pairs} if len(pairs) > 1 else {}

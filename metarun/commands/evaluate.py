@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metarun.commands.cells import Cell, Reference, cells_of, check_before_loading, shapes_for
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
+from metarun.commands.languages import report_languages
 from metarun.commands.models import TestData, load_models
 from metarun.commands.tfidf import with_references
 from metarun.config.build import instantiate
@@ -117,6 +118,7 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     write_json(folder / "results.json", {"results": full, "comparisons": [plain_pair(p) for p in pairs]})
     write_csv(folder / "results.csv", rows)
     names = ["results.json", "results.csv", *draw(cells, rows, pairs, folder)]
+    names += report_languages(cells, folder)
     if command.confusion:
         names += report_classes(matrices_of(cells), folder)
     inform(f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,47 +40,42 @@ def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
     except ImportError:
         inform("pip install scikit-learn to see the accuracy of TF-IDF vectors on the same episodes")
         return list(cells)
-    found = list(cells)
-    for cell in own:
-        for name, settings in VECTORIZERS.items():
-            vectorizer = TfidfVectorizer(preprocessor=normalised, **settings)
-            found.append(reference_cell(cell, Reference(name), vectorizer, command))
+    found, vectors = list(cells), {}
+    for cell, (name, settings) in itertools.product(own, VECTORIZERS.items()):
+        source = cell.source
+        assert isinstance(source, TextStore)
+        key = id(source.texts), name  # cells of several languages have the same texts
+        if key not in vectors:
+            vectorizer = TfidfVectorizer(preprocessor=normalised, **settings).fit(source.background)
+            vectors[key] = vectorizer.transform([*source.texts, *source.descriptions])
+        found.append(
+            replace(cell, model=Reference(name), steps=None, result=scored(cell, vectors[key], command))
+        )
     return found
 
 
-def reference_cell(cell: Cell, name: Reference, vectorizer: Any, command: EvalConfig) -> Cell:
-    """A cell of nearest centroids on the episodes of another cell.
+def scored(cell: Cell, vectors: Any, command: EvalConfig) -> Result:
+    """The result of nearest centroids on the episodes of a cell.
 
     Args:
         cell: an evaluated cell on texts.
-        name: in tables.
-        vectorizer: of scikit-learn; fitted to the training texts.
+        vectors: a sparse matrix with a row for each text, and for each description of a class after them.
         command: the number and the seed of the episodes.
     """
     source, began = cell.source, time.perf_counter()
     assert isinstance(source, TextStore) and cell.result
-    vectorizer.fit(source.background)
-    vectors = vectorizer.transform([*source.texts, *source.descriptions])
-    outcomes = []
+    numbered, outcomes = source.numbered(), []
     for draw in fixed_draws(source, cell.shape, command.episodes, command.seed):
-        tasks = source.numbered().gather(draw, cell.shape)
+        tasks = numbered.gather(draw, cell.shape)
         logits = torch.stack([SCALE * each for each in nearest_centroids(vectors, tasks)])
         outcomes.append(tasks.outcome(logits))
-    return Cell(
-        model=name,
-        shape=cell.shape,
-        steps=None,
-        source=source,
-        dataset=cell.dataset,
-        result=Result(
-            shape=cell.shape,
-            metrics=cell.metrics,
-            scores={m.name: torch.cat([one.scores[m.name] for one in outcomes]) for m in cell.metrics},
-            losses=torch.cat([one.loss for one in outcomes]),
-            episodes_hash=cell.result.episodes_hash,
-            uses_query_statistics=False,
-            seconds=time.perf_counter() - began,
-        ),
+    return replace(
+        cell.result,
+        scores={m.name: torch.cat([one.scores[m.name] for one in outcomes]) for m in cell.metrics},
+        losses=torch.cat([one.loss for one in outcomes]),
+        uses_query_statistics=False,
+        seconds=time.perf_counter() - began,
+        confusion=None,
     )
 
 

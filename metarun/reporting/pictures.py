@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metarun.reporting import drawing
 from metarun.reporting.drawing import COLOURS, SMALLEST, class_ticks, fitted, headline, width_of
+from metarun.tasks.objectives import Metric
 
 RIGHT, WRONG = COLOURS[0], COLOURS[5]
 NUMBERED = 40  # the most classes of a confusion matrix with numbers in its cells
@@ -43,6 +44,33 @@ def confusion_matrix(counts: Tensor, names: Sequence[str], title: str, path: Pat
     axis.set_ylabel(f"class{number}")
     headline(figure, title)
     bar = figure.colorbar(image, ax=axis, shrink=min(1.0, 4 / side), label="share of the examples of a class")
+    bar.ax.tick_params(labelsize=7)
+    drawing.save(figure, path)
+
+
+def score_grid(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    metric: Metric,
+    title: str,
+    path: Path,
+) -> None:
+    """Plot scores by the language of the support (rows) and of the queries (columns); NaN: not evaluated."""
+    shown = metric.scale * np.asarray(values)
+    width, height = (max(2.0, min(0.5 * len(names), 12)) for names in (columns, rows))
+    figure, axis = plt.subplots(figsize=(width + 2.5, height + 1.5), layout="constrained")
+    image = axis.imshow(shown, cmap="Blues", interpolation="nearest")
+    middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
+    for i, j in zip(*np.isfinite(shown).nonzero(), strict=True):
+        colour = "white" if shown[i, j] > middle else "black"
+        axis.text(j, i, f"{shown[i, j]:.3g}", ha="center", va="center", fontsize=7, color=colour)
+    class_ticks(axis.xaxis, columns, width / len(columns), rotation=90)
+    class_ticks(axis.yaxis, rows, height / len(rows))
+    axis.set_xlabel("language of the queries")
+    axis.set_ylabel("language of the support")
+    headline(figure, title)
+    bar = figure.colorbar(image, ax=axis, label=metric.label)
     bar.ax.tick_params(labelsize=7)
     drawing.save(figure, path)
 

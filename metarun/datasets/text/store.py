@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,11 @@ class Languages:
 
     support: tuple[str, ...] = ()
     query: tuple[str, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no language is chosen."""
+        return not (self.support or self.query)
 
 
 class TextStore(ClassStore):
@@ -167,6 +173,19 @@ class TextStore(ClassStore):
         assert isinstance(twin, TextStore)
         twin.described_items = self.described_items.to(host_for or items.device)
         return twin
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """The languages of the support and of the queries, if there is one of each."""
+        chosen = self.languages
+        return (chosen.support[0], chosen.query[0]) if len(chosen.support) == len(chosen.query) == 1 else None
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The languages of the support and of the queries that tasks are drawn in."""
+        support, query = ([self.spoken[i] for i in numbers.tolist()] for numbers in self.drawn)
+        if not self.languages.query:
+            return [(name, name) for name in support]
+        return list(itertools.product(support, query))
 
     def speaking(self, support: str, query: str) -> TextStore:
         """The same texts, drawn in one language for the support and in one for the queries."""
