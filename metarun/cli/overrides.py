@@ -105,7 +105,7 @@ def pairing(overrides: list[str]) -> list[str]:
     paired, of_backbone = (of_option(group, chosen.get(group, "")) for group in ("dataset", "backbone"))
     if paired == TEXTS and any(chosen.get(name, "null") != "null" for name in MAKE_VECTORS):
         paired = TEXT_VECTORS
-    elif paired and of_backbone:
+    elif paired == TEXTS and of_backbone:
         paired = f"{paired}_{of_backbone}"
     return [f"pairing={paired}"] if paired and "pairing" not in chosen else []
 
