@@ -13,8 +13,11 @@ import pytest
 import torch
 from helpers.server import running
 
+from metarun.algorithms.protonet import ProtoNet
+from metarun.backbones.bag import Bag
 from metarun.datasets.text import published
 from metarun.datasets.text.base import readable
+from metarun.datasets.text.phrases import Phrases
 from metarun.datasets.text.published import PUBLISHED, PublishedTexts
 from metarun.datasets.text.store import Languages, TextStore
 from metarun.datasets.text.texts import Texts
@@ -250,3 +253,32 @@ def test_names_of_classes_as_words():
         "lists/remove": "lists remove",
     }
     assert {name: readable(name) for name in names} == names
+
+
+def test_phrases_are_the_same_everywhere_and_more_classes_keep_those_that_there_are():
+    few, many = Phrases(test_classes=4, texts_per_class=6), Phrases(test_classes=7, texts_per_class=6)
+    ours, theirs = few.split("test"), many.split("test")
+    assert ours.texts == theirs.texts[: len(ours.texts)] and len(set(ours.texts)) > 20
+    assert ours.texts != few.split("validation").texts[: len(ours.texts)]
+    assert ours.texts != Phrases(test_classes=4, texts_per_class=6, seed=1).split("test").texts
+    digest = hashlib.sha256("\n".join(ours.texts).encode()).hexdigest()
+    assert digest.startswith("4df76dc28661bb99")  # and so with any version of NumPy
+
+
+def test_phrases_in_several_languages_share_classes_and_some_words():
+    store = Phrases(test_classes=30, texts_per_class=10, languages=4).split("test")
+    assert store.spoken == ["ket", "mal", "oru", "zun"] and len(store.names) == 30
+    ket, mal, _, zun = (set("".join(store.texts[i : i + 10])) for i in range(0, 40, 10))
+    assert ket & set("αειοπτκ") and mal & set("аэиопт") and zun <= set("ptkbdgmnslrvaeiou ")
+
+    def accuracy(store: TextStore, shots: int) -> float:
+        """Of nearest means of the bags of n-grams, without any training."""
+        shape = EpisodeShape(5, shots, 5)
+        tasks = store.gather(store.draw(60, shape, seeded("a")), shape)
+        method = ProtoNet(Bag(BUCKETS))
+        return tasks.query(method.predictor(method.adapt(tasks), tasks)).scores["accuracy"].mean().item()
+
+    within, across = store.speaking("zun", "zun"), store.speaking("zun", "ket")
+    assert 0.4 < accuracy(within, 1) < 0.75 and accuracy(within, 5) > 0.7
+    assert accuracy(across, 5) < 0.3  # another alphabet
+    assert accuracy(within, 0) > 0.5  # the description of a class is in the first language

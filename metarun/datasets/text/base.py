@@ -186,7 +186,7 @@ class TextDataset(Dataset):
                     yield from texts
 
     def _description(self, label: str) -> str:
-        return self._descriptions.get(label, readable(label))
+        return self._descriptions.get(label) or self.description_of(label)
 
     def splits(self) -> tuple[Split, ...]:
         return tuple(self._corpora)
@@ -219,6 +219,10 @@ class TextDataset(Dataset):
             names_as_shots,
             self._corpora.get("train"),
         )
+
+    def description_of(self, label: str) -> str:
+        """The description of a class where no file has one: its name as words."""
+        return readable(label)
 
     @cached_property
     def _descriptions(self) -> Mapping[str, str]:
