@@ -237,7 +237,8 @@ def quote_column(override: str, sweep: bool) -> str:
 def quoted_column(value: str) -> str:
     """The name of a column in quotes, if it needs them, or a list of them."""
     if value.startswith("[") and value.endswith("]"):
-        return f"[{','.join(quoted_column(item.strip()) for item in ITEM.findall(value[1:-1]))}]"
+        items = (item.strip() for item in ITEM.findall(value[1:-1]))
+        return f"[{','.join(quoted(item) if item == 'null' else quoted_column(item) for item in items)}]"
     return value if PLAIN.fullmatch(value) else quoted(value)
 
 

@@ -223,7 +223,7 @@ def build_trainer(
         for split in ("train", "validation")
     )
     if "_target_" in (settings.augment or {}):
-        if not isinstance(train, ClassStore):
+        if not isinstance(train, ClassStore) or train.spec.kind != "images":
             raise ConfigError(
                 f"augment: dataset={record['choices']['dataset']} has no images to augment; leave augment out"
             )

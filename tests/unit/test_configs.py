@@ -169,6 +169,7 @@ def test_columns_of_tables_are_typed_without_quotes(column: str):
     if not {",", "'", "\\", "]"} & {*column}:
         (word,) = arrange("train", [f"dataset.drop=[{column},b]"])
         assert list(OmegaConf.create({"it": parser.parse_override(word).value()}).it) == [column, "b"]
+    assert arrange("train", ["dataset.missing=[null,-9]"]) == ["dataset.missing=['null',-9]"]
     assert arrange("train", ["-m", "dataset.task=a#,b"]) == ["-m", "dataset.task='a#',b"]
 
 

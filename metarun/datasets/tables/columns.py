@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -44,11 +45,11 @@ class Number:
         return 1 + self.missing
 
     def encode(self, cells: Cells, missing: Collection[str]) -> np.ndarray:
-        """Standardised numbers, float64 [rows, width]. Raises DataError, naming the line."""
+        """Standardised numbers, float32 [rows, width]. Raises DataError, naming the line."""
         values = numbers_of(cells, self.name, missing)
         absent = np.isnan(values)
-        standard = np.where(absent, 0.0, (values - self.mean) / self.deviation)
-        return np.stack([standard, absent], 1) if self.missing else standard[:, None]
+        standard = np.where(absent, 0.0, (values - self.mean) / self.deviation).astype(np.float32)
+        return np.stack([standard, absent.astype(np.float32)], 1) if self.missing else standard[:, None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Category:
         return (len(self.values) + 1 if self.values else BUCKETS) + self.missing
 
     def encode(self, cells: Cells, missing: Collection[str]) -> np.ndarray:
-        """One-hot vectors, float64 [rows, width]."""
+        """One-hot vectors, float32 [rows, width]."""
         own = cells.column(self.name, "the model needs this column")
         places = {value: i for i, value in enumerate(self.values)}
         absent = self.width - 1 if self.missing else None
@@ -83,8 +84,9 @@ class Category:
                 return places.get(cell, len(self.values))
             return zlib.crc32(cell.encode("utf-8", "surrogateescape")) % BUCKETS
 
-        encoded = np.zeros((len(own), self.width))
-        encoded[np.arange(len(own)), [place(cell) for cell in own]] = 1
+        of_cell = {cell: place(cell) for cell in set(own)}
+        encoded = np.zeros((len(own), self.width), np.float32)
+        encoded[np.arange(len(own)), [of_cell[cell] for cell in own]] = 1
         return encoded
 
 
@@ -111,7 +113,7 @@ class Learned:
     def encode(self, cells: Cells, missing: Collection[str]) -> Tensor:
         """The features of all rows, float32 [rows, width]. Raises DataError, naming the column or line."""
         blocks = [column.encode(cells, missing) for column in self.columns]
-        return torch.from_numpy(np.concatenate([np.zeros((len(cells), 0)), *blocks], 1)).float()
+        return torch.from_numpy(np.concatenate([np.zeros((len(cells), 0), np.float32), *blocks], 1))
 
     def dumps(self) -> str:
         """As JSON, without `$`, which would refer to another setting in a config."""
@@ -140,28 +142,34 @@ def is_missing(cell: str, missing: Collection[str]) -> bool:
     return not cell or cell.lower() in missing
 
 
+def missing_in(cells: Collection[str], missing: Collection[str]) -> set[str]:
+    """The different cells that are missing values."""
+    return {cell for cell in set(cells) if is_missing(cell, missing)}
+
+
 def number_of(cell: str, comma: bool) -> float | None:
     """The number in a cell; None if there is none."""
     try:
         value = float(cell.replace(",", ".", 1) if comma else cell)
     except ValueError:
         return None
-    return value if math.isfinite(value) and "_" not in cell else None
+    return value if math.isfinite(value) else None
 
 
 def numbers_of(cells: Cells, name: str, missing: Collection[str]) -> np.ndarray:
     """The numbers of a column, float64 [rows], NaN where they are missing. Raises DataError."""
-    values = np.full(len(cells), np.nan)
-    for row, cell in enumerate(cells.column(name, "the model needs this column")):
-        if is_missing(cell, missing):
-            continue
-        if (value := number_of(cell, cells.comma)) is None:
+    own = cells.column(name, "the model needs this column")
+    absent = missing_in(own, missing)
+    numbers = dict.fromkeys(absent, math.nan) | {
+        cell: value for cell in set(own) - absent if (value := number_of(cell, cells.comma)) is not None
+    }
+    for row, cell in enumerate(own):
+        if cell not in numbers:
             raise DataError(
                 f"{cells.at(row)}: column {name!r} has {cell!r} where a number is expected; correct it, "
                 "add it to dataset.missing, or name a column of words in dataset.categories"
             )
-        values[row] = value
-    return values
+    return np.array([numbers[cell] for cell in own])
 
 
 def learn_columns(layout: Layout, training: Sequence[int]) -> tuple[tuple[Number | Category, ...], list[str]]:
@@ -181,10 +189,10 @@ def learn_columns(layout: Layout, training: Sequence[int]) -> tuple[tuple[Number
     found: list[Number | Category] = []
     constant = []
     for name in layout.features:
-        own = [cells.columns[name][row] for row in training]
-        present = [cell for cell in own if not is_missing(cell, missing)]
+        own = {cells.columns[name][row] for row in training}
+        present = own - missing_in(own, missing)
         absent = len(present) < len(own)
-        if len(set(present)) + absent < 2:
+        if len(present) + absent < 2:
             constant.append(name)
             continue
         numeric = name not in layout.categories and is_numeric(cells, name, missing)
@@ -194,7 +202,7 @@ def learn_columns(layout: Layout, training: Sequence[int]) -> tuple[tuple[Number
             values = numbers_of(cells, name, missing)[training]
             found.append(Number(name, float(np.nanmean(values)), deviation_of(values), absent))
         else:
-            values_of = tuple(sorted(set(present)))
+            values_of = tuple(sorted(present))
             found.append(Category(name, values_of if len(values_of) <= MOST_VALUES else (), absent))
     remarks = []
     if constant:
@@ -208,8 +216,12 @@ def learn_columns(layout: Layout, training: Sequence[int]) -> tuple[tuple[Number
 
 def is_numeric(cells: Cells, name: str, missing: Collection[str]) -> bool:
     """Whether most cells of a column that are not missing are numbers."""
-    present = [cell for cell in cells.columns[name] if not is_missing(cell, missing)]
-    return sum(number_of(cell, cells.comma) is not None for cell in present) > MOSTLY * len(present)
+    own = Counter(cells.columns[name])
+    absent = missing_in(own, missing)
+    numbers = sum(
+        n for cell, n in own.items() if cell not in absent and number_of(cell, cells.comma) is not None
+    )
+    return numbers > MOSTLY * sum(n for cell, n in own.items() if cell not in absent)
 
 
 def refuse_identifier(cells: Cells, name: str, numeric: bool) -> None:
