@@ -93,7 +93,7 @@ def test_words_of_a_file_may_contain_spaces(tmp_path):
     [
         ("", "has no word vectors"),
         ("8 3\n", "has no word vectors"),
-        ("the 1 0\nof 1\n", "line 2: has 1 numbers, and lines before it 2"),
+        ("the 1 0\nof 1\n", "line 2: has 1 number, and the lines before it 2"),
         ("the 1 0\n\nof 1 2 3\n", "line 3: has 3 numbers"),
         ("the 1 0\nbank 1 x\n", "line 2: 'x' is not a finite number"),
         ("the 1 0\nbank 1 nan\n", "line 2: 'nan' is not a finite number"),
@@ -184,10 +184,13 @@ def test_a_checkpoint_keeps_the_means_and_other_datasets_use_them(tmp_path, mode
     expected = plain.split("test").items - torch.tensor([means[each] for each in spoken])
     torch.testing.assert_close(other.split("test").items, expected)
     support = tmp_path / "own.csv"
-    support.write_text("label,text\na,aab\nb,cca\n")
-    own = kept.own_task(support, None)
-    vectors = torch.nn.functional.normalize(torch.tensor([[2.0, 1, 0], [1, 0, 2]])) - torch.tensor(means[""])
-    torch.testing.assert_close(own.support_x[0], vectors)
+    support.write_text("label,language,text\na,y,aab\nb,,cca\n")
+    own = kept.own_task(support, '["aab", "cca"]')
+    vectors = torch.nn.functional.normalize(torch.tensor([[2.0, 1, 0], [1, 0, 2]]))
+    expected = vectors - torch.tensor([means["y"], means[""]])
+    torch.testing.assert_close(own.support_x[0], expected)
+    assert own.query_x is not None
+    torch.testing.assert_close(own.query_x[0], vectors - torch.tensor(means[""]))
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path):

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from metarun.datasets.base import Dataset, OwnTask, Split, and_more, at_least
 from metarun.datasets.text import reading
@@ -241,26 +240,34 @@ class TextDataset(Dataset):
 
         Args:
             support: a file with columns `text` and `label`, or `label` and `description` for a task without
-                examples; or class folders of .txt files.
+                examples; or class folders of .txt files. A column `language` is read where vectors are
+                centred by language.
             query: a file with a column `text`, and `label` where it is known; a folder of .txt files, also in
                 class folders; or a list of texts as JSON.
         """
         examples = own_support(support)
-        classes = list(dict.fromkeys(label for label, _ in examples))
+        classes = list(dict.fromkeys(each.label or "" for each in examples))
         if len(classes) < 2:
             raise DataError(f"{support}: has one class, {classes[0]!r}, and a task needs two; add another")
-        support_y = torch.tensor([[classes.index(label) for label, _ in examples]])
-        support_x = self._items([text for _, text in examples])
+        queries = [] if query is None else own_queries(query, classes)
+        every = [*examples, *queries]
+        items, _ = self.learned.encode([each.text for each in every], [each.language for each in every])
+        x = self.learned.decode(items).unsqueeze(0)
+        y = torch.tensor([[-1 if each.label is None else classes.index(each.label) for each in every]])
+        support_x, query_x = x.split([len(examples), len(queries)], 1)
+        support_y, query_y = y.split([len(examples), len(queries)], 1)
         if query is None:
             return OwnTask(support_x, support_y, None, None, classes, [])
-        queries = own_queries(query, classes)
-        query_y = torch.tensor([[-1 if label is None else classes.index(label) for label, _ in queries]])
-        names = [shortened(text) for _, text in queries]
-        return OwnTask(support_x, support_y, self._items([t for _, t in queries]), query_y, classes, names)
+        names = [shortened(each.text) for each in queries]
+        return OwnTask(support_x, support_y, query_x, query_y, classes, names)
 
-    def _items(self, texts: Sequence[str]) -> Tensor:
-        """Texts as a network takes them, as one task [1, texts, *item]."""
-        return self.learned.decode(self.learned.encode(texts)[0]).unsqueeze(0)
+
+class OwnText(NamedTuple):
+    """A text of a user; its class is None and its language "" where they are not known."""
+
+    label: str | None
+    text: str
+    language: str = ""
 
 
 def readable(label: str) -> str:
@@ -279,19 +286,19 @@ def read_descriptions(path: Path) -> dict[str, str]:
     return found
 
 
-def own_support(path: Path) -> list[tuple[str, str]]:
+def own_support(path: Path) -> list[OwnText]:
     """Classes and texts of a user's support, or classes and their descriptions. Raises DataError."""
     if path.is_dir():
-        return [(label, reading.whole_text(file)) for label, file in reading.text_files(path)]
+        return [OwnText(label, reading.whole_text(file)) for label, file in reading.text_files(path)]
     rows = list(reading.rows_of(path))
     if not rows:
         raise DataError(f"{path}: has no texts; write a line of headings, text,label, and a line for each")
     if "text" not in rows[0].cells and "description" in rows[0].cells:
-        return list(read_descriptions(path).items())
-    return [(reading.cell(row, "label"), reading.cell(row, "text")) for row in rows]
+        return [OwnText(*pair) for pair in read_descriptions(path).items()]
+    return [OwnText(reading.cell(row, "label"), reading.cell(row, "text"), language_of(row)) for row in rows]
 
 
-def own_queries(query: str, classes: Sequence[str]) -> list[tuple[str | None, str]]:
+def own_queries(query: str, classes: Sequence[str]) -> list[OwnText]:
     """The classes, where they are known, and the texts of a user's queries. Raises DataError, ConfigError."""
     if query.lstrip().startswith("["):
         try:
@@ -300,22 +307,27 @@ def own_queries(query: str, classes: Sequence[str]) -> list[tuple[str | None, st
             raise ConfigError(f'query={query}: is not a list of texts as JSON, ["..."] ({error})') from None
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError(f'query={query}: write a list of texts, ["..."]; none may be empty')
-        return [(None, text) for text in texts]
+        return [OwnText(None, text) for text in texts]
     path = user_path(query)
     if not path.exists():
         raise DataError(f"query={query}: no such file; texts are typed as a list, query='[\"...\"]'")
     if path.is_dir():
         loose = [(None, file) for file in sorted(path.glob("*.txt"))]
         files: list[tuple[str | None, Path]] = [*loose] if loose else [*reading.text_files(path)]
-        return [(known(label, classes, str(file)), reading.whole_text(file)) for label, file in files]
+        return [OwnText(known(label, classes, str(file)), reading.whole_text(file)) for label, file in files]
     rows = list(reading.rows_of(path))
     if not rows:
         raise DataError(f"{path}: has no texts; write a line of headings, text, and a line for each")
     labels = [row.cells["label"].strip() or None if "label" in row.cells else None for row in rows]
     return [
-        (known(label, classes, row.place), reading.cell(row, "text"))
+        OwnText(known(label, classes, row.place), reading.cell(row, "text"), language_of(row))
         for label, row in zip(labels, rows, strict=True)
     ]
+
+
+def language_of(row: reading.Row) -> str:
+    """The language of a text in a user's file, "" if it says none."""
+    return row.cells.get("language", "").strip()
 
 
 def known(label: str | None, classes: Sequence[str], place: str) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from metarun.datasets.text.tokens import normalised, words
-from metarun.errors import DataError, first_line
+from metarun.errors import DataError, counted, first_line
 from metarun.reporting.console import Bar
 from metarun.storage.files import user_path
 
@@ -122,8 +122,8 @@ def read(path: Path, wanted: Collection[str]) -> Table:
             width = width or check_width(path, number, len(line.split()) - 1)
             word, *cells = line.rsplit(" ", width)
             if len(cells) < width or (" " in word and is_number(word.rsplit(" ", 1)[1])):
-                found = len(line.split()) - 1
-                raise DataError(f"{path}, line {number}: has {found} numbers, and lines before it {width}")
+                found = counted(len(line.split()) - 1, "number")
+                raise DataError(f"{path}, line {number}: has {found}, and the lines before it {width}")
             lower = word.casefold()  # of words that differ in capitals, that without, else the first one
             if lower in wanted and (lower not in vectors or (word == lower and word not in exact)):
                 vectors[lower], ranks[lower] = vector_of(path, number, cells), size
