@@ -126,12 +126,12 @@ def datasets() -> str:
         [
             f"`{name}`",
             stated["classes"],
-            stated["images"],
+            stated["items"],
             stated["from"].replace("dataset.root", "`dataset.root`"),
         ]
         for name, stated in options("dataset").items()
     ]
-    return markdown(["`dataset=`", "classes (train / validation / test)", "images", "source"], rows)
+    return markdown(["`dataset=`", "classes (train / validation / test)", "items", "source"], rows)
 
 
 def metrics() -> str:

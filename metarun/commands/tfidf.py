@@ -15,7 +15,7 @@ from torch import Tensor
 from metarun.commands.cells import Cell, Reference
 from metarun.config.schema import EvalConfig
 from metarun.datasets.text.store import TextStore
-from metarun.datasets.text.tokens import normalised, words
+from metarun.datasets.text.tokens import is_word, normalised, words
 from metarun.reporting.console import inform
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.sampling import fixed_draws
@@ -23,8 +23,8 @@ from metarun.training.evaluation import Result
 
 SCALE = 10.0  # of cosines as logits; accuracies do not depend on it
 VECTORIZERS: dict[str, dict[str, Any]] = {
-    # Not the pattern of scikit-learn, which cuts words at combining marks.
-    "TF-IDF words": {"tokenizer": words, "token_pattern": None},
+    # Not the pattern of scikit-learn, which cuts words at combining marks; punctuation is left out as there.
+    "TF-IDF words": {"tokenizer": lambda text: list(filter(is_word, words(text))), "token_pattern": None},
     "TF-IDF characters": {"analyzer": "char_wb", "ngram_range": (3, 5)},
 }
 
@@ -36,7 +36,7 @@ def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
     if not own:
         return list(cells)
     try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
     except ImportError:
         inform("pip install scikit-learn to see the accuracy of TF-IDF vectors on the same episodes")
         return list(cells)
@@ -46,8 +46,11 @@ def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
         assert isinstance(source, TextStore)
         key = id(source.texts), name  # cells of several languages have the same texts
         if key not in vectors:
-            vectorizer = TfidfVectorizer(preprocessor=normalised, **settings).fit(source.background)
-            vectors[key] = vectorizer.transform([*source.texts, *source.descriptions])
+            # Every word is counted, also one that is in no training text; its weight is then the largest.
+            texts = [*source.texts, *source.descriptions, *source.background]
+            counts = CountVectorizer(preprocessor=normalised, **settings).fit_transform(texts)
+            weights = TfidfTransformer().fit(counts[-len(source.background) :])
+            vectors[key] = weights.transform(counts)
         found.append(
             replace(cell, model=Reference(name), steps=None, result=scored(cell, vectors[key], command))
         )

@@ -133,5 +133,5 @@ def test_only_what_was_made_of_the_named_files_is_removed(metarun, tmp_path: Pat
 def test_every_dataset_says_what_it_holds_where_it_is_from_and_its_licence():
     for path in (CONF / "dataset").glob("*.yaml"):
         text = path.read_text()
-        for fact in ("classes", "images", "from", "licence"):
+        for fact in ("classes", "items", "from", "licence"):
             assert f"\n# {fact}: " in text, (path.name, fact)

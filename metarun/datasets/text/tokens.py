@@ -81,8 +81,12 @@ def words(text: str) -> list[str]:
 
     The pattern `\\w+` would cut words at combining marks, which most scripts of Africa and India have.
     """
-    spaced = "".join(f" {c} " if unicodedata.category(c)[0] in "PS" else c for c in text)
-    return spaced.split()
+    return "".join(c if is_word(c) else f" {c} " for c in text).split()
+
+
+def is_word(token: str) -> bool:
+    """Whether a token is neither a punctuation mark nor a symbol."""
+    return unicodedata.category(token[0])[0] not in "PS"
 
 
 def bucket(token: str) -> int:
