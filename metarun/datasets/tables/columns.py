@@ -153,7 +153,7 @@ def number_of(cell: str, comma: bool) -> float | None:
         value = float(cell.replace(",", ".", 1) if comma else cell)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) and "_" not in cell else None  # Python reads 1_000 as a number
 
 
 def numbers_of(cells: Cells, name: str, missing: Collection[str]) -> np.ndarray:
