@@ -16,10 +16,10 @@ from rich.text import Text
 from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
-from metarun.commands.models import Model, TestData, load_model
+from metarun.commands.models import Model, TestData, dataset_node, load_model
 from metarun.commands.predictions import class_rows, class_table, known_targets, value_rows, value_table
 from metarun.commands.user_images import read_folders
-from metarun.config.build import instantiate, validation_shape
+from metarun.config.build import build_dataset, instantiate, validation_shape
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.config.targets import trusted_modules
@@ -122,12 +122,22 @@ def own_examples(command: AdaptConfig, model: Model) -> OwnTask:
     for name, unset in (("depth", 1), ("ink", "auto")):
         if (value := getattr(command, name)) != unset:
             raise ConfigError(f"{name}={value}: the model does not take images; leave it out")
-    return model.dataset.own_task(user_path(command.support), command.query)
+    dataset = model.dataset
+    if command.dataset:  # where the model that makes the vectors of texts is now
+        dataset = build_dataset(dataset_node(command, model))
+    if dataset.spec.item_shape != model.spec.item_shape:
+        raise ConfigError(
+            f"dataset: gives examples of shape {dataset.spec.item_shape}, and the checkpoint needs "
+            f"{model.spec.item_shape}; name the encoder or the word vectors of training"
+        )
+    return dataset.own_task(user_path(command.support), command.query)
 
 
 def own_images(command: AdaptConfig, model: Model) -> OwnTask:
     """The task in folders of images."""
     assert command.support is not None
+    if command.dataset:
+        raise ConfigError("dataset: the model does not take texts; leave its settings out")
     if model.algorithm.reads_descriptions and user_path(command.support).is_file():
         return described_images(command, model)
     classes = class_folders.support_files(user_path(command.support), command.depth)

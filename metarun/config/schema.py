@@ -33,6 +33,7 @@ def setting(default: Any = MISSING, **facts: Any) -> Any:
             `path`: "path": a path, which is typed without quotes; "list": a path or a list of them.
             `needs`: another setting of the same frame, without which nothing reads this one.
             `unless`: other settings of the same frame, with which nothing reads this one.
+            `but`: parts of this one that are read nevertheless.
             `shared`: only read by settings that refer to it; the name of the setting that mostly does.
     """
     return field(default=default, metadata=facts)
@@ -138,7 +139,9 @@ class AdaptConfig:
     depth: int = whole(1, needs="support")
     ink: str = setting(needs="support")
     # A dataset, or settings that adjust the checkpoint's own.
-    dataset: Node = setting(None, unless=("support",))  # noqa: RUF009
+    dataset: Node = setting(  # noqa: RUF009
+        None, unless=("support",), but=("dataset.vectors", "dataset.encoder")
+    )
     hardware: Node = MISSING
     ways: int | None = whole(1, None, unless=("support",))
     shots: int | None = whole(0, None, unless=("support",))

@@ -18,8 +18,11 @@ from metarun.errors import ConfigError
 def check_read(cfg: DictConfig, frame: type, typed: Iterable[str]) -> None:
     """Raise ConfigError for the first typed setting that nothing reads."""
     ignored = unread(cfg, frame, OmegaConf.to_yaml(in_use(cfg))) | unread_by_classes(cfg)
+    exempt = {name for each in fields(frame) for name in each.metadata.get("but", ())}
     for override in typed:
         key = override.partition("=")[0].lstrip("+~")
+        if key in exempt:
+            continue
         for name, reason in ignored.items():
             if key == name or key.startswith(f"{name}."):
                 raise ConfigError(f"{override}: nothing reads it {reason}")

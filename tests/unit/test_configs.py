@@ -95,6 +95,7 @@ IN_VAIN = {
     "train +backbone._convert_=none": "backbone._convert_: there is no such setting",
     "adapt checkpoint=x ink=dark": "ink=dark: nothing reads it without support",
     "adapt checkpoint=x support=y split=train": "nothing reads it with support",
+    "adapt checkpoint=x support=y ++dataset.root=z": "nothing reads it with support",
     "data ways=3": "ways=3: nothing reads it without dataset",
     "data verify=true split=test": "nothing reads it with",
     "train dataset=clinc150 dataset.encoder=x dataset.ngrams=[]": "nothing reads it with dataset.encoder=x",
@@ -120,6 +121,11 @@ def test_a_setting_that_nothing_can_use_is_refused(line: str):
     command, *words = line.split()
     with pytest.raises(ConfigError, match=IN_VAIN[line]):
         check(composed(command, *words), command, typed=words)
+
+
+def test_own_texts_may_be_encoded_by_a_model_that_was_moved():
+    words = ["checkpoint=x", "support=y", "++dataset.encoder=z"]
+    check(composed("adapt", *words), "adapt", typed=words)
 
 
 def test_a_default_may_be_without_effect():

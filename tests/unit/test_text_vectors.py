@@ -193,6 +193,15 @@ def test_a_checkpoint_keeps_the_means_and_other_datasets_use_them(tmp_path, mode
     torch.testing.assert_close(own.query_x[0], vectors - torch.tensor(means[""]))
 
 
+def test_another_dataset_says_where_the_model_of_training_is_now(tmp_path):
+    here, there = (written(tmp_path, GLOVE, name) for name in ("here.txt", "there.txt"))
+    trained = Texts(root="x", vectors=here, learned='{"": [1, 2, 3]}').preparation
+    moved = Texts(root="x", vectors=there).prepared_like(trained).preparation
+    assert moved == Vectors(WordVectors(there), '{"": [1, 2, 3]}')
+    tokens = Texts(root="x").preparation
+    assert Texts(root="x", vectors=there, centred=False).prepared_like(tokens).spec.item_shape == (3,)
+
+
 def test_settings_that_do_not_fit_are_refused(tmp_path):
     for settings in ({"centred": True}, {"vectors": "a", "encoder": "b"}):
         with pytest.raises(ConfigError, match="leave"):

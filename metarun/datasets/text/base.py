@@ -144,6 +144,10 @@ class TextDataset(Dataset):
     def prepared_like(self, trained: Any) -> TextDataset:
         if not isinstance(trained, (Tokens, Vectors)):  # of a model for something else
             return self
+        if isinstance(self.encoding, Vectors):  # this dataset says where the model of training is now
+            if not isinstance(trained, Vectors):
+                return self
+            trained = replace(trained, model=self.encoding.model)
         twin = copy.copy(self)
         for name in ("learned", "_known"):  # what was made without it
             twin.__dict__.pop(name, None)
