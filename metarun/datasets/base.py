@@ -63,7 +63,10 @@ class Dataset(ABC):
     @property
     @abstractmethod
     def spec(self) -> TaskSpec:
-        """The kind of its tasks: the shape of an example, the objective; known without reading a file."""
+        """The kind of its tasks: the shape of an example, the objective.
+
+        It is known without reading a file, in a run at least by the settings that were `decided` before.
+        """
 
     @property
     def item_shape(self) -> tuple[int, ...]:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from metarun.datasets.base import and_more
 from metarun.datasets.tables.columns import number_of
-from metarun.datasets.tables.reading import text_of
 from metarun.errors import DataError
 from metarun.reporting.console import inform
-from metarun.storage.files import user_path
+from metarun.storage.files import read_text, user_path
 
 SEPARATORS = ("\t", ";", ",")  # of equal numbers, the first: a comma may be a decimal one
 LARGEST = torch.finfo(torch.float32).max
@@ -73,7 +72,7 @@ def described(file: str, names: Sequence[str]) -> Tensor:
 
 def table_rows(path: Path) -> Iterator[tuple[bool, str, list[str], bool]]:
     """Whether it is the first, the place, the cells, and whether decimal commas may occur, of each line."""
-    text = text_of(path)
+    text = read_text(path)
     head = next((line for line in text.splitlines() if line.strip()), "")
     separator = max(SEPARATORS, key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)

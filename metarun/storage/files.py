@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -14,12 +15,13 @@ import os
 import re
 import stat
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from metarun.errors import DataError
+from metarun.errors import DataError, first_line
 
 CHUNK = 1 << 18  # bytes read at a time
 
@@ -138,6 +140,30 @@ def read_regular(path: Path) -> bytes:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file in UTF-8, with or without a byte order mark, unpacked if it is a gzip file.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or it is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz" or data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: is not UTF-8 text; save the file as UTF-8") from None
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder; name a file") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); get it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def md5_sum(path: Path) -> str:

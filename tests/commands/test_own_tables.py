@@ -63,5 +63,8 @@ def test_labels_are_trained_listed_and_evaluated(metarun, table: Path, tmp_path:
     assert "roc_auc" in done.stdout
     done = metarun("train", *words, "ways=5", *TINY, status=1)
     assert "set ways=2" in done.stderr and len(done.stderr.strip().splitlines()) == 2
+    classes = [f"dataset.{key}" for key in ("root=table.csv", "label=no.", "drop=[y,high]")]
+    done = metarun("train", "dataset=table", *classes, "augment=standard", *TINY, status=1)
+    assert "augment: dataset=table has no images to augment" in done.stderr
     done = metarun("train", *words, "dataset.task=no", *TINY, status=1)
     assert "no column 'no'; did you mean 'no.'?" in done.stderr

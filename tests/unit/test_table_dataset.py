@@ -66,13 +66,13 @@ def test_cells_with_line_breaks_keep_the_lines_of_rows(tmp_path):
         (b"a,b\n1,2\n3\n", "line 3: has 1 cells, and the header 2"),
         (b'a,b\n1,"2\n', "line 2: is not a row"),
         (b"a,b\n1,2\n\xff\xfe,1\n", "line 3: is not UTF-8"),
-        (b"\x1f\x8bbroken", "damaged gzip file"),
+        (b"\x1f\x8bbroken", "cannot be read .*; get it again"),
     ],
 )
 def test_faulty_files_are_named_with_the_line(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         read_table(Path(written(tmp_path, content)))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "none.csv")
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import difflib
 import fnmatch
-import gzip
 import io
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from metarun.errors import DataError
+from metarun.storage.files import read_text
 
 DELIMITERS = (",", ";", "\t")
 
@@ -83,7 +82,7 @@ def read_table(path: Path) -> Cells:
         DataError: the file is missing, empty or not text, two columns have one name, or a row has another
             number of cells than the header; the message names the line.
     """
-    text = text_of(path)
+    text = read_text(path)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text), strict=True)
     lines, found, begin = [], [], 1
     try:
@@ -108,24 +107,6 @@ def read_table(path: Path) -> Cells:
             )
     columns = dict(zip(header, map(list, zip(*found[1:], strict=True)), strict=True))
     return Cells(path, columns, lines[1:], rows.dialect.delimiter == ";")
-
-
-def text_of(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark; decompressed. Raises DataError."""
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name a csv or tsv file")
-    try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: is not UTF-8 text; save the table as CSV UTF-8") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: is a damaged gzip file ({error}); get it again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
 
 
 def delimiter_of(text: str) -> str:

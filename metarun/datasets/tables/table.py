@@ -118,7 +118,8 @@ class Table(Dataset):
                 "than 1 together"
             )
         self.root, self.shares, self.seed = root, (validation, test), seed
-        self.shuffled, self.disjoint = task is not None and labels == "shuffled", disjoint
+        self.shuffled = labels == "shuffled" and task is not None and label is not None
+        self.disjoint = disjoint
         self.notes: Sequence[str] = ()  # on the columns, for the user
         self.fingerprints = Fingerprints(self.kind)
         self._given = None if learned is None else learned_from(learned)

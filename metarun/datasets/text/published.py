@@ -24,7 +24,7 @@ from metarun.datasets.text.base import Reading, TextDataset
 from metarun.datasets.text.store import Corpus
 from metarun.errors import ConfigError, DataError, first_line
 from metarun.storage.downloads import download as fetch
-from metarun.storage.files import data_dir, user_path
+from metarun.storage.files import data_dir, read_text, user_path
 
 Name = Literal["clinc150", "banking77", "hwu64", "liu57", "huffpost", "reuters", "fewrel", "injongo"]
 GITHUB = "https://raw.githubusercontent.com"
@@ -76,7 +76,7 @@ def numbered(path: Path) -> Iterator[Labelled]:
 
 def relations(path: Path) -> Iterator[Labelled]:
     """FewRel's sentences: the number of the relation from 1, candidates, and the text."""
-    for line in reading.opened(path).split("\n"):
+    for line in read_text(path).split("\n"):
         if line.strip():
             number, _, text, *_ = line.split("\t")
             yield Labelled(f"{int(number) - 1:02}", "", text.strip())
@@ -84,7 +84,7 @@ def relations(path: Path) -> Iterator[Labelled]:
 
 def utterances(path: Path) -> Iterator[Labelled]:
     """Injongo's files of one language, in the folder of its name."""
-    for line in reading.opened(path).split("\n"):
+    for line in read_text(path).split("\n"):
         if line.strip():
             row = json.loads(line)
             yield Labelled(row["intent"], path.parent.name, row["text"].strip())

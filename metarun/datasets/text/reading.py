@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import sys
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from metarun.datasets.images import visible
 from metarun.errors import DataError, first_line
+from metarun.storage.files import read_text
 
 SEPARATORS = (",", ";", "\t")
 FORMATS = ".csv, .tsv, .jsonl or .txt, each also with .gz"
@@ -24,24 +24,6 @@ class Row(NamedTuple):
 
     cells: Mapping[str, str]
     place: str
-
-
-def opened(path: Path) -> str:
-    """The content of a text file in UTF-8, with or without a byte order mark, unpacked if it ends in .gz.
-
-    Raises:
-        DataError: there is no such file, it cannot be read, or it is not UTF-8.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: is not UTF-8 text; save the file as UTF-8") from None
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
-        if not path.exists():
-            raise DataError(f"{path}: no such file") from None
-        raise DataError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def kind_of(path: Path) -> str:
@@ -69,7 +51,7 @@ def rows_of(path: Path, columns: tuple[str, ...] = ()) -> Iterator[Row]:
 
 
 def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
-    text = opened(path)
+    text = read_text(path)
     first = text.split("\n", 1)[0]
     tabs = kind_of(path) == ".tsv"
     separator = "\t" if tabs else max(SEPARATORS, key=first.count)
@@ -98,7 +80,7 @@ def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(opened(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -145,7 +127,7 @@ def text_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def whole_text(path: Path) -> str:
     """The text in a file without white space around it. Raises DataError if it is empty or unreadable."""
-    if not (text := opened(path).strip()):
+    if not (text := read_text(path).strip()):
         raise DataError(f"{path}: is empty; remove the file")
     return text
 
