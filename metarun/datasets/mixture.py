@@ -215,5 +215,4 @@ class MixtureStore(ClassStore):
 
 def kind_of(store: ClassStore) -> tuple[Any, ...]:
     """What the items of stores must have in common to be items of one store."""
-    encoding = getattr(store, "encoding", None)  # of texts; vectors of one model may have means of their own
-    return store.items.shape[1:], store.items.dtype, store.decode, getattr(encoding, "model", encoding)
+    return store.items.shape[1:], store.items.dtype, store.decode

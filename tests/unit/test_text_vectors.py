@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,10 +294,16 @@ def test_vectors_are_the_outputs_of_transformers(bert, first):
     assert counts.tolist() == [[6, 0], [3, 0], [12, 4], [4, 0]]
 
 
+def test_a_text_is_cut_to_what_the_model_takes(bert):
+    long = Encoder(str(bert), 1000)
+    vectors, counts = long.encode([" ".join(["card"] * 50)])
+    assert counts.tolist() == [[52, 52 - 16]] and np.isfinite(vectors).all()
+
+
 @pytest.mark.parametrize("what", ["damaged", "another", "kind"])
 def test_folders_that_are_no_encoders_are_one_line(bert, tmp_path, what):
     folder = tmp_path / "model"
-    os.system(f"cp -r {bert} {folder}")
+    shutil.copytree(bert, folder)
     if what == "damaged":
         (folder / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:100])
     elif what == "another":

@@ -83,9 +83,11 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         tokenizer, model = self.load()
-        most = min(
-            self.length, tokenizer.model_max_length, self.config.get("max_position_embeddings", self.length)
-        )
+        positions = self.config.get(
+            "max_position_embeddings"
+        )  # -1 or null where any number of tokens will do
+        limits = [self.length, tokenizer.model_max_length, positions]
+        most = min(limit for limit in limits if isinstance(limit, int) and limit > 0)
         vectors = np.empty((len(texts), self.width), np.float32)
         with self._blaming(), torch.inference_mode(), torch.random.fork_rng([]):
             tokens, lengths = tokenised(tokenizer, texts, most)
