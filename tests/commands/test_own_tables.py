@@ -68,3 +68,22 @@ def test_labels_are_trained_listed_and_evaluated(metarun, table: Path, tmp_path:
     assert "augment: dataset=table has no images to augment" in done.stderr
     done = metarun("train", *words, "dataset.task=no", *TINY, status=1)
     assert "no column 'no'; did you mean 'no.'?" in done.stderr
+
+
+@pytest.mark.long
+def test_a_patients_score_is_learned_from_ten_recordings(metarun, test_data: Path, tmp_path: Path):
+    """As in docs/tables_and_molecules.md, with fewer iterations; a straight line in time reaches 1.1."""
+    root = test_data / "tables/parkinsons_updrs.csv.gz"
+    words = ["dataset=table", f"dataset.root={root}", "dataset.task=subject#", "dataset.target=total_UPDRS"]
+    words += ["dataset.drop=[motor_UPDRS]", "algorithm=r2d2", "backbone.hidden=[64,32]", "ways=1", "shots=10"]
+    metarun("train", *words, "queries=15", "meta_batch=16", "iterations=600", "hydra.run.dir=run")
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"]["mean"] < 1.0
+
+
+@pytest.mark.long
+def test_assays_are_learned_from_molecules(metarun, test_data: Path, tmp_path: Path):
+    """Fingerprints alone reach 58 % with 5 shots."""
+    pytest.importorskip("rdkit", reason="RDKit is not installed: pip install 'metarun[molecules]'")
+    words = ["dataset=tox21", f"dataset.root={test_data / 'molecules'}", "shots=5", "optimizer.lr=0.0003"]
+    metarun("train", *words, "iterations=300", "validation.episodes=50", "hydra.run.dir=run")
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"]["mean"] > 0.7
