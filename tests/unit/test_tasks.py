@@ -270,6 +270,7 @@ def unequal() -> UnequalEpisodes:
                 torch.rand(1, len(query_y), *SHAPE),
                 query_y.unsqueeze(0),
                 torch.randperm(11)[:ways].unsqueeze(0),
+                about=torch.rand(1, ways, 2, 3),  # as in helpers.methods
             )
         )
     return UnequalEpisodes(tuple(tasks))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metarun.datasets.images import visible
 from metarun.errors import DataError, first_line
@@ -16,7 +15,6 @@ from metarun.storage.files import read_text
 
 SEPARATORS = (",", ";", "\t")
 FORMATS = ".csv, .tsv, .jsonl or .txt, each also with .gz"
-csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than the module's 131,072
 
 
 class Row(NamedTuple):
@@ -60,23 +58,40 @@ def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
         reader = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE, strict=True)
     else:
         reader = csv.reader(lines, delimiter=separator, strict=True)
-    begun = 1
+    for place, cells in _lines(reader, path, len(text)):
+        if not columns:
+            columns = tuple(cell.strip() for cell in cells)
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(columns):
+            raise DataError(
+                f"{place}: has {len(cells)} fields, and {len(columns)} are expected "
+                f"({', '.join(columns)}); put quotes around a text that contains {separator!r}"
+            )
+        yield Row(dict(zip(columns, cells, strict=True)), place)
+
+
+def _lines(reader: Any, path: Path, longest: int) -> list[tuple[str, list[str]]]:
+    """The cells of each line, and where it begins.
+
+    Args:
+        reader: of the module csv.
+        path: of the file, for messages.
+        longest: the most characters of a cell; the module's own limit, 131,072, is that of the process.
+    """
+    found, begun = [], 1
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, longest))
     try:
         for cells in reader:
-            place, begun = f"{path}, line {begun}", reader.line_num + 1
-            if not columns:
-                columns = tuple(cell.strip() for cell in cells)
-                continue
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(columns):
-                raise DataError(
-                    f"{place}: has {len(cells)} fields, and {len(columns)} are expected "
-                    f"({', '.join(columns)}); put quotes around a text that contains {separator!r}"
-                )
-            yield Row(dict(zip(columns, cells, strict=True)), place)
+            found.append((f"{path}, line {begun}", cells))
+            begun = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {begun}: {error}; check its quotes") from None
+    finally:
+        csv.field_size_limit(limit)
+    return found
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
