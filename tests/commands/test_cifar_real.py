@@ -34,7 +34,7 @@ def cifar(test_data: Path) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("real")
+@pytest.mark.long
 def test_training_on_fc100(metarun, real_cache: Path, cifar: Path, tmp_path: Path):
     words = (
         "iterations=40 meta_batch=4 queries=5 validation.every=40 validation.episodes=40 backbone.width=16"
