@@ -25,7 +25,6 @@ from metarun.nn.per_task import TaskBatching, plain_attention
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.spec import TaskSpec
 
-pytestmark = pytest.mark.quick
 VOCABULARY, LENGTH = 40, 6
 
 
@@ -150,6 +149,7 @@ def test_gradient_based_methods_differentiate_through_their_steps(name, adapts, 
     assert_equal(ours, theirs)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("method", ["protonet", "r2d2", "matching"])
 def test_methods_on_features_have_the_gradient_of_a_plain_loop(method, name):
@@ -159,6 +159,7 @@ def test_methods_on_features_have_the_gradient_of_a_plain_loop(method, name):
     assert_equal(gradients(algorithm.meta_loss(tasks).loss.mean(), algorithm), theirs)
 
 
+@pytest.mark.quick
 def test_a_bag_has_the_angles_of_scikit_learns_tfidf():
     """With more features than tokens, and so without collisions."""
     text = pytest.importorskip("sklearn.feature_extraction.text")
@@ -173,6 +174,7 @@ def test_a_bag_has_the_angles_of_scikit_learns_tfidf():
     torch.testing.assert_close(vectors @ vectors.T, 9 * theirs @ theirs.T, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.quick
 def test_padding_changes_nothing():
     ids = torch.randint(1, VOCABULARY, (3, LENGTH))
     longer = F.pad(ids, (0, 4))
@@ -186,6 +188,7 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(changed(short), whole(short))
 
 
+@pytest.mark.quick
 def test_networks_for_texts_and_for_other_examples_are_not_confused():
     bag, mlp = ({"_target_": f"metarun.backbones.{name}"} for name in ("bag.Bag", "mlp.MLP"))
     with pytest.raises(

@@ -137,12 +137,12 @@ def test_text_that_is_not_utf8_names_its_line(tmp_path):
 
 
 def test_a_million_characters_and_many_lines_are_read_in_time(tmp_path):
-    lines = [f"text number {i % 977} of class {i % 50},c{i % 50}" for i in range(50_000)]
+    lines = [f"text number {i % 977} of class {i % 50},c{i % 50}" for i in range(5_000)]
     lines += [f"{'long ' * 200_000},c{i}" for i in range(2)]
     began = time.process_time()
     store = Texts(root=write(tmp_path / "a.csv", "\n".join(["text,label", *lines]))).load("all")
-    assert len(store.texts) == 50_002 and max(store.lengths) > 200_000
-    assert time.process_time() - began < 60  # a few seconds
+    assert len(store.texts) == 5_002 and max(store.lengths) > 200_000
+    assert time.process_time() - began < 30  # one second
 
 
 def test_descriptions_take_the_place_of_shots_or_join_them():
