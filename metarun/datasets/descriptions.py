@@ -18,7 +18,6 @@ from metarun.reporting.console import inform
 from metarun.storage.files import read_text, user_path
 
 SEPARATORS = ("\t", ";", ",")  # of equal numbers, the first: a comma may be a decimal one
-LARGEST = torch.finfo(torch.float32).max
 
 
 def read_table(file: str) -> dict[str, tuple[str, list[float]]]:
@@ -102,7 +101,7 @@ def numbers_of(cells: Iterable[str], place: str, first: int = 1, commas: bool = 
     numbers = []
     for column, cell in enumerate(cells, first):
         number = number_of(cell, commas)
-        if number is None or abs(number) > LARGEST:
+        if number is None:
             raise DataError(f"{place}: {cell!r} in column {column} is not a finite number; correct it")
         numbers.append(number)
     return numbers

@@ -111,7 +111,10 @@ class Objective:
 
         def converted(metric: Metric) -> Metric:
             score = metric.score
-            return replace(metric, score=lambda outputs, targets: score(units(outputs), units(targets)))
+            return replace(
+                metric,
+                score=lambda outputs, targets: score(units(outputs), units(targets)).to(targets.dtype),
+            )
 
         metrics, available = (tuple(map(converted, each)) for each in (self.metrics, self.available))
         return replace(self, metrics=metrics, available=available, units=units)

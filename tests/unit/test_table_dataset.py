@@ -81,7 +81,7 @@ def test_faulty_files_are_named_with_the_line(tmp_path, content, message):
     [
         ({"task": "patint", "label": "ill"}, "dataset.task: .* no column 'patint'; did you mean 'patient'"),
         ({"task": "patient", "label": "ill", "drop": ["scor"]}, "did you mean 'score'"),
-        ({"task": "patient", "target": "site"}, "line 2: column 'site' has 'a' where a number is expected"),
+        ({"task": "patient", "target": "site"}, "line 2: column 'site' has 'a' where a finite number"),
         ({"tasks": ["ill", "score"]}, "column 'score' has .* and a task has only 0, 1 and empty"),
         ({"tasks": ["x*"]}, r"no column 'x\*'"),
         ({"task": "patient", "label": "ill", "drop": ["*"]}, "no feature is left"),
@@ -145,6 +145,9 @@ def test_what_was_learned_prepares_another_table(tmp_path):
     torch.testing.assert_close(items[0, 0].item(), (40.5 - number["mean"]) / number["deviation"])
     assert items[0, 2:].tolist() == [0, 0, 0, 1]  # another value
     assert items[1].tolist() == [0, 1, 1, 0, 0, 0]
+    regression = Table(root=patients(tmp_path), task="patient", target="score", drop=["ill"])
+    labelled = Table(root=other, task="patient", label="ill").prepared_like(regression.preparation)
+    assert labelled.load("all").names == ["0", "1"]  # so that the number of outputs is what does not fit
     taken = Table(root=other, task="patient", label="ill").prepared_like(table.preparation)
     torch.testing.assert_close(taken.items, items)  # type: ignore[attr-defined]
     assert Table(root="not read.csv", task="patient", label="ill", learned=learned).item_shape == (6,)
@@ -227,6 +230,42 @@ def test_a_regression_has_standardised_targets_and_metrics_in_its_own_units(tmp_
         store.check(EpisodeShape(2, 1, 1))
 
 
+def test_targets_far_from_zero_keep_their_differences(tmp_path):
+    lines = [
+        f"t{task},{row / 7:.2f},{1_600_000_000 + 7 * task + row}" for task in range(4) for row in range(8)
+    ]
+    table = Table(
+        root=written(tmp_path, "\n".join(["task,x,seconds", *lines])), task="task", target="seconds"
+    )
+    store, shape = table.split("train"), EpisodeShape(1, 1, 7)
+    episodes = store.gather(store.draw(1, shape, seeded("x")), shape)
+    wrong = episodes.query_y + 3 / table.learned.deviation
+    (score,) = episodes.objective.metrics[0].score(wrong, episodes.query_y)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score.item(), 9.0, rtol=1e-4, atol=0)  # float32 knows multiples of 128 there
+
+
+def test_equal_targets_are_only_centred(tmp_path):
+    lines = [f"t{task},{row / 7:.2f},0.1" for task in range(4) for row in range(10)]
+    table = Table(root=written(tmp_path, "\n".join(["task,x,y", *lines])), task="task", target="y")
+    assert table.learned.deviation == 1.0
+
+
+def test_numbers_that_float32_does_not_have_are_refused(tmp_path):
+    lines = [f"t{i % 4},{'1e300' if i == 20 else i / 7},{i % 2}" for i in range(40)]
+    root = written(tmp_path, "\n".join(["task,x,label", *lines]))
+    with pytest.raises(DataError, match="line 22: column 'x' has '1e300' where a finite number"):
+        _ = Table(root=root, task="task", label="label").items
+
+
+@pytest.mark.parametrize(("word", "cell"), [(-9, "-9.0"), ("-9.0", "-9"), ("NONE", "None")])
+def test_words_for_missing_values_are_compared_as_numbers(tmp_path, word, cell):
+    lines = [f"t{i % 4},{cell if i % 5 == 0 else i / 7},{i % 2}" for i in range(40)]
+    root = written(tmp_path, "\n".join(["task,x,label", *lines]))
+    items = Table(root=root, task="task", label="label", missing=[word]).items
+    assert items[:5].tolist()[0] == [0, 1] and items[:, 1].sum() == 8
+
+
 def test_columns_are_tasks_of_a_wide_table(tmp_path):
     lines = [f"{i % 2},{'' if i % 3 else i % 2},{i % 5 // 4}.0,{i * 7 % 11}.5" for i in range(40)]
     root = written(tmp_path, "\n".join(["a-1,a-2,b,x", *lines]))
@@ -234,6 +273,12 @@ def test_columns_are_tasks_of_a_wide_table(tmp_path):
     assert list(table.layout.groups) == ["a-1", "a-2", "b"] and table.item_shape == (1,)
     assert [len(rows) for rows in table.layout.groups["a-2"].rows] == [7, 7]
     assert list(Table(root=root, tasks=["a-*"], drop=["b"]).layout.groups) == ["a-1", "a-2"]
+    splits = written(
+        tmp_path, "\n".join(["a,x,split", *[f"{i % 2},{i / 7},train" for i in range(9)]]), "s.csv"
+    )
+    with pytest.raises(DataError, match="column 'split' says the splits of rows"):
+        _ = Table(root=splits, tasks="columns").items
+    assert Table(root=splits, tasks="columns", drop=["split"]).items.shape == (9, 1)
     apart = Table(root=root, tasks="columns", disjoint=True)
     train, test = (apart.split(split).rows for split in ("train", "test"))  # type: ignore[attr-defined]
     names = apart.layout.row_names

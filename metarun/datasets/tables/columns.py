@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MOST_VALUES = 50  # of a category with one number for each value; the values of others are hashed
 BUCKETS = 64  # of hashed values
 MOSTLY = 0.5  # the share of a column's cells above which it is one of numbers
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Learned:
 
 
 def is_missing(cell: str, missing: Collection[str]) -> bool:
-    """Whether a cell is empty or has one of the words for a missing value, in lower case."""
-    return not cell or cell.lower() in missing
+    """Whether a cell is empty or has one of the words for a missing value, as `label_of` gives them."""
+    return not cell or label_of(cell.lower()) in missing
 
 
 def missing_in(cells: Collection[str], missing: Collection[str]) -> set[str]:
@@ -148,12 +149,12 @@ def missing_in(cells: Collection[str], missing: Collection[str]) -> set[str]:
 
 
 def number_of(cell: str, comma: bool) -> float | None:
-    """The number in a cell; None if there is none."""
+    """The number in a cell; None if there is none that is finite in float32."""
     try:
         value = float(cell.replace(",", ".", 1) if comma else cell)
     except ValueError:
         return None
-    return value if math.isfinite(value) and "_" not in cell else None  # Python reads 1_000 as a number
+    return value if abs(value) <= LARGEST and "_" not in cell else None  # Python reads 1_000 as a number
 
 
 def numbers_of(cells: Cells, name: str, missing: Collection[str]) -> np.ndarray:
@@ -166,8 +167,8 @@ def numbers_of(cells: Cells, name: str, missing: Collection[str]) -> np.ndarray:
     for row, cell in enumerate(own):
         if cell not in numbers:
             raise DataError(
-                f"{cells.at(row)}: column {name!r} has {cell!r} where a number is expected; correct it, "
-                "add it to dataset.missing, or name a column of words in dataset.categories"
+                f"{cells.at(row)}: column {name!r} has {cell!r} where a finite number is expected; "
+                "correct it, add it to dataset.missing, or name a column of words in dataset.categories"
             )
     return np.array([numbers[cell] for cell in own])
 

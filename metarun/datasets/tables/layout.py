@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,7 +20,7 @@ BINARY = ("0", "1")  # the labels of columns that are tasks
 
 @dataclass(frozen=True)
 class Roles:
-    """The use of columns, as in the settings of `Table`; `missing` in lower case."""
+    """The use of columns, as in the settings of `Table`; the words of `missing` as `is_missing` has them."""
 
     task: str | None = None
     label: str | None = None
@@ -178,7 +178,17 @@ class Layout:
             chosen = self.cells.matching(self.roles.features, "dataset.features")
             return [name for name in chosen if name not in used and name not in self.dropped]
         others = {*used, *self.dropped, *([SPLIT] if self.has_splits else [])}
+        self._refuse_split(others)
         return [name for name in self.cells.columns if name not in others]
+
+    def _refuse_split(self, others: Collection[str]) -> None:
+        """Raise DataError if the column `split` would be a feature and says the splits of rows."""
+        own = self.cells.columns.get(SPLIT, []) if SPLIT not in others else []
+        if own and all(cell.lower() in SPLIT_OF for cell in own):
+            raise DataError(
+                f"{self.cells.path}: column 'split' says the splits of rows, and tasks that are columns have "
+                "rows in common; leave it out (dataset.drop=[split]), or name it in dataset.features"
+            )
 
     @property
     def row_names(self) -> list[str]:

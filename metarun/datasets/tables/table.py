@@ -15,7 +15,7 @@ from torch import Tensor
 from metarun.datasets.base import Dataset, OwnTask, Split, by_digest, split_by_digest
 from metarun.datasets.preparation import Preparation
 from metarun.datasets.tables import own_files
-from metarun.datasets.tables.columns import Learned, learn_columns, listed, numbers_of
+from metarun.datasets.tables.columns import Learned, label_of, learn_columns, listed, numbers_of
 from metarun.datasets.tables.layout import Layout, Roles
 from metarun.datasets.tables.molecules import BITS, Fingerprints
 from metarun.datasets.tables.reading import Cells, read_table
@@ -109,7 +109,9 @@ class Table(Dataset):
             features=features,
             drop=drop or [],
             categories=categories or [],
-            missing=frozenset(str(word).lower() for word in (MISSING if missing is None else missing)),
+            missing=frozenset(
+                label_of(str(word).lower()) for word in (MISSING if missing is None else missing)
+            ),
         )
         self.roles.check()
         if min(validation, test) <= 0 or validation + test >= 1:
@@ -139,7 +141,8 @@ class Table(Dataset):
         if not self.roles.target:
             return CLASSIFICATION
         mean, deviation = self.learned.mean, self.learned.deviation
-        return REGRESSION.in_units(lambda values: values * deviation + mean)
+        # In float64: float32 would round values that are far from 0 and differ little, such as dates.
+        return REGRESSION.in_units(lambda values: values.double() * deviation + mean)
 
     @property
     def decided(self) -> dict[str, Any]:
@@ -246,7 +249,9 @@ class Table(Dataset):
         mean, deviation, labels = 0.0, 1.0, list(layout.labels)
         if self.roles.target:
             values = numbers_of(layout.cells, self.roles.target, self.roles.missing)[rows]
-            mean, deviation = float(values.mean()), float(values.std()) or 1.0
+            mean, deviation = float(values.mean()), float(values.std())
+            if values.min() == values.max():  # the deviation is rounded, and may be just above 0
+                deviation = 1.0
         elif self.roles.task:
             labels = [label for i, label in enumerate(labels) if any(group.rows[i] for group in groups)]
         return self.checked(Learned(columns, tuple(labels), mean, deviation))
@@ -280,7 +285,7 @@ class Table(Dataset):
         if self.roles.target:
             return self._tasks(groups, [], title, device)
         if self.roles.task or self.roles.tasks:
-            labels = self.layout.labels if self.shuffled else self.learned.labels
+            labels = self.layout.labels if self.shuffled else self.learned.labels or self.layout.labels
             return self._tasks(self._labelled(groups, labels, title), labels, title, device)
         groups = sorted(groups, key=lambda group: group.name)
         rows = [row for group in groups for row in group.rows[0]]
