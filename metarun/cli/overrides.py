@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -102,12 +103,28 @@ def pairing(overrides: list[str]) -> list[str]:
     on a choice must not override another group.
     """
     chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
-    paired, of_backbone = (of_option(group, chosen.get(group, "")) for group in ("dataset", "backbone"))
-    if paired == TEXTS and any(chosen.get(name, "null") != "null" for name in MAKE_VECTORS):
-        paired = TEXT_VECTORS
-    elif paired == TEXTS and of_backbone:
-        paired = f"{paired}_{of_backbone}"
-    return [f"pairing={paired}"] if paired and "pairing" not in chosen else []
+    if "pairing" in chosen:
+        return []
+    datasets, backbones = (chosen.get(group, "").split(",") for group in ("dataset", "backbone"))
+    vectors = any(chosen.get(name, "null") != "null" for name in MAKE_VECTORS)
+    every = {pairing_of(*pair, vectors) for pair in itertools.product(datasets, backbones)}
+    if len(every) > 1:
+        swept = [
+            f"{group}={chosen[group]}" for group in ("dataset", "backbone") if "," in chosen.get(group, "")
+        ]
+        fail(
+            f"{' '.join(swept)}: these need different settings of other groups; run them separately", status=1
+        )
+    (paired,) = every
+    return [f"pairing={paired}"] if paired else []
+
+
+def pairing_of(dataset: str, backbone: str, vectors: bool) -> str:
+    """The pairing of a dataset and a backbone, "" for none; `vectors`: whether texts become vectors."""
+    paired, of_backbone = of_option("dataset", dataset.strip()), of_option("backbone", backbone.strip())
+    if paired == TEXTS and vectors:
+        return TEXT_VECTORS
+    return f"{paired}_{of_backbone}" if paired == TEXTS and of_backbone else paired
 
 
 def of_option(group: str, option: str) -> str:

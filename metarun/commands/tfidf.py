@@ -48,7 +48,11 @@ def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
         if key not in vectors:
             # Every word is counted, also one that is in no training text; its weight is then the largest.
             texts = [*source.texts, *source.descriptions, *source.background]
-            counts = CountVectorizer(preprocessor=normalised, **settings).fit_transform(texts)
+            try:
+                counts = CountVectorizer(preprocessor=normalised, **settings).fit_transform(texts)
+            except ValueError:  # there is nothing to count
+                inform(f"{source.name}: no text has a word, so there is no row of {name}")
+                continue
             weights = TfidfTransformer().fit(counts[-len(source.background) :])
             vectors[key] = weights.transform(counts)
         found.append(
@@ -91,6 +95,6 @@ def nearest_centroids(vectors: Any, tasks: Episodes) -> Iterator[Tensor]:
     """
     for support, y, query in zip(tasks.support_x, tasks.support_y, tasks.query_x, strict=True):
         members = (y == torch.arange(tasks.ways).unsqueeze(1)).numpy().astype(float)  # [N, S]
-        means = members @ vectors[support.flatten().numpy()].toarray()  # [N, words]
+        means = members @ vectors[support.flatten().numpy()]  # [N, words]
         means /= np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
         yield torch.from_numpy(vectors[query.flatten().numpy()] @ means.T)

@@ -188,6 +188,18 @@ def test_paths_are_swept_and_listed():
     assert arrange("train", ["-m", "hydra.sweep.dir=a,b"]) == ["-m", "hydra.sweep.dir='a,b'"]
 
 
+def test_a_sweep_has_the_settings_that_its_options_need(capsys):
+    """As each run alone has them: text_cnn reads words alone."""
+    assert arrange("train", ["-m", "dataset=phrases,clinc150"])[1] == "pairing=texts"
+    swept = ["-m", "dataset=phrases", "backbone=text_cnn, text_transformer"]
+    assert arrange("train", swept)[1] == "pairing=texts_words"
+    assert arrange("train", ["-m", "dataset=omniglot,glyphs"]) == ["-m", "dataset=omniglot,glyphs"]
+    for words in (["dataset=phrases", "backbone=bag,text_cnn"], ["dataset=omniglot,sinusoid"]):
+        with pytest.raises(SystemExit):
+            arrange("train", ["-m", *words])
+        assert f"{words[-1]}: these need different settings of other groups" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("algorithm", KINDS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_kind_of_algorithm_builds_on_every_backbone(algorithm: str, backbone: str, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -22,7 +23,7 @@ from metarun.datasets.text.published import PUBLISHED, PublishedTexts
 from metarun.datasets.text.store import Languages, TextStore
 from metarun.datasets.text.texts import Texts
 from metarun.datasets.text.tokens import BUCKETS, Tokens, normalised, words
-from metarun.errors import DataError
+from metarun.errors import ConfigError, DataError
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.sampling import seeded
 
@@ -108,6 +109,8 @@ def test_class_folders_of_text_files_and_a_column_of_splits(tmp_path):
         ("a.csv", "words,label\nx,a\n", "no column 'text', but 'words', 'label'; set dataset.text=COLUMN"),
         ("a.csv", "text,label,split\nx,a,train\ny,a,test\n", "line 3: class 'a' is in train and in test"),
         ("a.csv", "text,label,split\nx,a,later\n", "line 2: split 'later' must be train, validation or test"),
+        ("a.csv", "text,label,text\nx,a,y\n", "a.csv, line 1: two columns are named 'text'; rename one"),
+        ("a.jsonl", '{"text": null, "label": "a"}\n', "a.jsonl, line 1: its text is empty"),
         ("a.csv", "", "a.csv: has no texts"),
         ("a.csv", "text,label\n", "a.csv: has no texts"),
         ("a.jsonl", '{"text": "x", "label": "a"}\n[1]\n', "a.jsonl, line 2: is not an object"),
@@ -128,6 +131,16 @@ def test_a_wrong_file_is_one_line_that_names_the_line(tmp_path, name, text, mess
     with pytest.raises(DataError, match=message) as caught:
         Texts(root=str(path)).split("test")
     assert "\n" not in str(caught.value)
+
+
+def test_languages_that_are_not_there_are_one_line(tmp_path):
+    root = write(tmp_path / "a.csv", "text,label\nx,a\ny,b\n")
+    with pytest.raises(DataError, match=r"no column 'tongue', .*; set dataset.language=COLUMN"):
+        Texts(root=root, language="tongue").splits()
+    with pytest.raises(DataError, match="has no texts in 'eng'; it has no languages; leave the setting out"):
+        Texts(root=root, support_language="eng").split("test")
+    with pytest.raises(ConfigError, match=r"dataset.languages=\[\]: name at least one language"):
+        PublishedTexts(name="injongo", languages=[])
 
 
 def test_text_that_is_not_utf8_names_its_line(tmp_path):
@@ -184,6 +197,10 @@ def test_support_and_queries_are_in_the_languages_of_a_task(support, query):
     assert seen == {(s, q) for s in ours for q in (query or (s,))}
     with pytest.raises(DataError, match=r"class 'c0' of made test has 5 in"):
         store.check(EpisodeShape(3, 3, 3))
+    few = {label: texts | {"c": ["alone"]} for label, texts in corpus.items()}
+    store = TextStore(few, list(few), TOKENS, "made test", languages=Languages(support, query))
+    with contextlib.nullcontext() if support else pytest.raises(DataError, match="has 1 in c"):
+        store.check(shape)  # of the languages that are drawn only
     with pytest.raises(DataError, match="has no texts in 'd'; its languages are a, b, c"):
         TextStore(corpus, list(corpus), TOKENS, "made test", languages=Languages(("d",)))
 
@@ -249,10 +266,13 @@ def test_the_authors_files_are_downloaded_checked_and_read(tmp_path, monkeypatch
 def test_names_of_classes_as_words():
     names = {
         "next_holiday": "next holiday",
-        "00 STYLE & BEAUTY": "STYLE & BEAUTY",
         "lists/remove": "lists remove",
+        "5 stars": "5 stars",
+        "top 10 songs": "top 10 songs",
     }
     assert {name: readable(name) for name in names} == names
+    huffpost = PublishedTexts(name="huffpost")  # whose classes are numbered by its publishers
+    assert huffpost.description_of("00 STYLE & BEAUTY") == "STYLE & BEAUTY"
 
 
 def test_phrases_are_the_same_everywhere_and_more_classes_keep_those_that_there_are():

@@ -25,8 +25,6 @@ from metarun.errors import ConfigError, DataError
 from metarun.storage.files import user_path
 from metarun.tasks.spec import TaskSpec
 
-NUMBER = re.compile(r"\d+ (?=\S)")  # in front of the name of a class that its publishers number
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -275,8 +273,8 @@ class OwnText(NamedTuple):
 
 
 def readable(label: str) -> str:
-    """The name of a class as words: "next_holiday" is "next holiday"; without the number in front of it."""
-    return " ".join(re.sub(r"[_/.-]+", " ", NUMBER.sub("", label, count=1)).split()) or label
+    """The name of a class as words: "next_holiday" is "next holiday"."""
+    return " ".join(re.sub(r"[_/.-]+", " ", label).split()) or label
 
 
 def read_descriptions(path: Path) -> dict[str, str]:

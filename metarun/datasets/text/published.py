@@ -12,6 +12,7 @@ The files are those of the authors of the splits, at fixed commits:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from metarun.datasets.base import Split, and_more, split_by_digest
 from metarun.datasets.text import reading
-from metarun.datasets.text.base import Reading, TextDataset
+from metarun.datasets.text.base import Reading, TextDataset, readable
 from metarun.datasets.text.store import Corpus
 from metarun.errors import ConfigError, DataError, first_line
 from metarun.storage.downloads import download as fetch
@@ -35,6 +36,7 @@ MASAKHANE = f"{GITHUB}/masakhane-io/masakhane-nlu/1f8be590da6699aee3dc23de6f63e8
 LISTS = Path(__file__).with_name("classes")
 OF_LETTER: dict[str, Split] = {"r": "train", "v": "validation", "e": "test"}
 INJONGO = (20, 5, 15)  # classes
+NUMBER = re.compile(r"\d\d ")  # in front of the names of the classes that Bao et al. number
 
 
 class Labelled(NamedTuple):
@@ -170,6 +172,8 @@ class PublishedTexts(TextDataset):
         )
         if name != "injongo" and (languages or support_language or query_language):
             raise ConfigError(f"dataset.languages: {name} has one language; leave the languages out")
+        if languages == []:
+            raise ConfigError("dataset.languages=[]: name at least one language, or null for all")
         self.name, self.root, self.fold = name, root, fold
         self.languages, self.download = languages, download
 
@@ -188,6 +192,9 @@ class PublishedTexts(TextDataset):
             split: {label: self.texts_of(label, found) for label in labels}
             for split, labels in self.classes.items()
         }
+
+    def description_of(self, label: str) -> str:
+        return readable(label.removeprefix(number[0]) if (number := NUMBER.match(label)) else label)
 
     def texts_of(self, label: str, found: Mapping[str, dict[str, list[str]]]) -> dict[str, list[str]]:
         """The texts of a class, by language. Classes with a number are found by it."""

@@ -61,6 +61,8 @@ def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     for place, cells in _lines(reader, path, len(text)):
         if not columns:
             columns = tuple(cell.strip() for cell in cells)
+            if twice := [name for i, name in enumerate(columns) if name and name in columns[:i]]:
+                raise DataError(f"{place}: two columns are named {twice[0]!r}; rename one of them")
             continue
         if not any(cell.strip() for cell in cells):
             continue
@@ -105,7 +107,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
             raise DataError(f"{place}: is not JSON ({first_line(error)})") from None
         if not isinstance(value, dict):
             raise DataError(f'{place}: is not an object such as {{"text": "...", "label": "..."}}')
-        yield Row({key: item if isinstance(item, str) else str(item) for key, item in value.items()}, place)
+        yield Row({key: "" if item is None else str(item) for key, item in value.items()}, place)
 
 
 def cell(row: Row, column: str, setting: str = "") -> str:

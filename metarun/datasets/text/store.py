@@ -144,9 +144,9 @@ class TextStore(ClassStore):
     def languages_of(self, names: Sequence[str]) -> Tensor:
         """The numbers of languages, or of all that the split has. Raises DataError for an unknown one."""
         if unknown := [name for name in names if name not in self.spoken]:
-            raise DataError(
-                f"{self.name}: has no texts in {unknown[0]!r}; its languages are {', '.join(self.spoken)}"
-            )
+            listed = ", ".join(filter(None, self.spoken))
+            rest = f"its languages are {listed}" if listed else "it has no languages; leave the setting out"
+            raise DataError(f"{self.name}: has no texts in {unknown[0]!r}; {rest}")
         return torch.tensor([self.spoken.index(name) for name in names or self.spoken])
 
     @cached_property
@@ -205,12 +205,13 @@ class TextStore(ClassStore):
     def check(self, shape: EpisodeShape) -> None:
         if len(self.spoken) == 1:
             return super().check(shape)
-        every = self.by_language[:, torch.cat(self.drawn).unique()]
+        used = torch.cat(self.drawn if self.languages.query else self.drawn[:1]).unique()
+        every = self.by_language[:, used]
         self.check_ways(shape.ways)
         wanted = shape.shots + shape.queries
         if wanted > int(every.min()):
             number, language = divmod(int(every.argmin()), every.shape[1])
-            spoken = self.spoken[int(torch.cat(self.drawn).unique()[language])]
+            spoken = self.spoken[int(used[language])]
             raise DataError(
                 f"shots={shape.shots} and queries={shape.queries} need {counted(wanted, 'text')} a class and "
                 f"language: class {self.names[number]!r} of {self.name} has {int(every.min())} in {spoken}; "

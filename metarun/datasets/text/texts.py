@@ -12,6 +12,7 @@ from metarun.datasets.text.store import Corpus
 from metarun.errors import DataError
 from metarun.storage.files import user_path
 
+LANGUAGE = "language"  # the default name of a column that files need not have
 SPLITS: dict[str, Split] = {
     "train": "train",
     "val": "validation",
@@ -44,7 +45,7 @@ class Texts(TextDataset):
         root: str,
         text: str = "text",
         label: str = "label",
-        language: str = "language",
+        language: str = LANGUAGE,
         ngrams: list[int] | tuple[int, ...] = (3, 4),
         length: int = 256,
         vectors: str | None = None,
@@ -122,11 +123,17 @@ class Texts(TextDataset):
                 raise DataError(f"{row.place}: split {split!r} must be train, validation or test")
             yield (
                 reading.cell(row, label, "dataset.label"),
-                row.cells.get(language, "").strip(),
+                self.language_of(row, language),
                 SPLITS.get(split),
                 reading.cell(row, text, "dataset.text"),
                 row.place,
             )
+
+    def language_of(self, row: reading.Row, column: str) -> str:
+        """The language of a row; "" without the column, which only a file of languages must have."""
+        if column != LANGUAGE and column not in row.cells:
+            return reading.cell(row, column, "dataset.language")
+        return row.cells.get(column, "").strip()
 
     def by_rule(self, classes: Corpus) -> Mapping[Split, Corpus]:
         parts = split_by_rule(classes, self.shares, self.seed, self.root)
