@@ -291,7 +291,8 @@ def resumed_config(path: Path, state: dict[str, Any], now: DictConfig, overrides
         allowed = any(key == name or key.startswith(name + ".") for name in RESUMABLE)
         if not allowed and not ROOT_OF_PART.fullmatch(key):
             raise ConfigError(
-                f"{override}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} may change"
+                f"{override.lstrip('+')}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} "
+                "may change"
             )
         OmegaConf.update(cfg, key, OmegaConf.select(now, key), force_add=True)
     if cfg.iterations < state["iteration"]:

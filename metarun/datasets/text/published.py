@@ -171,7 +171,9 @@ class PublishedTexts(TextDataset):
             )
         )
         if name != "injongo" and (languages or support_language or query_language):
-            raise ConfigError(f"dataset.languages: {name} has one language; leave the languages out")
+            raise ConfigError(
+                f"dataset.support_language, dataset.query_language: {name} has one language; leave them out"
+            )
         if languages == []:
             raise ConfigError("dataset.languages=[]: name at least one language, or null for all")
         self.name, self.root, self.fold = name, root, fold

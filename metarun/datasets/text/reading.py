@@ -14,7 +14,7 @@ from metarun.errors import DataError, first_line
 from metarun.storage.files import read_text
 
 SEPARATORS = (",", ";", "\t")
-FORMATS = ".csv, .tsv, .jsonl or .txt, each also with .gz"
+FORMATS = ".csv, .tsv, .jsonl or .txt file, also with .gz"
 
 
 class Row(NamedTuple):
@@ -45,7 +45,7 @@ def rows_of(path: Path, columns: tuple[str, ...] = ()) -> Iterator[Row]:
         case ".jsonl" | ".json":
             yield from _json_rows(path)
         case _:
-            raise DataError(f"{path}: is not a {FORMATS} file")
+            raise DataError(f"{path}: is not a {FORMATS}")
 
 
 def _table_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -137,7 +137,7 @@ def text_files(folder: Path) -> Iterator[tuple[str, Path]]:
     found = [(each.name, file) for each in classes for file in visible(each) if file.suffix == ".txt"]
     if not found:
         raise DataError(
-            f"{folder}: has no class folders of .txt files, one text in each; or name a {FORMATS} file"
+            f"{folder}: has no class folders of .txt files, one text in each; or name a {FORMATS}"
         )
     yield from found
 
