@@ -11,7 +11,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from metarun.algorithms.base import Algorithm
-from metarun.commands.trained_on import compare_with, note_weights, trained_classes, without_trained
+from metarun.commands.trained_on import (
+    compare_with,
+    note_tasks,
+    note_weights,
+    trained_classes,
+    without_trained,
+)
 from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
 from metarun.config.restore import EVALUATED, config_of, rebuild
@@ -204,6 +210,7 @@ class TestData:
                 compare_with([each.content for each in same], self.command.split, source)
             for each in same if source.names else []:
                 note_weights(each.name, each.settings)
+            note_tasks(source, {each.name: each.content for each in same})
             trained = {each.name: trained_classes(each.content) for each in same}
             self.sources[key] = without_trained(source, trained, self.kept_by)
         source = fitted(self.sources[key], model.spec)

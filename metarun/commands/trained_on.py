@@ -62,6 +62,7 @@ def load_split(
         require_same_classes(resumed, source)
         classes = TrainedClasses.of(source)
         record["train_classes"] = classes and classes.plain()
+        record["train_tasks"] = list(source.tasks)
     compare_with([resumed], split, source)
     if split == "train":
         return source
@@ -109,6 +110,22 @@ def without_trained(
     return source.keeping([i for i in range(len(source.names)) if i not in known])
 
 
+def note_tasks(source: EpisodeSource, contents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Report stored tasks, such as patients, that models were trained on; they are told by their names.
+
+    Args:
+        source: the split to test on.
+        contents: of the checkpoints, by the names of the models.
+    """
+    for model, content in contents.items():
+        before = set(content.get("train_tasks") or ())
+        if known := [name for name in source.tasks if name in before]:
+            inform(
+                f"{model} was trained on tasks of the same names as {len(known)} of the {len(source.tasks)} "
+                f"tasks of {source.name}, such as {known[0]!r}; the results may not be for new tasks"
+            )
+
+
 def note_weights(model: str, settings: TrainConfig) -> None:
     """Report that a backbone started from other weights, whose training classes have no record."""
     if weights := settings.backbone.get("weights"):
@@ -122,18 +139,20 @@ def compare_with(contents: Sequence[Mapping[str, Any]], split: str, source: Epis
     """Report if a split is not the one that the runs of checkpoints had."""
     before = {(content.get("fingerprints") or {}).get(split) for content in contents} - {None}
     if before - {source.fingerprint}:
-        inform(f"{source.name}: its classes or their images have changed since the model was trained")
+        inform(f"{source.name}: its data has changed since the model was trained")
 
 
 def require_same_classes(content: Mapping[str, Any], train: EpisodeSource) -> None:
-    """Raise DataError if a run cannot be resumed because its training classes are others now."""
-    before = TrainedClasses.from_plain(content.get("train_classes"))
-    now = TrainedClasses.of(train)
-    if before is None or now is None or before.names == now.names:
+    """Raise DataError if a run cannot be resumed because its training classes or tasks are others now."""
+    classes, own = TrainedClasses.from_plain(content.get("train_classes")), TrainedClasses.of(train)
+    what, before, now = "tasks", list(content.get("train_tasks") or ()), list(train.tasks)
+    if classes and own:
+        what, before, now = "classes", classes.names, own.names
+    if not before or not now or before == now:
         return
-    added, gone = sorted(set(now.names) - set(before.names)), sorted(set(before.names) - set(now.names))
+    added, gone = sorted(set(now) - set(before)), sorted(set(before) - set(now))
     example = f"{added[0]!r} was not there" if added else f"{gone[0]!r} is missing" if gone else "their order"
     raise DataError(
-        f"{train.name}: the training classes have changed since the run was started "
-        f"({len(before.names)} then, {len(now.names)} now, {example}); restore the data, or start a new run"
+        f"{train.name}: the training {what} have changed since the run was started "
+        f"({len(before)} then, {len(now)} now, {example}); restore the data, or start a new run"
     )

@@ -39,6 +39,7 @@ class EpisodeSource(ABC):
         name: what messages call this split, such as "omniglot test".
         fingerprint: identifies the data that choices refer to.
         names: the classes' names, in order; empty where there are no classes.
+        tasks: the names of stored tasks, such as patients; empty where tasks are drawn anew, or from classes.
         parts: the sources of several datasets by their names, where this one mixes them; else empty.
         described: whether a class is known without examples of it, so that tasks may have 0 shots.
         host_for: the device that fetched items are copied to, where items stay in host memory; else None.
@@ -49,6 +50,7 @@ class EpisodeSource(ABC):
     name: str
     fingerprint: str
     names: Sequence[str] = ()
+    tasks: Sequence[str] = ()
     parts: Mapping[str, EpisodeSource] = {}
     described: bool = False
     host_for: torch.device | None = None

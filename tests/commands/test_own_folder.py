@@ -96,7 +96,7 @@ def test_a_folder_that_has_changed_is_noticed(metarun, run: Path, root: Path, tm
     assert "trained on" not in same
     splits = splits_of(root)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "mine" / min(splits["test"]) / "0.png")
-    assert "mine test: its classes or their images have changed since" in metarun(*words).stderr
+    assert "mine test: its data has changed since" in metarun(*words).stderr
     (tmp_path / "mine" / min(splits["train"])).rename(tmp_path / "mine" / "renamed")
     done = metarun("train", "resume=run", "iterations=3", "dataset.root=mine", status=1)
     assert "mine train: the training classes have changed since the run was started" in done.stderr

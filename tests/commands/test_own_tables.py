@@ -61,6 +61,7 @@ def test_labels_are_trained_listed_and_evaluated(metarun, table: Path, tmp_path:
         "eval", "checkpoint=run", "episodes=4", "queries=3", "shots=2", "hardware=cpu", "split=all"
     )
     assert "roc_auc" in done.stdout
+    assert "trained on tasks of the same names as 4 of the 8 tasks of table all" in done.stderr
     done = metarun("train", *words, "ways=5", *TINY, status=1)
     assert "set ways=2" in done.stderr and len(done.stderr.strip().splitlines()) == 2
     classes = [f"dataset.{key}" for key in ("root=table.csv", "label=no.", "drop=[y,high]")]

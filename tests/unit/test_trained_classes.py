@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from metarun.commands.trained_on import without_trained
+from metarun.commands.trained_on import require_same_classes, without_trained
 from metarun.datasets.cifar import labels
 from metarun.datasets.mixture import MixtureStore
 from metarun.datasets.omniglot import class_split
@@ -126,3 +127,11 @@ def test_of_a_mixture_whole_datasets_may_be_left_out():
 )
 def test_an_entry_that_is_no_record_is_none(entry):
     assert TrainedClasses.from_plain(entry) is None
+
+
+def test_a_run_with_other_tasks_is_not_resumed():
+    tasks = SimpleNamespace(name="patients train", tasks=["p1", "p3"], names=[])
+    for before in ({"train_tasks": ["p1", "p3"]}, {}):  # older checkpoints have no record
+        require_same_classes(before, tasks)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"training tasks have changed .*\(2 then, 2 now, 'p3' was not there"):
+        require_same_classes({"train_tasks": ["p1", "p2"]}, tasks)  # type: ignore[arg-type]
