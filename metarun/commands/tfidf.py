@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,8 +31,13 @@ VECTORIZERS: dict[str, dict[str, Any]] = {
 
 
 def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
-    """The cells, with two cells of TF-IDF for each task on texts; needs scikit-learn."""
-    tasks = {(cell.dataset, cell.shape): cell for cell in reversed(cells) if cell.result}
+    """The cells, with two cells of TF-IDF for the episodes of each task on texts; needs scikit-learn.
+
+    Where models have different episodes of a task, as of two class splits, their names are added.
+    """
+    tasks = {
+        (cell.dataset, cell.shape, cell.result.episodes_hash): cell for cell in reversed(cells) if cell.result
+    }
     own = [cell for cell in reversed(tasks.values()) if isinstance(cell.source, TextStore)]
     if not own:
         return list(cells)
@@ -41,6 +47,7 @@ def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
         inform("pip install scikit-learn to see the accuracy of TF-IDF vectors on the same episodes")
         return list(cells)
     found, vectors = list(cells), {}
+    different = Counter((cell.dataset, cell.shape) for cell in own)
     for cell, (name, settings) in itertools.product(own, VECTORIZERS.items()):
         source = cell.source
         assert isinstance(source, TextStore)
@@ -55,8 +62,9 @@ def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
                 continue
             weights = TfidfTransformer().fit(counts[-len(source.background) :])
             vectors[key] = weights.transform(counts)
+        title = name if different[cell.dataset, cell.shape] == 1 else f"{name} ({cell.model.name})"
         found.append(
-            replace(cell, model=Reference(name), steps=None, result=scored(cell, vectors[key], command))
+            replace(cell, model=Reference(title), steps=None, result=scored(cell, vectors[key], command))
         )
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,4 +56,10 @@ def test_texts_without_words_have_no_row_of_words(capsys):
     store = TextStore(corpus, list("!?;"), Tokens((), 8), "made test")
     (row,) = rows_beside(store, EpisodeShape(2, 1, 2), 4)
     assert row.model.name == "TF-IDF characters"
+    cells = [
+        replace(row, model=Reference(name), result=replace(row.result, episodes_hash=episodes))
+        for name, episodes in [("first", "1"), ("second", "1"), ("other split", "2")]
+    ]
+    names = [cell.model.name for cell in with_references(cells, EvalConfig(episodes=4, seed=3))[3:]]
+    assert names == ["TF-IDF characters (first)", "TF-IDF characters (other split)"]
     assert "no text has a word, so there is no row of TF-IDF words" in capsys.readouterr().err
