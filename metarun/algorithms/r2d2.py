@@ -58,7 +58,7 @@ class R2D2(FeatureMethod):
         require(
             self.solver == "ridge" or train.spec.outputs is None,
             "algorithm.solver=logistic: needs tasks with classes, which this dataset does not have; choose "
-            "algorithm=r2d2",
+            "algorithm.solver=ridge",
         )
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:

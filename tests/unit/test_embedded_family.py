@@ -27,6 +27,7 @@ from metarun.algorithms.versa import Versa
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.backbones.wide_resnet import WideResNet
+from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
 from metarun.nn.per_task import TaskBatching
@@ -582,3 +583,8 @@ def test_what_cannot_be_is_said_in_a_line(build, words: str):
     with pytest.raises(ConfigError) as error:
         build()
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_logistic_regressions_need_classes():
+    with pytest.raises(ConfigError, match=r"choose algorithm\.solver=ridge"):
+        R2D2(Numbers(2), solver="logistic").on_run_start(Sinusoid().split("train"))
