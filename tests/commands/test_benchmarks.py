@@ -46,6 +46,7 @@ def test_the_command_times_checks_and_writes(
     assert set(report["sampling"]) == {"class store", "loader of single images"}
 
 
+@pytest.mark.long
 def test_memory_is_measured_in_a_process_of_its_own(benchmarks, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     assert benchmarks.in_own_process("W5a", "metarun", CPU)["peak_mib"] > 100
