@@ -111,7 +111,7 @@ def without_trained(
 
 
 def note_tasks(source: EpisodeSource, contents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Report stored tasks, such as patients, that models were trained on; they are told by their names.
+    """Report stored tasks, such as patients, that models were trained on; they are recognised by their names.
 
     Args:
         source: the split to test on.

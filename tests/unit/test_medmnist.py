@@ -216,7 +216,7 @@ def test_a_download_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_sets_are_those_of_the_package():
-    """With its counts; names of classes that are not told apart by themselves belong to sets of one split."""
+    """With its counts; ambiguous names of classes belong to sets of one split."""
     assert len(SETS) == 11 and len(OTHERS) == 7
     assert sum(known.images for known in SETS.values()) == 595_842
     sums = [md5 for known in SETS.values() for md5 in known.md5]

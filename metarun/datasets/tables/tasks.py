@@ -79,7 +79,7 @@ class TableTasks(EpisodeSource):
             tensor.to(device) for tensor in (self.items, self.index, self.starts)
         )
         self.values = None if self.values is None else self.values.to(device)
-        self.told: set[tuple[int, int]] = set()  # shapes whose small tasks were named
+        self.reported: set[tuple[int, int]] = set()  # shapes whose small tasks were named
 
     def _digest(self) -> str:
         digest = hashlib.sha256(f"{self.tasks} {self.names} {self.shuffled} {self.items.dtype}".encode())
@@ -130,8 +130,8 @@ class TableTasks(EpisodeSource):
                 f"{self.tasks[largest]!r} has {int(sizes[largest])}; lower shots or queries"
             )
         key = (shape.ways, shape.shots + shape.queries)
-        if small and key not in self.told:
-            self.told.add(key)
+        if small and key not in self.reported:
+            self.reported.add(key)
             inform(
                 f"{self.name}: {what}; {len(small)} of {len(self.tasks)} tasks have fewer and are left out: "
                 + ", ".join(small[:5])
