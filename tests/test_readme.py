@@ -58,6 +58,8 @@ def commands() -> list[list[str]]:
 def test_every_block_is_run_by_a_test():
     for page, document in zip(PAGES, DOCUMENTS, strict=True):
         for language, block in FENCE.findall(document):
+            if language == "python" and page.name in ("README.md", "python_api.md"):
+                continue  # tests/commands/test_programs.py
             if language in ("python", "yaml"):
                 assert page.name == "adding_an_algorithm.md"  # tests/commands/test_own_parts.py
             elif language == "bash":

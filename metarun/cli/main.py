@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import metarun
-from metarun.cli.overrides import arrange, fail, unquoted
+from metarun.cli.overrides import Failed, arrange, fail, say, unquoted
 from metarun.cli.search_path import forget_current_folder
 from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
@@ -65,7 +65,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
         try:
             dispatch(list(sys.argv[1:] if argv is None else argv))
         except KeyboardInterrupt:
-            fail("interrupted", status=130)
+            say(Failed("interrupted", status=130))
+            sys.exit(130)
+        except Failed as failed:
+            say(failed)
+            raise
     sys.exit(0)
 
 
@@ -104,7 +108,30 @@ def complete(arguments: list[str]) -> NoReturn:
 def run(name: str, arguments: list[str]) -> None:
     """Compose the config of a command and run it; user errors are printed as one line."""
     forget_current_folder()
+    raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        execute(name, arguments, raw)
+    except Exception as error:
+        if stop_requested():  # code that was interrupted, such as an import, may turn that into its own error
+            raise KeyboardInterrupt from None
+        if raw:
+            raise
+        fail(message_of(error, name), status=1)
+
+
+def execute(name: str, arguments: list[str], raw: bool) -> tuple[Path, Any]:
+    """Compose the config of a command and run it.
+
+    Args:
+        name: the command, a key of `COMMANDS`.
+        arguments: the words after it.
+        raw: whether errors of the command are raised as they are.
+
+    Returns:
+        The output folder and the result of the command; of a sweep, those of its last job.
+    """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
 
     from metarun.cli.sweep import ending_sweep
     from metarun.config.schema import register_frames
@@ -119,21 +146,18 @@ def run(name: str, arguments: list[str]) -> None:
     kept = existing_folders(sys.argv[1:])
     check_output_folder(name, kept)
     # Hydra must re-raise errors, so that they are formatted here; HYDRA_FULL_ERROR=1 shows the tracebacks.
-    raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    ended: tuple[Path, Any] = Path(), None
 
     def task(cfg: Any) -> Any:
-        return run_command(name, cfg, raw, kept)
+        nonlocal ended
+        result = run_command(name, cfg, raw, kept)
+        ended = Path(HydraConfig.get().runtime.output_dir), result
+        return result
 
-    try:
-        with ending_sweep():
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
-    except Exception as error:
-        if stop_requested():  # code that was interrupted, such as an import, may turn that into its own error
-            raise KeyboardInterrupt from None
-        if raw:
-            raise
-        fail(message_of(error, name), status=1)
+    with ending_sweep():
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+    return ended
 
 
 def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozenset()) -> Any:

@@ -291,8 +291,25 @@ def unquoted(text: str) -> str:
     return text
 
 
+class Failed(SystemExit):
+    """The end of a command, whose `main` prints the message as one line.
+
+    Args:
+        message: what is wrong.
+        status: the exit status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(status)
+        self.message = message
+
+
 def fail(message: str, status: int) -> NoReturn:
-    """Print an error message of one line and exit."""
-    prefix = "metarun: " if status == 130 else "metarun: error: "
-    print(prefix + message_line(message), file=sys.stderr)
-    sys.exit(status)
+    """End the command with an error message of one line."""
+    raise Failed(message, status)
+
+
+def say(failed: Failed) -> None:
+    """Print the message of a command that has failed."""
+    prefix = "metarun: " if failed.code == 130 else "metarun: error: "
+    print(prefix + message_line(failed.message), file=sys.stderr)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from metarun.cli.overrides import fail
+from metarun.cli.overrides import Failed, say
 from metarun.training.interrupts import stop_requested
 
 # What an encoding without these characters shows instead; of others, the escape, such as \xe9.
@@ -89,7 +89,9 @@ def output_that_never_fails() -> Iterator[None]:
         if output is not None and output.error is not None:
             if output.error.errno == errno.EPIPE:
                 sys.exit(1)
-            fail(f"standard output: cannot be written ({output.error.strerror})", status=1)
+            failed = Failed(f"standard output: cannot be written ({output.error.strerror})", status=1)
+            say(failed)
+            raise failed
     finally:
         flush()
         sys.stdout, sys.stderr = before

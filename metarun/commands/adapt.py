@@ -16,9 +16,8 @@ from rich.text import Text
 from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
-from metarun.commands.models import Model, TestData, dataset_node, load_model
+from metarun.commands.models import TestData, dataset_node
 from metarun.commands.predictions import class_rows, class_table, known_targets, value_rows, value_table
-from metarun.commands.user_images import read_folders
 from metarun.config.build import build_dataset, instantiate, validation_shape
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
@@ -26,7 +25,11 @@ from metarun.config.targets import trusted_modules
 from metarun.datasets import class_folders
 from metarun.datasets.base import OwnTask
 from metarun.datasets.descriptions import read_table
-from metarun.errors import ConfigError, DataError, TrainingError, counted
+from metarun.datasets.preparation import Preparation
+from metarun.errors import ConfigError, DataError, counted
+from metarun.inference.adapted import AdaptedModel, check_finite, placed
+from metarun.inference.images import check_ink, read_query, read_support
+from metarun.inference.model import Model, find, restore
 from metarun.reporting import pictures, plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import console, inform, relative
@@ -34,7 +37,6 @@ from metarun.storage.files import user_path, write_csv, write_json
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import Metric, Objective, confusion
 from metarun.tasks.sampling import fixed_draws
-from metarun.training import checkpoint
 from metarun.training.hardware import Hardware
 
 CURVE = 200  # the least number of queries of a regression task, so that its curve can be drawn
@@ -50,12 +52,14 @@ class Task:
         has_queries: whether there are queries.
         classes: the names of the ways; empty for a regression.
         query_names: the names of the queries.
+        preparation: how the images of the support were prepared.
     """
 
     episode: Episodes
     has_queries: bool
     classes: Sequence[str]
     query_names: Sequence[str]
+    preparation: Preparation | None = None
 
     @property
     def objective(self) -> Objective:
@@ -66,41 +70,44 @@ def run(cfg: DictConfig) -> float:
     """Adapt as configured; returns the query score after the last step, without queries the support score."""
     check(cfg, "adapt", typed=HydraConfig.get().overrides.task)
     command: AdaptConfig = typed(cfg)
-    if command.ink not in ("auto", "dark", "light"):
-        raise ConfigError(f"ink={command.ink}: must be auto, dark or light")
+    check_ink(command.ink)
     hardware: Hardware = instantiate(command.hardware, "hardware")
-    model = load_model(checkpoint.find(command.checkpoint), command, trusted_modules(cfg), hardware)
+    path, trusted = find(command.checkpoint), trusted_modules(cfg)
+    model = restore(path, trusted, hardware, command.steps, command.transductive)
     model.algorithm.eval()
     task = (
         user_task(command, model) if command.support is not None else dataset_task(command, model, hardware)
     )
     model.algorithm.check(task.episode.outputs)
-    task.episode = task.episode.map(lambda tensor: tensor.to(hardware.device)).to(hardware.dtype)
+    task.episode = task.episode.map(lambda tensor: placed(model, tensor))
     torch.manual_seed(command.seed)
     with torch.no_grad(), hardware.compute():
         steps, adapted, outputs = follow(model.algorithm, task)
-    check_finite(outputs, steps, model)
+    check_predictions(outputs, steps, model)
     folder = Path(HydraConfig.get().runtime.output_dir)
     report(model, task, steps, outputs, folder)
-    save_adapted(model, task, adapted, folder)
+    support_x = model.algorithm.balanced(task.episode).support_x
+    AdaptedModel(model, task.classes, adapted, support_x, command.ink, task.preparation).save(  # type: ignore[arg-type]
+        folder / "adapted.pt"
+    )
     main = task.objective.metrics[0].name
     return steps[-1].get(f"query {main}", steps[-1].get(f"support {main}", math.nan))
 
 
-def check_finite(outputs: Tensor | None, steps: Sequence[dict[str, Any]], model: Model) -> None:
-    """Raise TrainingError if the final predictions are not finite, so that they mean nothing."""
-    if outputs is None:
-        broken = not math.isfinite(steps[-1].get("support loss", 0.0))
-    else:  # minus infinity may be the logarithm of a probability of 0
-        broken = bool((outputs.isnan() | (outputs == math.inf)).any())
-    if broken:
-        after = f" after {counted(len(steps) - 1, 'inner step')}; lower steps" if len(steps) > 1 else ""
-        raise TrainingError(f"{model.path}: its predictions for this task are not finite{after}")
+def check_predictions(outputs: Tensor | None, steps: Sequence[dict[str, Any]], model: Model) -> None:
+    """Raise TrainingError if the final predictions, or else the support loss, are not finite."""
+    figures = torch.tensor(steps[-1].get("support loss", 0.0)) if outputs is None else outputs
+    after = f" after {counted(len(steps) - 1, 'inner step')}; lower steps" if len(steps) > 1 else ""
+    check_finite(figures, model, after)
 
 
 def user_task(command: AdaptConfig, model: Model) -> Task:
     """The task in `support` and `query`, with examples prepared as in the training of the model."""
-    own = own_images(command, model) if model.spec.kind == "images" else own_examples(command, model)
+    preparation = None
+    if model.spec.kind == "images":
+        own, preparation = own_images(command, model)
+    else:
+        own = own_examples(command, model)
     has_queries = own.query_x is not None and own.query_y is not None
     episode = Episodes(
         support_x=own.support_x,
@@ -113,7 +120,7 @@ def user_task(command: AdaptConfig, model: Model) -> Task:
     )
     if own.support_x.shape[1]:
         episode = episode.balanced()  # the classes may have different numbers of examples
-    return Task(episode, has_queries, own.classes, own.query_names)
+    return Task(episode, has_queries, own.classes, own.query_names, preparation)
 
 
 def own_examples(command: AdaptConfig, model: Model) -> OwnTask:
@@ -133,8 +140,8 @@ def own_examples(command: AdaptConfig, model: Model) -> OwnTask:
     return dataset.own_task(user_path(command.support), command.query)
 
 
-def own_images(command: AdaptConfig, model: Model) -> OwnTask:
-    """The task in folders of images."""
+def own_images(command: AdaptConfig, model: Model) -> tuple[OwnTask, Preparation]:
+    """The task in folders of images, and how those of the support were prepared."""
     assert command.support is not None
     if command.dataset:
         raise ConfigError("dataset: the model does not take texts; leave its settings out")
@@ -148,12 +155,14 @@ def own_images(command: AdaptConfig, model: Model) -> OwnTask:
         folder = user_path(command.query)
         query_files, query_labels = class_folders.query_files(folder, list(classes), command.depth)
     support_files = [file for files in classes.values() for file in files]
-    support_x, query_x = read_folders(command, model, support_files, query_files)
+    support_x, prepared = read_support(model, command.ink, support_files, query_files)  # type: ignore[arg-type]
+    query_x = read_query(model, command.ink, prepared, query_files) if query_files else None  # type: ignore[arg-type]
     known = torch.tensor([[-1 if label is None else label for label in query_labels]])
-    return OwnTask(support_x, labels, query_x, known, list(classes), [str(file) for file in query_files])
+    names = [str(file) for file in query_files]
+    return OwnTask(support_x, labels, query_x, known, list(classes), names), prepared
 
 
-def described_images(command: AdaptConfig, model: Model) -> OwnTask:
+def described_images(command: AdaptConfig, model: Model) -> tuple[OwnTask, Preparation]:
     """The task of classes that are described in the file `support`, without examples."""
     assert command.support is not None
     if command.query is None:
@@ -168,10 +177,11 @@ def described_images(command: AdaptConfig, model: Model) -> OwnTask:
     if len(table) < 2:
         raise DataError(f"support={command.support}: has one class; at least 2 are needed")
     files, labels = class_folders.query_files(user_path(command.query), list(table), command.depth)
-    support_x, query_x = read_folders(command, model, [], files)
+    support_x, prepared = read_support(model, command.ink, [], files)  # type: ignore[arg-type]
+    query_x = read_query(model, command.ink, prepared, files)  # type: ignore[arg-type]
     known = torch.tensor([[-1 if label is None else label for label in labels]])
     none = torch.empty(1, 0, dtype=torch.long)
-    return OwnTask(support_x, none, query_x, known, list(table), list(map(str, files)), about)
+    return OwnTask(support_x, none, query_x, known, list(table), list(map(str, files)), about), prepared
 
 
 def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task:
@@ -351,13 +361,3 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     support = episode.support_x, in_units(task, episode.support_y)
     query = episode.query_x, in_units(task, episode.query_y)
     plots.regression_curves(support, query, curves, path)
-
-
-def save_adapted(model: Model, task: Task, adapted: Adapted, folder: Path) -> None:
-    """Write adapted.pt: the task-specific state, together with the algorithm."""
-    copied = ("config", "choices", "algorithm")
-    body = {key: model.content[key] for key in copied} | {
-        "adapted": checkpoint.to_cpu(adapted),
-        "classes": list(task.classes),
-    }
-    checkpoint.save(folder / "adapted.pt", body, kind="adapted")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metarun.algorithms.base import Algorithm
-from metarun.commands.models import Model, TestData, dataset_name, values_of
+from metarun.commands.models import TestData, dataset_name, values_of
 from metarun.config.build import validation_shape
 from metarun.config.schema import EvalConfig
 from metarun.datasets.text.store import TextStore
 from metarun.errors import DataError, MetarunError, counted
+from metarun.inference.model import Model
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Metric
 from metarun.tasks.source import EpisodeSource

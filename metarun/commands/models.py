@@ -1,16 +1,13 @@
-"""Loads checkpoints, and the data to evaluate them on."""
+"""The checkpoints of `metarun eval`, and the data to evaluate models on."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from metarun.algorithms.base import Algorithm
 from metarun.commands.trained_on import (
     compare_with,
     note_tasks,
@@ -20,69 +17,20 @@ from metarun.commands.trained_on import (
 )
 from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
-from metarun.config.restore import EVALUATED, config_of, rebuild
-from metarun.config.schema import AdaptConfig, EvalConfig, Node, TrainConfig, typed
+from metarun.config.schema import AdaptConfig, EvalConfig, Node
 from metarun.config.targets import naming_options
 from metarun.datasets.base import Dataset
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, counted
+from metarun.inference.model import Model, restore
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
-from metarun.tasks.objectives import Objective
 from metarun.tasks.source import EpisodeSource
 from metarun.tasks.spec import TaskSpec
 from metarun.training import checkpoint
 from metarun.training.hardware import Hardware
 
 Command = EvalConfig | AdaptConfig
-
-
-@dataclass
-class Model:
-    """A restored checkpoint.
-
-    Args:
-        name: its name in tables.
-        path: of the checkpoint file.
-        settings: the settings of its training run, adjusted by the settings of the command.
-        dataset: the dataset of these settings.
-        spec: the kind of tasks it was trained on.
-        algorithm: the algorithm with its weights, on the device.
-        content: the content of the checkpoint file.
-    """
-
-    name: str
-    path: Path
-    settings: TrainConfig
-    dataset: Dataset
-    spec: TaskSpec
-    algorithm: Algorithm
-    content: Mapping[str, Any]
-
-    def objective(self, names: list[str] | None) -> Objective:
-        """The objective of its tasks with the metrics of these names; None: the metrics of training."""
-        return self.spec.objective.choosing(self.settings.metrics if names is None else names)
-
-
-def load_model(
-    path: Path, command: Command, trusted: Collection[str], hardware: Hardware, alone: bool = True
-) -> Model:
-    """Restore a checkpoint; `steps` and `transductive` of the command have precedence over its settings.
-
-    Args:
-        path: of the checkpoint file.
-        command: the settings of the command.
-        trusted: the modules that the checkpoint may name (`trusted_modules`).
-        hardware: the device, the precision and the batching.
-        alone: whether an algorithm without these settings is an error instead of a message.
-    """
-    content = checkpoint.load(path)
-    settings: TrainConfig = typed(config_of(content, path, trusted, EVALUATED))
-    name = content["choices"]["algorithm"]
-    set_steps(settings, command, name, alone)
-    algorithm, dataset, spec = rebuild(content, settings, hardware, path)
-    set_transductive(algorithm, command.transductive, name, alone)
-    return Model(name, path, settings, dataset, spec, algorithm, content)
 
 
 def load_models(command: EvalConfig, trusted: Collection[str], hardware: Hardware) -> list[Model]:
@@ -92,7 +40,7 @@ def load_models(command: EvalConfig, trusted: Collection[str], hardware: Hardwar
         raise ConfigError("checkpoint=[]: name at least one run folder or .pt file")
     alone = len(references) == 1
     paths = [checkpoint.find(str(each)) for each in references]
-    models = [load_model(path, command, trusted, hardware, alone) for path in paths]
+    models = [restore(path, trusted, hardware, command.steps, command.transductive, alone) for path in paths]
     # The name is the algorithm. Equal names are extended by the folder, the file, and the folder above.
     places = [model.path.resolve() for model in models]
     for parts in zip(*((p.parent.name, p.stem, p.parent.parent.name) for p in places), strict=True):
@@ -101,44 +49,6 @@ def load_models(command: EvalConfig, trusted: Collection[str], hardware: Hardwar
             if names.count(model.name) > 1:
                 model.name = f"{model.name} {part}"
     return models
-
-
-def set_steps(settings: TrainConfig, command: Command, name: str, alone: bool) -> None:
-    """Replace the inner steps in the settings of a checkpoint by `steps` of the command.
-
-    Args:
-        settings: the settings of the checkpoint, changed in place.
-        command: the settings of the command.
-        name: of the algorithm, for messages.
-        alone: see `load_model`.
-    """
-    if command.steps is None:
-        return
-    if settings.inner_loop and "test_steps" in settings.inner_loop:
-        # Cells set the other values of a list.
-        settings.inner_loop["test_steps"] = values_of(command.steps)[0]
-    elif alone:
-        raise ConfigError(f"steps={command.steps}: {name} has no such setting; leave it out")
-    else:
-        inform(f"steps: {name} has no such setting and is evaluated without it")
-
-
-def set_transductive(algorithm: Algorithm, transductive: bool | None, name: str, alone: bool) -> None:
-    """Choose whether the queries of a task are predicted in one batch; None: as in training.
-
-    Args:
-        algorithm: a restored algorithm. One that does not normalise batches predicts each query
-            independently in any case.
-        transductive, name: the setting of the command, and the name of the algorithm for messages.
-        alone: see `load_model`.
-    """
-    if transductive is not None:
-        algorithm.transductive = transductive
-    if transductive and not algorithm.normalises_batches:
-        why = f"{name} with this backbone does not normalise by batch statistics"
-        if alone:
-            raise ConfigError(f"transductive=true: {why}; leave it out")
-        inform(f"transductive=true: {why} and predicts each query independently")
 
 
 def values_of(setting: Any) -> list[Any]:

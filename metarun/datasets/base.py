@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ class OwnTask:
     classes: Sequence[str]
     query_names: Sequence[str]
     about: Tensor | None = None
+
+
+class OwnQueries(NamedTuple):
+    """Queries from a user's files, see `OwnTask`: `query_x`, `query_y` and `query_names`."""
+
+    x: Tensor
+    y: Tensor
+    names: Sequence[str]
 
 
 class Dataset(ABC):
@@ -161,6 +169,37 @@ class Dataset(ABC):
             "support: the tasks of this checkpoint cannot be read from files; leave support out to adapt to "
             "a task of its dataset"
         )
+
+    @property
+    def fixed_labels(self) -> Sequence[str] | None:
+        """The labels of all tasks, in the order of the outputs, if way i is the same label in every task."""
+        return None
+
+    def examples(self, items: Sequence[Any]) -> Tensor:
+        """Items that a program has in memory, prepared as those in files, [B, *item].
+
+        Images are prepared by `metarun.inference.images`, for any dataset of images.
+
+        Args:
+            items: texts, or rows; at least one.
+
+        Raises:
+            ConfigError: the dataset has no such items.
+            DataError: an item is not as expected.
+        """
+        raise ConfigError("the examples of this checkpoint cannot be prepared; only its dataset has them")
+
+    def own_queries(self, query: str, classes: Sequence[str]) -> OwnQueries:
+        """The queries in a user's files, for a model that was adapted before (`metarun predict query=`).
+
+        Args:
+            query: as for `own_task`.
+            classes: the classes of the support; empty for a regression.
+
+        Raises:
+            ConfigError, DataError: as `own_task`.
+        """
+        raise ConfigError("query: the examples of this checkpoint cannot be read from files")
 
 
 class ImageDataset(Dataset):

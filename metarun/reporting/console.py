@@ -52,6 +52,16 @@ def inform(text: str) -> None:
     _line(messages, text)
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """A context without messages and progress bars, for programs that predict again and again."""
+    before, messages.quiet = messages.quiet, True
+    try:
+        yield
+    finally:
+        messages.quiet = before
+
+
 def _line(where: Console, text: str) -> None:
     where.print(printable(text), soft_wrap=True)
 

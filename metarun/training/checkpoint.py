@@ -48,8 +48,20 @@ TRAINING: dict[str, Any] = {
     "running_totals": Tensor,
     "tasks": int,
 }
+ADAPTED: dict[str, Any] = {
+    "classes": list,
+    "trained_classes": (int, NoneType),
+    "description": (list, NoneType),
+    "transductive": bool,
+    "support": Tensor,
+    "ink": str,
+    "preparation": (dict, NoneType),
+}
 # Entries without tensors, and the most values in one and their depth: no real config comes near.
-PLAIN = ("config", "choices", "classes", "description", "best", "overrides", "iteration", "seconds", "tasks")
+PLAIN = (
+    *("config", "choices", "classes", "description", "best", "overrides", "iteration", "seconds", "tasks"),
+    *("trained_classes", "ink", "preparation"),
+)
 MOST_VALUES, MOST_LEVELS = 100_000, 30
 
 
@@ -95,7 +107,7 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: a PyTorch file, but not a metarun checkpoint; name a run folder or its .pt file"
         )
-    needed = (ENTRIES | TRAINING) if kind == content.get("kind") == "run" else ENTRIES
+    needed = ENTRIES | ({"run": TRAINING, "adapted": ADAPTED}[kind] if kind == content.get("kind") else {})
     wrong = sorted(key for key, of in needed.items() if not isinstance(content.get(key), of))
     wrong += [key for key in PLAIN if not is_plain(content.get(key))]
     if not wrong and any(type(size) is not int for size in content.get("description") or []):
@@ -108,7 +120,7 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
     if content["format"] == FORMAT and wrong:
         raise CheckpointError(
             f"{path}: damaged, or not a metarun checkpoint: it has no usable entry {wrong[0]!r}; "
-            "use another of the run's files or train again"
+            + ("adapt again" if kind == "adapted" else "use another of the run's files or train again")
         )
     if content["format"] != FORMAT:
         raise CheckpointError(
@@ -211,19 +223,21 @@ def find(
         CheckpointError: if there is no such file or folder, or the folder has none of `names`.
     """
     path = user_path(reference)
+    of_run = not set(names).isdisjoint(("best.pt", "last.pt"))
+    folder = "a run folder" if of_run else "an output folder of metarun adapt"
     if not path.exists():
-        raise CheckpointError(f"{setting}={reference}: no such checkpoint; name a run folder or a .pt file")
+        raise CheckpointError(f"{setting}={reference}: no such checkpoint; name {folder} or a .pt file")
     if not path.is_dir():
         return path
     for name in names:
         if (path / name).is_file():
             return path / name
-    if (path / "metrics.jsonl").is_file():
+    if of_run and (path / "metrics.jsonl").is_file():
         raise CheckpointError(
             f"{setting}={reference}: the run stopped before its first checkpoint; start it again"
         )
     raise CheckpointError(
-        f"{setting}={reference}: this folder has no {' or '.join(names)}; name a run folder or a .pt file"
+        f"{setting}={reference}: this folder has no {' or '.join(names)}; name {folder} or a .pt file"
     )
 
 

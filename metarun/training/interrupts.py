@@ -29,6 +29,11 @@ def stop_requested() -> bool:
     return bool(_last_request)
 
 
+def forget_requests() -> None:
+    """Forget that a signal has asked to stop: that stopped another command of this process."""
+    _last_request.clear()
+
+
 @contextlib.contextmanager
 def ending_on_signals() -> Iterator[None]:
     """A context for a whole command, in which a signal raises KeyboardInterrupt.
@@ -40,7 +45,7 @@ def ending_on_signals() -> Iterator[None]:
         if _is_new_request():
             raise KeyboardInterrupt
 
-    _last_request.clear()
+    forget_requests()
     try:
         with _handling(handler):
             yield

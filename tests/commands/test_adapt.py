@@ -15,10 +15,10 @@ import torch
 from helpers.runs import LEARNED, UNTESTED
 from PIL import Image
 
-from metarun.commands.user_images import pixels
 from metarun.datasets import images
 from metarun.datasets.glyphs import Glyphs
 from metarun.datasets.preparation import Preparation
+from metarun.inference.images import pixels
 
 pytestmark = pytest.mark.xdist_group("learned")  # one process trains for all
 

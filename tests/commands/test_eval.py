@@ -25,9 +25,9 @@ from metarun.commands.evaluate import (
     table_of,
     with_the_best,
 )
-from metarun.commands.models import Model
 from metarun.config.schema import EvalConfig, TrainConfig
 from metarun.datasets.glyphs import Glyphs
+from metarun.inference.model import Model
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import ACCURACY, CLASSIFICATION, metric_named
@@ -211,6 +211,7 @@ def test_what_is_not_typed_is_as_in_the_training_of_models_on_the_same_dataset(m
             None,
             None,
             {"dataset": data},
+            None,
         )  # type: ignore[arg-type]
         for name, (data, ways, shots) in trained.items()
     ]
@@ -230,7 +231,7 @@ def test_what_is_not_typed_is_as_in_the_training_of_models_on_the_same_dataset(m
 def cell_of(name: str, result: Result) -> Cell:
     """A result of a model of which only the name counts."""
     source = ClassStore(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), [1, 1], ["a", "b"], "glyphs")
-    model = Model(name, Path(name), TrainConfig(), None, source.spec, nn.Identity(), {})  # type: ignore[arg-type]
+    model = Model(name, Path(name), TrainConfig(), None, source.spec, nn.Identity(), {}, None)  # type: ignore[arg-type]
     return Cell(model, result.shape, None, source, "glyphs", result)
 
 

@@ -23,6 +23,7 @@ FLOORS = [
     {"algorithms", "datasets"},
     {"training"},
     {"config"},
+    {"inference"},
     {"commands", "cli"},
     {"__main__"},
 ]

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from metarun.cli.overrides import arrange
+from metarun.cli.overrides import Failed, arrange
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.paths import CONF
@@ -188,16 +188,16 @@ def test_paths_are_swept_and_listed():
     assert arrange("train", ["-m", "hydra.sweep.dir=a,b"]) == ["-m", "hydra.sweep.dir='a,b'"]
 
 
-def test_a_sweep_has_the_settings_that_its_options_need(capsys):
+def test_a_sweep_has_the_settings_that_its_options_need():
     """As each run alone has them: text_cnn reads words alone."""
     assert arrange("train", ["-m", "dataset=phrases,clinc150"])[1] == "pairing=texts"
     swept = ["-m", "dataset=phrases", "backbone=text_cnn, text_transformer"]
     assert arrange("train", swept)[1] == "pairing=texts_words"
     assert arrange("train", ["-m", "dataset=omniglot,glyphs"]) == ["-m", "dataset=omniglot,glyphs"]
     for words in (["dataset=phrases", "backbone=bag,text_cnn"], ["dataset=omniglot,sinusoid"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(Failed, match="1") as raised:
             arrange("train", ["-m", *words])
-        assert f"{words[-1]}: these need different settings of other groups" in capsys.readouterr().err
+        assert f"{words[-1]}: these need different settings of other groups" in raised.value.message
 
 
 @pytest.mark.parametrize("algorithm", KINDS)

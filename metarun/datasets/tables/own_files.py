@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import OwnTask
+from metarun.datasets.base import OwnQueries, OwnTask
 from metarun.datasets.tables.columns import in_order, is_missing, label_of, numbers_of
 from metarun.datasets.tables.reading import Cells
 from metarun.errors import DataError
@@ -30,13 +32,10 @@ def own_task(table: Table, support: Path, query: Path | None, fixed: Sequence[st
     Raises:
         DataError: a column is missing, or a cell is not as expected; the message names the line.
     """
-    cells = table.read(support)
-    asked = None if query is None else table.read(query)
-    wanted = table.roles.answer or "label"
+    cells, wanted = table.read(support), table.roles.answer or "label"
     classes: list[str] = []
     if table.roles.target:
         support_y = values_of(table, cells, wanted, required=True)
-        query_y = None if asked is None else values_of(table, asked, wanted, required=False)
     else:
         known = labels_of(table, cells, wanted, required=True)
         classes = list(fixed or in_order({label for label in known if label is not None}))
@@ -45,17 +44,58 @@ def own_task(table: Table, support: Path, query: Path | None, fixed: Sequence[st
             raise DataError(f"{cells.path}: has no row with the {wanted} {absent[0]!r}; add at least one")
         if len(classes) < 2:
             raise DataError(f"{cells.path}: all rows have the same {wanted}; add rows with another one")
-        query_y = None
-        if asked is not None:
-            query_y = class_numbers(asked, labels_of(table, asked, wanted, required=False), classes, wanted)
-    return OwnTask(
-        support_x=numbers(table.encode(cells)).unsqueeze(0),
-        support_y=support_y,
-        query_x=None if asked is None else numbers(table.encode(asked)).unsqueeze(0),
-        query_y=query_y,
-        classes=classes,
-        query_names=[] if asked is None else [table.row_name(asked, row) for row in range(len(asked))],
-    )
+    support_x = numbers(table.encode(cells)).unsqueeze(0)
+    if query is None:
+        return OwnTask(support_x, support_y, None, None, classes, [])
+    asked = own_queries(table, table.read(query), classes)
+    return OwnTask(support_x, support_y, asked.x, asked.y, classes, asked.names)
+
+
+def own_queries(table: Table, cells: Cells, classes: Sequence[str]) -> OwnQueries:
+    """Rows to predict; `classes` are those of the support. Raises DataError as `own_task`."""
+    wanted = table.roles.answer or "label"
+    if table.roles.target:
+        y = values_of(table, cells, wanted, required=False)
+    else:
+        y = class_numbers(cells, labels_of(table, cells, wanted, required=False), classes, wanted)
+    names = [table.row_name(cells, row) for row in range(len(cells))]
+    return OwnQueries(numbers(table.encode(cells)).unsqueeze(0), y, names)
+
+
+def cells_of(table: Table, items: Any) -> Cells:
+    """Rows in memory as cells.
+
+    Args:
+        table: the dataset of the model.
+        items: mappings from the name of a column to its value; a data frame; or rows of numbers with the
+            columns that the model learned from, in their order.
+
+    Raises:
+        DataError: rows have other columns.
+    """
+    if hasattr(items, "columns"):
+        names = list(map(str, items.columns))
+        rows = list(map(list, items.to_numpy().tolist()))
+    elif all(isinstance(item, Mapping) for item in items):
+        names = list(dict.fromkeys(str(name) for item in items for name in item))
+        rows = [[item.get(name) for name in names] for item in items]
+    else:
+        smiles = [table.roles.smiles] if table.roles.smiles else []
+        names = [*(column.name for column in table.learned.columns), *smiles]
+        rows = [np.atleast_1d(np.asarray(item)).tolist() for item in items]
+        if wrong := [row for row in rows if len(row) != len(names)]:
+            raise DataError(
+                f"examples: a row has {len(wrong[0])} values, and the model takes {len(names)}: "
+                f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}"
+            )
+    columns = {name: [as_text(row[i]) for row in rows] for i, name in enumerate(names)}
+    return Cells(Path("examples"), columns, list(range(1, len(rows) + 1)))
+
+
+def as_text(value: Any) -> str:
+    """A value as a cell; empty if it is missing."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else str(value).strip()
 
 
 def labels_of(table: Table, cells: Cells, wanted: str, required: bool) -> list[str | None]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset, OwnTask, Split, by_digest, split_by_digest
+from metarun.datasets.base import Dataset, OwnQueries, OwnTask, Split, by_digest, split_by_digest
 from metarun.datasets.preparation import Preparation
 from metarun.datasets.tables import own_files
 from metarun.datasets.tables.columns import Learned, label_of, learn_columns, listed, numbers_of
@@ -347,8 +347,26 @@ class Table(Dataset):
 
     def own_task(self, support: Path, query: str | None) -> OwnTask:
         """The task in a file of rows with labels or targets, and a file of rows to predict."""
-        fixed = self.learned.labels if self.roles.tasks or (self.roles.task and not self.shuffled) else None
-        return own_files.own_task(self, support, None if query is None else user_path(query), fixed)
+        return own_files.own_task(
+            self, support, None if query is None else user_path(query), self.fixed_labels
+        )
+
+    def own_queries(self, query: str, classes: Sequence[str]) -> OwnQueries:
+        """The rows to predict in a file."""
+        return own_files.own_queries(self, self.read(user_path(query)), classes)
+
+    @property
+    def fixed_labels(self) -> Sequence[str] | None:
+        return self.learned.labels if self.roles.tasks or (self.roles.task and not self.shuffled) else None
+
+    def examples(self, items: Sequence[Any]) -> Tensor:
+        """Rows as inputs of the model; see `own_files.cells_of`."""
+        cells = own_files.cells_of(self, items)
+        if self.roles.smiles is not None and len(self.fingerprints.readable(cells, self.roles.smiles)) < len(
+            cells
+        ):
+            raise DataError("examples: RDKit cannot read all molecules; leave those out")
+        return numbers(self.encode(cells))
 
     def row_name(self, cells: Cells, row: int) -> str:
         """A row of a user's file in words: the molecule, or its line."""

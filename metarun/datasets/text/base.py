@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from metarun.datasets.base import Dataset, OwnTask, Split, and_more, at_least
+from metarun.datasets.base import Dataset, OwnQueries, OwnTask, Split, and_more, at_least
 from metarun.datasets.text import reading
 from metarun.datasets.text.encoder import Encoder
 from metarun.datasets.text.store import Corpus, Encoding, Languages, TextStore, shortened
@@ -252,16 +253,33 @@ class TextDataset(Dataset):
         if len(classes) < 2:
             raise DataError(f"{support}: has one class, {classes[0]!r}, and a task needs two; add another")
         queries = [] if query is None else own_queries(query, classes)
-        every = [*examples, *queries]
-        items, _ = self.learned.encode([each.text for each in every], [each.language for each in every])
-        x = self.learned.decode(items).unsqueeze(0)
-        y = torch.tensor([[-1 if each.label is None else classes.index(each.label) for each in every]])
-        support_x, query_x = x.split([len(examples), len(queries)], 1)
-        support_y, query_y = y.split([len(examples), len(queries)], 1)
+        # Together, since an encoder rounds by the texts that it encodes at once.
+        support_x, query_x = self._encoded([*examples, *queries]).split([len(examples), len(queries)], 1)
+        support_y = numbered(examples, classes)
         if query is None:
             return OwnTask(support_x, support_y, None, None, classes, [])
         names = [shortened(each.text) for each in queries]
-        return OwnTask(support_x, support_y, query_x, query_y, classes, names)
+        return OwnTask(support_x, support_y, query_x, numbered(queries, classes), classes, names)
+
+    def own_queries(self, query: str, classes: Sequence[str]) -> OwnQueries:
+        """The queries in a file, a folder or a list; see `own_task`."""
+        queries = own_queries(query, classes)
+        names = [shortened(each.text) for each in queries]
+        return OwnQueries(self._encoded(queries), numbered(queries, classes), names)
+
+    def examples(self, items: Sequence[Any]) -> Tensor:
+        """Texts as inputs of the model. Raises DataError unless they are texts."""
+        for item in items:
+            if not isinstance(item, str) or not item.strip():
+                raise DataError(
+                    f"examples: {item!r} is not a text; this model takes texts that are not empty"
+                )
+        return self._encoded([OwnText(None, str(item)) for item in items])[0]
+
+    def _encoded(self, texts: Sequence[OwnText]) -> Tensor:
+        """Inputs of the model, [1, texts, *item]."""
+        items, _ = self.learned.encode([each.text for each in texts], [each.language for each in texts])
+        return self.learned.decode(items).unsqueeze(0)
 
 
 class OwnText(NamedTuple):
@@ -270,6 +288,11 @@ class OwnText(NamedTuple):
     label: str | None
     text: str
     language: str = ""
+
+
+def numbered(texts: Sequence[OwnText], classes: Sequence[str]) -> Tensor:
+    """Class numbers [1, texts]; -1 where the class is not known."""
+    return torch.tensor([[-1 if each.label is None else classes.index(each.label) for each in texts]])
 
 
 def readable(label: str) -> str:
