@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metarun.errors import ConfigError
 from metarun.tasks.episodes import Episodes, EpisodeShape, Outcome, Tasks
 from metarun.tasks.objectives import PerTask
+from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.source import EpisodeSource
 from metarun.tasks.spec import TaskSpec
 
@@ -41,6 +42,10 @@ class Algorithm(nn.Module, ABC):
     needs_classes: ClassVar[bool] = False
     #: Whether it learns from descriptions of classes (`Episodes.about`), so that tasks may have no support.
     reads_descriptions: ClassVar[bool] = False
+    #: Whether it can learn from environments (`metarun.tasks.rollouts`).
+    plays: ClassVar[bool] = False
+    #: Whether its meta-loss is that of the queries, which PPO and TRPO take several steps on.
+    minimises_query_loss: ClassVar[bool] = True
     #: Whether a task is learned by steps of `inner_loop`, whose number can be chosen at test time.
     takes_steps: ClassVar[bool] = False
     #: Whether it has `by_instance`, the accuracy at each appearance of a class (`metarun eval instances=N`).
@@ -62,10 +67,16 @@ class Algorithm(nn.Module, ABC):
     @classmethod
     def check_tasks(cls, spec: TaskSpec) -> None:
         """Raise ConfigError if the method does not support tasks of this kind."""
-        if not issubclass(spec.tasks, cls.needs):
+        if issubclass(spec.tasks, Rollouts) and not cls.plays:
             raise ConfigError(
-                f"algorithm={cls.__name__}: needs labelled support and query examples, but the tasks of this "
-                f"dataset are {spec.tasks.__name__}; choose algorithm=maml"
+                f"algorithm={cls.__name__}: learns from labelled examples, and this dataset is an environment; "
+                "choose algorithm=maml, fomaml, anil, meta_sgd, cavia or reptile"
+            )
+        if not issubclass(spec.tasks, cls.needs):
+            what = "environments" if cls.needs is Rollouts else "labelled support and query examples"
+            raise ConfigError(
+                f"algorithm={cls.__name__}: needs {what}, but the tasks of this dataset are "
+                f"{spec.tasks.__name__}; choose algorithm=maml"
             )
         if cls.needs_classes and spec.outputs is not None:
             raise ConfigError(

@@ -18,7 +18,7 @@ class CAVIA(MAML):
     pooling; the paper's code pools first.
 
     Args:
-        backbone, inner_loop, outputs, transductive: see `MAML`.
+        backbone, inner_loop, outputs, transductive, constants: see `MAML`.
         context: the size of the context vector.
         layer: the number of the modulated weight layer, from 1. None: the paper's choice, which is the
             third convolution, or the first layer of a network without convolutions.
@@ -32,9 +32,10 @@ class CAVIA(MAML):
         transductive: bool = True,
         context: int = 100,
         layer: int | None = None,
+        constants: int = 0,
     ) -> None:
         add_context(backbone, context, layer)
-        super().__init__(backbone, inner_loop, outputs, "fixed", "all", transductive)
+        super().__init__(backbone, inner_loop, outputs, "fixed", "all", transductive, constants)
 
     def is_fast(self, name: str) -> bool:
         return name.endswith(".context")

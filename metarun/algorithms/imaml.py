@@ -37,6 +37,7 @@ class IMAML(MAML):
             2 v + H v / (proximal + 10)).
     """
 
+    plays = False
     unread: ClassVar = {"inner_loop.order": ""}  # the meta-gradient does not pass through the steps
 
     def __init__(

@@ -37,12 +37,14 @@ class MAML(Algorithm):
         adapts: what the inner loop adapts: "all"; "head", which keeps the backbone constant (ANIL, Raghu et
             al. 2020); or "body", which keeps the head constant (BOIL, Oh et al. 2021).
         transductive: see `Algorithm`.
+        constants: passed by the builder; see `Learner`.
 
     Raises:
         ConfigError: if a shared head is not adapted.
     """
 
     takes_steps = True
+    plays = True
 
     def __init__(
         self,
@@ -52,9 +54,10 @@ class MAML(Algorithm):
         head: Literal["fixed", "shared"] = "fixed",
         adapts: Literal["all", "head", "body"] = "all",
         transductive: bool = True,
+        constants: int = 0,
     ) -> None:
         super().__init__()
-        self.learner = Learner(backbone, outputs, head)
+        self.learner = Learner(backbone, outputs, head, constants)
         self.inner_loop = inner_loop
         self.adapts = adapts
         self.normalises_batches = uses_batch_statistics(backbone)

@@ -39,6 +39,7 @@ class MAMLPlusPlus(MAML):
             adapted, as in the paper's code.
     """
 
+    plays = False
     loss_weights: Tensor
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from metarun.algorithms.maml import MAML
 from metarun.inner_loops.base import InnerLoop, refuse_learned
 from metarun.tasks.episodes import Episodes, Outcome
+from metarun.tasks.rollouts import Rollouts
 
 
 class Pretrain(MAML):
@@ -27,7 +29,6 @@ class Pretrain(MAML):
         transductive: see `MAML`.
     """
 
-    needs = Episodes
     # Steps are only taken in evaluation, without a gradient through them.
     unread: ClassVar = {"inner_loop.order": "", "inner_loop.steps": "test_steps!=null"}
 
@@ -39,10 +40,17 @@ class Pretrain(MAML):
         classes: int | None = None,
         adapts: Literal["all", "head"] = "all",
         transductive: bool = True,
+        constants: int = 0,
     ) -> None:
         refuse_learned(inner_loop, "pretraining takes no inner steps")
         super().__init__(
-            backbone, inner_loop, outputs, "fixed" if classes is None else "shared", adapts, transductive
+            backbone,
+            inner_loop,
+            outputs,
+            "fixed" if classes is None else "shared",
+            adapts,
+            transductive,
+            constants,
         )
         self.classifier: nn.Linear | None = None
         if classes is not None:
@@ -50,8 +58,14 @@ class Pretrain(MAML):
             for p in self.learner.head.parameters():
                 nn.init.zeros_(p).requires_grad_(False)
 
-    def meta_loss(self, tasks: Episodes) -> Outcome:
-        """The loss of all examples; the scores are those of the queries, restricted to the task's ways."""
+    def meta_loss(self, tasks: Episodes | Rollouts) -> Outcome:
+        """The loss of all examples; the scores are those of the queries, restricted to the task's ways.
+
+        In environments, one policy acts in all tasks: all trajectories of a task are scored.
+        """
+        if isinstance(tasks, Rollouts):
+            params = self.learner.task_params(len(tasks), tasks.outputs)
+            return tasks.query(partial(self.learner, params))
         whole = tasks.joined()
         x, y = whole.support_x, whole.support_y
         queries = tasks.query_x.shape[1]

@@ -35,9 +35,11 @@ class Reptile(MAML):
         backbone, inner_loop, outputs, head, transductive: see `MAML`.
         batch: the mini-batch size: each inner step uses the next `batch` examples of a shuffled order.
             0: every step uses all examples.
+        constants: see `MAML`.
         proximal: the strength of the proximal term; 0 is Reptile.
     """
 
+    minimises_query_loss = False
     unread: ClassVar = {"inner_loop.order": ""}  # the meta-gradient does not pass through the steps
 
     def __init__(
@@ -49,13 +51,14 @@ class Reptile(MAML):
         transductive: bool = True,
         batch: int = 10,
         proximal: float = 0.0,
+        constants: int = 0,
     ) -> None:
         refuse_learned(inner_loop, "Reptile's update moves the weights alone")
         if batch < 0:
             raise ConfigError(f"algorithm.batch={batch}: must be at least 0")
         if proximal < 0:
             raise ConfigError(f"algorithm.proximal={proximal}: must be at least 0")
-        super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
+        super().__init__(backbone, inner_loop, outputs, head, "all", transductive, constants)
         self.batch, self.proximal = batch, proximal
 
     def meta_loss(self, tasks: Tasks) -> Outcome:

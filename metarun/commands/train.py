@@ -21,6 +21,7 @@ from metarun.commands.trained_on import classes_before, load_split, note_weights
 from metarun.config.build import (
     build_algorithm,
     build_dataset,
+    build_outer_loop,
     instantiate,
     load_weights,
     start_from_items,
@@ -130,7 +131,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     torch.manual_seed(settings.seed)
     dataset = build_dataset(settings.dataset)
     check_before_loading(dataset, settings)
-    objective = dataset.spec.objective.choosing(settings.metrics)
+    objective = dataset.spec.objective.choosing(settings.metrics, training=True)
     record = {"choices": choices, "overrides": overrides, **classes_before(state, start and start[1])}
     trainer = build_trainer(settings, dataset, objective, hardware, folder, record, state or {})
     test_source = build_test_source(settings, dataset, objective, hardware, record, state or {})
@@ -232,6 +233,7 @@ def build_trainer(
         settings.dataset = OmegaConf.to_container(OmegaConf.merge(settings.dataset, dataset.decided))
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
+    outer_loop = build_outer_loop(settings, spec, algorithm)
     optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware, capturable)
     scheduler = build_scheduler(settings.scheduler, optimizer, metric) if settings.scheduler else None
     clip = settings.clip
@@ -254,7 +256,9 @@ def build_trainer(
         algorithm.on_run_start(train)
     about = list(spec.description) if spec.description else None
     record = {"config": plain(settings), "classes": spec.classes, "description": about, **record}
-    return Trainer(algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, record)
+    return Trainer(
+        algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, record, outer_loop
+    )
 
 
 def build_test_source(

@@ -20,10 +20,12 @@ from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, first_line, naming_part
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.source import EpisodeSource
 from metarun.tasks.spec import TaskSpec
 from metarun.training.evaluation import EvalSettings
 from metarun.training.hardware import Hardware
+from metarun.training.outer_loops import Gradient, OuterLoop
 
 
 def instantiate(node: Node, group: str = "", /, **passed: Any) -> Any:
@@ -104,6 +106,7 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
         "classes": spec.classes,
         "shots": max(settings.shots, 1),  # a description takes the place of a support example
         "description": spec.description,
+        "constants": spec.constants,
     }
     wanted = parameters_of(settings.algorithm)
     if "inner_loop" in wanted:
@@ -116,6 +119,30 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
         raise ConfigError(f"inner_loop: algorithm={cls.__name__} has no inner loop; choose inner_loop=none")
     passed = {name: value for name, value in offered.items() if name in wanted}
     return hardware.place(instantiate(settings.algorithm, "algorithm", **passed))
+
+
+def build_outer_loop(settings: TrainConfig, spec: TaskSpec, algorithm: Algorithm) -> OuterLoop:
+    """Build the rule of the outer loop. Raises ConfigError if it does not fit the tasks or the algorithm."""
+    if not settings.outer_loop:  # of a checkpoint that was written before there were others
+        return Gradient()
+    rule: OuterLoop = instantiate(settings.outer_loop, "outer_loop")
+    environments = issubclass(spec.tasks, Rollouts)
+    if rule.needs_rollouts and not environments:
+        raise ConfigError(
+            f"outer_loop={type(rule).__name__}: is for environments, such as dataset=navigation2d; choose "
+            "outer_loop=gradient"
+        )
+    if rule.needs_rollouts and not algorithm.minimises_query_loss:
+        raise ConfigError(
+            f"outer_loop={type(rule).__name__}: algorithm={type(algorithm).__name__} moves its weights by a rule "
+            "of its own; choose outer_loop=gradient"
+        )
+    if environments and not rule.needs_rollouts and settings.dataset.get("estimator", {}).get("credit"):
+        raise ConfigError(
+            "dataset.estimator.credit=true: needs the returns of all tasks of an iteration at once; choose "
+            "outer_loop=trpo, or outer_loop=ppo, which with outer_loop.epochs=1 is one gradient step"
+        )
+    return rule
 
 
 def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:

@@ -27,7 +27,7 @@ from metarun.errors import ConfigError
 # Constructor arguments that the builder passes, by group; the config must not set them.
 SUPPLIED = {
     "dataset": {"datasets"},
-    "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes", "shots", "description"},
+    "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes", "shots", "description", "constants"},
     "backbone": {"item_shape", "vocabulary"},
     "optimizer": {"params"},
     "scheduler": {"optimizer"},
@@ -39,6 +39,7 @@ KINDS = {
     "backbone": "torch.nn.Module",
     "augment": "metarun.datasets.augment.Augment",
     "inner_loop": "metarun.inner_loops.base.InnerLoop",
+    "outer_loop": "metarun.training.outer_loops.OuterLoop",
     "hardware": "metarun.training.hardware.Hardware",
     "optimizer": "torch.optim.Optimizer",
     "scheduler": "torch.optim.lr_scheduler.LRScheduler",
@@ -273,11 +274,24 @@ def check_node(path: str, node: DictConfig, trusted: Collection[str] | None = No
             raise ConfigError(
                 f"{path}.{key}: {owner(path, cls)} has no setting {key!r}{did_you_mean(key, allowed)}"
             )
-        if not matches(value, hints.get(key, Any)):
-            raise ConfigError(f"{path}.{key}={shown(value)}: must be {describe(hints[key])}")
+        hint = hints.get(key, Any)
+        if is_dataclass(hint) and isinstance(value, dict):  # a group of settings
+            check_fields(f"{path}.{key}", value, hint)  # type: ignore[arg-type]
+        elif not matches(value, hint):
+            raise ConfigError(f"{path}.{key}={shown(value)}: must be {describe(hint)}")
     for name in allowed:
         if parameters[name].default is inspect.Parameter.empty and name not in settings:
             raise ConfigError(f"{path}.{name} is not set; add {path}.{name}=VALUE")
+
+
+def check_fields(path: str, values: dict[str, Any], cls: type) -> None:
+    """Check settings that a node has as a group, such as `dataset.estimator`, by the fields of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"{path}.{key}: there is no such setting{did_you_mean(key, hints)}")
+        if not matches(value, hints[key]):
+            raise ConfigError(f"{path}.{key}={shown(value)}: must be {describe(hints[key])}")
 
 
 def owner(path: str, cls: type) -> str:

@@ -88,6 +88,7 @@ class TrainConfig:
     algorithm: Node = MISSING
     backbone: Node = MISSING
     inner_loop: Node = None
+    outer_loop: Node = None
     augment: Node = None
     hardware: Node = MISSING
     ways: int = whole(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError, counted
@@ -19,17 +20,27 @@ class Learner(nn.Module):
         head: "fixed" learns one vector for each of `outputs` ways, as the papers do; a task with fewer ways
             uses the first ones. "shared" learns one vector that every way starts from, so that a
             task may have any number of ways (UnicornMAML, Ye and Chao 2022).
+        constants: how many further outputs are learned numbers, 0 at the start, whatever the example is
+            (`TaskSpec.constants`).
 
     Raises:
         ConfigError: if the backbone has running averages.
     """
 
-    def __init__(self, backbone: nn.Module, outputs: int, head: Literal["fixed", "shared"] = "fixed") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        outputs: int,
+        head: Literal["fixed", "shared"] = "fixed",
+        constants: int = 0,
+    ) -> None:
         super().__init__()
         refuse_running_averages(backbone)
         self.backbone = backbone
         self.head = nn.Linear(backbone.features, 1 if head == "shared" else outputs)  # type: ignore[arg-type]
-        self.outputs = outputs
+        if constants:
+            self.head.register_parameter("constants", nn.Parameter(torch.zeros(constants)))
+        self.outputs, self.constants = outputs, constants
         self.shares_head = head == "shared"
         self.batching = AUTO
 
@@ -78,8 +89,12 @@ class Learner(nn.Module):
         return run_on_tasks(self.backbone, own, x, self.batching)
 
     def classify(self, params: Params, features: Tensor) -> Tensor:
-        """Outputs [T, B, N] of features [T, B, features]."""
-        return grouped_linear(features, params["head.weight"], params["head.bias"])
+        """Outputs [T, B, N] of features [T, B, features], the constants last."""
+        outputs = grouped_linear(features, params["head.weight"], params["head.bias"])
+        if not self.constants:
+            return outputs
+        constants = params["head.constants"].unsqueeze(1).expand(*outputs.shape[:2], self.constants)
+        return torch.cat([outputs, constants], -1)
 
 
 def refuse_running_averages(backbone: nn.Module) -> None:

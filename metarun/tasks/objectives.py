@@ -93,6 +93,7 @@ class Objective:
             over classes instead need another step size (docs/protocols.md).
         metrics: the metrics that are computed and reported; the first decides which checkpoint is best.
         available: all metrics that can be chosen.
+        progress: metrics that training reports besides, unless metrics are chosen.
         units: outputs and targets of a regression [..., V] to the values that people read, such as degrees;
             None: they are these values.
     """
@@ -100,6 +101,7 @@ class Objective:
     loss: PerTask
     metrics: tuple[Metric, ...]
     available: tuple[Metric, ...]
+    progress: tuple[Metric, ...] = ()
     units: Callable[[Tensor], Tensor] | None = None
 
     def in_units(self, units: Callable[[Tensor], Tensor]) -> Objective:
@@ -119,14 +121,18 @@ class Objective:
         metrics, available = (tuple(map(converted, each)) for each in (self.metrics, self.available))
         return replace(self, metrics=metrics, available=available, units=units)
 
-    def choosing(self, names: Sequence[str] | None) -> Objective:
-        """The same objective reporting the metrics of these names; None: those it reports by default.
+    def choosing(self, names: Sequence[str] | None, training: bool = False) -> Objective:
+        """The same objective reporting the metrics of these names.
+
+        Args:
+            names: of metrics; None: those that it reports by default.
+            training: whether these are then also those that it reports in training alone.
 
         Raises:
             ConfigError: for a name that is not available, or no or repeated names.
         """
         if names is None:
-            return self
+            return replace(self, metrics=self.metrics + self.progress) if training else self
         known = {metric.name: metric for metric in self.available}
         if unknown := [name for name in names if name not in known]:
             raise ConfigError(f"metrics: these tasks have no {unknown[0]!r}; choose from {', '.join(known)}")
@@ -301,7 +307,21 @@ REGRESSION = Objective(
 )
 
 
+
+
+def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    raise TypeError("the loss of environments is a policy gradient, see metarun.tasks.rollouts")
+
+
+RETURN = Metric("return", lambda after, before: after.returns.mean(1), "return")
+RETURN_BEFORE = Metric("return_before", lambda after, before: before.returns.mean(1), "return before adapting")
+SUCCESS = Metric("success", lambda after, before: after.reached.float().mean(1), "success", percent=True)
+# Of tasks that are environments. Scores are of `Trajectories`: those after adaptation, and those before.
+RETURNS = Objective(_no_loss, metrics=(RETURN,), available=(RETURN, RETURN_BEFORE), progress=(RETURN_BEFORE,))
+SUCCESSES = replace(RETURNS, metrics=(SUCCESS, RETURN), available=(SUCCESS, RETURN, RETURN_BEFORE))
+
+
 def metric_named(name: str) -> Metric | None:
     """A metric by its name in a result file, for showing its scores; None for one of a dataset's own."""
-    known = {metric.name: metric for each in (CLASSIFICATION, REGRESSION) for metric in each.available}
+    known = {metric.name: metric for each in (CLASSIFICATION, REGRESSION, SUCCESSES) for metric in each.available}
     return known.get(name)

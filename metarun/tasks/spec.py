@@ -21,6 +21,8 @@ class TaskSpec:
         item_shape: the shape of one example, as a network takes it.
         objective: the loss and the metrics.
         outputs: how many numbers a network predicts for an example; None: one for each way.
+        constants: how many further outputs are learned numbers that do not depend on the example, such as the
+            logarithms of the standard deviations of a policy's actions.
         classes: the number of classes of the training split; None where that is not known yet, or there are
             no classes.
         item_dtype: the type of an example's numbers: floating point, or int64 for token ids.
@@ -36,6 +38,7 @@ class TaskSpec:
     item_shape: tuple[int, ...]
     objective: Objective = CLASSIFICATION
     outputs: int | None = None
+    constants: int = 0
     classes: int | None = None
     item_dtype: torch.dtype = torch.float32
     vocabulary: int | None = None

@@ -21,12 +21,15 @@ from torch.optim import Optimizer
 from metarun.algorithms.base import Algorithm
 from metarun.errors import TrainingError, counted, first_line, is_out_of_memory
 from metarun.tasks.class_store import ClassStore
-from metarun.tasks.episodes import EpisodeShape, run_parts
+from metarun.tasks.episodes import EpisodeShape, Outcome, Tasks, run_parts
+from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.sampling import fetched_ahead, training_draws
 from metarun.tasks.source import Draw, EpisodeSource, Fetched, split_draw
 from metarun.training.compiled import Gradient, GradientOfDraw, MetaLoss, can_trace, traced_gradient
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
+from metarun.training.outer_loops import Gradient as GradientStep
+from metarun.training.outer_loops import OuterLoop
 
 WARM_UP = 3  # eager steps before a CUDA graph is captured, as PyTorch recommends
 
@@ -65,6 +68,7 @@ class OuterStep:
         seed: of the training tasks.
         hardware: the number of tasks at once, compilation and CUDA graphs.
         clip: gradient clipping, if any.
+        outer_loop: what is done with the meta-gradient.
 
     Attributes:
         running_totals: sums over tasks of the loss and of each metric since they were last reset,
@@ -81,10 +85,11 @@ class OuterStep:
         seed: int,
         hardware: Hardware,
         clip: Clip | None = None,
+        outer_loop: OuterLoop | None = None,
     ) -> None:
         self.algorithm, self.optimizer, self.source = algorithm, optimizer, source
         self.shape, self.meta_batch, self.seed = shape, meta_batch, seed
-        self.hardware, self.clip = hardware, clip
+        self.hardware, self.clip, self.outer_loop = hardware, clip, outer_loop or GradientStep()
         self.metrics = source.spec.objective.metrics
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
         self.running_totals = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=hardware.device)
@@ -173,8 +178,7 @@ class OuterStep:
                 self.eager_steps_left -= 1
 
     def eager_step(self, draw: Draw) -> None:
-        self.backward(draw)
-        self.optimizer.step()
+        self.outer_loop.step(self, draw)
 
     def backward(self, draw: Draw) -> None:
         """Write the meta-gradient to each weight's `.grad`; if memory runs out, halve the tasks at once."""
@@ -187,6 +191,25 @@ class OuterStep:
                     raise  # a graph that is captured already contains part of the failed step
                 failed = first_line(error)
             self.halve(failed)
+        self.write_gradient(grads)
+        self.running_totals += figures
+
+    def backward_again(self, batches: Sequence[Rollouts], count: int) -> None:
+        """Write the gradient on collected trajectories to each weight's `.grad`.
+
+        Args:
+            batches: chunks of tasks whose trajectories are recorded.
+            count: the number of tasks in them.
+        """
+        total: Gradient | None = None
+        for tasks in batches:
+            part = self.gradient_of(self.algorithm.meta_loss, self.params, tasks, count)
+            total = part if total is None else add(total, part)
+        assert total is not None
+        self.write_gradient(total[0])
+
+    def write_gradient(self, grads: Sequence[Tensor | None]) -> None:
+        """Write a gradient to each weight's `.grad`, clipped."""
         for p, grad in zip(self.params, grads, strict=True):
             # Optimizers expect the memory layout of the weight. Clipping works in place, so it needs a copy:
             # two weights may share a gradient tensor.
@@ -194,7 +217,6 @@ class OuterStep:
             p.grad = grad if fits else torch.empty_like(p).copy_(grad)  # type: ignore[arg-type]
         if self.clip:
             self.clip.apply(self.params)
-        self.running_totals += figures
 
     def halve(self, reason: str) -> None:
         """Halve the tasks at once. Raises TrainingError if a single task does not fit."""
@@ -226,13 +248,46 @@ class OuterStep:
     def meta_gradient(self, meta_loss: MetaLoss, params: Sequence[Tensor], draw: Draw) -> Gradient:
         """The share of these tasks in the meta-gradient, and the sums of their losses and scores."""
         tasks = self.source.gather(draw, self.shape).to(self.hardware.dtype)
+        return self.gradient_of(meta_loss, params, tasks, self.meta_batch)
+
+    def gradient_of(
+        self, meta_loss: MetaLoss, params: Sequence[Tensor], tasks: Tasks, of: int
+    ) -> Gradient:
+        """The share of tasks in the meta-gradient of a batch of `of` tasks, and the sums of their figures."""
         with explained_derivatives():
             outcome = run_parts(meta_loss, tasks)
             loss, count = outcome.loss.mean(), len(tasks)
-            share = loss if count == self.meta_batch else loss * (count / self.meta_batch)
+            share = loss if count == of else loss * (count / of)
             grads = torch.autograd.grad(share, params, allow_unused=True)
+        return list(grads), self.figures(outcome, count)
+
+    def figures(self, outcome: Outcome, count: int) -> Tensor:
+        """The sums of the losses and the scores of `count` tasks, float64 [1 + metrics]."""
+        loss = outcome.loss.detach().mean()
         scores = [outcome.scores[metric.name].mean().to(loss.dtype) for metric in self.metrics]
-        return list(grads), torch.stack([loss.detach(), *scores]).double() * count
+        return torch.stack([loss, *scores]).double() * count
+
+    # environments
+
+    @torch.no_grad()
+    def collect(self, draw: Draw) -> list[Rollouts]:
+        """Let the current weights act in the environments of a draw, and keep the trajectories.
+
+        Returns:
+            The tasks in chunks of `at_once`, with the credit of each if the estimator takes it into account.
+        """
+        batches = []
+        for chunk in split_draw(draw, self.at_once):
+            tasks = self.source.gather(chunk, self.shape).to(self.hardware.dtype)
+            assert isinstance(tasks, Rollouts)
+            self.running_totals += self.figures(self.algorithm.meta_loss(tasks), len(tasks))
+            batches.append(tasks)
+        if batches[0].estimator.credit and self.meta_batch > 1:
+            total = torch.stack([tasks.mean_returns().sum() for tasks in batches]).sum()
+            for tasks in batches:  # compared with the mean of the other tasks, which keeps the estimate unbiased
+                tasks.give_credit((total - tasks.mean_returns()) / (self.meta_batch - 1))
+        return batches
+
 
     # one CUDA graph
 

@@ -26,6 +26,7 @@ from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
 from metarun.training.interrupts import hold_interrupts, uninterrupted
+from metarun.training.outer_loops import OuterLoop
 from metarun.training.step import Clip, OuterStep
 
 
@@ -93,6 +94,7 @@ class Trainer:
         hardware: the device, the precision and how steps are run.
         folder: where checkpoints are written.
         record: plain values to include in every checkpoint.
+        outer_loop: what is done with the meta-gradient; None: one step of the optimizer.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Trainer:
         hardware: Hardware,
         folder: Path,
         record: Mapping[str, Any],
+        outer_loop: OuterLoop | None = None,
     ) -> None:
         self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
         self.scheduled_by_score = scheduler is not None and needs_score(type(scheduler))
@@ -121,6 +124,7 @@ class Trainer:
             settings.seed,
             hardware,
             settings.clip,
+            outer_loop,
         )
         self.tasks = 0  # the number of tasks in the running totals
         self.iteration = 0

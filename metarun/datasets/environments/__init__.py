@@ -1,0 +1,1 @@
+"""Environments: tasks in which a policy acts, and learns from what it gets."""

@@ -1,0 +1,139 @@
+"""The base classes of environments: families of tasks that differ in a few parameters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metarun.datasets.base import Dataset, Split
+from metarun.errors import ConfigError, DataError
+from metarun.tasks.actions import Actions
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.objectives import RETURNS, Objective
+from metarun.tasks.policy_gradient import Estimator
+from metarun.tasks.rollouts import Rollouts
+from metarun.tasks.source import Draw, EpisodeSource
+from metarun.tasks.spec import TaskSpec
+from metarun.tasks.worlds import World
+
+#: The parameters of T tasks by name, each [T, ...].
+Parameters = Mapping[str, Tensor]
+Range = tuple[float, float]
+
+
+class Environments(Dataset):
+    """A family of environments, whose tasks are drawn at random; a base class for your own.
+
+    A subclass has its parameters (`sample`) and makes environments of them (`world`).
+
+    Args:
+        estimator: how policy gradients are estimated, see `Estimator`.
+        horizon: the number of time steps of an episode.
+
+    Attributes:
+        title: the name of the family in messages.
+    """
+
+    title: ClassVar[str]
+    objective: ClassVar[Objective] = RETURNS
+
+    def __init__(self, estimator: Estimator, horizon: int) -> None:
+        self.estimator = estimator if isinstance(estimator, Estimator) else Estimator(**estimator)
+        if horizon < 1:
+            raise ConfigError(f"dataset.horizon={horizon}: must be at least 1")
+        self.horizon = horizon
+
+    @property
+    @abstractmethod
+    def observation(self) -> tuple[int, ...]:
+        """The shape of an observation, as a network sees it."""
+
+    @property
+    @abstractmethod
+    def actions(self) -> Actions:
+        """The kind of actions."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """The settings, and versions of libraries, that decide what happens in an episode."""
+
+    @abstractmethod
+    def sample(self, split: Split, tasks: int, generator: torch.Generator) -> Parameters:
+        """Draw the parameters of tasks.
+
+        Args:
+            split: "train", "validation" or "test"; most families draw all from one distribution.
+            tasks: T.
+            generator: the only source of randomness.
+        """
+
+    @abstractmethod
+    def world(self, parameters: Parameters, device: torch.device | str) -> World:
+        """The environments of tasks with these parameters, on a device."""
+
+    def optimum(self, parameters: Parameters) -> Tensor | None:
+        """The best expected return of each task if its parameters are known, [T]; None if it is not known."""
+        return None
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec(
+            item_shape=self.observation,
+            objective=self.objective,
+            outputs=self.actions.outputs,
+            constants=self.actions.constants,
+            static=False,
+            tasks=Rollouts,
+        )
+
+    def split(self, name: Split, device: torch.device | str = "cpu") -> EnvironmentSource:
+        return EnvironmentSource(self, name, device)
+
+
+class EnvironmentSource(EpisodeSource):
+    """Tasks of a family of environments: their parameters, and a seed for all that is random in a task.
+
+    Args:
+        family: the family.
+        split: the name of the split.
+        device: of observations and rewards.
+    """
+
+    def __init__(self, family: Environments, split: Split, device: torch.device | str) -> None:
+        self.family, self.split, self.device = family, split, device
+        self.spec, self.name = family.spec, f"{family.title} {split}"
+        self.fingerprint = f"{family.title} {split} {family.identity}"
+        self.keys = tuple(family.sample(split, 1, torch.Generator()))
+
+    def check(self, shape: EpisodeShape) -> None:
+        if shape.ways != 1:
+            raise DataError(f"ways={shape.ways}: a task of an environment has one way; set ways=1")
+
+    def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
+        """The parameters, [T, ...] each, and the seeds [T] int64."""
+        parameters = self.family.sample(self.split, tasks, generator)
+        seeds = torch.randint(1 << 62, (tasks,), generator=generator)
+        return (*parameters.values(), seeds)
+
+    def gather(self, draw: Draw, shape: EpisodeShape) -> Rollouts:
+        *parameters, seeds = draw
+        world = self.family.world(dict(zip(self.keys, parameters, strict=True)), self.device)
+        return Rollouts(world, seeds, shape, self.spec.objective, self.family.estimator)
+
+
+def uniform(bounds: Range, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Numbers drawn uniformly between bounds, float32."""
+    low, high = bounds
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def check_range(**settings: Any) -> None:
+    """Raise ConfigError for a setting of a dataset whose least value is above its largest."""
+    for name, (low, high) in settings.items():
+        if low > high:
+            raise ConfigError(f"dataset.{name}=[{low},{high}]: the first number must not be above the second")

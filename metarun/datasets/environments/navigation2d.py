@@ -1,0 +1,89 @@
+"""2D navigation (Finn, Abbeel and Levine 2017, section 5.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metarun.datasets.base import Split
+from metarun.datasets.environments.base import Environments, Parameters, uniform
+from metarun.errors import ConfigError
+from metarun.tasks.actions import Actions, Box
+from metarun.tasks.policy_gradient import Estimator
+from metarun.tasks.worlds import World
+
+STEP = 0.1  # the largest move in each direction
+NEAR = 0.01  # an episode ends this close to the goal, in each direction
+
+
+class Navigation2D(Environments):
+    """A point has to move to a goal that it does not see.
+
+    As in the code of the paper (cbfinn/maml_rl, `point_env_randgoal.py`): the goal is uniform in a square around
+    the start; the observation is the position; an action in [-1, 1] moves the point by up to 0.1 in each
+    direction; the reward is minus the distance to the goal after the move; an episode ends within 0.01 of the
+    goal in both directions.
+
+    Args:
+        half: half of the side of the square.
+        horizon: the number of time steps of an episode.
+        estimator: see `Estimator`.
+    """
+
+    title = "navigation2d"
+    actions: Actions = Box(2)
+    observation = (2,)
+
+    def __init__(
+        self, *, half: float = 0.5, horizon: int = 100, estimator: Estimator = Estimator()
+    ) -> None:
+        super().__init__(estimator, horizon)
+        if half <= 0:
+            raise ConfigError(f"dataset.half={half}: must be above 0")
+        self.half = half
+
+    @property
+    def identity(self) -> str:
+        return f"{self.half} {self.horizon}"
+
+    def sample(self, split: Split, tasks: int, generator: torch.Generator) -> Parameters:
+        return {"goal": uniform((-self.half, self.half), (tasks, 2), generator)}
+
+    def world(self, parameters: Parameters, device: torch.device | str) -> World:
+        return Plane(parameters["goal"].to(device), self.horizon)
+
+    def optimum(self, parameters: Parameters) -> Tensor:
+        """Straight for the goal, as far as a step reaches in each direction."""
+        goal = parameters["goal"].double()
+        position, total = torch.zeros_like(goal), torch.zeros(len(goal), dtype=torch.float64)
+        for _ in range(self.horizon):
+            position = position + (goal - position).clamp(-STEP, STEP)
+            total = total - (goal - position).norm(dim=-1)
+        return total
+
+
+class Plane(World):
+    """The plane of `Navigation2D`.
+
+    Args:
+        goals: [T, 2].
+        horizon: the number of time steps of an episode.
+    """
+
+    def __init__(self, goals: Tensor, horizon: int) -> None:
+        self.goals, self.horizon, self.actions, self.device = goals, horizon, Box(2), goals.device
+
+    def __len__(self) -> int:
+        return len(self.goals)
+
+    def to(self, dtype: torch.dtype) -> Plane:
+        return Plane(self.goals.to(dtype), self.horizon)
+
+    def reset(self, episodes: int, chance: Tensor) -> Tensor:
+        self.position = self.goals.new_zeros(len(self.goals), episodes, 2)
+        return self.position
+
+    def step(self, actions: Tensor, chance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.position = self.position + STEP * actions.clamp(-1, 1)
+        away = self.position - self.goals.unsqueeze(1)
+        return self.position, -away.norm(dim=-1), (away.abs() < NEAR).all(-1)

@@ -1,0 +1,215 @@
+"""Rules of the outer loop: what is done with the meta-gradient of a meta-batch.
+
+One step of an optimizer serves all tasks. PPO and TRPO are for environments: they take larger steps on the
+trajectories that were collected, as far as these can be trusted.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metarun.errors import ConfigError
+from metarun.tasks.rollouts import Rollouts
+from metarun.tasks.source import Draw
+
+if TYPE_CHECKING:
+    from metarun.training.step import OuterStep
+
+
+class OuterLoop(ABC):
+    """The base class of the rules of the outer loop; an extension point."""
+
+    #: Whether the tasks must be environments.
+    needs_rollouts = True
+
+    @abstractmethod
+    def step(self, outer: OuterStep, draw: Draw) -> None:
+        """Change the weights of `outer.algorithm` by the tasks of a draw."""
+
+
+class Gradient(OuterLoop):
+    """One step of the optimizer along the meta-gradient."""
+
+    needs_rollouts = False
+
+    def step(self, outer: OuterStep, draw: Draw) -> None:
+        outer.backward(draw)
+        outer.optimizer.step()
+
+
+class PPO(OuterLoop):
+    """Several steps of the optimizer on clipped ratios of probabilities (Schulman et al. 2017).
+
+    With MAML and `dataset.estimator.surrogate=lvc` this is ProMP (Rothfuss et al. 2019, algorithm 1): the inner
+    steps are taken again from the changed weights, on the same trajectories.
+
+    Args:
+        clip: how far a ratio of probabilities counts from 1, above 0.
+        epochs: how often each trajectory is used.
+        minibatches: the number of parts that tasks are divided into at random, in each epoch.
+        inner_kl: the strength of a penalty on the divergence of policies before and during the inner steps from
+            those that acted (equation 15 of ProMP).
+    """
+
+    def __init__(
+        self, clip: float = 0.3, epochs: int = 5, minibatches: int = 1, inner_kl: float = 0.0
+    ) -> None:
+        if clip <= 0 or inner_kl < 0:
+            raise ConfigError(
+                f"outer_loop.clip={clip}, outer_loop.inner_kl={inner_kl}: the first must be above 0, the second "
+                "at least 0"
+            )
+        if min(epochs, minibatches) < 1:
+            raise ConfigError(
+                f"outer_loop.epochs={epochs}, outer_loop.minibatches={minibatches}: must be at least 1"
+            )
+        self.clip, self.epochs, self.minibatches, self.inner_kl = clip, epochs, minibatches, inner_kl
+
+    def step(self, outer: OuterStep, draw: Draw) -> None:
+        batches = outer.collect(draw)
+        for tasks in batches:
+            tasks.clip, tasks.inner_kl = self.clip, self.inner_kl
+        generator = torch.Generator().manual_seed(outer.seed * 1_000_003 + outer.iteration)
+        for _ in range(self.epochs):
+            for part in self.parts(batches, outer.meta_batch, generator):
+                outer.backward_again(part, sum(map(len, part)))
+                outer.optimizer.step()
+
+    def parts(
+        self, batches: Sequence[Rollouts], count: int, generator: torch.Generator
+    ) -> Sequence[Sequence[Rollouts]]:
+        """The tasks in minibatches, each in chunks no larger than they were collected in."""
+        if self.minibatches == 1:
+            return [batches]
+        parts = []
+        for numbers in torch.randperm(count, generator=generator).tensor_split(self.minibatches):
+            start, chunks = 0, []
+            for tasks in batches:
+                own = numbers[(numbers >= start) & (numbers < start + len(tasks))] - start
+                if len(own):
+                    chunks.append(tasks.select(own))
+                start += len(tasks)
+            if chunks:
+                parts.append(chunks)
+        return parts
+
+
+class TRPO(OuterLoop):
+    """The largest step along the natural meta-gradient that keeps the adapted policies near those that acted.
+
+    Trust region policy optimisation (Schulman et al. 2015) as in the code of MAML: the divergence is the mean
+    over tasks of that of the adapted policies, and its second derivative passes through the inner steps.
+
+    Args:
+        max_kl: the largest mean divergence of the adapted policies.
+        cg_steps: the number of conjugate gradient steps.
+        damping: added to the second derivative of the divergence.
+        every: the second derivative is computed at every so many time steps; the line search takes all.
+        backtracks: the largest number of tried step sizes.
+        shrink: the factor between tried step sizes, in (0, 1).
+    """
+
+    def __init__(
+        self,
+        max_kl: float = 0.01,
+        cg_steps: int = 10,
+        damping: float = 1e-5,
+        every: int = 10,
+        backtracks: int = 15,
+        shrink: float = 0.8,
+    ) -> None:
+        if max_kl <= 0 or damping < 0 or not 0 < shrink < 1:
+            raise ConfigError(
+                f"outer_loop.max_kl={max_kl}, outer_loop.damping={damping}, outer_loop.shrink={shrink}: must be "
+                "above 0, at least 0, and between 0 and 1"
+            )
+        if min(cg_steps, every, backtracks) < 1:
+            raise ConfigError(
+                f"outer_loop.cg_steps={cg_steps}, outer_loop.every={every}, "
+                f"outer_loop.backtracks={backtracks}: must be at least 1"
+            )
+        self.max_kl, self.cg_steps, self.damping = max_kl, cg_steps, damping
+        self.every, self.backtracks, self.shrink = every, backtracks, shrink
+
+    def step(self, outer: OuterStep, draw: Draw) -> None:
+        batches = outer.collect(draw)
+        outer.backward_again(batches, outer.meta_batch)
+        gradient = torch.cat([p.grad.flatten() for p in outer.params])  # type: ignore[union-attr]
+        product = self.fisher_product(outer, batches)
+        direction = conjugate_gradient(product, gradient, self.cg_steps)
+        curvature = direction @ product(direction)
+        if not bool(curvature > 0):  # the gradient is zero
+            return
+        self.search(outer, batches, direction * (2 * self.max_kl / curvature).sqrt())
+
+    def fisher_product(self, outer: OuterStep, batches: Sequence[Rollouts]) -> Callable[[Tensor], Tensor]:
+        """Products of vectors with the damped second derivative of the mean divergence.
+
+        At the policies that acted the derivative of the divergence with respect to them is zero, so that its
+        second derivative is J' F J: F is their Fisher information, J the derivative of the adapted weights.
+        """
+
+        def derivative(tasks: Rollouts) -> Tensor:
+            """The derivative of the divergence of a chunk, with a graph."""
+            thin = tasks.thinned(self.every)
+            share = thin.divergence(outer.algorithm.meta_loss(thin)).sum() / outer.meta_batch
+            grads = torch.autograd.grad(share, outer.params, create_graph=True, materialize_grads=True)
+            return torch.cat([grad.flatten() for grad in grads])
+
+        # The graph of a single chunk is used again; those of several would need the memory of all tasks at once.
+        kept = derivative(batches[0]) if len(batches) == 1 else None
+
+        def product(vector: Tensor) -> Tensor:
+            total = self.damping * vector
+            for tasks in batches:
+                first = derivative(tasks) if kept is None else kept
+                grads = torch.autograd.grad(
+                    first @ vector, outer.params, retain_graph=kept is not None, materialize_grads=True
+                )
+                total = total + torch.cat([grad.flatten() for grad in grads])
+            return total
+
+        return product
+
+    @torch.no_grad()
+    def search(self, outer: OuterStep, batches: Sequence[Rollouts], step: Tensor) -> None:
+        """Take the largest tried step that lowers the loss and keeps the divergence; none if there is none."""
+        start = [p.clone() for p in outer.params]
+        before = math.inf
+        for attempt in range(-1, self.backtracks):
+            size = 0.0 if attempt < 0 else self.shrink**attempt
+            parts = step.split([p.numel() for p in outer.params])
+            for p, old, part in zip(outer.params, start, parts, strict=True):
+                p.copy_(old - size * part.view_as(p))
+            outcomes = [outer.algorithm.meta_loss(tasks) for tasks in batches]
+            losses = torch.cat([outcome.loss for outcome in outcomes]).double()
+            pairs = zip(batches, outcomes, strict=True)
+            divergences = torch.cat([tasks.divergence(outcome) for tasks, outcome in pairs]).double()
+            loss, divergence = losses.mean().item(), divergences.mean().item()
+            if attempt < 0:
+                before = loss
+            elif loss < before and divergence <= self.max_kl:
+                return
+        for p, old in zip(outer.params, start, strict=True):
+            p.copy_(old)
+
+
+def conjugate_gradient(product: Callable[[Tensor], Tensor], target: Tensor, steps: int) -> Tensor:
+    """An approximate solution x of product(x) = target, for a symmetric positive definite product."""
+    solution, residual, direction = torch.zeros_like(target), target.clone(), target.clone()
+    square = residual @ residual
+    for _ in range(steps):
+        if not bool(square > 1e-10 * (target @ target)):
+            break
+        image = product(direction)
+        length = square / (direction @ image)
+        solution, residual = solution + length * direction, residual - length * image
+        square, previous = residual @ residual, square
+        direction = residual + (square / previous) * direction
+    return solution
