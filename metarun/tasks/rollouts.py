@@ -100,22 +100,27 @@ class Rollouts(Tasks):
         losses, self.inner_terms = losses + sum(self.inner_terms), []
         return Outcome(losses, self.scores(), outputs.flatten(1, 2))
 
-    def divergence(self, outcome: Outcome) -> Tensor:
+    def divergence(self, outcome: Outcome, origin: Tensor | None = None) -> Tensor:
         """The mean divergence of a policy from the one that acted in the queries, [T].
 
         Args:
             outcome: of the policy.
+            origin: outputs of another policy to start from, as `outcome.outputs`; None: the one that acted.
         """
         batch = self.recorded[SCORED]
         assert outcome.outputs is not None
-        outputs = outcome.outputs.view_as(batch.outputs)
-        return alive_mean(self.world.actions.divergence(batch.outputs, outputs), batch.alive)
+        old = batch.outputs if origin is None else origin.view_as(batch.outputs)
+        new = outcome.outputs.view_as(batch.outputs)
+        return alive_mean(self.world.actions.divergence(old, new), batch.alive)
 
     def thinned(self, every: int) -> Rollouts:
-        """The same recorded tasks with every so many time steps of the queries."""
+        """The same recorded tasks with one of so many time steps."""
+
+        def thin(x: Tensor) -> Tensor:
+            return x[:, ::every] if x.dim() > 2 else x  # not what there is once for each task or episode
+
         other = copy.copy(self)
-        scored = self.recorded[SCORED].map(lambda x: x[:, ::every] if x.dim() > 2 else x)
-        other.recorded = self.recorded | {SCORED: scored}
+        other.recorded = {phase: batch.map(thin) for phase, batch in self.recorded.items()}
         return other
 
     def collect(

@@ -110,7 +110,8 @@ class TRPO(OuterLoop):
         max_kl: the largest mean divergence of the adapted policies.
         cg_steps: the number of conjugate gradient steps.
         damping: added to the second derivative of the divergence.
-        every: the second derivative is computed at every so many time steps; the line search takes all.
+        every: the second derivative is estimated from one of so many time steps, of the inner steps too; the
+            line search takes all, so that the bound of the divergence is exact.
         backtracks: the largest number of tried step sizes.
         shrink: the factor between tried step sizes, in (0, 1).
     """
@@ -151,14 +152,17 @@ class TRPO(OuterLoop):
     def fisher_product(self, outer: OuterStep, batches: Sequence[Rollouts]) -> Callable[[Tensor], Tensor]:
         """Products of vectors with the damped second derivative of the mean divergence.
 
-        At the policies that acted the derivative of the divergence with respect to them is zero, so that its
-        second derivative is J' F J: F is their Fisher information, J the derivative of the adapted weights.
+        The divergence of a policy from itself has no first derivative with respect to the policy, so that its
+        second derivative is J' F J: F is the Fisher information of the adapted policies, J the derivative of
+        their weights. With `every`, both are estimates from a part of the time steps.
         """
 
         def derivative(tasks: Rollouts) -> Tensor:
             """The derivative of the divergence of a chunk, with a graph."""
             thin = tasks.thinned(self.every)
-            share = thin.divergence(outer.algorithm.meta_loss(thin)).sum() / outer.meta_batch
+            outcome = outer.algorithm.meta_loss(thin)
+            assert outcome.outputs is not None
+            share = thin.divergence(outcome, outcome.outputs.detach()).sum() / outer.meta_batch
             grads = torch.autograd.grad(share, outer.params, create_graph=True, materialize_grads=True)
             return torch.cat([grad.flatten() for grad in grads])
 
