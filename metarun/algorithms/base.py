@@ -69,8 +69,8 @@ class Algorithm(nn.Module, ABC):
         """Raise ConfigError if the method does not support tasks of this kind."""
         if issubclass(spec.tasks, Rollouts) and not cls.plays:
             raise ConfigError(
-                f"algorithm={cls.__name__}: learns from labelled examples, and this dataset is an environment; "
-                "choose algorithm=maml, fomaml, anil, meta_sgd, cavia or reptile"
+                f"algorithm={cls.__name__}: learns from labelled examples, and this dataset is an "
+                "environment; choose algorithm=maml, fomaml, anil, meta_sgd, cavia, reptile or pretrain"
             )
         if not issubclass(spec.tasks, cls.needs):
             what = "environments" if cls.needs is Rollouts else "labelled support and query examples"

@@ -134,8 +134,8 @@ def build_outer_loop(settings: TrainConfig, spec: TaskSpec, algorithm: Algorithm
         )
     if rule.needs_rollouts and not algorithm.minimises_query_loss:
         raise ConfigError(
-            f"outer_loop={type(rule).__name__}: algorithm={type(algorithm).__name__} moves its weights by a rule "
-            "of its own; choose outer_loop=gradient"
+            f"outer_loop={type(rule).__name__}: algorithm={type(algorithm).__name__} moves its weights by a "
+            "rule of its own; choose outer_loop=gradient"
         )
     if environments and not rule.needs_rollouts and settings.dataset.get("estimator", {}).get("credit"):
         raise ConfigError(

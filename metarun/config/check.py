@@ -27,7 +27,16 @@ from metarun.errors import ConfigError
 # Constructor arguments that the builder passes, by group; the config must not set them.
 SUPPLIED = {
     "dataset": {"datasets"},
-    "algorithm": {"backbone", "inner_loop", "outputs", "item_shape", "classes", "shots", "description", "constants"},
+    "algorithm": {
+        "backbone",
+        "inner_loop",
+        "outputs",
+        "item_shape",
+        "classes",
+        "shots",
+        "description",
+        "constants",
+    },
     "backbone": {"item_shape", "vocabulary"},
     "optimizer": {"params"},
     "scheduler": {"optimizer"},
@@ -285,7 +294,7 @@ def check_node(path: str, node: DictConfig, trusted: Collection[str] | None = No
 
 
 def check_fields(path: str, values: dict[str, Any], cls: type) -> None:
-    """Check settings that a node has as a group, such as `dataset.estimator`, by the fields of a dataclass."""
+    """Check a group of settings in a node, such as `dataset.estimator`, by the fields of a dataclass."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in hints:

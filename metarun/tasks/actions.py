@@ -1,6 +1,7 @@
 """Actions of a policy: how the outputs of a network become a distribution over them.
 
-T tasks, H time steps, E episodes; `...` are any such dimensions. N outputs of a network, A numbers of an action.
+T tasks, H time steps, E episodes; `...` are any such dimensions. N outputs of a network, A numbers of an
+action.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Metric:
 
     Args:
         name: the name in `metrics=[...]`, in tables and in result files.
-        score: (outputs, targets) -> scores [T].
+        score: (outputs, targets) -> scores [T]; of environments, (trajectories after adaptation, before it).
         title: the name in pictures.
         higher_is_better: the direction in which one score is better than another.
         percent: whether a score in [0, 1] is shown as a percentage.
@@ -41,7 +41,7 @@ class Metric:
     """
 
     name: str
-    score: PerTask = field(compare=False)
+    score: Callable[..., Tensor] = field(compare=False)
     title: str
     higher_is_better: bool = True
     percent: bool = False
@@ -307,14 +307,14 @@ REGRESSION = Objective(
 )
 
 
-
-
 def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     raise TypeError("the loss of environments is a policy gradient, see metarun.tasks.rollouts")
 
 
 RETURN = Metric("return", lambda after, before: after.returns.mean(1), "return")
-RETURN_BEFORE = Metric("return_before", lambda after, before: before.returns.mean(1), "return before adapting")
+RETURN_BEFORE = Metric(
+    "return_before", lambda after, before: before.returns.mean(1), "return before adapting"
+)
 SUCCESS = Metric("success", lambda after, before: after.reached.float().mean(1), "success", percent=True)
 # Of tasks that are environments. Scores are of `Trajectories`: those after adaptation, and those before.
 RETURNS = Objective(_no_loss, metrics=(RETURN,), available=(RETURN, RETURN_BEFORE), progress=(RETURN_BEFORE,))
@@ -323,5 +323,7 @@ SUCCESSES = replace(RETURNS, metrics=(SUCCESS, RETURN), available=(SUCCESS, RETU
 
 def metric_named(name: str) -> Metric | None:
     """A metric by its name in a result file, for showing its scores; None for one of a dataset's own."""
-    known = {metric.name: metric for each in (CLASSIFICATION, REGRESSION, SUCCESSES) for metric in each.available}
+    known = {
+        metric.name: metric for each in (CLASSIFICATION, REGRESSION, SUCCESSES) for metric in each.available
+    }
     return known.get(name)

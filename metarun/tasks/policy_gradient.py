@@ -75,25 +75,28 @@ class Estimator:
             batch: trajectories with advantages.
             actions: the kind of the actions.
         """
+        assert batch.advantages is not None
         if self.surrogate == "log_prob":
             return -alive_mean(log_probs * batch.advantages, batch.alive)
         change = (log_probs - actions.log_prob(batch.outputs, batch.actions)) * batch.alive
         if self.surrogate == "lvc":
             return -alive_mean(change.exp() * batch.advantages, batch.alive)
         upto = change.cumsum(1)
-        # The difference of the products up to this step and up to the one before: its value is zero where the
-        # policy is the one that acted, and its derivatives are those of DiCE.
+        # The difference of the products up to this step and up to the one before: its value is zero where
+        # the policy is the one that acted, and its derivatives are those of DiCE.
         return -alive_mean((upto.exp() - (upto - change).exp()) * batch.advantages, batch.alive)
 
 
-def outer_loss(
-    log_probs: Tensor, batch: Trajectories, actions: Actions, clip: float | None = None
-) -> Tensor:
+DEFAULT = Estimator()
+
+
+def outer_loss(log_probs: Tensor, batch: Trajectories, actions: Actions, clip: float | None = None) -> Tensor:
     """The loss whose gradient is the policy gradient at any weights near those that acted, [T].
 
-    The ratio of probabilities times the advantage; with `clip`, PPO's clipped surrogate (Schulman et al. 2017,
-    equation 7).
+    The ratio of probabilities times the advantage; with `clip`, PPO's clipped surrogate (Schulman et al.
+    2017, equation 7).
     """
+    assert batch.advantages is not None
     ratio = (log_probs - actions.log_prob(batch.outputs, batch.actions)).exp()
     gains = ratio * batch.advantages
     if clip is not None:
@@ -135,8 +138,8 @@ def generalised_advantages(
 def linear_baseline(batch: Trajectories, returns: Tensor) -> Tensor:
     """Returns predicted from features of observation and time by ridge regression, [T, H, E].
 
-    The features are the observation o and its square, t, t^2, t^3 with t in hundreds of steps, and 1. Each task
-    has its own regression, on the very trajectories whose returns are predicted.
+    The features are the observation o and its square, t, t^2, t^3 with t in hundreds of steps, and 1. Each
+    task has its own regression, on the very trajectories whose returns are predicted.
 
     Args:
         batch: the trajectories.

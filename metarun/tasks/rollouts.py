@@ -38,8 +38,8 @@ class Rollouts(Tasks):
         recorded: the trajectories by their phase.
         clip: the largest change of a ratio of probabilities in the loss of queries; None: any.
         credit: what the returns of a task count for in the term of `Estimator.credit`, [T]; None: not at all.
-        inner_kl: the strength of a penalty on the divergence of the policy at each inner step from the one that
-            acted.
+        inner_kl: the strength of a penalty on the divergence of the policy at each inner step from the one
+            that acted.
         inner_terms: what the inner steps of the current pass add to the loss of the queries, [T] each.
     """
 

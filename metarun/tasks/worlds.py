@@ -137,9 +137,7 @@ def random_numbers(
 
 
 @torch.no_grad()
-def roll(
-    world: World, model: Callable[[Tensor], Tensor], noise: Tensor, chance: Tensor
-) -> Trajectories:
+def roll(world: World, model: Callable[[Tensor], Tensor], noise: Tensor, chance: Tensor) -> Trajectories:
     """Run one episode after the other of a policy without memory, all tasks and episodes side by side.
 
     Args:
@@ -157,5 +155,5 @@ def roll(
         following, reward, ended = world.step(action, chance[:, time + 1])
         steps.append((observation, action, reward * alive, alive, outputs))
         alive, observation = alive * ~ended, following
-    columns = (torch.stack(column, 1) for column in zip(*steps, strict=True))
-    return Trajectories(*columns, reached=world.reached())
+    observations, actions, rewards, lives, outs = (torch.stack(each, 1) for each in zip(*steps, strict=True))
+    return Trajectories(observations, actions, rewards, lives, outs, world.reached())

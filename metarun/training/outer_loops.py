@@ -46,15 +46,15 @@ class Gradient(OuterLoop):
 class PPO(OuterLoop):
     """Several steps of the optimizer on clipped ratios of probabilities (Schulman et al. 2017).
 
-    With MAML and `dataset.estimator.surrogate=lvc` this is ProMP (Rothfuss et al. 2019, algorithm 1): the inner
-    steps are taken again from the changed weights, on the same trajectories.
+    With MAML and `dataset.estimator.surrogate=lvc` this is ProMP (Rothfuss et al. 2019, algorithm 1): the
+    inner steps are taken again from the changed weights, on the same trajectories.
 
     Args:
         clip: how far a ratio of probabilities counts from 1, above 0.
         epochs: how often each trajectory is used.
         minibatches: the number of parts that tasks are divided into at random, in each epoch.
-        inner_kl: the strength of a penalty on the divergence of policies before and during the inner steps from
-            those that acted (equation 15 of ProMP).
+        inner_kl: the strength of a penalty on the divergence of the policies at the inner steps from those
+            that acted (ProMP, section 6).
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class PPO(OuterLoop):
     ) -> None:
         if clip <= 0 or inner_kl < 0:
             raise ConfigError(
-                f"outer_loop.clip={clip}, outer_loop.inner_kl={inner_kl}: the first must be above 0, the second "
-                "at least 0"
+                f"outer_loop.clip={clip}, outer_loop.inner_kl={inner_kl}: the first must be above 0, the "
+                "second at least 0"
             )
         if min(epochs, minibatches) < 1:
             raise ConfigError(
@@ -127,8 +127,8 @@ class TRPO(OuterLoop):
     ) -> None:
         if max_kl <= 0 or damping < 0 or not 0 < shrink < 1:
             raise ConfigError(
-                f"outer_loop.max_kl={max_kl}, outer_loop.damping={damping}, outer_loop.shrink={shrink}: must be "
-                "above 0, at least 0, and between 0 and 1"
+                f"outer_loop.max_kl={max_kl}, outer_loop.damping={damping}, outer_loop.shrink={shrink}: must "
+                "be above 0, at least 0, and between 0 and 1"
             )
         if min(cg_steps, every, backtracks) < 1:
             raise ConfigError(
@@ -166,7 +166,7 @@ class TRPO(OuterLoop):
             grads = torch.autograd.grad(share, outer.params, create_graph=True, materialize_grads=True)
             return torch.cat([grad.flatten() for grad in grads])
 
-        # The graph of a single chunk is used again; those of several would need the memory of all tasks at once.
+        # The graph of one chunk is used again; those of several would need the memory of all tasks at once.
         kept = derivative(batches[0]) if len(batches) == 1 else None
 
         def product(vector: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class TRPO(OuterLoop):
 
     @torch.no_grad()
     def search(self, outer: OuterStep, batches: Sequence[Rollouts], step: Tensor) -> None:
-        """Take the largest tried step that lowers the loss and keeps the divergence; none if there is none."""
+        """Take the largest tried step that lowers the loss and keeps the divergence, if there is one."""
         start = [p.clone() for p in outer.params]
         before = math.inf
         for attempt in range(-1, self.backtracks):

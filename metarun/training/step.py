@@ -250,9 +250,7 @@ class OuterStep:
         tasks = self.source.gather(draw, self.shape).to(self.hardware.dtype)
         return self.gradient_of(meta_loss, params, tasks, self.meta_batch)
 
-    def gradient_of(
-        self, meta_loss: MetaLoss, params: Sequence[Tensor], tasks: Tasks, of: int
-    ) -> Gradient:
+    def gradient_of(self, meta_loss: MetaLoss, params: Sequence[Tensor], tasks: Tasks, of: int) -> Gradient:
         """The share of tasks in the meta-gradient of a batch of `of` tasks, and the sums of their figures."""
         with explained_derivatives():
             outcome = run_parts(meta_loss, tasks)
@@ -284,10 +282,11 @@ class OuterStep:
             batches.append(tasks)
         if batches[0].estimator.credit and self.meta_batch > 1:
             total = torch.stack([tasks.mean_returns().sum() for tasks in batches]).sum()
-            for tasks in batches:  # compared with the mean of the other tasks, which keeps the estimate unbiased
+            for (
+                tasks
+            ) in batches:  # compared with the mean of the other tasks, which keeps the estimate unbiased
                 tasks.give_credit((total - tasks.mean_returns()) / (self.meta_batch - 1))
         return batches
-
 
     # one CUDA graph
 

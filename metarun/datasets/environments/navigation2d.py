@@ -9,7 +9,7 @@ from metarun.datasets.base import Split
 from metarun.datasets.environments.base import Environments, Parameters, uniform
 from metarun.errors import ConfigError
 from metarun.tasks.actions import Actions, Box
-from metarun.tasks.policy_gradient import Estimator
+from metarun.tasks.policy_gradient import DEFAULT, Estimator
 from metarun.tasks.worlds import World
 
 STEP = 0.1  # the largest move in each direction
@@ -19,10 +19,10 @@ NEAR = 0.01  # an episode ends this close to the goal, in each direction
 class Navigation2D(Environments):
     """A point has to move to a goal that it does not see.
 
-    As in the code of the paper (cbfinn/maml_rl, `point_env_randgoal.py`): the goal is uniform in a square around
-    the start; the observation is the position; an action in [-1, 1] moves the point by up to 0.1 in each
-    direction; the reward is minus the distance to the goal after the move; an episode ends within 0.01 of the
-    goal in both directions.
+    As in the code of the paper (cbfinn/maml_rl, `point_env_randgoal.py`): the goal is uniform in a square
+    around the start; the observation is the position; an action in [-1, 1] moves the point by up to 0.1 in
+    each direction; the reward is minus the distance to the goal after the move; an episode ends within 0.01
+    of the goal in both directions.
 
     Args:
         half: half of the side of the square.
@@ -34,9 +34,7 @@ class Navigation2D(Environments):
     actions: Actions = Box(2)
     observation = (2,)
 
-    def __init__(
-        self, *, half: float = 0.5, horizon: int = 100, estimator: Estimator = Estimator()
-    ) -> None:
+    def __init__(self, *, half: float = 0.5, horizon: int = 100, estimator: Estimator = DEFAULT) -> None:
         super().__init__(estimator, horizon)
         if half <= 0:
             raise ConfigError(f"dataset.half={half}: must be above 0")
