@@ -6,8 +6,10 @@ of a max pooling although its indices suffice. The formulas here are exact
 (tests/unit/test_double_backward.py compares with finite differences); docs/speed.md has what they gain.
 
 Each operation is two autograd Functions: the layer, whose backward calls the second one, and the
-layer's backward, whose own backward is written out and not differentiable again
-(`once_differentiable`: a third derivative raises an error).
+layer's backward, whose own backward is written out. Linear layers and pooling can be differentiated any
+number of times, as TRPO needs; a third derivative of batch norm raises an error. PyTorch's
+`once_differentiable` would not do that: `autograd.grad` leaves out the branch of the graph that raises its
+error, and returns a wrong derivative without a word.
 
 Everything keeps the memory layout of its input, so that feature maps stay channels-last, which
 is what makes normalising and pooling fast on a CPU. These Functions have no rule for torch.vmap.
@@ -20,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 native = torch.ops.aten
 Pair = tuple[int, int]
@@ -112,8 +113,9 @@ class _BatchNormBackward(Function):
         return dx, dw, db
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v: Tensor, u: Tensor, to_bias: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # of the statistics, only the values are kept
+            raise RuntimeError("derivative for 'batch_norm' is not implemented: a third derivative")
         g, x, weight, mean, scale, projected, sum_gn, sum_g = ctx.saved_tensors
         v = like(v, x)
         count = x.numel() // x.shape[1]
@@ -217,7 +219,6 @@ class _MaxPoolBackward(Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         v = v.contiguous(memory_format=ctx.layout)
@@ -265,7 +266,6 @@ class _LinearBackward(Function):
         return dx, torch.bmm(g.mT, x) if wanted[1] else None, g.sum(1) if wanted[2] else None
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, v: Tensor | None, u: Tensor | None, to_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,3 +180,49 @@ def test_convolutions_of_every_kind(settings: dict, how: str, channels_last: boo
     x = torch.randn(3, 2, 2, 8, 9).double()
     expected = run_on_tasks(module, params, x, TaskBatching("loop"))
     torch.testing.assert_close(run_on_tasks(module, params, x, TaskBatching(how, channels_last)), expected)
+
+
+# Third derivatives, through which the trust region of TRPO looks at the inner loop.
+
+
+def third_derivative(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of a product with the second derivative of f(x).sum()."""
+    generator = torch.Generator().manual_seed(9)
+    v, u = (torch.randn(x.shape, dtype=x.dtype, generator=generator) for _ in range(2))
+    (first,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((first.tanh() * v).sum(), x, create_graph=True)
+    return torch.autograd.grad((second.tanh() * u).sum(), x)[0]
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_third_derivative_of_linear_layers(with_bias: bool):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
+    weight = torch.randn(2, 4, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    def f(linear: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        bias = lambda w: w.sum(2).sin() if with_bias else None  # noqa: E731
+        return lambda w: linear(linear(x, w, bias(w)).tanh(), w.mT, None).tanh().square()
+
+    def plain(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return x @ w.mT + (0 if b is None else b.unsqueeze(1))
+
+    expected = third_derivative(f(plain), weight)
+    torch.testing.assert_close(third_derivative(f(double_backward.linear), weight), expected)
+    assert expected.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_third_derivative_of_pooling(layout: str):
+    x = images(layout)
+    own = third_derivative(
+        lambda x: double_backward.max_pool(x.sin(), (2, 2), (2, 2), (0, 0), (1, 1), False).tanh(), x
+    )
+    expected = third_derivative(lambda x: F.max_pool2d(x.sin(), 2).tanh(), x)
+    torch.testing.assert_close(own, expected)
+
+
+def test_a_third_derivative_of_batch_norm_is_an_error():
+    x = images("contiguous")
+    with pytest.raises(RuntimeError, match="derivative for 'batch_norm' is not implemented"):
+        third_derivative(lambda x: double_backward.batch_norm(x, None, None, 1e-5), x)
