@@ -58,7 +58,7 @@ def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
     if not found:
         raise ConfigError(
             "algorithm=cavia: needs a backbone with a convolution or a linear layer, and "
-            f"{type(backbone).__name__} has none; choose another backbone"
+            f"backbone={type(backbone).__name__} has none; choose another backbone"
         )
     if not 1 <= position <= len(found):
         raise ConfigError(

@@ -19,7 +19,8 @@ from metarun.storage.files import user_path
 COLUMNS = re.compile(r"\+*dataset\.(task|label|target|smiles|tasks|features|drop|categories|missing)")
 PLAIN = re.compile(r"""[\w.+-]*|\$.*|'[^']*'|"[^"]*\"""")
 # Options of conf/pairing, and the settings of datasets of texts that choose between them.
-TEXTS, TEXT_VECTORS, MAKE_VECTORS = "texts", "text_vectors", ("dataset.vectors", "dataset.encoder")
+TEXTS, TEXT_VECTORS, TEXT_FINETUNE = "texts", "text_vectors", "text_finetune"
+MAKE_VECTORS, FINETUNE = ("dataset.vectors", "dataset.encoder"), "dataset.finetune"
 
 PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
 
@@ -105,13 +106,12 @@ def pairing(overrides: list[str]) -> list[str]:
     chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
     if "pairing" in chosen:
         return []
-    datasets, backbones = (chosen.get(group, "").split(",") for group in ("dataset", "backbone"))
+    names = ("dataset", "backbone", FINETUNE)
     vectors = any(chosen.get(name, "null") != "null" for name in MAKE_VECTORS)
-    every = {pairing_of(*pair, vectors) for pair in itertools.product(datasets, backbones)}
+    values = (chosen.get(name, "").split(",") for name in names)
+    every = {pairing_of(data, net, finetune, vectors) for data, net, finetune in itertools.product(*values)}
     if len(every) > 1:
-        swept = [
-            f"{group}={chosen[group]}" for group in ("dataset", "backbone") if "," in chosen.get(group, "")
-        ]
+        swept = [f"{name}={chosen[name]}" for name in names if "," in chosen.get(name, "")]
         fail(
             f"{' '.join(swept)}: these need different settings of other groups; run them separately", status=1
         )
@@ -119,11 +119,17 @@ def pairing(overrides: list[str]) -> list[str]:
     return [f"pairing={paired}"] if paired else []
 
 
-def pairing_of(dataset: str, backbone: str, vectors: bool) -> str:
-    """The pairing of a dataset and a backbone, "" for none; `vectors`: whether texts become vectors."""
+def pairing_of(dataset: str, backbone: str, finetune: str, vectors: bool) -> str:
+    """The pairing of a dataset and a backbone, "" for none.
+
+    Args:
+        dataset, backbone: the options.
+        finetune: the value of dataset.finetune.
+        vectors: whether a model makes vectors of texts.
+    """
     paired, of_backbone = of_option("dataset", dataset.strip()), of_option("backbone", backbone.strip())
     if paired == TEXTS and vectors:
-        return TEXT_VECTORS
+        return TEXT_FINETUNE if finetune.strip().lower() == "true" else TEXT_VECTORS
     return f"{paired}_{of_backbone}" if paired == TEXTS and of_backbone else paired
 
 

@@ -16,9 +16,9 @@ from rich.text import Text
 from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
-from metarun.commands.models import TestData, dataset_node
+from metarun.commands.models import TestData, dataset_for
 from metarun.commands.predictions import class_rows, class_table, known_targets, value_rows, value_table
-from metarun.config.build import build_dataset, instantiate, validation_shape
+from metarun.config.build import instantiate, validation_shape
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.config.targets import trusted_modules
@@ -129,9 +129,7 @@ def own_examples(command: AdaptConfig, model: Model) -> OwnTask:
     for name, unset in (("depth", 1), ("ink", "auto")):
         if (value := getattr(command, name)) != unset:
             raise ConfigError(f"{name}={value}: the model does not take images; leave it out")
-    dataset = model.dataset
-    if command.dataset:  # where the model that makes the vectors of texts is now
-        dataset = build_dataset(dataset_node(command, model))
+    dataset = dataset_for(command, model)  # it may say where the model that makes vectors is now
     if dataset.spec.item_shape != model.spec.item_shape:
         raise ConfigError(
             f"dataset: gives examples of shape {dataset.spec.item_shape}, and the checkpoint needs "

@@ -19,6 +19,7 @@ from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
 from metarun.config.schema import AdaptConfig, EvalConfig, Node
 from metarun.config.targets import naming_options
+from metarun.config.unread import shown
 from metarun.datasets.base import Dataset
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, counted
@@ -68,6 +69,33 @@ def dataset_node(command: Command, model: Model) -> Node:
     return OmegaConf.to_container(own)
 
 
+def dataset_for(command: Command, model: Model) -> Dataset:
+    """The dataset to evaluate a model on, with its examples prepared as in training; no files are read.
+
+    Raises:
+        ConfigError: a typed setting says that examples are prepared in another way.
+    """
+    node = dataset_node(command, model)
+    if node == model.settings.dataset:
+        return model.dataset
+    dataset = build_dataset(node)
+    for override in HydraConfig.get().overrides.task:
+        name = override.partition("=")[0].lstrip("+").removeprefix("dataset.")
+        if name in dataset.of_model and not same_preparation(name, node, model):
+            kept = shown(model.settings.dataset.get(name))
+            raise ConfigError(
+                f"{override.lstrip('+')}: the model was trained with dataset.{name}={kept}, and takes "
+                "examples like those of its training; leave it out"
+            )
+    return dataset.prepared_like(model.dataset.preparation)
+
+
+def same_preparation(name: str, node: Node, model: Model) -> bool:
+    """Whether a setting of a dataset is that of a model, or says where the same files are now."""
+    now, then = node.get(name), model.settings.dataset.get(name)
+    return now == then or (name in model.dataset.relocates and None not in (now, then))
+
+
 def dataset_name(model: Model) -> str:
     """The name of the dataset to evaluate on."""
     return str(HydraConfig.get().runtime.choices.get("dataset") or model.content["choices"]["dataset"])
@@ -89,8 +117,7 @@ class TestData:
 
     def dataset(self, model: Model) -> Dataset:
         """The dataset to evaluate one model on, without files read."""
-        node = dataset_node(self.command, model)
-        return model.dataset if node == model.settings.dataset else build_dataset(node)
+        return dataset_for(self.command, model)
 
     def source(self, model: Model) -> EpisodeSource:
         """The split for one model, with items of the model's shape and the model's objective.
@@ -101,8 +128,6 @@ class TestData:
         node = dataset_node(self.command, model)
         dataset = self.dataset(model)
         wanted = model.spec.item_shape
-        if self.command.dataset and "_target_" in self.command.dataset:
-            dataset = dataset.prepared_like(model.dataset.preparation)
         shaped = dataset.reshaped(wanted) if len(wanted) == 3 else dataset
         if shaped.spec.item_shape != dataset.spec.item_shape:
             inform_resized(dataset_name(model), dataset.spec.item_shape, wanted)

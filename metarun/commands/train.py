@@ -20,7 +20,6 @@ from metarun.commands.shapes import check_before_loading, check_shape
 from metarun.commands.trained_on import classes_before, load_split, note_weights
 from metarun.config.build import (
     build_algorithm,
-    build_dataset,
     build_outer_loop,
     instantiate,
     load_weights,
@@ -32,7 +31,7 @@ from metarun.config.build import (
 )
 from metarun.config.check import check
 from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
-from metarun.config.restore import config_of, rebuild, restore_state, start_from
+from metarun.config.restore import config_of, rebuild, restore_state, restored_dataset, start_from
 from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.targets import trust_words, trusted_modules
 from metarun.config.unread import in_use
@@ -56,7 +55,7 @@ GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose opti
 # Settings that may change when a run is resumed; all others define the run.
 RESUMABLE = (
     *("iterations", "resume", "hardware", "log", "checkpoint", "test", "trust"),
-    *("dataset.root", "dataset.descriptions"),
+    *("dataset.root", "dataset.descriptions", "dataset.vectors", "dataset.encoder"),
 )
 ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
 
@@ -129,7 +128,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     if state is not None and resumed is not None:
         rebuild(state, settings, hardware, resumed)  # so that it is refused before any data is loaded
     torch.manual_seed(settings.seed)
-    dataset = build_dataset(settings.dataset)
+    dataset = restored_dataset(state or {}, settings.dataset)
     check_before_loading(dataset, settings)
     objective = dataset.spec.objective.choosing(settings.metrics, training=True)
     record = {"choices": choices, "overrides": overrides, **classes_before(state, start and start[1])}
@@ -256,6 +255,7 @@ def build_trainer(
         algorithm.on_run_start(train)
     about = list(spec.description) if spec.description else None
     record = {"config": plain(settings), "classes": spec.classes, "description": about, **record}
+    record |= {"files": dataset.files} if dataset.files else {}
     return Trainer(
         algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, record, outer_loop
     )

@@ -54,10 +54,12 @@ def load_split(
         resumed: the content of the checkpoint that is resumed; empty for a new run.
 
     Raises:
-        DataError: the run cannot be resumed because its training classes are others now.
+        DataError: the run cannot be resumed because its training classes, or descriptions, are others now.
     """
     source = build_source(dataset, split, hardware)
     record.setdefault("fingerprints", {})[split] = source.fingerprint
+    record.setdefault("descriptions", {})[split] = source.described_by()
+    require_same_descriptions(resumed, split, source)
     if split == "train":
         require_same_classes(resumed, source)
         classes = TrainedClasses.of(source)
@@ -140,6 +142,16 @@ def compare_with(contents: Sequence[Mapping[str, Any]], split: str, source: Epis
     before = {(content.get("fingerprints") or {}).get(split) for content in contents} - {None}
     if before - {source.fingerprint}:
         inform(f"{source.name}: its data has changed since the model was trained")
+
+
+def require_same_descriptions(content: Mapping[str, Any], split: str, source: EpisodeSource) -> None:
+    """Raise DataError if a run cannot be resumed because the descriptions of its classes are others now."""
+    before = (content.get("descriptions") or {}).get(split)  # older checkpoints have none
+    if before is not None and before != source.described_by():
+        raise DataError(
+            f"{source.name}: the descriptions of its classes have changed since the run was started; restore "
+            "them, or start a new run"
+        )
 
 
 def require_same_classes(content: Mapping[str, Any], train: EpisodeSource) -> None:

@@ -151,12 +151,12 @@ def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
     The networks of metarun are not checked: tests do that, and it would take a second for a large one.
     """
     takes, cls = parameters_of(node), get_class(node["_target_"])
-    offered = {"item_shape": spec.item_shape, "vocabulary": spec.vocabulary}
+    offered = {"item_shape": spec.item_shape, "vocabulary": spec.vocabulary, "pretrained": spec.pretrained}
     passed = {name: value for name, value in offered.items() if name in takes}
     if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
         passed["item_shape"] = spec.item_shape
     if in_metarun(cls):
-        check_kind(cls, spec, takes_texts="vocabulary" in takes)
+        check_kind(cls, spec, takes_texts=not {"vocabulary", "pretrained"}.isdisjoint(takes))
     backbone: nn.Module = instantiate(node, "backbone", **passed)
     if not in_metarun(cls):
         where = f"backbone: {cls.__module__}.{cls.__qualname__}"
@@ -169,12 +169,12 @@ def check_kind(cls: type, spec: TaskSpec, takes_texts: bool) -> None:
     if takes_texts and spec.kind != "texts":
         choice = "conv4" if spec.kind == "images" else "adapter or mlp"
         raise ConfigError(
-            f"backbone: {cls.__name__} takes texts, and this dataset has {spec.kind}; "
+            f"backbone={cls.__name__}: takes texts, and this dataset has {spec.kind}; "
             f"choose backbone={choice}"
         )
     if spec.kind == "texts" and not takes_texts:
         raise ConfigError(
-            f"backbone: {cls.__name__} does not take texts; choose backbone=bag, text_cnn or text_transformer"
+            f"backbone={cls.__name__}: does not take texts; choose backbone=bag, text_cnn or text_transformer"
         )
 
 

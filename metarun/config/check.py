@@ -37,7 +37,7 @@ SUPPLIED = {
         "description",
         "constants",
     },
-    "backbone": {"item_shape", "vocabulary"},
+    "backbone": {"item_shape", "vocabulary", "pretrained"},
     "optimizer": {"params"},
     "scheduler": {"optimizer"},
 }

@@ -17,7 +17,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.config.build import build_algorithm, build_dataset
 from metarun.config.check import check
 from metarun.config.paths import CONF
-from metarun.config.schema import TrainConfig
+from metarun.config.schema import Node, TrainConfig
 from metarun.config.targets import naming_options
 from metarun.datasets.base import Dataset
 from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError, first_line
@@ -109,7 +109,7 @@ def rebuild(
     most = BUILDING + sum(tensor.numel() for tensor in weights.values())
     try:
         with naming(path, content):
-            dataset = build_dataset(settings.dataset)
+            dataset = restored_dataset(content, settings.dataset)
             about = content.get("description")  # None in older checkpoints, and where there are none
             described = tuple(about) if about else dataset.spec.description
             spec = replace(dataset.spec, classes=content["classes"], description=described)
@@ -128,6 +128,16 @@ def rebuild(
         ) from None
     check_weights(algorithm, path)
     return algorithm, dataset, spec
+
+
+def restored_dataset(content: Mapping[str, Any], node: Node) -> Dataset:
+    """A dataset with the files that a checkpoint kept, see `Dataset.files`. Raises ConfigError, DataError."""
+    files = content.get("files") or {}
+    if not isinstance(files, dict) or not all(
+        isinstance(each, str) for pair in files.items() for each in pair
+    ):
+        raise ConfigError("its files are damaged; use another checkpoint")
+    return build_dataset(node).with_files(files)
 
 
 BUILDING = 10_000_000  # elements of a tensor that building a network may need beside its weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -66,6 +66,10 @@ class Dataset(ABC):
     ranges and raises ConfigError ("dataset.SETTING=VALUE: what is wrong, and what to choose").
     """
 
+    #: Settings that say how examples become inputs of a network: a trained model keeps those of its run.
+    of_model: ClassVar[tuple[str, ...]] = ()
+    #: Those of them that say where files are, which may have been moved.
+    relocates: ClassVar[tuple[str, ...]] = ()
     drawings: bool = False  # bright strokes on a dark ground; a user's images are converted to that
 
     @property
@@ -135,6 +139,15 @@ class Dataset(ABC):
     def decided(self) -> dict[str, Any]:
         """Settings that were left open and decided when files were read; a checkpoint keeps them."""
         return {}
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Text files that other examples are prepared with, such as a tokenizer; a checkpoint keeps them."""
+        return {}
+
+    def with_files(self, files: Mapping[str, str]) -> Dataset:
+        """This dataset with the files that a checkpoint kept. Raises ConfigError if they are damaged."""
+        return self
 
     def reshaped(self, item_shape: tuple[int, ...]) -> Dataset:
         """This dataset with items of another shape [C, H, W], if it can convert them itself, else itself.

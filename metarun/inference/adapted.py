@@ -136,7 +136,8 @@ class AdaptedModel:
     def save(self, path: str | Path) -> None:
         """Write the adapted model to a file, which `metarun.load_adapted` and `metarun predict` read."""
         model = self.model
-        copied = {key: model.content[key] for key in ("config", "choices", "algorithm")}
+        kept = ("config", "choices", "algorithm", "files")
+        copied = {key: model.content[key] for key in kept if key in model.content}
         beside = model.algorithm.normalises_batches and not model.algorithm.transductive
         checkpoint.save(
             user_path(str(path)),

@@ -125,13 +125,23 @@ def run_on_tasks(module: nn.Module, params: Params, x: Tensor, batching: TaskBat
     if how in ("auto", "grouped", "unfold") and x.dim() in (3, 5) and is_groupable(module):
         return run_grouped(module, params, x, batching)
     with plain_attention():
-        # vmap has no rule for PyTorch's recurrent layers.
-        if how != "loop" and not any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+        if how != "loop" and not loops(module):
             return torch.vmap(lambda p, one: functional_call(module, p, (one,)), randomness="different")(
                 params, x
             )
         tasks = [{name: p[t] for name, p in params.items()} for t in range(len(x))]
         return torch.stack([functional_call(module, p, (one,)) for p, one in zip(tasks, x, strict=True)])
+
+
+def loops(module: nn.Module) -> bool:
+    """Whether a network is run by `loop` in any case, because vmap has no rule for one of its layers.
+
+    It has none for recurrent layers, nor for layers with an attribute `loops_over_tasks` that is true.
+    """
+    return any(
+        isinstance(layer, nn.RNNBase) or getattr(layer, "loops_over_tasks", False)
+        for layer in module.modules()
+    )
 
 
 @contextlib.contextmanager

@@ -136,6 +136,9 @@ class ClassStore(EpisodeSource):
     def item_counts(self) -> Sequence[int]:
         return self.counts.tolist()
 
+    def described_by(self) -> str:
+        return "" if self.about is None else hashlib.sha256(_bytes_of(self.about)).hexdigest()
+
     def remarks(self) -> Sequence[str]:
         if self.about is None:
             return []

@@ -86,6 +86,10 @@ class EpisodeSource(ABC):
         """What a user should know about the data, one line each, such as the lengths of texts."""
         return []
 
+    def described_by(self) -> str:
+        """Identifies the descriptions of the classes; "" where there are none."""
+        return ""
+
     def item_counts(self) -> Sequence[int]:
         """The number of items of each class, or of each stored task; empty where tasks are drawn anew."""
         return []

@@ -14,6 +14,25 @@ Kind = Literal["images", "texts", "vectors"]  # of examples: pixels, token ids, 
 
 
 @dataclass(frozen=True)
+class PretrainedNetwork:
+    """The Hugging Face encoder that token ids are for.
+
+    Args:
+        config: its config.json.
+        width: the size of an output.
+        padding: the token id that pads texts, of the encoder's own ids.
+        first_token: whether the vector of a text is the output for its first token; False: the mean.
+        source: the folder with its weights, which is only read at the start of a run.
+    """
+
+    config: str
+    width: int
+    padding: int
+    first_token: bool
+    source: str
+
+
+@dataclass(frozen=True)
 class TaskSpec:
     """The kind of tasks that a dataset has; networks and methods are built from it.
 
@@ -33,6 +52,7 @@ class TaskSpec:
         tasks: the class of a batch of tasks; methods say which one they need.
         description: the shape of the description that each class has apart from its examples
             (`Episodes.about`); None where that is not known yet, or there are none.
+        pretrained: the encoder that token ids are for; None where there is none.
     """
 
     item_shape: tuple[int, ...]
@@ -45,6 +65,7 @@ class TaskSpec:
     static: bool = True
     tasks: type[Tasks] = Episodes
     description: tuple[int, ...] | None = None
+    pretrained: PretrainedNetwork | None = None
 
     @property
     def kind(self) -> Kind:

@@ -21,7 +21,8 @@ from metarun.errors import ConfigError
 
 GROUPS = ("dataset", "algorithm", "backbone", "inner_loop", "hardware")
 FILES = sorted(CONF.rglob("*.yaml"))
-BACKBONES = sorted(path.stem for path in (CONF / "backbone").glob("*.yaml"))
+NEEDS_FILES = "encoder"  # tested in test_finetuned_encoder.py
+BACKBONES = sorted({path.stem for path in (CONF / "backbone").glob("*.yaml")} - {NEEDS_FILES})
 SMALL = {  # a network of the same kind that is built in no time
     "resnet12": ["backbone.widths=[8,8,8,8]"],
     "resnet18": ["backbone.width=8"],
@@ -193,6 +194,9 @@ def test_a_sweep_has_the_settings_that_its_options_need():
     assert arrange("train", ["-m", "dataset=phrases,clinc150"])[1] == "pairing=texts"
     swept = ["-m", "dataset=phrases", "backbone=text_cnn, text_transformer"]
     assert arrange("train", swept)[1] == "pairing=texts_words"
+    tuned = ["dataset=texts", "dataset.encoder=x", "dataset.finetune=true"]
+    assert arrange("train", tuned)[0] == "pairing=text_finetune"
+    assert arrange("train", tuned[:2])[0] == "pairing=text_vectors"
     assert arrange("train", ["-m", "dataset=omniglot,glyphs"]) == ["-m", "dataset=omniglot,glyphs"]
     for words in (["dataset=phrases", "backbone=bag,text_cnn"], ["dataset=omniglot,sinusoid"]):
         with pytest.raises(Failed, match="1") as raised:
@@ -214,7 +218,7 @@ def test_every_kind_of_algorithm_builds_on_every_backbone(algorithm: str, backbo
     if backbone in REFUSED.get(algorithm, ()):
         with pytest.raises(
             ConfigError,
-            match=r"chain of layers without shortcuts|needs images|with channels|and Bag has none",
+            match=r"chain of layers without shortcuts|needs images|with channels|and backbone=Bag has none",
         ):
             built(cfg)
         return

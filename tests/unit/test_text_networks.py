@@ -192,10 +192,10 @@ def test_padding_changes_nothing():
 def test_networks_for_texts_and_for_other_examples_are_not_confused():
     bag, mlp = ({"_target_": f"metarun.backbones.{name}"} for name in ("bag.Bag", "mlp.MLP"))
     with pytest.raises(
-        ConfigError, match="Bag takes texts, and this dataset has images; choose backbone=conv4"
+        ConfigError, match="backbone=Bag: takes texts, and this dataset has images; choose backbone=conv4"
     ):
         build_backbone(bag, TaskSpec((1, 8, 8)))
     with pytest.raises(
-        ConfigError, match="MLP does not take texts; choose backbone=bag, text_cnn or text_tr"
+        ConfigError, match="backbone=MLP: does not take texts; choose backbone=bag, text_cnn or text_tr"
     ):
         build_backbone(mlp, TaskSpec((LENGTH,), item_dtype=torch.int64, vocabulary=VOCABULARY))

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from metarun.datasets.text.texts import Texts
 from metarun.datasets.text.vectors import Vectors
 from metarun.datasets.text.word_vectors import WordVectors
 from metarun.errors import ConfigError, DataError
+from metarun.training.checkpoint import is_plain
 
 GLOVE = "the 1 0 0\nof 0 1 0\nbank 0 0 2\nn't 3 0 0\nn 0 9 9\nUS 0 5 0\nus 0 6 0\nParis 7 0 0\n"
 
@@ -34,9 +35,14 @@ class Counting:
     width = 3
     source = ""
     mark = "letters"
+    digest = "abc"
+    setting = "vectors"
 
     def __hash__(self) -> int:
         return 0
+
+    def at(self, other):
+        return other
 
     def encode(self, texts):
         self.calls.append(len(texts))
@@ -177,10 +183,10 @@ def test_the_mean_of_each_language_is_that_of_the_training_classes(tmp_path, mod
 def test_a_checkpoint_keeps_the_means_and_other_datasets_use_them(tmp_path, model):
     trained = Texts(root=file_of(tmp_path), vectors="x")
     kept = Texts(root=str(tmp_path / "gone.tsv"), vectors="x", **trained.decided)
-    assert kept.preparation == trained.preparation != Texts(root="x", vectors="x").encoding
+    assert kept.preparation == replace(trained.preparation, digest="abc")
     other = Texts(root=file_of(tmp_path, "other.tsv"), ngrams=[]).prepared_like(kept.preparation)
     plain = Texts(root=file_of(tmp_path, "other.tsv"), vectors="x", centred=False)
-    means = json.loads(trained.decided["learned"])
+    means = json.loads(trained.decided["learned"])["means"]
     spoken = ["y" if "b" in text else "x" for text in other.split("test").texts]
     expected = plain.split("test").items - torch.tensor([means[each] for each in spoken])
     torch.testing.assert_close(other.split("test").items, expected)
@@ -194,13 +200,19 @@ def test_a_checkpoint_keeps_the_means_and_other_datasets_use_them(tmp_path, mode
     torch.testing.assert_close(own.query_x[0], vectors - torch.tensor(means[""]))
 
 
+def test_the_means_of_many_languages_fit_into_a_checkpoint():
+    """Of an encoder with 1,024 numbers, in the languages of injongo."""
+    means = json.dumps({f"l{i}": torch.rand(1024, dtype=torch.float64).tolist() for i in range(17)})
+    assert is_plain({"dataset": {"learned": Vectors(WordVectors("x"), means).dumps()}})
+
+
 def test_another_dataset_says_where_the_model_of_training_is_now(tmp_path):
     here, there = (written(tmp_path, GLOVE, name) for name in ("here.txt", "there.txt"))
     trained = Texts(root="x", vectors=here, learned='{"": [1, 2, 3]}').preparation
     moved = Texts(root="x", vectors=there).prepared_like(trained).preparation
     assert moved == Vectors(WordVectors(there), '{"": [1, 2, 3]}')
     tokens = Texts(root="x").preparation
-    assert Texts(root="x", vectors=there, centred=False).prepared_like(tokens).spec.item_shape == (3,)
+    assert Texts(root="x", vectors=there).prepared_like(tokens).spec.item_shape == (256,)
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path):

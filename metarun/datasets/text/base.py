@@ -18,6 +18,7 @@ from torch import Tensor
 from metarun.datasets.base import Dataset, OwnQueries, OwnTask, Split, and_more, at_least
 from metarun.datasets.text import reading
 from metarun.datasets.text.encoder import Encoder
+from metarun.datasets.text.pieces import Pieces, Tokenizer
 from metarun.datasets.text.store import Corpus, Encoding, Languages, TextStore, shortened
 from metarun.datasets.text.tokens import Tokens
 from metarun.datasets.text.vectors import Vectors
@@ -25,6 +26,8 @@ from metarun.datasets.text.word_vectors import WordVectors
 from metarun.errors import ConfigError, DataError
 from metarun.storage.files import user_path
 from metarun.tasks.spec import TaskSpec
+
+TOKENIZER = "tokenizer.json"  # in the files that a checkpoint keeps
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Reading:
         ngrams, length: see `Tokens`; `length` also limits the tokens of an encoder.
         vectors: a file of word vectors, see `WordVectors`.
         encoder: a folder or a name, see `Encoder`. None, as of `vectors`: texts are token ids.
+        finetune: whether the encoder is trained: texts are then its token ids, see `Pieces`.
         centred: whether the mean of the vectors of the training texts of a language is taken off the vectors
             of that language. None: of word vectors, which have much in common.
-        learned: these means, see `Vectors`; a checkpoint keeps them.
+        learned: what a checkpoint keeps of vectors (`Vectors.dumps`) or of a tokenizer (`Tokenizer.dumps`).
         descriptions: a file with a description of each class, columns `label` and `description`; None: the
             name of a class is its description.
         names_as_shots: whether the description of a class is also one of its support examples.
@@ -49,6 +53,7 @@ class Reading:
     length: int = 256
     vectors: str | None = None
     encoder: str | None = None
+    finetune: bool = False
     centred: bool | None = None
     learned: str | None = None
     descriptions: str | None = None
@@ -67,11 +72,17 @@ class Reading:
             raise ConfigError(
                 "dataset.vectors, dataset.encoder: one of them makes the vectors; leave one out"
             )
-        means = (self.is_centred and self.learned) or ""
+        if self.finetune and self.encoder is None:
+            raise ConfigError("dataset.finetune=true: needs dataset.encoder=FOLDER_OR_NAME; set it too")
+        if self.finetune and self.centred:
+            raise ConfigError(
+                "dataset.centred=true: is for vectors, not for dataset.finetune=true; leave it out"
+            )
         if self.vectors is not None:
-            return Vectors(WordVectors(self.vectors), means)
+            return Vectors.like(WordVectors(self.vectors), self.learned)
         if self.encoder is not None:
-            return Vectors(Encoder(self.encoder, self.length), means)
+            encoder = Encoder(self.encoder, self.length)
+            return Pieces(encoder) if self.finetune else Vectors.like(encoder, self.learned)
         if self.centred:
             raise ConfigError(
                 "dataset.centred=true: is for dataset.vectors and dataset.encoder; leave it out"
@@ -103,6 +114,8 @@ class TextDataset(Dataset):
     """
 
     unread: ClassVar = {"ngrams": ("vectors!=null", "encoder!=null"), "length": "vectors!=null"}
+    of_model = ("ngrams", "length", "finetune", "centred", "learned", "vectors", "encoder")
+    relocates = ("vectors", "encoder")
 
     def __init__(self, options: Reading) -> None:
         self.options = options
@@ -129,7 +142,10 @@ class TextDataset(Dataset):
     @property
     def spec(self) -> TaskSpec:
         made = self.encoding
-        return TaskSpec(made.item_shape, item_dtype=made.item_dtype, vocabulary=made.vocabulary)
+        spec = TaskSpec(made.item_shape, item_dtype=made.item_dtype, vocabulary=made.vocabulary)
+        if not isinstance(made, Pieces):
+            return spec
+        return replace(spec, pretrained=made.tokenizer.network, static=False)  # its code cannot be traced
 
     @property
     def preparation(self) -> Encoding:
@@ -137,20 +153,36 @@ class TextDataset(Dataset):
 
     @property
     def decided(self) -> dict[str, Any]:
-        means = self.learned.means if isinstance(self.learned, Vectors) else ""
-        return {"learned": means} if means else {}
+        made = self._known
+        if isinstance(made, Pieces):
+            return {"learned": made.tokenizer.dumps()}
+        return {"learned": made.dumps()} if isinstance(made, Vectors) else {}
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {TOKENIZER: self.encoding.tokenizer.content} if isinstance(self.encoding, Pieces) else {}
+
+    def with_files(self, files: Mapping[str, str]) -> TextDataset:
+        made, learned = self.encoding, self.options.learned
+        if not isinstance(made, Pieces) or learned is None or TOKENIZER not in files:
+            return self
+        return self.encoded_by(replace(made, given=Tokenizer.loads(learned, files[TOKENIZER])))
 
     def prepared_like(self, trained: Any) -> TextDataset:
-        if not isinstance(trained, (Tokens, Vectors)):  # of a model for something else
+        if not isinstance(trained, (Tokens, Vectors, Pieces)):  # of a model for something else
             return self
-        if isinstance(self.encoding, Vectors):  # this dataset says where the model of training is now
-            if not isinstance(trained, Vectors):
-                return self
-            trained = replace(trained, model=self.encoding.model)
+        own = self.encoding  # a dataset may say where the model of training is now
+        if isinstance(own, Vectors) and isinstance(trained, Vectors):
+            here, then = own.model, trained.model
+            trained = replace(trained, model=then.at(here) if here.setting == then.setting else then)
+        return self.encoded_by(trained)
+
+    def encoded_by(self, encoding: Encoding) -> TextDataset:
+        """This dataset with another encoding, which is complete."""
         twin = copy.copy(self)
         for name in ("learned", "_known"):  # what was made without it
             twin.__dict__.pop(name, None)
-        twin.encoding, twin.options = trained, replace(self.options, centred=False)
+        twin.encoding, twin.options = encoding, replace(self.options, centred=False)
         return twin
 
     @cached_property

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metarun.backbones.encoder import INSTALL, blaming, load_network, load_tokenizer, pooled
 from metarun.datasets.text.tokens import length_remark
+from metarun.datasets.text.vectors import digest_of
 from metarun.errors import ConfigError, DataError, first_line
 from metarun.reporting.console import Bar, inform
 from metarun.storage.files import user_path
@@ -26,8 +26,6 @@ TOKENISED = 4096  # texts that are split into tokens at once
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "1_Pooling/config.json"]  # of a model
 POOLING = "1_Pooling/config.json"  # of the library sentence-transformers
 WIDTHS = ("hidden_size", "d_model", "dim", "n_embd")  # what configs call the size of a vector
-INSTALL = "pip install 'metarun[text]'"
-UNUSED = "pooler."  # weights that a model may lack, because they are not used here
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Encoder:
 
     name: str
     length: int
+    setting: ClassVar[str] = "encoder"
 
     @property
     def source(self) -> str:
@@ -54,9 +53,13 @@ class Encoder:
         return folder_of(self.name)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that the vectors depend on."""
+        return sorted({path for pattern in FILES for path in self.folder.glob(pattern)})
+
+    @property
     def mark(self) -> str:
-        files = sorted({path for pattern in FILES for path in self.folder.glob(pattern)})
-        stated = [(path.relative_to(self.folder), path.stat()) for path in files]
+        stated = [(path.relative_to(self.folder), path.stat()) for path in self.files]
         known = "\n".join(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in stated)
         return f"encoder {self.source} {self.length}\n{known}"
 
@@ -81,15 +84,19 @@ class Encoder:
         stated = read_json(path, "remove the file for averages") if path.exists() else {}
         return bool(stated.get("pooling_mode_cls_token")) or stated.get("pooling_mode") == "cls"
 
+    @property
+    def digest(self) -> str:
+        return digest_of(self.files)
+
+    def at(self, other: Encoder) -> Encoder:
+        return replace(self, name=other.name)
+
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        tokenizer, model = self.load()
-        positions = self.config.get(
-            "max_position_embeddings"
-        )  # -1 or null where any number of tokens will do
-        limits = [self.length, tokenizer.model_max_length, positions]
-        most = min(limit for limit in limits if isinstance(limit, int) and limit > 0)
+        model = load_network(self.name, self.folder)
+        tokenizer = load_tokenizer(self.name, self.folder)
+        most = self.most(tokenizer)
         vectors = np.empty((len(texts), self.width), np.float32)
-        with self._blaming(), torch.inference_mode(), torch.random.fork_rng([]):
+        with blaming(self.name, self.folder), torch.inference_mode(), torch.random.fork_rng([]):
             tokens, lengths = tokenised(tokenizer, texts, most)
             order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # similar lengths: little padding
             with Bar(f"encode with {Path(self.name).name}", len(texts), "texts", transient=True) as bar:
@@ -97,61 +104,21 @@ class Encoder:
                     rows = order[start : start + BATCH]
                     batch = padded([tokens[i] for i in rows], tokenizer.pad_token_id)
                     outputs = model(**batch).last_hidden_state
-                    vectors[rows] = self.pooled(outputs, batch["attention_mask"]).numpy()
+                    vectors[rows] = pooled(outputs, batch["attention_mask"], self.first_token).numpy()
                     bar.advance(len(rows))
         cut = [max(length - most, 0) for length in lengths]
         return vectors, np.array([lengths, cut], np.int32).T
 
-    def pooled(self, outputs: Tensor, mask: Tensor) -> Tensor:
-        """Vectors [B, width] of outputs [B, tokens, width]; mask [B, tokens], 0 for padding."""
-        if self.first_token:
-            return outputs[:, 0]
-        weights = mask.unsqueeze(-1).to(outputs.dtype)
-        return (outputs * weights).sum(1) / weights.sum(1).clamp(min=1)
+    def most(self, tokenizer: Any) -> int:
+        """The most tokens of a text."""
+        positions = self.config.get(
+            "max_position_embeddings"
+        )  # -1 or null where any number of tokens will do
+        limits = [self.length, tokenizer.model_max_length, positions]
+        return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
 
     def remark(self, counts: Tensor) -> str:
         return length_remark(counts[:, 0].tolist(), self.length)
-
-    def load(self) -> tuple[Any, Any]:
-        """The tokenizer and the network. Raises DataError, ConfigError."""
-        folder = self.folder
-        if not any(folder.glob("*.safetensors")):
-            raise DataError(
-                f"{folder}: has no *.safetensors; save the model with save_pretrained of transformers"
-            )
-        with self._blaming(), torch.random.fork_rng([]):  # building a network draws random numbers
-            import transformers
-
-            transformers.utils.logging.set_verbosity_error()
-            transformers.utils.logging.disable_progress_bar()
-            own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **own)
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            model, info = transformers.AutoModel.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **own
-            )
-        if missing := sorted(name for name in info["missing_keys"] if not name.startswith(UNUSED)):
-            raise DataError(f"{folder}: its weights do not fit its config.json ({missing[0]} is missing)")
-        return tokenizer, model.float().eval()
-
-    @contextlib.contextmanager
-    def _blaming(self) -> Iterator[None]:
-        """A context in which errors of the library are one line that names the folder."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                yield
-            except ImportError as error:
-                raise ConfigError(
-                    f"dataset.encoder={self.name}: needs a package ({first_line(error)}); {INSTALL}"
-                ) from None
-            except (DataError, ConfigError, MemoryError):
-                raise
-            except Exception as error:  # a damaged file or a model of another kind fails anywhere in it
-                raise DataError(
-                    f"{self.folder}: is no usable text encoder ({first_line(error)}); name another model"
-                ) from error
 
 
 @functools.lru_cache

@@ -128,8 +128,8 @@ class PublishedTexts(TextDataset):
         name: which.
         root: a folder with NAME.tsv or NAME.tsv.gz, or with the authors' files. None: these are downloaded.
         fold: of the sets of ProtAugment, which of the five splits; others have one.
-        ngrams, length, vectors, encoder, centred, learned, descriptions, names_as_shots, support_language,
-            query_language: see `Reading`.
+        ngrams, length, vectors, encoder, finetune, centred, learned, descriptions, names_as_shots,
+            support_language, query_language: see `Reading`.
         languages: of injongo, those that are used; None: all.
         download: whether files may be downloaded.
 
@@ -147,6 +147,7 @@ class PublishedTexts(TextDataset):
         length: int = 256,
         vectors: str | None = None,
         encoder: str | None = None,
+        finetune: bool = False,
         centred: bool | None = None,
         learned: str | None = None,
         descriptions: str | None = None,
@@ -162,6 +163,7 @@ class PublishedTexts(TextDataset):
                 length=length,
                 vectors=vectors,
                 encoder=encoder,
+                finetune=finetune,
                 centred=centred,
                 learned=learned,
                 descriptions=descriptions,

@@ -174,6 +174,9 @@ class TextStore(ClassStore):
         twin.described_items = self.described_items.to(host_for or items.device)
         return twin
 
+    def described_by(self) -> str:
+        return hashlib.sha256(encoded("\0".join(self.descriptions))).hexdigest()
+
     @property
     def pair(self) -> tuple[str, str] | None:
         """The languages of the support and of the queries, if there is one of each."""

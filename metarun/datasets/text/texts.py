@@ -33,8 +33,8 @@ class Texts(TextDataset):
         root: a .csv, .tsv or .jsonl file, also with .gz; or a folder with class folders of .txt files.
         text, label, language: the names of the columns of the texts, of their classes and of their languages;
             a file without languages needs no such column.
-        ngrams, length, vectors, encoder, centred, learned, descriptions, names_as_shots, support_language,
-            query_language: see `Reading`.
+        ngrams, length, vectors, encoder, finetune, centred, learned, descriptions, names_as_shots,
+            support_language, query_language: see `Reading`.
         validation, test: the shares of the classes to validate and to test on.
         seed: another one gives another split.
     """
@@ -50,6 +50,7 @@ class Texts(TextDataset):
         length: int = 256,
         vectors: str | None = None,
         encoder: str | None = None,
+        finetune: bool = False,
         centred: bool | None = None,
         learned: str | None = None,
         descriptions: str | None = None,
@@ -66,6 +67,7 @@ class Texts(TextDataset):
                 length=length,
                 vectors=vectors,
                 encoder=encoder,
+                finetune=finetune,
                 centred=centred,
                 learned=learned,
                 descriptions=descriptions,

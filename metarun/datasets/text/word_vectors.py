@@ -9,11 +9,13 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from metarun.datasets.text.tokens import normalised, words
+from metarun.datasets.text.vectors import digest_of
 from metarun.errors import DataError, counted, first_line
 from metarun.reporting.console import Bar
 from metarun.storage.files import user_path
@@ -43,6 +45,7 @@ class WordVectors:
     """
 
     path: str
+    setting: ClassVar[str] = "vectors"
 
     @property
     def source(self) -> str:
@@ -52,6 +55,13 @@ class WordVectors:
     def mark(self) -> str:
         status = self._file.stat()
         return f"words {SMOOTH} {self.source} {status.st_size} {status.st_mtime_ns}"
+
+    @property
+    def digest(self) -> str:
+        return digest_of([self._file])
+
+    def at(self, other: WordVectors) -> WordVectors:
+        return other
 
     @property
     def width(self) -> int:
