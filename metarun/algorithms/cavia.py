@@ -45,6 +45,11 @@ def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
     """Insert FiLM after a weight layer of the backbone, behind its normalisation if there is one."""
     if size < 1:
         raise ConfigError(f"algorithm.context={size}: must be at least 1")
+    if any(getattr(module, "loops_over_tasks", False) for module in backbone.modules()):
+        raise ConfigError(
+            "algorithm=cavia: inserts a layer into the backbone, which a pretrained encoder cannot have; "
+            "choose algorithm=anil"
+        )
     # Each weight layer, and the module after which FiLM is inserted: its normalisation, or the layer itself.
     found: list[tuple[nn.Conv2d | nn.Linear, nn.Module]] = []
     for module in backbone.modules():

@@ -63,7 +63,13 @@ class MAML(Algorithm):
         self.normalises_batches = uses_batch_statistics(backbone)
         self.transductive = transductive
         learned = self.learner.own_parameters()
-        inner_loop.attach({name: p.detach() for name, p in learned.items() if self.is_fast(name)})
+        adapted = {name: p.detach() for name, p in learned.items() if self.is_fast(name)}
+        if not adapted:
+            raise ConfigError(
+                f"algorithm.adapts={adapts}: tasks share all of the backbone's weights and adapt none; set "
+                "backbone.adapts=true, or choose algorithm=maml"
+            )
+        inner_loop.attach(adapted)
         if head == "shared" and not self.is_fast("head.weight"):
             raise ConfigError(
                 "algorithm.head=shared: gives every way the same output until the head is adapted, but this "

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 from metarun.commands.trained_on import (
     compare_with,
-    note_tasks,
     note_weights,
     trained_classes,
     without_trained,
+    without_trained_tasks,
 )
 from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
@@ -145,7 +145,8 @@ class TestData:
                 compare_with([each.content for each in same], self.command.split, source)
             for each in same if source.names else []:
                 note_weights(each.name, each.settings)
-            note_tasks(source, {each.name: each.content for each in same})
+            contents = {each.name: each.content for each in same}
+            source = without_trained_tasks(source, contents, self.kept_by)
             trained = {each.name: trained_classes(each.content) for each in same}
             self.sources[key] = without_trained(source, trained, self.kept_by)
         source = fitted(self.sources[key], model.spec)

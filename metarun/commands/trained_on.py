@@ -8,6 +8,7 @@ from typing import Any
 from metarun.config.build import build_source
 from metarun.config.schema import TrainConfig
 from metarun.datasets.base import Dataset
+from metarun.datasets.tables.tasks import TableTasks
 from metarun.errors import DataError
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
@@ -112,20 +113,41 @@ def without_trained(
     return source.keeping([i for i in range(len(source.names)) if i not in known])
 
 
-def note_tasks(source: EpisodeSource, contents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Report stored tasks, such as patients, that models were trained on; they are recognised by their names.
+def without_trained_tasks(
+    source: EpisodeSource, contents: Mapping[str, Mapping[str, Any]], keep: str = ""
+) -> EpisodeSource:
+    """A split without the stored tasks, such as patients, that any of some models was trained on.
+
+    They are recognised by their names: tasks that differ may have rows in common, as assays have molecules.
 
     Args:
-        source: the split to test on.
+        source: the split. Without stored tasks it is returned as it is.
         contents: of the checkpoints, by the names of the models.
+        keep: as for `without_trained`.
+
+    Raises:
+        DataError: no task is left.
     """
+    if not isinstance(source, TableTasks):
+        return source
+    known: set[int] = set()
     for model, content in contents.items():
         before = set(content.get("train_tasks") or ())
-        if known := [name for name in source.tasks if name in before]:
+        if found := [i for i, name in enumerate(source.tasks) if name in before]:
+            known |= set(found)
             inform(
-                f"{model} was trained on tasks of the same names as {len(known)} of the {len(source.tasks)} "
-                f"tasks of {source.name}, such as {known[0]!r}; the results may not be for new tasks"
+                f"{model} was trained on tasks of the same names as {len(found)} of the {len(source.tasks)} "
+                f"tasks of {source.name}, such as {source.tasks[found[0]]!r}; "
+                + (f"{keep} keeps them, and the results may not be for new tasks" if keep else "left out")
             )
+    if not known or keep:
+        return source
+    if len(known) == len(source.tasks):
+        raise DataError(
+            f"{source.name}: the model was trained on tasks of the names of all of its {len(known)} tasks; "
+            "choose another dataset or split, or trained_classes=keep to evaluate on them"
+        )
+    return source.keeping([i for i in range(len(source.tasks)) if i not in known])
 
 
 def note_weights(model: str, settings: TrainConfig) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from metarun.training import checkpoint
+
 TINY = ("hardware=cpu", "iterations=3", "meta_batch=2", "validation.every=3", "validation.episodes=3")
 SMALL = (*TINY, "test.episodes=0", "backbone.hidden=[8]", "log.tensorboard=false")
 ROWS = ("shots=3", "queries=3", "dataset.root=table.csv", "dataset.task=no.")
@@ -62,6 +64,19 @@ def test_labels_are_trained_listed_and_evaluated(metarun, table: Path, tmp_path:
     )
     assert "roc_auc" in done.stdout
     assert "trained on tasks of the same names as 4 of the 8 tasks of table all" in done.stderr
+    assert "left out" in done.stderr and "4 tasks of all splits" in done.stdout
+    few = ("checkpoint=run", "episodes=4", "queries=3", "shots=2", "hardware=cpu", "hydra.run.dir=kept")
+    done = metarun("eval", *few, "split=all", "trained_classes=keep")
+    assert "8 tasks of all splits" in done.stdout and "trained_classes=keep keeps them" in done.stderr
+    lines = table.read_text().splitlines()
+    trained = checkpoint.load(Path("run/best.pt"))["train_tasks"]
+    own = [line for line in lines if line.split(";")[0] in ("no.", *trained)]
+    Path("again.csv").write_text("\n".join(own))
+    other = ("dataset=table", "dataset.root=again.csv", "dataset.task=no.", "dataset.label=high")
+    done = metarun("eval", *few, "split=all", *other, status=1)
+    assert "trained on tasks of the names of all of its 4 tasks" in done.stderr
+    done = metarun("eval", *few, *other, "dataset.drop=[site]", status=1)
+    assert "dataset.drop=[site]: the model was trained with dataset.drop=['y']" in done.stderr
     done = metarun("train", *words, "ways=5", *TINY, status=1)
     assert "set ways=2" in done.stderr and len(done.stderr.strip().splitlines()) == 2
     classes = [f"dataset.{key}" for key in ("root=table.csv", "label=no.", "drop=[y,high]")]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metarun.algorithms.cavia import add_context
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
 from metarun.backbones.adapter import Adapter
@@ -185,6 +186,8 @@ def test_what_does_not_fit_is_one_line(texts, bert, tmp_path):
     for change in ({"model_type": "t5", "is_encoder_decoder": True}, {"model_type": "clip"}):
         with pytest.raises(DataError, match="cannot be trained here"):
             FineTuned(replace(made, config=json.dumps({**stated, **change})))
+    with pytest.raises(ConfigError, match=r"algorithm=cavia: inserts a layer .* choose algorithm=anil"):
+        add_context(network(texts, bert), 3, None)
     with pytest.raises(DataError, match="is no usable text encoder"):
         FineTuned(replace(made, config=json.dumps({**stated, "num_attention_heads": 3})))
     kept = dataset(texts, bert)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from metarun.datasets.tables.columns import category_of
 from metarun.datasets.tables.reading import read_table
 from metarun.datasets.tables.table import Table
 from metarun.datasets.tables.tasks import TableTasks
@@ -151,6 +152,19 @@ def test_what_was_learned_prepares_another_table(tmp_path):
     taken = Table(root=other, task="patient", label="ill").prepared_like(table.preparation)
     torch.testing.assert_close(taken.items, items)  # type: ignore[attr-defined]
     assert Table(root="not read.csv", task="patient", label="ill", learned=learned).item_shape == (6,)
+
+
+def test_a_whole_number_is_the_same_category_with_and_without_decimals(tmp_path):
+    """As programs write a column of whole numbers with a missing one."""
+    lines = [f"p{i // 4},{i % 4},{i % 2},{i % 3}" for i in range(24)]
+    plain = written(tmp_path, "\n".join(["task,ward,ill,dose", *lines]))
+    decimal = [line.replace(f",{i % 4},", f",{i % 4}.0,", 1) for i, line in enumerate(lines)]
+    other = written(tmp_path, "\n".join(["task,ward,ill,dose", *decimal]), "other.csv")
+    settings = {"task": "task", "label": "ill", "categories": ["ward"]}
+    first, second = (Table(root=root, **settings) for root in (plain, other))
+    assert first.learned == second.learned
+    assert torch.equal(first.items, second.prepared_like(first.preparation).items)
+    assert category_of("01", False) == "01" != category_of("1,0", True) == "1"
 
 
 def test_many_values_are_hashed(tmp_path):

@@ -159,6 +159,11 @@ def test_methods_on_features_have_the_gradient_of_a_plain_loop(method, name):
     assert_equal(gradients(algorithm.meta_loss(tasks).loss.mean(), algorithm), theirs)
 
 
+def test_a_network_without_anything_to_adapt_is_refused():
+    with pytest.raises(ConfigError, match=r"algorithm.adapts=body: tasks share .* set backbone.adapts=true"):
+        MAML(NETWORKS["bag"](False), SGD(0.3, 2), outputs=3, adapts="body")
+
+
 @pytest.mark.quick
 def test_a_bag_has_the_angles_of_scikit_learns_tfidf():
     """With more features than tokens, and so without collisions."""

@@ -75,15 +75,16 @@ class Category:
     def encode(self, cells: Cells, missing: Collection[str]) -> np.ndarray:
         """One-hot vectors, float32 [rows, width]."""
         own = cells.column(self.name, "the model needs this column")
-        places = {value: i for i, value in enumerate(self.values)}
+        places = {category_of(value, cells.comma): i for i, value in reversed([*enumerate(self.values)])}
         absent = self.width - 1 if self.missing else None
 
         def place(cell: str) -> int:
             if absent is not None and is_missing(cell, missing):
                 return absent
+            category = category_of(cell, cells.comma)
             if self.values:
-                return places.get(cell, len(self.values))
-            return zlib.crc32(cell.encode("utf-8", "surrogateescape")) % BUCKETS
+                return places.get(category, len(self.values))
+            return zlib.crc32(category.encode("utf-8", "surrogateescape")) % BUCKETS
 
         of_cell = {cell: place(cell) for cell in set(own)}
         encoded = np.zeros((len(own), self.width), np.float32)
@@ -203,7 +204,7 @@ def learn_columns(layout: Layout, training: Sequence[int]) -> tuple[tuple[Number
             values = numbers_of(cells, name, missing)[training]
             found.append(Number(name, float(np.nanmean(values)), deviation_of(values), absent))
         else:
-            values_of = tuple(sorted(present))
+            values_of = tuple(sorted({category_of(cell, cells.comma) for cell in present}))
             found.append(Category(name, values_of if len(values_of) <= MOST_VALUES else (), absent))
     remarks = []
     if constant:
@@ -254,6 +255,12 @@ def label_of(cell: str) -> str:
     """A label as it is compared: a whole number without its decimals, so that 1 and 1.0 are the same."""
     value = number_of(cell, False)
     return str(int(value)) if value is not None and value.is_integer() and abs(value) < 1e15 else cell
+
+
+def category_of(cell: str, comma: bool) -> str:
+    """A category as it is compared: 1.0 is 1, as programs write whole numbers; 01 is another one than 1."""
+    written = cell.replace(",", ".", 1) if comma else cell
+    return label_of(written) if "." in written else cell
 
 
 def in_order(labels: Collection[str]) -> list[str]:

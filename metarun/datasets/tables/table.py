@@ -78,6 +78,7 @@ class Table(Dataset):
     """
 
     unread: ClassVar = {"labels": "task=null", "disjoint": "tasks=null"}
+    of_model = ("features", "drop", "categories", "learned")
     kind: str = "table"  # whose entries of the cache its fingerprints are
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,16 @@ class TableTasks(EpisodeSource):
             for label, count in zip(self.names, self.counts.sum(0).tolist(), strict=False)
         ]
         return [f"{self.name}: {what}" + (f" ({', '.join(shares[:10])})" if shares else ""), *self.notes]
+
+    def keeping(self, tasks: Sequence[int]) -> TableTasks:
+        """The same rows, of which only those of some tasks are drawn, given by their numbers, ascending."""
+        twin = copy.copy(self)
+        twin.tasks = [self.tasks[i] for i in tasks]
+        twin.name = f"{self.name} without {len(self.tasks) - len(tasks)} training tasks"
+        twin.fingerprint = hashlib.sha256(f"{self.fingerprint} {twin.tasks}".encode()).hexdigest()
+        twin.counts, twin.starts = self.counts[tasks], self.starts[tasks]
+        twin.reported = set()
+        return twin
 
     def item_counts(self) -> Sequence[int]:
         return self.counts.sum(1).tolist()
