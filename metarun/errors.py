@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class MetarunError(Exception):
@@ -90,6 +90,11 @@ def message_line(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return printable(text)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Names for a title: all if there are a few, else the first one and how many more there are."""
+    return ", ".join(names) if len(names) <= most else f"{names[0]} and {len(names) - 1} more"
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.recurrent import LSTMCell, preprocessed
 from metarun.nn.layers import Residual, uses_batch_statistics
 from metarun.nn.learner import refuse_running_averages
-from metarun.nn.per_task import AUTO, Params, is_groupable, layers, run_chain, run_on_tasks
+from metarun.nn.per_task import AUTO, Params, is_groupable, layers, loops, run_chain, run_on_tasks
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.objectives import class_weights, cross_entropy
 
@@ -62,10 +62,11 @@ class MetaNet(Algorithm):
     def __init__(self, backbone: nn.Module, outputs: int, hidden: int = 20) -> None:
         super().__init__()
         # Layer augmentation is not defined across skip connections.
-        if not is_groupable(backbone) or any(isinstance(part, Residual) for part in backbone.modules()):
+        has_shortcuts = any(isinstance(part, Residual) for part in backbone.modules())
+        if not is_groupable(backbone) or has_shortcuts or loops(backbone):
             raise ConfigError(
                 "algorithm=meta_networks: needs a backbone that is a chain of layers without shortcuts; "
-                "choose backbone=conv4"
+                "choose backbone=conv4 for images, bag for texts or mlp for vectors"
             )
         refuse_running_averages(backbone)
         self.outputs, self.batching = outputs, AUTO

@@ -24,7 +24,7 @@ from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import EvalConfig, typed
 from metarun.config.targets import trusted_modules
-from metarun.errors import ConfigError, TrainingError
+from metarun.errors import ConfigError, TrainingError, listed
 from metarun.reporting import plots
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import Bar, console, inform, print_line, relative
@@ -35,6 +35,7 @@ from metarun.training.evaluation import EvalSettings, evaluate, paired_differenc
 from metarun.training.hardware import Hardware
 
 LINES = 100  # the most lines of the table of differences; with more, it is not printed
+HASHES = 8  # the most hashes of episodes on screen
 MANY = 4  # with more models than this, the table of differences only shows pairs with the best model
 
 
@@ -111,13 +112,14 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
         own = [cell for cell in cells if cell.metrics == metrics]
         console.print(table_of(own, metrics, f"{classes_in(own, command.split)}, {title}"))
     # Not a caption of the table, which would be wrapped to the width of the table.
-    print_line("episodes' hash: " + ", ".join(hashes(cells)))
+    found = hashes(cells)
+    print_line("episodes' hash: " + ", ".join(found if len(found) <= HASHES else ["see results.csv"]))
     pairs = comparisons(cells)
     report_pairs(pairs, cells)
     full = [row | scores_of(cell) for row, cell in zip(rows, cells, strict=True)]
     write_json(folder / "results.json", {"results": full, "comparisons": [plain_pair(p) for p in pairs]})
     write_csv(folder / "results.csv", rows)
-    names = ["results.json", "results.csv", *draw(cells, rows, pairs, folder)]
+    names = ["results.json", "results.csv", *draw(cells, rows, comparisons(cells, references=True), folder)]
     names += report_languages(cells, folder)
     if command.confusion:
         names += report_classes(matrices_of(cells), folder)
@@ -132,7 +134,10 @@ def classes_in(cells: Sequence[Cell], split: str) -> str:
         what = "classes" if isinstance(cell.source, ClassStore) else "tasks"
         kind = f"{what} of all splits" if split == "all" else f"{split} {what}"
         texts[cell.dataset] = f"{len(cell.source.item_counts()):,} {kind}" if stored else split
-    return "; ".join(f"{name}, {text}" for name, text in texts.items())
+    named: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        named.setdefault(text, []).append(name)
+    return "; ".join(f"{listed(names)}, {text}" for text, names in named.items())
 
 
 def draw(
@@ -274,6 +279,7 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
     # A terminal of 80 columns has no space for the column of seconds beside many other columns.
     longest = max(len(cell.model.name) for cell in cells)
     timed = not (with_steps or several or many) and (longest <= 11 or console.width >= 100)
+    transductive = "trans-\nductive" if several or many else "transductive"
     table = Table(title=title)
     table.add_column("model", overflow="fold")
     if several:
@@ -284,10 +290,12 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
     if many:
         table.add_column("metric", no_wrap=True)
         table.add_column("95 % interval", min_width=16)
-        table.add_column("trans-\nductive", justify="right", no_wrap=True)
+        table.add_column(transductive, justify="right", no_wrap=True)
     else:
-        table.add_column(f"{metrics[0].name}, 95 % interval", min_width=21)
-        for heading in ["transductive", "seconds"] if timed else ["transductive"]:
+        # Rich crops a table whose columns that wrap have a least width.
+        heading = f"{metrics[0].name},{chr(10) if several else ' '}95 % interval"
+        table.add_column(heading, min_width=None if several else 21, no_wrap=several)
+        for heading in [transductive, "seconds"] if timed else [transductive]:
             table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         row: list[str | Text] = [
@@ -302,24 +310,28 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
             continue
         for i, metric in enumerate(metrics):
             cell_text = metric.show_interval(result.mean_of(metric), result.interval_of(metric))
-            transductive = "yes" if result.uses_query_statistics else "no"
             table.add_row(
                 *(row if i == 0 else [""] * len(row)),
                 *([metric.name] if many else []),
                 cell_text,
-                transductive if i == 0 else "",
+                ("yes" if result.uses_query_statistics else "no") if i == 0 else "",
                 *([f"{result.seconds:.1f}"] if timed else []),
             )
     return table
 
 
-def comparisons(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Paired differences by each metric, for every two checkpoints with results on the same episodes."""
+def comparisons(cells: Sequence[Cell], references: bool = False) -> list[dict[str, Any]]:
+    """Paired differences by each metric, for every two checkpoints with results on the same episodes.
+
+    Args:
+        cells: with results or without.
+        references: whether two references are compared, too.
+    """
     pairs = []
     for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
         assert a.result and b.result
         same = (a.dataset, a.task) == (b.dataset, b.task)
-        if isinstance(a.model, Reference) and isinstance(b.model, Reference):
+        if not references and isinstance(a.model, Reference) and isinstance(b.model, Reference):
             continue
         if not same or a.result.episodes_hash != b.result.episodes_hash:
             continue

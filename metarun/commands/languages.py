@@ -12,6 +12,7 @@ from rich.text import Text
 from metarun.commands.cells import Cell
 from metarun.datasets.text.store import TextStore
 from metarun.reporting import pictures
+from metarun.reporting.classes import stem_of
 from metarun.reporting.console import console, print_line
 from metarun.storage.files import write_csv
 
@@ -20,17 +21,18 @@ def report_languages(cells: Sequence[Cell], folder: Path) -> list[str]:
     """Print a grid of languages for each model and task, with a row for each language of the support.
 
     Returns:
-        The names of the files that were written for each grid: languages.csv and languages.png, with
-        numbers if there are several.
+        The names of the files that were written for each grid: languages.csv and languages.png, with the
+        model and the task if there are several.
     """
     grids: dict[tuple[str, str], dict[tuple[str, str], Cell]] = {}
     for cell in cells:
         if cell.result and isinstance(cell.source, TextStore) and cell.source.pair:
             grids.setdefault((cell.model.name, cell.task), {})[cell.source.pair] = cell
     files = []
-    for number, (key, grid) in enumerate(grids.items(), 1):
-        stem = "languages" if len(grids) == 1 else f"languages_{number}"
-        report_grid(grid, ", ".join(key), folder / stem)
+    for key, grid in grids.items():
+        title = ", ".join(key)
+        stem = "languages" if len(grids) == 1 else f"languages_{stem_of(title)}"
+        report_grid(grid, title, folder / stem)
         files += [f"{stem}.csv", f"{stem}.png"]
     return files
 
@@ -50,6 +52,6 @@ def report_grid(grid: Mapping[tuple[str, str], Cell], title: str, stem: Path) ->
         table.add_row(Text(name), *shown)
     console.print(table)
     rows = [{"support": a} | {b: means.get((a, b)) for b in query} for a in support]
-    write_csv(stem.with_suffix(".csv"), rows)
+    write_csv(stem.with_name(f"{stem.name}.csv"), rows)  # its name may contain dots
     values = [[means.get((a, b), math.nan) for b in query] for a in support]
-    pictures.score_grid(values, support, query, metric, title, stem.with_suffix(".png"))
+    pictures.score_grid(values, support, query, metric, title, stem.with_name(f"{stem.name}.png"))

@@ -168,11 +168,15 @@ class TestData:
 def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:
     """The source with items of the shape that the model needs. Raises ConfigError if that is not possible."""
     wanted, there = trained.item_shape, source.spec.item_shape
-    images = isinstance(source, ClassStore) and len(wanted) == len(there) == 3
-    if wanted != there and not images:
+    if source.spec.kind != trained.kind:
         raise ConfigError(
-            f"dataset={source.name}: its items have shape {there}, but the checkpoint needs {wanted}, and "
-            "only images can be converted; choose another dataset"
+            f"dataset: {source.name} has {source.spec.kind}, and the model was trained on {trained.kind}; "
+            f"choose a dataset of {trained.kind}, or leave dataset out for that of its training"
+        )
+    if wanted != there and not (isinstance(source, ClassStore) and trained.kind == "images"):
+        raise ConfigError(
+            f"dataset: {source.name} has examples of {'x'.join(map(str, there))} numbers, and the model "
+            f"takes {'x'.join(map(str, wanted))}; leave dataset out for that of its training"
         )
     if source.spec.outputs != trained.outputs:
         outputs = [
@@ -180,8 +184,8 @@ def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:
             for n in (source.spec.outputs, trained.outputs)
         ]
         raise ConfigError(
-            f"dataset={source.name}: its tasks need {outputs[0]}, but the checkpoint has {outputs[1]}; "
-            "choose another dataset"
+            f"dataset: the tasks of {source.name} need {outputs[0]}, and the model has {outputs[1]}; "
+            "leave dataset out for that of its training"
         )
     if wanted == there:
         return source

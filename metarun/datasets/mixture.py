@@ -55,7 +55,13 @@ class Mixture(Dataset):
             if not 0 < weight < math.inf:
                 raise ConfigError(f"dataset.parts.{name}={weight}: a weight must be above 0 and finite")
             if len(datasets[name].item_shape) != 3:
-                raise ConfigError(f"dataset.parts: {name} has no images; leave it out")
+                kind = datasets[name].spec.kind
+                advice = (
+                    "; texts of several files can be one file of dataset=texts" if kind == "texts" else ""
+                )
+                raise ConfigError(
+                    f"dataset.parts: a mixture is of images, and {name} has {kind}; leave it out{advice}"
+                )
         if size is not None:
             at_least(1, size=size)
         self.weights = parts

@@ -100,13 +100,19 @@ def report_classes(matrices: Mapping[str, tuple[Tensor, Sequence[str]]], folder:
     return files
 
 
+def stem_of(title: str) -> str:
+    """A title as a part of the name of a file."""
+    stem = re.sub(r"[^\w.-]+", "_", title).strip("_")
+    if len(stem) <= LONGEST_STEM:  # file systems limit the length of names, in bytes
+        return stem
+    return f"{stem[:LONGEST_STEM]}_{hashlib.sha256(stem.encode('utf-8', 'replace')).hexdigest()[:8]}"
+
+
 def write_classes(
     rows: Sequence[dict[str, Any]], confusion: Tensor, names: Sequence[str], title: str, folder: Path
 ) -> list[str]:
     """Write the metrics of each class, the confusion matrix and its figure; the names of the files."""
-    stem = re.sub(r"[^\w.-]+", "_", title).strip("_")
-    if len(stem) > LONGEST_STEM:  # file systems limit the length of names, in bytes
-        stem = f"{stem[:LONGEST_STEM]}_{hashlib.sha256(stem.encode('utf-8', 'replace')).hexdigest()[:8]}"
+    stem = stem_of(title)
     files = [f"classes_{stem}.csv", f"confusion_{stem}.csv", f"confusion_{stem}.png"]
     write_csv(folder / files[0], rows)
     present = [i for i, name in enumerate(names) if confusion[i].any() or confusion[:, i].any()]

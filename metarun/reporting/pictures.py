@@ -70,7 +70,10 @@ def score_grid(
     axis.set_xlabel("language of the queries")
     axis.set_ylabel("language of the support")
     headline(figure, title)
-    bar = figure.colorbar(image, ax=axis, label=metric.label)
+    # As high as the grid, whatever its shape.
+    bar = figure.colorbar(
+        image, cax=axis.inset_axes((1 + 0.1 / width, 0, 0.2 / width, 1)), label=metric.label
+    )
     bar.ax.tick_params(labelsize=7)
     drawing.save(figure, path)
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from metarun.errors import listed
 from metarun.reporting import drawing
 from metarun.reporting.drawing import (
     COLOURS,
@@ -241,7 +242,7 @@ def named_cells(rows: Rows) -> Rows:
 def subject(results: Results, note: str) -> str:
     """What was evaluated, for the title of a figure."""
     rows = [row for own in results.values() for row in own]
-    datasets = ", ".join(dict.fromkeys(row["dataset"] for row in rows))
+    datasets = listed(list(dict.fromkeys(row["dataset"] for row in rows)))
     what = [datasets, rows[0]["split"], f"{rows[0]['episodes']} episodes", note, "95 % intervals"]
     return ", ".join(part for part in what if part)
 

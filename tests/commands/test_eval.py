@@ -15,9 +15,10 @@ from helpers.runs import UNTESTED
 from rich.console import Console
 from torch import nn
 
-from metarun.commands.cells import Cell, shapes_for
+from metarun.commands.cells import Cell, Reference, shapes_for
 from metarun.commands.evaluate import (
     best_models,
+    classes_in,
     comparisons,
     difference_rows,
     report_pairs,
@@ -247,6 +248,13 @@ def test_the_table_fits_eighty_columns_with_long_names_and_reasons(monkeypatch):
         console.print(table_of(cells, (ACCURACY,), "title"))
     lines = captured.get().splitlines()
     assert all(line[-1] in "┓┩┫┃│┘┛" for line in lines[1:])
+    pairs = [replace(cells[0], dataset=f"injongo eng to {name}") for name in ("eng", "swa", "yor", "zul")]
+    title = classes_in(pairs, "test")
+    assert title == "injongo eng to eng and 3 more, 2 test classes"
+    with console.capture() as captured:
+        console.print(table_of(pairs, (ACCURACY,), title))
+    lines = captured.get().splitlines()
+    assert all(line[-1] in "┓┩┫┃│┘┛" for line in lines[1:]) and "100.00 ± 0.00 %" in captured.get()
 
 
 def test_of_many_models_the_best_stands_beside_the_others():
@@ -266,6 +274,12 @@ def test_of_many_models_the_best_stands_beside_the_others():
         name: round(mean - 0.9, 3) for name, mean in means.items()
     }
     assert [row["model"] for row in drawn if row["best"]] == ["b"]
+    # Two references are compared in the figure alone, so that it has each model of a task.
+    for cell in cells[1:3]:
+        cell.model = Reference(cell.model.name)
+    assert len(comparisons(cells)) == 9
+    same = difference_rows(rows, comparisons(cells, references=True), best_models(cells), ACCURACY)
+    assert [row["model"] for row in same] == list(means)
     # Where lower is better, the differences to the best are positive.
     lower = replace(ACCURACY, higher_is_better=False)
     for cell in cells:

@@ -90,7 +90,7 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
     assert len(content["comparisons"]) == 1
     assert "images converted" in metarun("adapt", "checkpoint=mixed", *glyphs[:2], "queries=2").stderr
     done = metarun("eval", "checkpoint=mixed", "dataset=sinusoid", status=1)
-    assert "only images can be converted" in done.stderr
+    assert "has vectors, and the model was trained on images; choose a dataset of images" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
             "must not include mixture; run it separately",
         ),
         (["dataset.parts=glyphs:1"], "dataset.parts=glyphs:1: must be names, each with a number"),
-        (["dataset.parts={glyphs:1,sinusoid:1}"], "dataset.parts: sinusoid has no images"),
+        (["dataset.parts={glyphs:1,sinusoid:1}"], "a mixture is of images, and sinusoid has vectors"),
         (["dataset.parts={glyphs:1,image_folder:1}"], "dataset.settings.image_folder.root is not set"),
         ([], "dataset.parts is not set"),
     ],

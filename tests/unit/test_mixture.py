@@ -103,7 +103,7 @@ def test_a_task_that_one_of_them_cannot_give_is_refused_by_name():
 def test_what_cannot_be_mixed(weights: dict, settings: dict, says: str):
     with pytest.raises(ConfigError, match=says):
         mixture(weights, **settings)
-    with pytest.raises(ConfigError, match="sinusoid has no images"):
+    with pytest.raises(ConfigError, match="of images, and sinusoid has vectors"):
         Mixture(datasets={"sinusoid": Sinusoid()}, parts={"sinusoid": 1.0})
     with pytest.raises(ConfigError, match="name datasets"):
         Mixture(datasets={}, parts={})

@@ -174,6 +174,9 @@ def test_descriptions_take_the_place_of_shots_or_join_them():
     two = torch.tensor([[0, 1]]), torch.tensor([[[2, 0], [1, 0]]])  # of the classes that are kept
     rows = store.keeping([1, 3]).examples(two, EpisodeShape(2, 1, 1))
     assert [row["text"] for row in rows] == ["word1 again2", "word1 again0", "word3 again1", "word3 again0"]
+    assert not any("description" in line for line in store.remarks())
+    alike = TextStore(corpus, ["one", "Two", "two", "three"], TOKENS, "made test")
+    assert "2 classes have the description of another one, such as 'Two'" in " ".join(alike.remarks())
 
 
 @pytest.mark.parametrize("support, query", [((), ()), (("b",), ("a",)), (("a", "b"), ("b",)), (("a",), ())])

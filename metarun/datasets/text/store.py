@@ -270,6 +270,12 @@ class TextStore(ClassStore):
             *(f"{self.name}: {line}" for line in self.encoding.remarks(self.texts, self.lengths)),
             f"{self.name}: {len(self.texts) - len(repeated):,} texts are repetitions",
         ]
+        counted = Counter(normalised(text) for text in self.descriptions)
+        if alike := [text for text in self.descriptions if counted[normalised(text)] > 1]:
+            lines.append(
+                f"{self.name}: {len(alike)} classes have the description of another one, such as "
+                f"{alike[0]!r}, and cannot be told apart with shots=0"
+            )
         if len(self.spoken) > 1:
             lines.append(f"{self.name}: languages: {', '.join(self.spoken)}")
         return lines
