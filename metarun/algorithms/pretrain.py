@@ -65,7 +65,7 @@ class Pretrain(MAML):
         """
         if isinstance(tasks, Rollouts):
             params = self.learner.task_params(len(tasks), tasks.outputs)
-            return tasks.query(partial(self.learner, params))
+            return tasks.joined().query(partial(self.learner, params))
         whole = tasks.joined()
         x, y = whole.support_x, whole.support_y
         queries = tasks.query_x.shape[1]

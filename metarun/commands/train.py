@@ -218,6 +218,7 @@ def build_trainer(
     """
     metric = objective.metrics[0]
     capturable = try_out(settings, metric, hardware)
+    outer_loop = build_outer_loop(settings, dataset.spec)
     train, validation = (
         load_split(dataset, split, hardware, record, resumed).reporting(objective)
         for split in ("train", "validation")
@@ -232,7 +233,6 @@ def build_trainer(
         settings.dataset = OmegaConf.to_container(OmegaConf.merge(settings.dataset, dataset.decided))
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
-    outer_loop = build_outer_loop(settings, spec, algorithm)
     optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware, capturable)
     scheduler = build_scheduler(settings.scheduler, optimizer, metric) if settings.scheduler else None
     clip = settings.clip

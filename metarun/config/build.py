@@ -121,11 +121,12 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
     return hardware.place(instantiate(settings.algorithm, "algorithm", **passed))
 
 
-def build_outer_loop(settings: TrainConfig, spec: TaskSpec, algorithm: Algorithm) -> OuterLoop:
+def build_outer_loop(settings: TrainConfig, spec: TaskSpec) -> OuterLoop:
     """Build the rule of the outer loop. Raises ConfigError if it does not fit the tasks or the algorithm."""
     if not settings.outer_loop:  # of a checkpoint that was written before there were others
         return Gradient()
     rule: OuterLoop = instantiate(settings.outer_loop, "outer_loop")
+    algorithm: type[Algorithm] = get_class(settings.algorithm["_target_"])
     environments = issubclass(spec.tasks, Rollouts)
     if rule.needs_rollouts and not environments:
         raise ConfigError(
@@ -134,7 +135,7 @@ def build_outer_loop(settings: TrainConfig, spec: TaskSpec, algorithm: Algorithm
         )
     if rule.needs_rollouts and not algorithm.minimises_query_loss:
         raise ConfigError(
-            f"outer_loop={type(rule).__name__}: algorithm={type(algorithm).__name__} moves its weights by a "
+            f"outer_loop={type(rule).__name__}: algorithm={algorithm.__name__} moves its weights by a "
             "rule of its own; choose outer_loop=gradient"
         )
     if environments and not rule.needs_rollouts and settings.dataset.get("estimator", {}).get("credit"):

@@ -18,17 +18,25 @@ class SGD(InnerLoop):
 
     Args:
         rate: the learning rate.
+        test_decay: the rate of all steps but the first is multiplied by this in evaluation mode; MAML's code
+            for reinforcement learning halves it.
         steps, test_steps, order: see `InnerLoop`.
     """
 
     def __init__(
-        self, rate: float = 0.4, steps: int = 1, test_steps: int | None = None, order: int = 2
+        self,
+        rate: float = 0.4,
+        steps: int = 1,
+        test_steps: int | None = None,
+        order: int = 2,
+        test_decay: float = 1.0,
     ) -> None:
         super().__init__(steps, test_steps, order)
-        self.rate = rate
+        self.rate, self.test_decay = rate, test_decay
 
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
         for step in range(self.step_count()):
             grads = self.gradients(loss, params, step)
-            params = {name: torch.add(p, grads[name], alpha=-self.rate) for name, p in params.items()}
+            rate = self.rate if self.training or step == 0 else self.rate * self.test_decay
+            params = {name: torch.add(p, grads[name], alpha=-rate) for name, p in params.items()}
             yield params

@@ -100,27 +100,18 @@ class Rollouts(Tasks):
         losses, self.inner_terms = losses + sum(self.inner_terms), []
         return Outcome(losses, self.scores(), outputs.flatten(1, 2))
 
-    def divergence(self, outcome: Outcome, origin: Tensor | None = None) -> Tensor:
-        """The mean divergence of a policy from the one that acted in the queries, [T].
-
-        Args:
-            outcome: of the policy.
-            origin: outputs of another policy to start from, as `outcome.outputs`; None: the one that acted.
-        """
+    def divergence(self, outcome: Outcome) -> Tensor:
+        """The mean divergence of a policy, by its outcome, from the one that acted in the queries, [T]."""
         batch = self.recorded[SCORED]
         assert outcome.outputs is not None
-        old = batch.outputs if origin is None else origin.view_as(batch.outputs)
-        new = outcome.outputs.view_as(batch.outputs)
-        return alive_mean(self.world.actions.divergence(old, new), batch.alive)
+        outputs = outcome.outputs.view_as(batch.outputs)
+        return alive_mean(self.world.actions.divergence(batch.outputs, outputs), batch.alive)
 
     def thinned(self, every: int) -> Rollouts:
-        """The same recorded tasks with one of so many time steps."""
-
-        def thin(x: Tensor) -> Tensor:
-            return x[:, ::every] if x.dim() > 2 else x  # not what there is once for each task or episode
-
+        """The same recorded tasks with one of so many time steps of the queries."""
+        scored = self.recorded[SCORED].map(lambda x: x[:, ::every] if x.dim() > 2 else x)
         other = copy.copy(self)
-        other.recorded = {phase: batch.map(thin) for phase, batch in self.recorded.items()}
+        other.recorded = self.recorded | {SCORED: scored}
         return other
 
     def collect(

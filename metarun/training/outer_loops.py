@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ class OuterLoop(ABC):
     """The base class of the rules of the outer loop; an extension point."""
 
     #: Whether the tasks must be environments.
-    needs_rollouts = True
+    needs_rollouts: ClassVar[bool] = True
+    #: Settings that nothing reads, see `Algorithm.unread`.
+    unread: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def step(self, outer: OuterStep, draw: Draw) -> None:
@@ -110,11 +112,13 @@ class TRPO(OuterLoop):
         max_kl: the largest mean divergence of the adapted policies.
         cg_steps: the number of conjugate gradient steps.
         damping: added to the second derivative of the divergence.
-        every: the second derivative is estimated from one of so many time steps, of the inner steps too; the
-            line search takes all, so that the bound of the divergence is exact.
+        every: the second derivative is estimated from one of so many time steps; the line search takes all, so
+            that the bound of the divergence is exact.
         backtracks: the largest number of tried step sizes.
         shrink: the factor between tried step sizes, in (0, 1).
     """
+
+    unread: ClassVar = dict.fromkeys(("optimizer._target_", "optimizer.lr", "clip.norm", "clip.value"), "")
 
     def __init__(
         self,
@@ -154,15 +158,13 @@ class TRPO(OuterLoop):
 
         The divergence of a policy from itself has no first derivative with respect to the policy, so that its
         second derivative is J' F J: F is the Fisher information of the adapted policies, J the derivative of
-        their weights. With `every`, both are estimates from a part of the time steps.
+        their weights, through the inner steps. F is a mean over states, of which a part is enough; J is not.
         """
 
         def derivative(tasks: Rollouts) -> Tensor:
             """The derivative of the divergence of a chunk, with a graph."""
             thin = tasks.thinned(self.every)
-            outcome = outer.algorithm.meta_loss(thin)
-            assert outcome.outputs is not None
-            share = thin.divergence(outcome, outcome.outputs.detach()).sum() / outer.meta_batch
+            share = thin.divergence(outer.algorithm.meta_loss(thin)).sum() / outer.meta_batch
             grads = torch.autograd.grad(share, outer.params, create_graph=True, materialize_grads=True)
             return torch.cat([grad.flatten() for grad in grads])
 
