@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
+from metarun.commands import environments
 from metarun.commands.models import TestData, dataset_for
 from metarun.commands.predictions import class_rows, class_table, known_targets, value_rows, value_table
 from metarun.config.build import instantiate, validation_shape
@@ -36,6 +37,7 @@ from metarun.reporting.console import console, inform, relative
 from metarun.storage.files import user_path, write_csv, write_json
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import Metric, Objective, confusion
+from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.sampling import fixed_draws
 from metarun.training.hardware import Hardware
 
@@ -75,6 +77,11 @@ def run(cfg: DictConfig) -> float:
     path, trusted = find(command.checkpoint), trusted_modules(cfg)
     model = restore(path, trusted, hardware, command.steps, command.transductive)
     model.algorithm.eval()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if issubclass(model.spec.tasks, Rollouts):
+        return environments.adapt(command, model, hardware, folder)
+    if command.task is not None:
+        raise ConfigError("task: the model was not trained on an environment; leave it out")
     task = (
         user_task(command, model) if command.support is not None else dataset_task(command, model, hardware)
     )
@@ -84,7 +91,6 @@ def run(cfg: DictConfig) -> float:
     with torch.no_grad(), hardware.compute():
         steps, adapted, outputs = follow(model.algorithm, task)
     check_predictions(outputs, steps, model)
-    folder = Path(HydraConfig.get().runtime.output_dir)
     report(model, task, steps, outputs, folder)
     support_x = model.algorithm.balanced(task.episode).support_x
     AdaptedModel(model, task.classes, adapted, support_x, command.ink, task.preparation).save(  # type: ignore[arg-type]

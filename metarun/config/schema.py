@@ -144,6 +144,7 @@ class AdaptConfig:
         None, unless=("support",), but=("dataset.vectors", "dataset.encoder")
     )
     hardware: Node = MISSING
+    task: Any = setting(None, unless=("support",))  # noqa: RUF009
     ways: int | None = whole(1, None, unless=("support",))
     shots: int | None = whole(0, None, unless=("support",))
     queries: int = whole(1, unless=("support",))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -345,4 +346,34 @@ def regression_curves(
     axis.set_title("one task, before and after adapting")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    drawing.save(figure, path)
+
+
+def paths(ways: Mapping[str, Tensor], goal: Tensor | None, path: Path) -> None:
+    """Plot where the episodes of one task went: a panel for each policy, with common axes.
+
+    Args:
+        ways: by the titles of the panels, [E, H, 2]; NaN after the end of an episode.
+        goal: where the goal is, [2]; None if there is none.
+        path: of the PNG file.
+    """
+    figure, axes = panels(len(ways), 3, (3.6, 3.6))
+    points = torch.cat([each.reshape(-1, 2) for each in ways.values()])
+    points = points[points.isfinite().all(1)].cpu()
+    low, high = points.quantile(0.01, dim=0), points.quantile(0.99, dim=0)
+    if goal is not None:
+        low, high = torch.minimum(low, goal.cpu()), torch.maximum(high, goal.cpu())
+    middle, half = (low + high) / 2, 0.6 * (high - low).max().item() + 1e-6
+    for axis, (title, each) in zip(axes, ways.items(), strict=True):
+        for i, episode in enumerate(each.numpy(force=True)):
+            axis.plot(*episode.T, color=COLOURS[i % len(COLOURS)], linewidth=1, alpha=0.8)
+        axis.plot(*each[0, 0].numpy(force=True), "ko", markersize=5, label="start")
+        if goal is not None:
+            axis.plot(*goal.numpy(force=True), "k*", markersize=12, label="goal")
+        axis.set_xlim(middle[0].item() - half, middle[0].item() + half)
+        axis.set_ylim(middle[1].item() - half, middle[1].item() + half)
+        axis.set_aspect("equal")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     drawing.save(figure, path)

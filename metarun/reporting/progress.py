@@ -19,9 +19,17 @@ def latest(rows: Sequence[Row], split: str) -> Row | None:
 def live_line(rows: Sequence[Row], metric: Metric) -> str:
     """The text beside the progress bar: the training loss, and the training and validation scores."""
     train, validation = latest(rows, "train"), latest(rows, "validation")
+    if any(row and metric.before in row for row in (train, validation)):
+        changes = (change(row, metric) if row else "-" for row in (train, validation))
+        return "{} val {}".format(*changes)
     loss = f"{train['loss']:.3f}" if train else "-"
     scores = (metric.show(row[metric.name]) if row else "-" for row in (train, validation))
     return "loss {} train {} val {}".format(loss, *scores).replace(" %", "%")
+
+
+def change(row: Row, metric: Metric) -> str:
+    """A score before and after adaptation, such as "-39.41 to -11.10"."""
+    return " to ".join(metric.show(row[name], 2) for name in (metric.before, metric.name))
 
 
 def validation_line(rows: Sequence[Row], metric: Metric) -> str:
@@ -33,6 +41,9 @@ def validation_line(rows: Sequence[Row], metric: Metric) -> str:
     shown = [row for row in (latest(rows, "train"), latest(rows, "validation")) if row]
     words = ("", "val ")[-len(shown) :]  # a validation may come before the first training row
     loss = " ".join(f"{word}{row['loss']:.4f}" for word, row in zip(words, shown, strict=True))
+    if all(metric.before in row for row in shown):  # of a surrogate loss, the value means nothing
+        changes = ", ".join(f"{word}{change(row, metric)}" for word, row in zip(words, shown, strict=True))
+        return f"iteration {shown[-1]['iteration']:>6}   {metric.name} {changes}"
     score = " ".join(f"{word}{metric.show(row[metric.name])}" for word, row in zip(words, shown, strict=True))
     parts = [f"iteration {shown[-1]['iteration']:>6}", f"loss {loss}", f"{metric.name} {score}"]
     same = all(math.isclose(row["loss"], row[metric.name], rel_tol=1e-5) for row in shown)

@@ -38,6 +38,7 @@ class Metric:
         percent: whether a score in [0, 1] is shown as a percentage.
         chance: the score of guessing among N classes, where there is one to draw beside results.
         bounds: the lowest and the highest possible score, where it is not a percentage.
+        before: the name of the metric that is the same score before adaptation, where there is one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Metric:
     percent: bool = False
     chance: Callable[[int], float] | None = field(default=None, compare=False)
     bounds: tuple[float, float] = (-math.inf, math.inf)
+    before: str = ""
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -311,7 +313,7 @@ def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     raise TypeError("the loss of environments is a policy gradient, see metarun.tasks.rollouts")
 
 
-RETURN = Metric("return", lambda after, before: after.returns.mean(1), "return")
+RETURN = Metric("return", lambda after, before: after.returns.mean(1), "return", before="return_before")
 RETURN_BEFORE = Metric(
     "return_before", lambda after, before: before.returns.mean(1), "return before adapting"
 )

@@ -66,6 +66,12 @@ class Rollouts(Tasks):
         other.world = self.world.to(dtype)
         return other
 
+    def scored_anew(self) -> Rollouts:
+        """The same tasks, whose queries are not collected yet."""
+        other = copy.copy(self)
+        other.recorded = {phase: batch for phase, batch in self.recorded.items() if phase != SCORED}
+        return other
+
     def joined(self) -> Rollouts:
         """The same tasks, in which all trajectories are scored and none are for inner steps."""
         other = copy.copy(self)

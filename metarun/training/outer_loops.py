@@ -112,8 +112,8 @@ class TRPO(OuterLoop):
         max_kl: the largest mean divergence of the adapted policies.
         cg_steps: the number of conjugate gradient steps.
         damping: added to the second derivative of the divergence.
-        every: the second derivative is estimated from one of so many time steps; the line search takes all, so
-            that the bound of the divergence is exact.
+        every: the second derivative is estimated from one of so many time steps; the line search takes all,
+            so that the bound of the divergence is exact.
         backtracks: the largest number of tried step sizes.
         shrink: the factor between tried step sizes, in (0, 1).
     """

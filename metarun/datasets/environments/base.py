@@ -18,7 +18,7 @@ from metarun.tasks.policy_gradient import Estimator
 from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.source import Draw, EpisodeSource
 from metarun.tasks.spec import TaskSpec
-from metarun.tasks.worlds import World
+from metarun.tasks.worlds import Trajectories, World
 
 #: The parameters of T tasks by name, each [T, ...].
 Parameters = Mapping[str, Tensor]
@@ -78,6 +78,14 @@ class Environments(Dataset):
 
     def optimum(self, parameters: Parameters) -> Tensor | None:
         """The best expected return of each task if its parameters are known, [T]; None if it is not known."""
+        return None
+
+    def positions(self, batch: Trajectories) -> Tensor | None:
+        """Where episodes went, [T, H, E, 2], if they move in a plane that can be drawn; else None."""
+        return None
+
+    def goal(self, parameters: Parameters) -> Tensor | None:
+        """Where the goal of the first task is in that plane, [2]; None if it has none."""
         return None
 
     @property

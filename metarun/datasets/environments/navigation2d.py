@@ -10,7 +10,7 @@ from metarun.datasets.environments.base import Environments, Parameters, uniform
 from metarun.errors import ConfigError
 from metarun.tasks.actions import Actions, Box
 from metarun.tasks.policy_gradient import DEFAULT, Estimator
-from metarun.tasks.worlds import World
+from metarun.tasks.worlds import Trajectories, World
 
 STEP = 0.1  # the largest move in each direction
 NEAR = 0.01  # an episode ends this close to the goal, in each direction
@@ -49,6 +49,12 @@ class Navigation2D(Environments):
 
     def world(self, parameters: Parameters, device: torch.device | str) -> World:
         return Plane(parameters["goal"].to(device), self.horizon)
+
+    def positions(self, batch: Trajectories) -> Tensor:
+        return batch.observations
+
+    def goal(self, parameters: Parameters) -> Tensor:
+        return parameters["goal"][0]
 
     def optimum(self, parameters: Parameters) -> Tensor:
         """Straight for the goal, as far as a step reaches in each direction."""
