@@ -35,6 +35,7 @@ SMALL = ["backbone.width=8", "dataset.size=16", "hardware=cpu"]
 FAMILIES = {
     "gradient": "gradient-based ([compared](docs/gradient_based.md))",
     "features": "feature-based ([compared](docs/feature_based.md))",
+    "memory": "with a memory, for environments ([explained](docs/reinforcement.md))",
 }
 
 
@@ -109,6 +110,15 @@ def feature_methods() -> str:
     return markdown([*headings, "learned besides the backbone", "ways of a new task", "paper"], rows)
 
 
+def memory_methods() -> str:
+    headings = ["`algorithm=`", "memory", "reads at each step", "a task is", "trained by", "critic", "paper"]
+    rows = []
+    for name, stated in methods("memory").items():
+        cells = [stated[fact] for fact in ("memory", "reads", "task", "trained by", "critic", "paper")]
+        rows.append([f"`{name}`", *cells])
+    return markdown(headings, rows)
+
+
 def ways_of(algorithm: Algorithm) -> str:
     try:
         algorithm.check(6)  # one more than it was built for
@@ -181,6 +191,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "datasets": ("docs/data.md", datasets),
     "gradient-based methods": ("docs/gradient_based.md", gradient_methods),
     "feature-based methods": ("docs/feature_based.md", feature_methods),
+    "methods with a memory": ("docs/reinforcement.md", memory_methods),
     "metrics": ("docs/metrics.md", metrics),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -46,6 +46,8 @@ class Algorithm(nn.Module, ABC):
     plays: ClassVar[bool] = False
     #: Whether its meta-loss is that of the queries, which PPO and TRPO take several steps on.
     minimises_query_loss: ClassVar[bool] = True
+    #: Whether its meta-loss also trains a critic on the trajectories of environments, which needs PPO.
+    trains_critic: ClassVar[bool] = False
     #: Whether a task is learned by steps of `inner_loop`, whose number can be chosen at test time.
     takes_steps: ClassVar[bool] = False
     #: Whether it has `by_instance`, the accuracy at each appearance of a class (`metarun eval instances=N`).
@@ -142,6 +144,9 @@ class Algorithm(nn.Module, ABC):
         """
         return False
 
+    def on_collected(self, batches: Sequence[Rollouts]) -> None:
+        """Hook called when the trajectories of an outer step were collected, with all its tasks in chunks."""
+
     @abstractmethod
     def adapt(self, tasks: Any) -> Adapted:
         """Adapt to each of T tasks, using its support only.
@@ -210,6 +215,11 @@ class Algorithm(nn.Module, ABC):
             The loss, one for each task [T] or a scalar, and the scores of the queries.
         """
         return tasks.query(self.predictor(self.adapt(tasks), tasks), self.loss)
+
+    def test_outcome(self, tasks: Any, dtype: torch.dtype) -> Outcome:
+        """The outcome of tasks in evaluation: of the queries after adaptation, with outputs in `dtype`."""
+        predict = self.predictor(self.adapt(tasks), tasks)
+        return tasks.query(lambda x: predict(x).to(dtype), self.loss)
 
     def trajectory(self, tasks: Any) -> Iterator[Adapted]:
         """Yield the state before the first inner step and after each step; a single state without steps."""

@@ -43,17 +43,7 @@ class SNAIL(FeatureMethod):
         require(longest >= 1, f"algorithm.longest={longest}: must be at least 1")
         self.shuffles = shuffles
 
-        def sized(size: int) -> int:
-            return max(1, round(width * size))
-
-        layers: list[Attention | Dense] = []
-        size = self.features + outputs
-        for keys, values, filters in ((64, 32, 128), (256, 128, 128), (512, 256, 0)):
-            layers.append(Attention(size, sized(keys), sized(values)))
-            size += sized(values)
-            for i in range(math.ceil(math.log2(longest + 1)) if filters else 0):
-                layers.append(Dense(size, sized(filters), dilation=2 ** (i + 1)))
-                size += sized(filters)
+        layers, size = snail_layers(self.features + outputs, width, longest)
         self.layers = nn.ModuleList(layers)
         self.last = nn.Linear(size, outputs)
 
@@ -74,6 +64,31 @@ class SNAIL(FeatureMethod):
         for layer, before in zip(self.layers, adapted["seen"], strict=True):
             x = torch.cat([x, layer.after(before, x)], -1)  # type: ignore[operator]
         return self.last(x)[..., : adapted["ways"]]
+
+
+def snail_layers(inputs: int, width: float, longest: int) -> tuple[list[Attention | Dense], int]:
+    """The layers of appendix A without the last one, each of which adds its outputs to its inputs.
+
+    Args:
+        inputs: the size of an input.
+        width, longest: see `SNAIL`.
+
+    Returns:
+        The layers, and the size of the inputs with the outputs of all layers.
+    """
+
+    def sized(size: int) -> int:
+        return max(1, round(width * size))
+
+    layers: list[Attention | Dense] = []
+    size = inputs
+    for keys, values, filters in ((64, 32, 128), (256, 128, 128), (512, 256, 0)):
+        layers.append(Attention(size, sized(keys), sized(values)))
+        size += sized(values)
+        for i in range(math.ceil(math.log2(longest + 1)) if filters else 0):
+            layers.append(Dense(size, sized(filters), dilation=2 ** (i + 1)))
+            size += sized(filters)
+    return layers, size
 
 
 class Dense(nn.Module):

@@ -138,6 +138,11 @@ def build_outer_loop(settings: TrainConfig, spec: TaskSpec) -> OuterLoop:
             f"outer_loop={type(rule).__name__}: algorithm={algorithm.__name__} moves its weights by a "
             "rule of its own; choose outer_loop=gradient"
         )
+    if algorithm.trains_critic and not rule.trains_critics:
+        raise ConfigError(
+            f"outer_loop={type(rule).__name__}: algorithm={type(algorithm).__name__} trains a critic beside "
+            "its policy; choose outer_loop=ppo"
+        )
     if environments and not rule.needs_rollouts and settings.dataset.get("estimator", {}).get("credit"):
         raise ConfigError(
             "dataset.estimator.credit=true: needs the returns of all tasks of an iteration at once; choose "

@@ -17,7 +17,10 @@ from metarun.config.paths import CONF
 
 # The facts that the header of an option's file may state, as in `# licence: MIT`.
 DATASET_FACTS = ("classes", "items", "from", "licence")
-ALGORITHM_FACTS = ("family", "inner step", "meta-gradient", "memory in steps", "support", "query", "paper")
+ALGORITHM_FACTS = (
+    *("family", "inner step", "meta-gradient", "memory in steps", "support", "query", "paper"),
+    *("memory", "reads", "task", "trained by", "critic"),
+)
 NOTE = "note"  # of any option: a few words in the table of options
 PAIRING = "pairing"  # of a dataset: the file in conf/pairing with the settings that it needs in other groups
 FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE, PAIRING))}): (.*)")

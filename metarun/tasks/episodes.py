@@ -34,8 +34,8 @@ class EpisodeShape:
 
     @property
     def chance(self) -> str:
-        """The accuracy of a guess, for reports of tasks without examples; "" with examples."""
-        return "" if self.shots else f"chance {1 / self.ways:.1%}".replace("%", " %")
+        """The accuracy of a guess, for reports of tasks without examples; "" with examples, or one way."""
+        return "" if self.shots or self.ways == 1 else f"chance {1 / self.ways:.1%}".replace("%", " %")
 
 
 @dataclass(frozen=True)

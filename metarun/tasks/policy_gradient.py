@@ -123,16 +123,22 @@ def generalised_advantages(
 ) -> Tensor:
     """Generalised advantage estimates, [T, H, E] (Schulman et al. 2016, equation 16).
 
-    The value after the last step of an episode is taken as zero, also where the horizon ended it.
+    The value after the last step is taken as zero, also where the horizon ended it. Steps at which an episode
+    has ended take no time: in a trial, the value of the next episode follows the last step of the one before.
 
     Args:
         rewards, values, alive: [T, H, E].
         discount: of rewards.
         decay: lambda.
     """
-    values = values * alive
-    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
-    return discounted(rewards + discount * following - values, discount * decay) * alive
+    following = total = torch.zeros_like(rewards[:, 0])
+    totals = []
+    for reward, value, going in zip(*(x.flip(1).unbind(1) for x in (rewards, values, alive)), strict=True):
+        here = going > 0
+        total = torch.where(here, reward + discount * following - value + discount * decay * total, total)
+        following = torch.where(here, value, following)
+        totals.append(total)
+    return torch.stack(totals[::-1], 1) * alive
 
 
 def linear_baseline(batch: Trajectories, returns: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ T tasks, H time steps, E episodes of a task, `*o` the shape of an observation, `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -87,6 +87,7 @@ class Trajectories:
         values: a critic's estimates of the return from each step on, [T, H, E], where there is one.
         advantages: how much better an action was than expected, [T, H, E]; set once they are computed.
         scale: what the advantages of a task were divided by to normalise them, [T].
+        targets: what the critic's estimates should have been, [T, H, E].
     """
 
     observations: Tensor
@@ -98,6 +99,7 @@ class Trajectories:
     values: Tensor | None = None
     advantages: Tensor | None = None
     scale: Tensor | None = None
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -136,14 +138,79 @@ def random_numbers(
     return torch.stack(noise).to(device), torch.stack(chance).to(device)
 
 
+class Player(ABC):
+    """A policy with a memory that lasts over the episodes of a task, which it plays one after the other."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """A new episode begins in every task."""
+
+    @abstractmethod
+    def __call__(self, observations: Tensor) -> Tensor:
+        """Outputs [T, 1, N] for observations [T, 1, *o], as a network has them."""
+
+    @abstractmethod
+    def see(self, actions: Tensor, rewards: Tensor, following: Tensor, alive: Tensor) -> None:
+        """Learn what came of the actions.
+
+        Args:
+            actions: [T, 1, *a].
+            rewards: [T, 1].
+            following: the next observations, [T, 1, *o].
+            alive: whether the episode goes on, 1 or 0, [T, 1].
+        """
+
+
 @torch.no_grad()
-def roll(world: World, model: Callable[[Tensor], Tensor], noise: Tensor, chance: Tensor) -> Trajectories:
-    """Run one episode after the other of a policy without memory, all tasks and episodes side by side.
+def play(world: World, player: Player, noise: Tensor, chance: Tensor) -> Trajectories:
+    """Play E episodes of each task one after the other.
+
+    Args:
+        world: the environments.
+        player: the policy, which remembers what it sees.
+        noise, chance: of `random_numbers`.
+    """
+    episodes = []
+    for each in zip(noise.split(1, 2), chance.split(1, 2), strict=True):
+        player.begin()
+        episodes.append(roll(world, player, *each, see=player.see))
+    return joined(episodes)
+
+
+def joined(parts: Sequence[Trajectories]) -> Trajectories:
+    """The episodes of several trajectories of the same tasks, in turn."""
+
+    def join(name: str) -> Tensor | None:
+        tensors = [x for part in parts if (x := getattr(part, name)) is not None]
+        return torch.cat(tensors, min(2, tensors[0].dim() - 1)) if tensors else None
+
+    return Trajectories(**{each.name: join(each.name) for each in fields(Trajectories)})  # type: ignore[arg-type]
+
+
+def in_sequence(batch: Trajectories) -> Trajectories:
+    """The time steps of all episodes of a task in turn, as of one episode: [T, E * H, 1, ...]."""
+
+    def sequence(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(1, 2).unsqueeze(2) if x.dim() > 2 else x
+
+    return batch.map(sequence)
+
+
+@torch.no_grad()
+def roll(
+    world: World,
+    model: Callable[[Tensor], Tensor],
+    noise: Tensor,
+    chance: Tensor,
+    see: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
+) -> Trajectories:
+    """Run an episode of a policy, all tasks and episodes side by side.
 
     Args:
         world: the environments.
         model: observations [T, E, *o] to outputs [T, E, N].
         noise, chance: of `random_numbers`.
+        see: called after each step with what came of it, see `Player`.
     """
     episodes = noise.shape[2]
     observation = world.reset(episodes, chance[:, 0])
@@ -155,5 +222,7 @@ def roll(world: World, model: Callable[[Tensor], Tensor], noise: Tensor, chance:
         following, reward, ended = world.step(action, chance[:, time + 1])
         steps.append((observation, action, reward * alive, alive, outputs))
         alive, observation = alive * ~ended, following
+        if see is not None:
+            see(action, steps[-1][2], following, alive)
     observations, actions, rewards, lives, outs = (torch.stack(each, 1) for each in zip(*steps, strict=True))
     return Trajectories(observations, actions, rewards, lives, outs, world.reached())

@@ -138,12 +138,7 @@ def evaluating(algorithm: Algorithm, hardware: Hardware, seed: int) -> Iterator[
 def adapted_outcome(algorithm: Algorithm, tasks: Tasks, dtype: torch.dtype) -> Outcome:
     """Adapt to each task's support and predict its queries, with outputs in `dtype`."""
 
-    def run(part: Tasks) -> Outcome:
-        part = algorithm.balanced(part)
-        predict = algorithm.predictor(algorithm.adapt(part), part)
-        return part.query(lambda x: predict(x).to(dtype), algorithm.loss)
-
-    return run_parts(run, tasks)
+    return run_parts(lambda part: algorithm.test_outcome(algorithm.balanced(part), dtype), tasks)
 
 
 def evaluate(

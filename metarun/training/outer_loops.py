@@ -29,6 +29,8 @@ class OuterLoop(ABC):
     needs_rollouts: ClassVar[bool] = True
     #: Settings that nothing reads, see `Algorithm.unread`.
     unread: ClassVar[Mapping[str, str]] = {}
+    #: Whether it can train a critic beside the policy.
+    trains_critics: ClassVar[bool] = False
 
     @abstractmethod
     def step(self, outer: OuterStep, draw: Draw) -> None:
@@ -58,6 +60,8 @@ class PPO(OuterLoop):
         inner_kl: the strength of a penalty on the divergence of the policies at the inner steps from those
             that acted (ProMP, section 6).
     """
+
+    trains_critics = True
 
     def __init__(
         self, clip: float = 0.3, epochs: int = 5, minibatches: int = 1, inner_kl: float = 0.0

@@ -280,6 +280,7 @@ class OuterStep:
             assert isinstance(tasks, Rollouts)
             self.running_totals += self.figures(self.algorithm.meta_loss(tasks), len(tasks))
             batches.append(tasks)
+        self.algorithm.on_collected(batches)
         if batches[0].estimator.credit and self.meta_batch > 1:
             total = torch.stack([tasks.mean_returns().sum() for tasks in batches]).sum()
             for (

@@ -33,8 +33,8 @@ WITHIN = {("cli", "commands")}
 HYDRA = {"config", "commands", "cli"}
 #: Algorithms that are a variant of another one, and what several share.
 VARIANTS = {("maml_plus_plus", "maml"), ("cavia", "maml"), ("imaml", "maml"), ("pretrain", "maml")}
-VARIANTS |= {("reptile", "maml"), ("metaoptnet", "r2d2")}
-SHARED = {"base", "feature_method", "sequences", "svm"}
+VARIANTS |= {("reptile", "maml"), ("metaoptnet", "r2d2"), ("memories", "snail")}
+SHARED = {"base", "feature_method", "memories", "sequences", "svm"}
 
 
 def names_in(nodes: Iterable[ast.AST]) -> set[str]:
