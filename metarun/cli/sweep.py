@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
+from metarun.config.comments import without_pairing
 from metarun.errors import counted, message_line
 from metarun.reporting.console import inform, print_line, relative
 
@@ -147,7 +148,7 @@ def record_failure(folder: Path, message: str) -> float:
     """
     from metarun.storage.files import write_json
 
-    overrides = list(HydraConfig.get().overrides.task)
+    overrides = without_pairing(HydraConfig.get().overrides.task)
     with contextlib.suppress(OSError):
         write_json(folder / "failure.json", {"overrides": overrides, "error": message})
     return math.nan
@@ -165,7 +166,7 @@ def record_success(folder: Path, value: float | None) -> None:
     (folder / "failure.json").unlink(missing_ok=True)
     if not (folder / "result.json").exists():
         with contextlib.suppress(OSError):
-            overrides = list(HydraConfig.get().overrides.task)
+            overrides = without_pairing(HydraConfig.get().overrides.task)
             write_json(folder / "job.json", {"overrides": overrides, "result": value})
 
 

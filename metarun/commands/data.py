@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,6 +75,8 @@ def prepare(command: DataConfig, name: str) -> None:
     console.print(table)
     drawn = command.split if command.split in sources else next(iter(sources))
     source = sources[drawn]
+    if not any(override.startswith("ways=") for override in HydraConfig.get().overrides.task):
+        shape = replace(shape, ways=source.usual_ways(shape.ways))
     inform(place(None if source.parts else name))  # a mixture caches nothing itself
     for line in source.remarks():
         inform(line)

@@ -73,13 +73,16 @@ def class_table(rows: list[dict[str, Any]]) -> Table:
     right = sum(row["prediction"] == row["class"] for row in known)
     title = f", {right} of {len(known)} right ({right / len(known):.1%})" if known else ""
     table = table_for(rows, title, ("query", "prediction", "probability", *(["class"] if known else [])))
+    most = 20 if known else 32  # characters of a name, so that no name is broken on 80 columns
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for row in rows[:SHOWN]:
         wrong = row["class"] and row["prediction"] != row["class"]
         cells = [
             row["query"],
-            shortened(row["prediction"]),
+            shortened(row["prediction"], most),
             f"{row['probability']:.3f}",
-            *([shortened(row["class"])] if known else []),
+            *([shortened(row["class"], most)] if known else []),
         ]
         table.add_row(*map(Text, cells), style="red" if wrong else None)
     return table

@@ -30,6 +30,7 @@ from metarun.config.build import (
     validation_shape,
 )
 from metarun.config.check import check
+from metarun.config.comments import without_pairing
 from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
 from metarun.config.restore import config_of, rebuild, restore_state, restored_dataset, start_from
 from metarun.config.schema import TrainConfig, plain, typed
@@ -108,7 +109,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     remove_temporary(folder)
     state, chosen = None, HydraConfig.get()
     choices = {group: chosen.runtime.choices[group] for group in GROUPS if group in chosen.runtime.choices}
-    overrides = list(chosen.overrides.task)
+    overrides = without_pairing(chosen.overrides.task)
     if resumed is not None:
         state = checkpoint.load(resumed)
         cfg = resumed_config(resumed, state, cfg, overrides)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,11 @@ class Setting:
 
     name: str
     comment: str
+
+
+def without_pairing(overrides: Iterable[str]) -> list[str]:
+    """Overrides as they were typed: the command line adds the pairing of the chosen dataset."""
+    return [each for each in overrides if not each.startswith(f"{PAIRING}=")]
 
 
 def header(path: Path) -> list[str]:

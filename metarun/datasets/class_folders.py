@@ -71,7 +71,7 @@ def entries(root: Path) -> list[Entry]:
     Of files that are there twice, packed and unpacked, one is left. Raises DataError if there are no files.
     """
     if not root.exists():
-        raise DataError(f"dataset.root={root}: no such folder")
+        raise DataError(f"dataset.root={root}: no such folder or zip")
     if root.is_file() and root.suffix.lower() != ".zip":
         raise DataError(f"dataset.root={root}: is neither a folder nor a zip")
     every = _in_zip(root, ()) if root.is_file() else _below(root, (), set())

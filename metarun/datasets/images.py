@@ -18,7 +18,7 @@ Resize = Literal["pad", "crop", "stretch"]
 
 def require_folder(folder: Path) -> None:
     if not folder.exists():
-        raise DataError(f"{folder}: no such folder")
+        raise DataError(f"{folder}: no such folder or file; name the folder that holds the images")
     if not folder.is_dir():
         raise DataError(f"{folder}: is a file; name the folder that holds the images")
 

@@ -241,10 +241,15 @@ def roc_auc(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _log_odds(logits: Tensor) -> Tensor:
-    """The logarithm of the odds of each class, [T, B, N]; in the order of its probability, without ties."""
+    """The logarithm of the odds of each class, [T, B, N]; in the order of its probability.
+
+    Equal odds are equal numbers, and others are not: the largest logit is taken off, and the others are
+    summed in order of size, so that rounding is the same.
+    """
     others = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    rest = logits.unsqueeze(-2).masked_fill(others, -math.inf).logsumexp(-1)
-    return logits - rest
+    relative = logits - logits.amax(-1, keepdim=True)
+    rest = relative.unsqueeze(-2).masked_fill(others, -math.inf).sort(-1).values.logsumexp(-1)
+    return relative - rest
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

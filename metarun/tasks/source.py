@@ -68,6 +68,10 @@ class EpisodeSource(ABC):
                 "a dataset that has some, such as glyphs, or image_folder with dataset.descriptions=FILE.csv"
             )
 
+    def usual_ways(self, ways: int) -> int:
+        """The ways of a sample task for which nobody chose a number; `ways` is the default."""
+        return ways
+
     @abstractmethod
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
         """Choose `tasks` tasks.

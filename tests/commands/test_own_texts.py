@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from metarun.commands.predictions import class_table
+from metarun.reporting.console import shortened
 
 TINY = ("hardware=cpu", "ways=2", "queries=2", "iterations=1", "validation.episodes=2", "test.episodes=0")
 SMALL = (*TINY, "dataset=texts", "dataset.root=mine.tsv", "log.tensorboard=false", "hydra.run.dir=run")
@@ -74,3 +78,15 @@ def test_a_trained_model_keeps_its_tokens(metarun, files: Path):
         metarun("eval", "checkpoint=run", *place, *FEW, f"hydra.run.dir={name}")
         scores.append(json.loads((files / name / "results.json").read_text())["results"][0]["scores"])
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("known", ["", "transfer_via_contactless_payment"])
+def test_names_of_classes_are_not_broken_on_eighty_columns(known: str):
+    name = "transfer_via_contactless_payment"
+    row = {"query": "a long text of a query " * 8, "prediction": name, "probability": 0.9, "class": known}
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(class_table([row]))
+    lines = captured.get().splitlines()
+    assert shortened(name, 20 if known else 32) in captured.get()
+    assert all(line[-1] in "┓┩┫┃│┘┛" for line in lines[1:])

@@ -109,6 +109,11 @@ def test_the_area_under_the_roc_curve_is_that_of_scikit_learn(ways: int, dtype: 
         expected.append(np.mean(areas))
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
     assert metric_named("roc_auc").chance(ways) == 0.5
+    # Ties are ties whatever is added to the logits of an example, and in whatever order its others are.
+    alike = torch.tensor([0.125, 0.75, 1.25, 2.875]).repeat(1, 8, 1) + 3 * torch.arange(8.0).view(1, 8, 1)
+    alike[0, ::2, 1:] = alike[0, ::2, 1:].flip(1)
+    truth = torch.tensor([[0, 2] * 4])
+    assert metric_named("roc_auc").score(alike.double(), truth).item() == 0.5
     assert metric_named("roc_auc").score(logits, torch.zeros_like(targets)).isnan().all()
 
 

@@ -110,6 +110,9 @@ class TableTasks(EpisodeSource):
     def item_counts(self) -> Sequence[int]:
         return self.counts.sum(1).tolist()
 
+    def usual_ways(self, ways: int) -> int:
+        return min(ways, self.counts.shape[1]) if self.shuffled else self.counts.shape[1]
+
     def possible(self, shape: EpisodeShape) -> Tensor:
         """Which tasks have enough rows, bool [tasks]."""
         enough = self.counts >= shape.shots + shape.queries  # [tasks, labels]
