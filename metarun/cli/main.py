@@ -32,6 +32,8 @@ COMMANDS = {
     "train": "metarun.commands.train",
     "eval": "metarun.commands.evaluate",
     "adapt": "metarun.commands.adapt",
+    "predict": "metarun.commands.predict",
+    "export": "metarun.commands.export",
     "data": "metarun.commands.data",
 }
 
@@ -44,6 +46,11 @@ metarun {version}: meta-learning experiments from the command line
                  checkpoint=RUN [ways=[5,20] shots=[1,5]]
   metarun adapt  adapt to a new task, also of your own images
                  checkpoint=RUN [support=FOLDER query=FOLDER]
+  metarun predict
+                 predict new examples by an adapted model
+                 adapted=FILE query=FOLDER
+  metarun export write a model for programs without metarun
+                 adapted=FILE|checkpoint=RUN [format=onnx]
   metarun data   list datasets; prepare one and show examples
                  [dataset=NAME]
 

@@ -17,26 +17,25 @@ from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands import environments
-from metarun.commands.models import TestData, dataset_for
-from metarun.commands.predictions import class_rows, class_table, known_targets, value_rows, value_table
+from metarun.commands.models import TestData, own_dataset
+from metarun.commands.predictions import in_units, known_targets, note_dependence, report_queries
 from metarun.config.build import instantiate, validation_shape
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.config.targets import trusted_modules
 from metarun.datasets import class_folders
-from metarun.datasets.base import OwnTask
+from metarun.datasets.base import OwnQueries, OwnTask
 from metarun.datasets.descriptions import read_table
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, DataError, counted
-from metarun.inference.adapted import AdaptedModel, check_finite, placed
+from metarun.inference.adapted import AdaptedModel, check_finite, check_reject, placed
 from metarun.inference.images import check_ink, read_query, read_support
 from metarun.inference.model import Model, find, restore
-from metarun.reporting import pictures, plots
-from metarun.reporting.classes import report_classes
+from metarun.reporting import plots
 from metarun.reporting.console import console, inform, relative
-from metarun.storage.files import user_path, write_csv, write_json
+from metarun.storage.files import user_path, write_json
 from metarun.tasks.episodes import Episodes, EpisodeShape
-from metarun.tasks.objectives import Metric, Objective, confusion
+from metarun.tasks.objectives import Metric, Objective
 from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.sampling import fixed_draws
 from metarun.training.hardware import Hardware
@@ -73,6 +72,7 @@ def run(cfg: DictConfig) -> float:
     check(cfg, "adapt", typed=HydraConfig.get().overrides.task)
     command: AdaptConfig = typed(cfg)
     check_ink(command.ink)
+    check_reject(command.reject)
     hardware: Hardware = instantiate(command.hardware, "hardware")
     path, trusted = find(command.checkpoint), trusted_modules(cfg)
     model = restore(path, trusted, hardware, command.steps, command.transductive)
@@ -91,7 +91,7 @@ def run(cfg: DictConfig) -> float:
     with torch.no_grad(), hardware.compute():
         steps, adapted, outputs = follow(model.algorithm, task)
     check_predictions(outputs, steps, model)
-    report(model, task, steps, outputs, folder)
+    report(model, task, steps, outputs, folder, command.reject)
     support_x = model.algorithm.balanced(task.episode).support_x
     AdaptedModel(model, task.classes, adapted, support_x, command.ink, task.preparation).save(  # type: ignore[arg-type]
         folder / "adapted.pt"
@@ -135,13 +135,7 @@ def own_examples(command: AdaptConfig, model: Model) -> OwnTask:
     for name, unset in (("depth", 1), ("ink", "auto")):
         if (value := getattr(command, name)) != unset:
             raise ConfigError(f"{name}={value}: the model does not take images; leave it out")
-    dataset = dataset_for(command, model)  # it may say where the model that makes vectors is now
-    if dataset.spec.item_shape != model.spec.item_shape:
-        raise ConfigError(
-            f"dataset: gives examples of shape {dataset.spec.item_shape}, and the checkpoint needs "
-            f"{model.spec.item_shape}; name the encoder or the word vectors of training"
-        )
-    return dataset.own_task(user_path(command.support), command.query)
+    return own_dataset(command, model).own_task(user_path(command.support), command.query)
 
 
 def own_images(command: AdaptConfig, model: Model) -> tuple[OwnTask, Preparation]:
@@ -161,7 +155,7 @@ def own_images(command: AdaptConfig, model: Model) -> tuple[OwnTask, Preparation
     support_files = [file for files in classes.values() for file in files]
     support_x, prepared = read_support(model, command.ink, support_files, query_files)  # type: ignore[arg-type]
     query_x = read_query(model, command.ink, prepared, query_files) if query_files else None  # type: ignore[arg-type]
-    known = torch.tensor([[-1 if label is None else label for label in query_labels]])
+    known = class_folders.known_labels(query_labels)
     names = [str(file) for file in query_files]
     return OwnTask(support_x, labels, query_x, known, list(classes), names), prepared
 
@@ -183,7 +177,7 @@ def described_images(command: AdaptConfig, model: Model) -> tuple[OwnTask, Prepa
     files, labels = class_folders.query_files(user_path(command.query), list(table), command.depth)
     support_x, prepared = read_support(model, command.ink, [], files)  # type: ignore[arg-type]
     query_x = read_query(model, command.ink, prepared, files)  # type: ignore[arg-type]
-    known = torch.tensor([[-1 if label is None else label for label in labels]])
+    known = class_folders.known_labels(labels)
     none = torch.empty(1, 0, dtype=torch.long)
     return OwnTask(support_x, none, query_x, known, list(table), list(map(str, files)), about), prepared
 
@@ -259,7 +253,12 @@ def figures(
 
 
 def report(
-    model: Model, task: Task, steps: list[dict[str, Any]], outputs: Tensor | None, folder: Path
+    model: Model,
+    task: Task,
+    steps: list[dict[str, Any]],
+    outputs: Tensor | None,
+    folder: Path,
+    reject: float | None = None,
 ) -> None:
     """Print tables; write steps.json, predictions.csv and figures to the folder."""
     ways = f"{counted(len(task.classes), 'class', 'classes')}, " if task.classes else ""
@@ -271,42 +270,15 @@ def report(
         console.print(table)
     saved = ["steps.json", "adapted.pt"]
     write_json(folder / "steps.json", steps)
-    if outputs is not None and task.classes:
-        rows = class_rows(task.query_names, task.classes, outputs, task.episode.query_y)
-        console.print(class_table(rows))
-        write_csv(folder / "predictions.csv", rows)
-        saved.append("predictions.csv")
-        if task.episode.query_x.dim() == 5:  # images
-            draw_predictions(rows, task, folder / "predictions.png")
-            saved.append("predictions.png")
-        saved += classes_of(task, outputs, folder)
-        if model.algorithm.uses_query_statistics:
-            inform("the queries were predicted in one batch and depend on each other (transductive)")
-        elif model.algorithm.normalises_batches:
-            inform("each query was predicted independently; transductive=true predicts them in one batch")
-    elif outputs is not None:
-        rows = value_rows(task.query_names, in_units(task, outputs), in_units(task, task.episode.query_y))
-        console.print(value_table(rows))
-        write_csv(folder / "predictions.csv", rows)
-        saved.append("predictions.csv")
-        if task.episode.query_x.shape[2:] == (1,):
+    if outputs is not None:
+        queries = OwnQueries(task.episode.query_x, task.episode.query_y, task.query_names)
+        saved += report_queries(queries, task.classes, outputs, task.objective, folder, reject)
+        if task.classes:
+            note_dependence(model.algorithm)
+        elif task.episode.query_x.shape[2:] == (1,):
             draw_regression(model.algorithm, task, folder / "curves.png")
             saved.append("curves.png")
     inform(f"saved {', '.join(saved)} in {relative(folder)}")
-
-
-def in_units(task: Task, values: Tensor) -> Tensor:
-    """Outputs or targets of a regression in the units that people read."""
-    return task.objective.units(values) if task.objective.units else values
-
-
-def classes_of(task: Task, outputs: Tensor, folder: Path) -> list[str]:
-    """Report metrics by class and the confusion matrix, if the classes of queries are known; the files."""
-    known = known_targets(task.episode.query_y)
-    if not known.any():
-        return []
-    counts = confusion(outputs[:, known], task.episode.query_y[:, known])[0].long().cpu()
-    return report_classes({"queries by class": (counts, task.classes)}, folder)
 
 
 def step_tables(
@@ -339,19 +311,6 @@ def step_table(
     return table
 
 
-def draw_predictions(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
-    """Write the figure of the queries, which are images, and their predictions."""
-    titles = [title_of(row) for row in rows]
-    right = [row["prediction"] == row["class"] if row["class"] else None for row in rows]
-    pictures.predictions(task.episode.query_x[0].float(), titles, right, path)
-
-
-def title_of(row: dict[str, Any]) -> list[str]:
-    """The prediction of a query, the true class if it is another one, and the probability, a line each."""
-    wrong = row["class"] and row["prediction"] != row["class"]
-    return [row["prediction"], *([f"(is {row['class']})"] if wrong else []), f"{row['probability']:.2f}"]
-
-
 @torch.no_grad()
 def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     """Write the figure of the predicted curve before and after the inner steps."""
@@ -360,8 +319,9 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     shown = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
     names = {i: "before adapting" if i == 0 else f"after step {i}" for i in shown}
     curves = {
-        names[i]: in_units(task, algorithm.predictor(trajectory[i], episode)(episode.query_x)) for i in shown
+        names[i]: in_units(task.objective, algorithm.predictor(trajectory[i], episode)(episode.query_x))
+        for i in shown
     }
-    support = episode.support_x, in_units(task, episode.support_y)
-    query = episode.query_x, in_units(task, episode.query_y)
+    support = episode.support_x, in_units(task.objective, episode.support_y)
+    query = episode.query_x, in_units(task.objective, episode.query_y)
     plots.regression_curves(support, query, curves, path)

@@ -17,7 +17,7 @@ from metarun.commands.trained_on import (
 )
 from metarun.config.build import build_dataset, build_source
 from metarun.config.check import check_node
-from metarun.config.schema import AdaptConfig, EvalConfig, Node
+from metarun.config.schema import AdaptConfig, EvalConfig, Node, PredictConfig
 from metarun.config.targets import naming_options
 from metarun.config.unread import shown
 from metarun.datasets.base import Dataset
@@ -57,7 +57,7 @@ def values_of(setting: Any) -> list[Any]:
     return list(dict.fromkeys(setting)) if isinstance(setting, list) else [setting]
 
 
-def dataset_node(command: Command, model: Model) -> Node:
+def dataset_node(command: Command | PredictConfig, model: Model) -> Node:
     """The dataset to evaluate a model on: another one, or that of its training with the typed settings."""
     if command.dataset and "_target_" in command.dataset:
         return command.dataset
@@ -69,7 +69,7 @@ def dataset_node(command: Command, model: Model) -> Node:
     return OmegaConf.to_container(own)
 
 
-def dataset_for(command: Command, model: Model) -> Dataset:
+def dataset_for(command: Command | PredictConfig, model: Model) -> Dataset:
     """The dataset to evaluate a model on, with its examples prepared as in training; no files are read.
 
     Raises:
@@ -94,6 +94,21 @@ def same_preparation(name: str, node: Node, model: Model) -> bool:
     """Whether a setting of a dataset is that of a model, or says where the same files are now."""
     now, then = node.get(name), model.settings.dataset.get(name)
     return now == then or (name in model.dataset.relocates and None not in (now, then))
+
+
+def own_dataset(command: AdaptConfig | PredictConfig, model: Model) -> Dataset:
+    """The dataset that reads a user's files: that of training, with the place of its encoder or vectors now.
+
+    Raises:
+        ConfigError: they are not those of training.
+    """
+    dataset = dataset_for(command, model)
+    if dataset.spec.item_shape != model.spec.item_shape:
+        raise ConfigError(
+            f"dataset: gives examples of shape {dataset.spec.item_shape}, and the checkpoint needs "
+            f"{model.spec.item_shape}; name the encoder or the word vectors of training"
+        )
+    return dataset
 
 
 def dataset_name(model: Model) -> str:

@@ -1,18 +1,28 @@
-"""The predictions of `metarun adapt`: rows of predictions.csv, and a table of the first ones."""
+"""The predictions of `metarun adapt` and `predict`: predictions.csv, a table of the first ones, figures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from metarun.errors import counted
-from metarun.reporting.console import shortened
+from metarun.algorithms.base import Algorithm
+from metarun.datasets.base import OwnQueries
+from metarun.errors import ConfigError, counted
+from metarun.inference.adapted import is_rejected
+from metarun.reporting import pictures
+from metarun.reporting.classes import report_classes
+from metarun.reporting.console import console, inform, shortened
+from metarun.storage.files import write_csv
+from metarun.tasks.objectives import Objective, confusion
 
+REJECTED = ""  # the prediction of a query that belongs to no class
 SHOWN = 30  # the most predictions in the table on screen; predictions.csv contains all
 
 
@@ -21,7 +31,85 @@ def known_targets(targets: Tensor) -> Tensor:
     return ~targets[0].isnan().any(-1) if targets.is_floating_point() else targets[0] >= 0
 
 
-def class_rows(names: Sequence[str], classes: Sequence[str], outputs: Tensor, labels: Tensor) -> list[Any]:
+def report_queries(
+    queries: OwnQueries,
+    classes: Sequence[str],
+    outputs: Tensor,
+    objective: Objective,
+    folder: Path,
+    reject: float | None = None,
+) -> list[str]:
+    """Print the predictions of queries, and write predictions.csv and figures to the folder.
+
+    Args:
+        queries: the examples, their classes or values where they are known, and their names.
+        classes: the names of the ways; empty for a regression.
+        outputs: predictions [1, B, N].
+        objective: of the task.
+        folder: the output folder.
+        reject: see `class_rows`.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ConfigError: `reject` is set for a regression.
+    """
+    if not classes:
+        if reject is not None:
+            raise ConfigError(f"reject={reject}: the model predicts values, not classes; leave it out")
+        rows = value_rows(queries.names, in_units(objective, outputs), in_units(objective, queries.y))
+        console.print(value_table(rows))
+        write_csv(folder / "predictions.csv", rows)
+        return ["predictions.csv"]
+    rows = class_rows(queries.names, classes, outputs, queries.y, reject)
+    console.print(class_table(rows))
+    write_csv(folder / "predictions.csv", rows)
+    saved = ["predictions.csv"]
+    if queries.x.dim() == 5:  # images
+        titles = [title_of(row) for row in rows]
+        right = [row["prediction"] == row["class"] if row["class"] else None for row in rows]
+        pictures.predictions(queries.x[0].float(), titles, right, folder / "predictions.png")
+        saved.append("predictions.png")
+    kept = known_targets(queries.y) & torch.tensor([row["prediction"] != REJECTED for row in rows]).to(
+        queries.y.device
+    )
+    if kept.any():
+        counts = confusion(outputs[:, kept], queries.y[:, kept])[0].long().cpu()
+        saved += report_classes({"queries by class": (counts, classes)}, folder)
+    return saved
+
+
+def note_dependence(algorithm: Algorithm) -> None:
+    """Print whether queries were predicted independently of each other, if the network normalises batches."""
+    if algorithm.uses_query_statistics:
+        inform("the queries were predicted in one batch and depend on each other (transductive)")
+    elif algorithm.normalises_batches:
+        inform("each query was predicted independently; transductive=true predicts them in one batch")
+
+
+def in_units(objective: Objective, values: Tensor) -> Tensor:
+    """Outputs or targets of a regression in the units that people read."""
+    return objective.units(values) if objective.units else values
+
+
+def title_of(row: dict[str, Any]) -> list[str]:
+    """The prediction of a query, the true class if it is another one, and the probability, a line each."""
+    wrong = row["class"] and row["prediction"] != row["class"]
+    return [
+        row["prediction"] or "(none)",
+        *([f"(is {row['class']})"] if wrong else []),
+        f"{row['probability']:.2f}",
+    ]
+
+
+def class_rows(
+    names: Sequence[str],
+    classes: Sequence[str],
+    outputs: Tensor,
+    labels: Tensor,
+    reject: float | None = None,
+) -> list[Any]:
     """One row for each query: the prediction, the probability of every class, and the true class if known.
 
     Args:
@@ -29,6 +117,7 @@ def class_rows(names: Sequence[str], classes: Sequence[str], outputs: Tensor, la
         classes: the names of the ways.
         outputs: logits [1, B, N].
         labels: class numbers [1, B]; -1 where unknown.
+        reject: the probability that a prediction needs; `REJECTED` takes the place of others.
     """
     rows = []
     for name, probabilities, label in zip(
@@ -38,7 +127,7 @@ def class_rows(names: Sequence[str], classes: Sequence[str], outputs: Tensor, la
         rows.append(
             {
                 "query": name,
-                "prediction": classes[best],
+                "prediction": REJECTED if is_rejected(probabilities[best], reject) else classes[best],
                 "probability": probabilities[best],
                 "class": classes[label] if label >= 0 else "",
                 **{f"p({c})": p for c, p in zip(classes, probabilities, strict=True)},
@@ -69,9 +158,11 @@ def value_rows(names: Sequence[str], outputs: Tensor, values: Tensor) -> list[di
 
 def class_table(rows: list[dict[str, Any]]) -> Table:
     """A table of the first predictions of classes, with wrong ones in red."""
-    known = [row for row in rows if row["class"]]
+    rejected = sum(row["prediction"] == REJECTED for row in rows)
+    known = [row for row in rows if row["class"] and row["prediction"] != REJECTED]
     right = sum(row["prediction"] == row["class"] for row in known)
     title = f", {right} of {len(known)} right ({right / len(known):.1%})" if known else ""
+    title = f", {rejected} rejected{title}" if rejected else title
     table = table_for(rows, title, ("query", "prediction", "probability", *(["class"] if known else [])))
     most = 20 if known else 32  # characters of a name, so that no name is broken on 80 columns
     for column in table.columns[1:]:
@@ -80,7 +171,7 @@ def class_table(rows: list[dict[str, Any]]) -> Table:
         wrong = row["class"] and row["prediction"] != row["class"]
         cells = [
             row["query"],
-            shortened(row["prediction"], most),
+            shortened(row["prediction"], most) or "(none of them)",
             f"{row['probability']:.3f}",
             *([shortened(row["class"], most)] if known else []),
         ]

@@ -24,7 +24,9 @@ ALGORITHM_FACTS = (
 NOTE = "note"  # of any option: a few words in the table of options
 PAIRING = "pairing"  # of a dataset: the file in conf/pairing with the settings that it needs in other groups
 FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE, PAIRING))}): (.*)")
-OF_TESTING = {"dataset", "hardware"}  # the groups of the commands other than `train`
+# The groups of the commands other than `train`.
+OTHERS = {"dataset", "hardware"}
+OF_TESTING = {"predict": {"hardware"}}
 HIDDEN = {"pairing"}  # groups that only the command line chooses options of
 SETTING = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(?:\s# (?P<comment>.*))?")
 
@@ -83,7 +85,7 @@ def settings_help(command: str) -> str:
     """The explanation of every setting of a command, for its `--help`.
 
     Args:
-        command: "train", "eval", "adapt" or "data".
+        command: its name, such as "train".
 
     Returns:
         Lines of two columns, as wide as the terminal but 80 to 100 characters; `$` is doubled, because Hydra
@@ -104,14 +106,14 @@ def options_help(command: str, sources: Sequence[Mapping[str, str]]) -> str:
     """The groups of a command with their options, for its `--help`.
 
     Args:
-        command: "train", "eval", "adapt" or "data".
+        command: its name, such as "train".
         sources: Hydra's config sources, which include the folder of --config-dir.
     """
     folders = [Path(each["path"]) for each in sources if each["schema"] == "file"]
     found: dict[str, set[str]] = {}
     for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
         found.setdefault(path.parent.name, set()).add(path.stem)
-    shown = found.keys() - HIDDEN if command == "train" else found.keys() & OF_TESTING
+    shown = found.keys() - HIDDEN if command == "train" else found.keys() & OF_TESTING.get(command, OTHERS)
     lines = []
     for group in sorted(shown):
         options = f"{group}: {', '.join(sorted(found[group]))}"

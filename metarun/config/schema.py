@@ -152,8 +152,29 @@ class AdaptConfig:
     trained_classes: str = setting(unless=("support",))
     steps: int | None = whole(0, None)
     metrics: list[str] | None = None
+    reject: float | None = None
     transductive: bool = False
     seed: int = whole(0)
+    trust: list[str] | None = None
+
+
+@dataclass
+class PredictConfig:
+    adapted: str = setting(path="path")
+    query: str = setting(path="path")
+    depth: int = whole(1)
+    ink: str | None = None
+    reject: float | None = None
+    dataset: Node = None  # settings that adjust the model's own
+    hardware: Node = MISSING
+    trust: list[str] | None = None
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str | None = setting(None, path="path")
+    adapted: str | None = setting(None, path="path")
+    format: str = MISSING
     trust: list[str] | None = None
 
 
@@ -173,7 +194,14 @@ class DataConfig:
     seed: int = whole(0, **OF_ONE_DATASET)
 
 
-FRAMES: dict[str, Any] = {"train": TrainConfig, "eval": EvalConfig, "adapt": AdaptConfig, "data": DataConfig}
+FRAMES: dict[str, Any] = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "adapt": AdaptConfig,
+    "predict": PredictConfig,
+    "export": ExportConfig,
+    "data": DataConfig,
+}
 
 
 def path_kind(command: str, key: str) -> str:

@@ -128,6 +128,11 @@ def support_files(folder: Path, depth: int) -> dict[str, list[Path]]:
     return {name: [entry.path for entry in own] for name, own in classes.items()}
 
 
+def known_labels(labels: Sequence[int | None]) -> Tensor:
+    """Class numbers [1, files], -1 where none is known."""
+    return torch.tensor([[-1 if label is None else label for label in labels]])
+
+
 def query_files(folder: Path, classes: Sequence[str], depth: int) -> tuple[list[Path], list[int | None]]:
     """The images to predict, and the index of each one's class, None where no folder names it.
 

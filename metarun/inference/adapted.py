@@ -62,7 +62,7 @@ class Predictions(Sequence[Prediction]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.probabilities[index]
         best = int(row.argmax())
-        rejected = self.reject is not None and row[best] < self.reject
+        rejected = is_rejected(float(row[best]), self.reject)
         return Prediction(None if rejected else self.classes[best], float(row[best]))
 
     def __iter__(self) -> Iterator[Prediction]:
@@ -113,10 +113,17 @@ class AdaptedModel:
                 "this model predicts values, not classes; use metarun adapt and metarun predict"
             )
         check_reject(reject)
-        with silent():
-            x = inputs.query_of(self.model, examples, self.ink, self.preparation)
-        probabilities = self.outputs(x)[0].softmax(-1)
+        probabilities = self.outputs(torch.from_numpy(self.inputs(examples)).unsqueeze(0))[0].softmax(-1)
         return Predictions(list(self.classes), probabilities.float().cpu().numpy(), reject)
+
+    def inputs(self, examples: Sequence[Any]) -> np.ndarray:
+        """Examples as the inputs of the network, [B, *item], which an exported model takes.
+
+        Args:
+            examples: as for `predict`.
+        """
+        with silent():
+            return inputs.query_of(self.model, examples, self.ink, self.preparation)[0].numpy()
 
     def outputs(self, x: Tensor) -> Tensor:
         """Logits [1, B, N], or values [1, B, V], of prepared examples [1, B, *item].
@@ -299,6 +306,11 @@ def check_finite(outputs: Tensor, model: Model, after: str = "") -> None:
     """Raise TrainingError if predictions are not finite, so that they mean nothing."""
     if bool((outputs.isnan() | (outputs == math.inf)).any()):  # minus infinity may be the log of 0
         raise TrainingError(f"{model.path}: its predictions for this task are not finite{after}")
+
+
+def is_rejected(probability: float, reject: float | None) -> bool:
+    """Whether the most probable class of an example is too improbable, so that it may belong to none."""
+    return reject is not None and probability < reject
 
 
 def check_reject(reject: float | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import pickle
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.own_images import drawings, folders, of_file
 from helpers.runs import LEARNED, TINY, UNTESTED
 from PIL import Image
 from sklearn.base import clone
@@ -20,7 +20,6 @@ from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import metarun as api
-from metarun.datasets.glyphs import Glyphs
 from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError
 
 pytestmark = pytest.mark.xdist_group("learned")  # one process trains for all
@@ -34,37 +33,16 @@ def run(trained) -> Path:
 
 @pytest.fixture(scope="module")
 def glyphs() -> tuple[np.ndarray, list[str]]:
-    """Dark drawings of three unseen characters, 6 of each, uint8 [18, 28, 28], and their classes."""
-    store = Glyphs(test_classes=3, seed=11).split("test")
-    rows = [20 * k + i for k in range(3) for i in range(6)]
-    return 255 - store.items[rows, 0].numpy(), [name for name in "abc" for _ in range(6)]
-
-
-def folders(images: np.ndarray, labels: list[str], shots: int = 2) -> tuple[list[Path], list[Path]]:
-    """The images as files in support/ and query/ of the current folder; the paths of both."""
-    made: dict[str, list[Path]] = {"support": [], "query": []}
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        kind = "support" if i % 6 < shots else "query"
-        path = Path(kind) / label / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-        made[kind].append(path)
-    return made["support"], made["query"]
-
-
-def of_file(path: Path) -> np.ndarray:
-    """The probabilities in a predictions.csv, [queries, classes]."""
-    with path.open() as file:
-        return np.array([[float(v) for k, v in row.items() if k[:2] == "p("] for row in csv.DictReader(file)])
+    return drawings()
 
 
 @pytest.mark.parametrize(
     "words", [LEARNED, ["algorithm=maml", "ways=3", *UNTESTED]], ids=["protonet", "maml"]
 )
-def test_a_program_gets_what_the_command_predicts(metarun, trained, glyphs, words: list[str]):
+def test_a_program_gets_what_the_command_predicts(metarun, trained, words: list[str]):
     """MAML normalises batches: each query is predicted beside the support, which the file must keep."""
     run = trained(*words)
-    support, query = folders(*glyphs)
+    support, query = folders()
     metarun(
         "adapt", f"checkpoint={run}", "support=support", "query=query", "hydra.run.dir=out", "hardware=cpu"
     )
