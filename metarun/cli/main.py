@@ -40,19 +40,18 @@ COMMANDS = {
 HELP = """\
 metarun {version}: meta-learning experiments from the command line
 
-  metarun train  meta-train an algorithm
-                 [group=option ...] [key=value ...] [-m]
-  metarun eval   evaluate checkpoints on a grid of tasks
-                 checkpoint=RUN [ways=[5,20] shots=[1,5]]
-  metarun adapt  adapt to a new task, also of your own images
-                 checkpoint=RUN [support=FOLDER query=FOLDER]
-  metarun predict
-                 predict new examples by an adapted model
-                 adapted=FILE query=FOLDER
-  metarun export write a model for programs without metarun
-                 adapted=FILE|checkpoint=RUN [format=onnx]
-  metarun data   list datasets; prepare one and show examples
-                 [dataset=NAME]
+  metarun train    meta-train an algorithm
+                   [group=option ...] [key=value ...] [-m]
+  metarun eval     evaluate checkpoints on a grid of tasks
+                   checkpoint=RUN [ways=[5,20] shots=[1,5]]
+  metarun adapt    adapt to a new task, also of your own images
+                   checkpoint=RUN [support=FOLDER query=FOLDER]
+  metarun predict  predict new examples by an adapted model
+                   adapted=FILE query=FOLDER
+  metarun export   write a model for programs without metarun
+                   adapted=FILE|checkpoint=RUN [format=onnx]
+  metarun data     list datasets; prepare one and show examples
+                   [dataset=NAME]
 
 A first result in two minutes, without any download:
   metarun train
