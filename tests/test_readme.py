@@ -50,7 +50,9 @@ def commands() -> list[list[str]]:
     kept = (
         line
         for line in typed
-        if not re.search(r"NAME|-cd|\.\.\.|\[\w+=|^metarun (eval|adapt)(?!.*checkpoint=)", line)
+        if not re.search(
+            r"NAME|-cd|\.\.\.|\[\w+=|^metarun (eval|adapt|predict|export)(?!.*(checkpoint|adapted)=)", line
+        )
     )
     return [typed[line] for line in kept]
 

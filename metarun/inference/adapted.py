@@ -109,9 +109,7 @@ class AdaptedModel:
             TrainingError: the predictions are not finite.
         """
         if not self.classes:
-            raise ConfigError(
-                "this model predicts values, not classes; use metarun adapt and metarun predict"
-            )
+            raise ConfigError("this model does not predict classes; use metarun adapt and metarun predict")
         check_reject(reject)
         probabilities = self.outputs(torch.from_numpy(self.inputs(examples)).unsqueeze(0))[0].softmax(-1)
         return Predictions(list(self.classes), probabilities.float().cpu().numpy(), reject)
@@ -225,8 +223,10 @@ def adapt_to_examples(
     model: Model, examples: Sequence[Any], labels: Sequence[Any], ink: Ink, seed: int
 ) -> AdaptedModel:
     """Adapt to examples in memory; see `Model.adapt`."""
-    if model.spec.outputs is not None and model.spec.tasks is Episodes and not model.dataset.fixed_labels:
-        raise ConfigError("this model predicts values, not classes; use metarun adapt")
+    if model.spec.tasks is not Episodes or (
+        model.spec.outputs is not None and not model.dataset.fixed_labels
+    ):
+        raise ConfigError("this model does not predict classes; use metarun adapt")
     x, preparation = inputs.support_of(model, examples, ink)
     if len(labels) != x.shape[1]:
         raise DataError(f"labels: there are {len(labels)} for {x.shape[1]} examples; pass one for each")

@@ -26,7 +26,7 @@ def test_every_setting_of_the_frame_is_in_the_help_with_its_explanation(
     section = text[text.index("\nSettings:\n") : text.index("\nCurrent values")]
     explained = dict(re.findall(r"^  ([\w.]+) {2,}(\S.*)$", section, re.MULTILINE))
     for each in fields(FRAMES[command]):
-        if each.name in GROUPS:  # an option is chosen; its settings are in its own file
+        if each.name in GROUPS - explained.keys():  # an option is chosen; its settings are in its own file
             assert re.search(rf"^{each.name}: \w+, ", text, re.MULTILINE), each.name
         elif is_dataclass(each.default_factory) and each.name not in explained:
             nested = [f"{each.name}.{inner.name}" for inner in fields(each.default_factory)]
