@@ -159,6 +159,17 @@ def test_methods_on_features_have_the_gradient_of_a_plain_loop(method, name):
     assert_equal(gradients(algorithm.meta_loss(tasks).loss.mean(), algorithm), theirs)
 
 
+@pytest.mark.parametrize("width, looped", [(64, True), (16, False)])
+def test_wide_attention_is_run_in_a_loop_on_a_cpu(width, looped, monkeypatch):
+    calls = []
+    vmap = torch.vmap
+    monkeypatch.setattr(torch, "vmap", lambda *args, **kwargs: calls.append(1) or vmap(*args, **kwargs))
+    network = TextTransformer((LENGTH,), VOCABULARY, width, 1, 2)
+    algorithm = MAML(network, SGD(0.3, 1), outputs=3)
+    algorithm.meta_loss(episodes("text_transformer"))
+    assert (not calls) == looped
+
+
 def test_a_network_without_anything_to_adapt_is_refused():
     with pytest.raises(ConfigError, match=r"algorithm.adapts=body: tasks share .* set backbone.adapts=true"):
         MAML(NETWORKS["bag"](False), SGD(0.3, 2), outputs=3, adapts="body")
