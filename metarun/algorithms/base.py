@@ -127,7 +127,10 @@ class Algorithm(nn.Module, ABC):
             )
 
     def on_run_start(self, train: EpisodeSource) -> None:
-        """Hook called once at the start of a new run, to set buffers by the training data."""
+        """Hook called once at the start of a new run, to set buffers by the training data.
+
+        A network, or another part of an algorithm, may have a method of this name, too.
+        """
 
     def on_step_start(self, iteration: int) -> bool:
         """Hook called before every outer step.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError
-from metarun.tasks.class_store import padding_mask
+from metarun.tasks.class_store import ClassStore, padding_mask
+from metarun.tasks.source import EpisodeSource
 
 UNIT = 20.0  # of the weights: a step of 0.001 of Adam changes them by 0.02
 MODEST = 1e-12  # added to a squared length, so that an empty text has derivatives
@@ -36,16 +37,12 @@ class Bag(nn.Sequential):
         super().__init__(WeightedTokens(vocabulary, features, length, shared=not adapts))
         self.features = features
 
-    def start_from_items(self, items: Tensor) -> None:
-        """Set the weights to the inverse document frequencies of training texts.
-
-        Args:
-            items: token ids [texts, L].
-        """
+    def on_run_start(self, train: EpisodeSource) -> None:
+        """Set the weights to the inverse document frequencies of the training texts."""
         layer = self[0]
-        assert isinstance(layer, WeightedTokens)
+        assert isinstance(layer, WeightedTokens) and isinstance(train, ClassStore)
         with torch.no_grad():
-            layer.weight.copy_(inverse_document_frequencies(items, len(layer.weight)) / UNIT)
+            layer.weight.copy_(inverse_document_frequencies(train.items, len(layer.weight)) / UNIT)
 
 
 class WeightedTokens(nn.Module):

@@ -23,7 +23,7 @@ from metarun.config.build import (
     build_outer_loop,
     instantiate,
     load_weights,
-    start_from_items,
+    start_run,
     task_spec,
     training_shape,
     validation_settings,
@@ -138,7 +138,6 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     if state is not None:
         restore_state(trainer, state, resumed)
     else:
-        start_from_items(trainer.algorithm, trainer.train_source)
         load_weights(trainer.algorithm)
         note_weights("this run", settings)
         if start is not None:
@@ -253,7 +252,7 @@ def build_trainer(
     algorithm.check_source(train, plan.shape)
     algorithm.check_source(validation, plan.validation.shape)
     if not resumed:
-        algorithm.on_run_start(train)
+        start_run(algorithm, train)
     about = list(spec.description) if spec.description else None
     record = {"config": plain(settings), "classes": spec.classes, "description": about, **record}
     record |= {"files": dataset.files} if dataset.files else {}

@@ -247,16 +247,14 @@ def load_weights(algorithm: Algorithm) -> None:
             load()
 
 
-def start_from_items(algorithm: Algorithm, source: EpisodeSource) -> None:
-    """Let modules with a method `start_from_items(items)` start from training items, in a new run.
+def start_run(algorithm: Algorithm, train: EpisodeSource) -> None:
+    """Call `on_run_start(train)` of the algorithm and of its parts that have it, in a new run.
 
-    The backbone `bag` sets the weights of its tokens by their frequencies.
+    The backbone `bag` sets the weights of its tokens by their frequencies in the training texts.
     """
-    if not isinstance(source, ClassStore):
-        return
     for part in algorithm.modules():
-        if callable(start := getattr(part, "start_from_items", None)):
-            start(source.items)
+        if callable(start := getattr(part, "on_run_start", None)):
+            start(train)
 
 
 def is_required(parameter: inspect.Parameter) -> bool:

@@ -150,8 +150,8 @@ def loops(module: nn.Module) -> bool:
 def has_wide_attention(module: nn.Module) -> bool:
     """Whether a network has attention for which a CPU is faster in a loop over tasks than under vmap.
 
-    The meta-gradient of MAML took 1.9 to 2.6 times as long under vmap with 128 numbers for each word, about as
-    long with 48 to 64, and a third with 16 (text_transformer, 16 to 128 words, 1 thread).
+    The meta-gradient of MAML took 1.9 to 2.6 times as long under vmap with 128 numbers for each word, about
+    as long with 48 to 64, and a third with 16 (text_transformer, 16 to 128 words, 1 thread).
     """
     return any(
         isinstance(layer, nn.MultiheadAttention) and layer.embed_dim >= WIDE for layer in module.modules()

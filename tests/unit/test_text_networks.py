@@ -22,6 +22,7 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.meta_sgd import MetaSGD
 from metarun.inner_loops.sgd import SGD
 from metarun.nn.per_task import TaskBatching, plain_attention
+from metarun.tasks.class_store import ClassStore, tokens
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.spec import TaskSpec
 
@@ -184,7 +185,7 @@ def test_a_bag_has_the_angles_of_scikit_learns_tfidf():
     rows = [torch.repeat_interleave(torch.arange(1, VOCABULARY), row) for row in counts]
     items = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).int()
     bag = Bag(VOCABULARY, features=1 << 16)
-    bag.start_from_items(items)
+    bag.on_run_start(ClassStore(items, [7], ["one"], "made train", decode=tokens))
     vectors = bag(items.long()).detach()
     theirs = torch.from_numpy(text.TfidfTransformer().fit_transform(counts.numpy()).toarray())
     torch.testing.assert_close(vectors @ vectors.T, 9 * theirs @ theirs.T, rtol=1e-6, atol=1e-6)
