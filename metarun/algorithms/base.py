@@ -217,12 +217,18 @@ class Algorithm(nn.Module, ABC):
         Returns:
             The loss, one for each task [T] or a scalar, and the scores of the queries.
         """
-        return tasks.query(self.predictor(self.adapt(tasks), tasks), self.loss)
+        return self.outcome(self.adapt(tasks), tasks)
 
-    def test_outcome(self, tasks: Any, dtype: torch.dtype) -> Outcome:
-        """The outcome of tasks in evaluation: of the queries after adaptation, with outputs in `dtype`."""
-        predict = self.predictor(self.adapt(tasks), tasks)
-        return tasks.query(lambda x: predict(x).to(dtype), self.loss)
+    def outcome(self, adapted: Adapted, tasks: Any, dtype: torch.dtype | None = None) -> Outcome:
+        """The outcome of the queries of tasks after adaptation.
+
+        Args:
+            adapted: the state that `adapt` returned for these tasks.
+            tasks: an instance of the class `needs`.
+            dtype: of the outputs; None: as the network gives them.
+        """
+        predict = self.predictor(adapted, tasks)
+        return tasks.query(predict if dtype is None else lambda x: predict(x).to(dtype), self.loss)
 
     def trajectory(self, tasks: Any) -> Iterator[Adapted]:
         """Yield the state before the first inner step and after each step; a single state without steps."""

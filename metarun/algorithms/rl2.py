@@ -4,7 +4,7 @@ Reinforcement Learning"; Wang et al. 2016, "Learning to Reinforcement Learn").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -18,10 +18,9 @@ from metarun.algorithms.memories import Attentive, Recurrent, State
 from metarun.nn.learner import refuse_running_averages
 from metarun.tasks.episodes import Outcome
 from metarun.tasks.policy_gradient import alive_mean, generalised_advantages, outer_loss
-from metarun.tasks.rollouts import SCORED, Rollouts
-from metarun.tasks.worlds import Player, Trajectories, in_sequence, joined, play, random_numbers
+from metarun.tasks.rollouts import BEFORE, SCORED, Rollouts
+from metarun.tasks.worlds import Player, Trajectories, in_sequence, joined
 
-BEFORE = SCORED + 1  # the phase of the episodes that are played before those that are scored
 SLOWEST = 0.01  # the least weight of an iteration in the running statistics of returns
 
 
@@ -70,7 +69,7 @@ class RL2(Algorithm):
         outputs: int,
         constants: int = 0,
         memory: Literal["gru", "lstm", "snail"] = "gru",
-        size: int = 64,
+        size: int = 32,
         width: float = 0.25,
         longest: int = 100,
         value: float = 0.5,
@@ -117,43 +116,52 @@ class RL2(Algorithm):
         """The memory after the K shots, {"state": its tensors, "fed": what it reads of the last step}."""
         player = Remembering(self, len(tasks))
         if tasks.shape.shots:
-            self.played(tasks, player, BEFORE, tasks.shape.shots)
-        player.begin()
-        return player.adapted(next(self.parameters()))
+            tasks.recorded[BEFORE] = tasks.played(player, BEFORE)
+        return player.adapted()
+
+    def trajectory(self, tasks: Rollouts) -> Iterator[dict[str, Any]]:
+        """The memory before and after the K shots."""
+        yield Remembering(self, len(tasks)).adapted()
+        if tasks.shape.shots:
+            yield self.adapt(tasks)
 
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
-        """Outputs [T, B, N] for the first observations of B different next episodes, [T, B, *o]."""
+        """Outputs [T, B, N] for B first observations of a next episode, [T, B, *o], each on its own."""
         count = query_x.shape[1]
-        state = [each.repeat_interleave(count, 0) for each in adapted["state"]]
-        embedded = self.backbone(query_x.flatten(0, 1))
-        fed = torch.cat([embedded, adapted["fed"].repeat_interleave(count, 0)], -1)
-        return self.heads(self.memory.step(fed, state)[0])[0].unflatten(0, query_x.shape[:2])
+        player = Remembering(self, len(query_x) * count)
+        player.state = [each.repeat_interleave(count, 0) for each in adapted["state"]]
+        player.fed = adapted["fed"].repeat_interleave(count, 0)
+        player.begin()
+        return player(query_x.flatten(0, 1).unsqueeze(1)).squeeze(1).unflatten(0, query_x.shape[:2])
 
-    def played(self, tasks: Rollouts, player: Remembering, phase: int, episodes: int) -> Trajectories:
-        """The trajectories of episodes that the player plays in turn, with the critic's values."""
-        numbers = random_numbers(tasks.world, tasks.seeds, phase, episodes, tasks.world.device)
-        batch = play(tasks.world, player, *numbers)
-        return replace(batch, values=player.values_of(batch))
+    def outcome(self, adapted: dict[str, Any], tasks: Rollouts, dtype: torch.dtype | None = None) -> Outcome:
+        """The scores of the queries, played one after the other; the loss is minus their mean return."""
+        player = Remembering(self, len(tasks))
+        player.state, player.fed = adapted["state"], adapted["fed"]
+        batch = tasks.recorded[SCORED] = tasks.played(player, SCORED)
+        return Outcome(-batch.returns.mean(1), tasks.scores())
 
     def play(self, tasks: Rollouts) -> None:
         """Play the trials, and record their trajectories with advantages over the whole trial."""
-        player, shape, estimator = Remembering(self, len(tasks)), tasks.shape, tasks.estimator
-        counts = {BEFORE: shape.shots, SCORED: shape.queries}
-        parts = {phase: self.played(tasks, player, phase, count) for phase, count in counts.items() if count}
-        whole = joined(list(parts.values()))
-        trial = in_sequence(whole)
+        player, estimator = Remembering(self, len(tasks)), tasks.estimator
+        phases = (BEFORE, SCORED) if tasks.shape.shots else (SCORED,)
+        parts = [tasks.played(player, phase) for phase in phases]
+        whole = joined(parts)
+        steps, episodes = whole.rewards.shape[1:]
+        values = torch.stack(player.values, 1).unflatten(1, (episodes, steps)).transpose(1, 2)
+        trial = in_sequence(replace(whole, values=values))
         assert trial.values is not None
         advantages = generalised_advantages(
             trial.rewards, trial.values, trial.alive, estimator.discount, estimator.gae
         )
         targets = advantages + trial.values
-        episodes = [len(batch.rewards[0, 0]) for batch in parts.values()]
-        in_parts = (
-            x.unflatten(1, (sum(episodes), -1)).squeeze(-1).transpose(1, 2).split(episodes, 2)
-            for x in (advantages, targets)
+        counts = [part.rewards.shape[2] for part in parts]
+        shares = (
+            x.split(counts, 2) for x in (values, *(in_episodes(x, episodes) for x in (advantages, targets)))
         )
-        for (phase, batch), own, goals in zip(parts.items(), *in_parts, strict=True):
-            tasks.recorded[phase] = replace(batch, advantages=own, targets=goals)
+        for phase, part, *own in zip(phases, parts, *shares, strict=True):
+            names = ("values", "advantages", "targets")
+            tasks.recorded[phase] = replace(part, **dict(zip(names, own, strict=True)))
 
     # learning
 
@@ -175,9 +183,6 @@ class RL2(Algorithm):
         if self.entropy:
             losses = losses - self.entropy * alive_mean(actions.entropy(outputs), trial.alive)
         return Outcome(losses, tasks.scores())
-
-    def test_outcome(self, tasks: Rollouts, dtype: torch.dtype) -> Outcome:
-        return self.meta_loss(tasks)
 
     def trial(self, tasks: Rollouts) -> Trajectories:
         """All recorded time steps of each task in turn, [T, L, 1, ...]."""
@@ -238,7 +243,7 @@ class Remembering(Player):
     Attributes:
         state: of the memory; None before the first step.
         fed: what the memory reads of the step before, [T, N + 2].
-        values: the critic's values of the steps so far, [T] each.
+        values: the critic's values at the steps so far, [T] each.
     """
 
     def __init__(self, algorithm: RL2, tasks: int) -> None:
@@ -266,16 +271,15 @@ class Remembering(Player):
             [self.algorithm.feedback(actions, rewards.unsqueeze(-1)).squeeze(1), 1 - alive], -1
         )
 
-    def values_of(self, batch: Trajectories) -> Tensor:
-        """The values of the last episodes that were played, [T, H, E]."""
-        steps, episodes = batch.rewards.shape[1:]
-        values, self.values = torch.stack(self.values, 1), []
-        return values.unflatten(1, (episodes, steps)).transpose(1, 2)
-
-    def adapted(self, like: Tensor) -> dict[str, Any]:
+    def adapted(self) -> dict[str, Any]:
         """The state of the memory and what it reads next, see `RL2.adapt`."""
         start = self.algorithm.memory.start(self.fed) if self.state is None else self.state
         return {"state": start, "fed": self.fed}
+
+
+def in_episodes(x: Tensor, episodes: int) -> Tensor:
+    """A value of each step of a trial [T, E * H, 1] as [T, H, E], the inverse of `in_sequence`."""
+    return x.squeeze(2).unflatten(1, (episodes, -1)).transpose(1, 2)
 
 
 def statistics(parts: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:

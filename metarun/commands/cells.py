@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metarun.algorithms.base import Algorithm
-from metarun.commands.models import TestData, dataset_name, values_of
+from metarun.commands.models import TestData, dataset_name, queries_of, values_of
 from metarun.config.build import validation_shape
 from metarun.config.schema import EvalConfig
 from metarun.datasets.text.store import TextStore
@@ -84,7 +84,7 @@ def shapes_for(model: Model, models: Sequence[Model], command: EvalConfig) -> li
         own = validation_shape(each.settings)
         ways = values_of(command.ways or own.ways)
         shots = values_of(own.shots if command.shots is None else command.shots)
-        shapes += [EpisodeShape(w, s, command.queries) for w, s in itertools.product(ways, shots)]
+        shapes += [EpisodeShape(w, s, queries_of(command, each)) for w, s in itertools.product(ways, shots)]
     return list(dict.fromkeys(shapes))
 
 

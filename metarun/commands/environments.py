@@ -107,7 +107,7 @@ def follow(algorithm: Algorithm, tasks: Rollouts) -> tuple[list[dict[str, Any]],
     adapted = None
     for step, adapted in enumerate(algorithm.trajectory(tasks)):
         scored = tasks.scored_anew()
-        outcome = scored.query(algorithm.predictor(adapted, scored))
+        outcome = algorithm.outcome(adapted, scored)
         batch = scored.recorded[SCORED]
         means = {name: values.item() for name, values in outcome.scores.items()}
         rows.append(

@@ -19,7 +19,7 @@ from metarun.commands.cells import Cell, Reference, cells_of, check_before_loadi
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
 from metarun.commands.languages import report_languages
 from metarun.commands.models import TestData, load_models
-from metarun.commands.tfidf import with_references
+from metarun.commands.references import with_references
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import EvalConfig, typed

@@ -119,7 +119,7 @@ class EvalConfig:
     hardware: Node = MISSING
     ways: OneOrMore = whole(1, None)  # noqa: RUF009
     shots: OneOrMore = whole(0, None)  # noqa: RUF009
-    queries: int = whole(1)
+    queries: int | None = whole(1, None)
     episodes: int = whole(2)
     split: str = MISSING
     trained_classes: str = MISSING
@@ -147,7 +147,7 @@ class AdaptConfig:
     task: Any = setting(None, unless=("support",))  # noqa: RUF009
     ways: int | None = whole(1, None, unless=("support",))
     shots: int | None = whole(0, None, unless=("support",))
-    queries: int = whole(1, unless=("support",))
+    queries: int | None = whole(1, None, unless=("support",))
     split: str = setting(unless=("support",))
     trained_classes: str = setting(unless=("support",))
     steps: int | None = whole(0, None)

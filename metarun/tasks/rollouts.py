@@ -13,9 +13,10 @@ from metarun.errors import ConfigError
 from metarun.tasks.episodes import EpisodeShape, Model, Outcome, Tasks
 from metarun.tasks.objectives import Objective, PerTask
 from metarun.tasks.policy_gradient import Estimator, alive_mean, discounted, outer_loss
-from metarun.tasks.worlds import Trajectories, World, random_numbers, roll
+from metarun.tasks.worlds import Player, Trajectories, World, play, random_numbers, roll
 
 SCORED = 0  # the phase of the episodes that are scored; inner step k is phase k + 1
+BEFORE = SCORED + 1  # the phase of the episodes that a policy with a memory plays before them
 
 
 class Rollouts(Tasks):
@@ -129,6 +130,12 @@ class Rollouts(Tasks):
             numbers = random_numbers(self.world, self.seeds, phase, episodes, device)
             self.recorded[phase] = self.estimator.with_advantages(play(*numbers))
         return self.recorded[phase]
+
+    def played(self, player: Player, phase: int) -> Trajectories:
+        """The episodes of a phase, which a player plays one after the other; they are not recorded."""
+        episodes = self.shape.queries if phase == SCORED else self.shape.shots
+        numbers = random_numbers(self.world, self.seeds, phase, episodes, self.world.device)
+        return play(self.world, player, *numbers)
 
     def revisit(self, batch: Trajectories, model: Model) -> tuple[Tensor, Tensor]:
         """A model's outputs [T, H, E, N] in trajectories, and its log-probabilities of actions [T, H, E]."""

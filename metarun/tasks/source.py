@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metarun.errors import DataError
-from metarun.tasks.episodes import EpisodeShape, Tasks
+from metarun.tasks.episodes import EpisodeShape, Outcome, Tasks
 from metarun.tasks.objectives import Objective
 from metarun.tasks.spec import TaskSpec
 
@@ -20,6 +21,9 @@ SPLITS = ("train", "validation", "test")
 
 #: The random choices that name a batch of tasks: small tensors, whose first dimension is T.
 Draw = tuple[Tensor, ...]
+
+#: What is scored beside models: a draw and the shape of its tasks to their outcome.
+ReferenceOutcome = Callable[[Draw, EpisodeShape], Outcome]
 
 
 class Fetched(tuple[Tensor, ...]):
@@ -97,6 +101,15 @@ class EpisodeSource(ABC):
     def item_counts(self) -> Sequence[int]:
         """The number of items of each class, or of each stored task; empty where tasks are drawn anew."""
         return []
+
+    def references(self, shape: EpisodeShape, shared: dict[Any, Any]) -> Mapping[str, ReferenceOutcome]:
+        """What is evaluated beside models on tasks of a shape, by the name of its row; empty for most.
+
+        Args:
+            shape: the shape of the tasks.
+            shared: what sources keep for each other during one evaluation.
+        """
+        return {}
 
     def examples(self, draw: Draw, shape: EpisodeShape) -> list[dict[str, str]]:
         """The examples of the first task of a draw as rows of a table, by heading, if it is `readable`."""

@@ -138,7 +138,11 @@ def evaluating(algorithm: Algorithm, hardware: Hardware, seed: int) -> Iterator[
 def adapted_outcome(algorithm: Algorithm, tasks: Tasks, dtype: torch.dtype) -> Outcome:
     """Adapt to each task's support and predict its queries, with outputs in `dtype`."""
 
-    return run_parts(lambda part: algorithm.test_outcome(algorithm.balanced(part), dtype), tasks)
+    def run(part: Tasks) -> Outcome:
+        part = algorithm.balanced(part)
+        return algorithm.outcome(algorithm.adapt(part), part, dtype)
+
+    return run_parts(run, tasks)
 
 
 def evaluate(

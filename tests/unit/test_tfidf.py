@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metarun.commands.cells import Cell, Reference
-from metarun.commands.tfidf import with_references
+from metarun.commands.references import with_references
 from metarun.config.schema import EvalConfig
 from metarun.datasets.text.store import TextStore
 from metarun.datasets.text.tokens import Tokens

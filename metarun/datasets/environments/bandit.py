@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from metarun.datasets.base import Split
 from metarun.datasets.environments.base import Environments, Parameters
+from metarun.datasets.environments.players import MakePlayer, bandit_players
 from metarun.errors import ConfigError
 from metarun.tasks.actions import Discrete
+from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.policy_gradient import DEFAULT, Estimator
 from metarun.tasks.worlds import World
 
@@ -67,6 +70,10 @@ class Bandit(Environments):
     def optimum(self, parameters: Parameters) -> Tensor:
         """The expected return of the best arm alone."""
         return self.horizon * parameters["means"].double().amax(1)
+
+    def players(self, shape: EpisodeShape) -> Mapping[str, MakePlayer]:
+        pulls = (shape.shots + shape.queries) * self.horizon
+        return bandit_players(self.arms, pulls, self.rewards == "gaussian", every_counts=shape.shots == 0)
 
 
 class Arms(World):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from metarun.datasets.base import Dataset, Split
+from metarun.datasets.environments.players import MakePlayer
 from metarun.errors import ConfigError, DataError
 from metarun.tasks.actions import Actions
-from metarun.tasks.episodes import EpisodeShape
-from metarun.tasks.objectives import RETURNS, Objective
+from metarun.tasks.episodes import EpisodeShape, Outcome
+from metarun.tasks.objectives import RETURN, RETURN_BEFORE, RETURNS, Objective
 from metarun.tasks.policy_gradient import Estimator
-from metarun.tasks.rollouts import Rollouts
-from metarun.tasks.source import Draw, EpisodeSource
+from metarun.tasks.rollouts import BEFORE, SCORED, Rollouts
+from metarun.tasks.source import Draw, EpisodeSource, ReferenceOutcome
 from metarun.tasks.spec import TaskSpec
 from metarun.tasks.worlds import Trajectories, World
 
@@ -80,6 +82,10 @@ class Environments(Dataset):
         """The best expected return of each task if its parameters are known, [T]; None if it is not known."""
         return None
 
+    def players(self, shape: EpisodeShape) -> Mapping[str, MakePlayer]:
+        """Classical players of tasks of this shape, by name, which `metarun eval` shows beside models."""
+        return {}
+
     def positions(self, batch: Trajectories) -> Tensor | None:
         """Where episodes went, [T, H, E, 2], if they move in a plane that can be drawn; else None."""
         return None
@@ -128,10 +134,40 @@ class EnvironmentSource(EpisodeSource):
         seeds = torch.randint(1 << 62, (tasks,), generator=generator)
         return (*parameters.values(), seeds)
 
+    def parameters(self, draw: Draw) -> Parameters:
+        """The parameters of the tasks of a draw."""
+        return dict(zip(self.keys, draw[:-1], strict=True))
+
     def gather(self, draw: Draw, shape: EpisodeShape) -> Rollouts:
-        *parameters, seeds = draw
-        world = self.family.world(dict(zip(self.keys, parameters, strict=True)), self.device)
-        return Rollouts(world, seeds, shape, self.spec.objective, self.family.estimator)
+        world = self.family.world(self.parameters(draw), self.device)
+        return Rollouts(world, draw[-1], shape, self.spec.objective, self.family.estimator)
+
+    def references(self, shape: EpisodeShape, shared: dict[Any, Any]) -> Mapping[str, ReferenceOutcome]:
+        """The family's players, and the best expected return of a player that knows the task."""
+        players = self.family.players(shape)
+        found: dict[str, ReferenceOutcome] = {
+            name: partial(self.played, make) for name, make in players.items()
+        }
+        one = self.family.sample(self.split, 1, torch.Generator())
+        if self.family.optimum(one) is not None and RETURN in self.spec.objective.metrics:
+            found["optimum, task known"] = self.optimum
+        return found
+
+    def played(self, make: MakePlayer, draw: Draw, shape: EpisodeShape) -> Outcome:
+        """The outcome of a player, which plays the shots and then the queries, one after the other."""
+        tasks, player = self.gather(draw, shape), make(draw[-1])
+        for phase in (BEFORE, SCORED) if shape.shots else (SCORED,):
+            tasks.recorded[phase] = tasks.played(player, phase)
+        scores = tasks.scores()
+        return Outcome(-tasks.recorded[SCORED].returns.mean(1), scores)
+
+    def optimum(self, draw: Draw, shape: EpisodeShape) -> Outcome:
+        """The best expected return of each task, before and after adaptation; other scores are not known."""
+        best = self.family.optimum(self.parameters(draw))
+        assert best is not None
+        unknown = torch.full_like(best, torch.nan)
+        metrics = self.spec.objective.metrics
+        return Outcome(-best, {m.name: best if m in (RETURN, RETURN_BEFORE) else unknown for m in metrics})
 
 
 def uniform(bounds: Range, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

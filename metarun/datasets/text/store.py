@@ -9,19 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metarun.datasets.text.tfidf import tfidf_references
 from metarun.datasets.text.tokens import normalised
 from metarun.errors import DataError, counted
 from metarun.storage.files import encoded
 from metarun.tasks.choice import different
 from metarun.tasks.class_store import MANY_ITEMS, MARKS, NO_MARK, ClassStore
 from metarun.tasks.episodes import Episodes, EpisodeShape
-from metarun.tasks.source import Draw
+from metarun.tasks.source import Draw, ReferenceOutcome
 
 #: Texts by class and by language; the language is "" where a dataset has none.
 Corpus = Mapping[str, Mapping[str, Sequence[str]]]
@@ -263,6 +264,9 @@ class TextStore(ClassStore):
             support_x=torch.cat([about, episodes.support_x], 1),
             support_y=torch.cat([ways, episodes.support_y], 1),
         )
+
+    def references(self, shape: EpisodeShape, shared: dict[Any, Any]) -> Mapping[str, ReferenceOutcome]:
+        return tfidf_references(self, shared)
 
     def remarks(self) -> Sequence[str]:
         repeated = Counter(normalised(text) for text in self.texts)
