@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands import environments
-from metarun.commands.models import TestData, own_dataset
+from metarun.commands.models import TestData, own_dataset, queries_of
 from metarun.commands.predictions import in_units, known_targets, note_dependence, report_queries
 from metarun.config.build import instantiate, validation_shape
 from metarun.config.check import check
@@ -187,12 +187,11 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     own = validation_shape(model.settings)
     ways = command.ways or own.ways
     shots = own.shots if command.shots is None else command.shots
-    data = TestData(command, hardware, [model])
-    data.dataset(model).check_shape(command.split, EpisodeShape(ways, shots, command.queries))  # type: ignore[arg-type]
+    queries, data = queries_of(command, model), TestData(command, hardware, [model])
+    data.dataset(model).check_shape(command.split, EpisodeShape(ways, shots, queries))  # type: ignore[arg-type]
     source = data.source(model)
     drawn_anew = not (source.names or source.item_counts())
-    queries = max(command.queries, CURVE) if drawn_anew else command.queries
-    shape = EpisodeShape(ways, shots, queries)
+    shape = EpisodeShape(ways, shots, max(queries, CURVE) if drawn_anew else queries)
     source.check(shape)
     model.algorithm.check_source(source, shape)
     episode = source.gather(next(fixed_draws(source, shape, 1, command.seed)), shape)

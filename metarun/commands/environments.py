@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
-from metarun.commands.models import TestData
+from metarun.commands.models import TestData, queries_of
 from metarun.config.build import validation_shape
 from metarun.config.schema import AdaptConfig
 from metarun.datasets.environments.base import EnvironmentSource, Parameters
@@ -59,7 +59,7 @@ def one_task(
     source = TestData(command, hardware, [model]).source(model)
     if not isinstance(source, EnvironmentSource):
         raise ConfigError(f"dataset={source.name}: is not an environment; choose another dataset")
-    shape = EpisodeShape(command.ways or 1, shots, command.queries)
+    shape = EpisodeShape(command.ways or 1, shots, queries_of(command, model))
     source.check(shape)
     model.algorithm.check_source(source, shape)
     *drawn, seeds = next(fixed_draws(source, shape, 1, command.seed))

@@ -378,7 +378,8 @@ def report_pairs(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> None
     """Print the table of paired differences; of many models, only the pairs with the best one."""
     if not pairs:
         return
-    shown = with_the_best(pairs, cells) if len({cell.model.name for cell in cells}) > MANY else pairs
+    models = {cell.model.name for cell in cells if not isinstance(cell.model, Reference)}
+    shown = with_the_best(pairs, cells) if len(models) > MANY else pairs
     if len(shown) > LINES:
         inform(f"results.json contains the differences of {len(pairs)} pairs of models")
         return

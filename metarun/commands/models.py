@@ -15,7 +15,7 @@ from metarun.commands.trained_on import (
     without_trained,
     without_trained_tasks,
 )
-from metarun.config.build import build_dataset, build_source
+from metarun.config.build import build_dataset, build_source, validation_shape
 from metarun.config.check import check_node
 from metarun.config.schema import AdaptConfig, EvalConfig, Node, PredictConfig
 from metarun.config.targets import naming_options
@@ -26,12 +26,14 @@ from metarun.errors import ConfigError, counted
 from metarun.inference.model import Model, restore
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
+from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.source import EpisodeSource
 from metarun.tasks.spec import TaskSpec
 from metarun.training import checkpoint
 from metarun.training.hardware import Hardware
 
 Command = EvalConfig | AdaptConfig
+QUERIES = 15  # examples of each class, if the number is not set
 
 
 def load_models(command: EvalConfig, trusted: Collection[str], hardware: Hardware) -> list[Model]:
@@ -55,6 +57,13 @@ def load_models(command: EvalConfig, trusted: Collection[str], hardware: Hardwar
 def values_of(setting: Any) -> list[Any]:
     """The values of a setting that is a single value or a list, without repetitions."""
     return list(dict.fromkeys(setting)) if isinstance(setting, list) else [setting]
+
+
+def queries_of(command: Command, model: Model) -> int:
+    """The number of queries: typed, or else `QUERIES`, of environments that of the model's training."""
+    if command.queries is not None:
+        return command.queries
+    return validation_shape(model.settings).queries if issubclass(model.spec.tasks, Rollouts) else QUERIES
 
 
 def dataset_node(command: Command | PredictConfig, model: Model) -> Node:
