@@ -106,11 +106,15 @@ def one_fake_mode() -> contextlib.AbstractContextManager:
     """A context in which a trace describes all its tensors in one fake mode.
 
     Otherwise PyTorch makes a new one for every operation, which takes about half of the time of a trace.
+    These parts of PyTorch are not public; where a version lacks them, the trace is the same and takes longer.
     """
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    try:
+        from torch._guards import TracingContext, tracing
+        from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+        return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+    except (ImportError, AttributeError, TypeError):
+        return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

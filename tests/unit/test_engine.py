@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from metarun.backbones.mlp import MLP
 from metarun.errors import TrainingError
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.episodes import Episodes, Outcome
+from metarun.training.compiled import one_fake_mode
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
 from metarun.training.trainer import load_optimizer
@@ -78,6 +80,13 @@ def test_losses_do_not_depend_on_how_a_step_is_run(name: str, how: str):
     expected = losses(name)
     assert expected[3] < expected[0]
     assert losses(name, **WAYS_TO_RUN[how]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_trace_does_not_need_parts_of_pytorch_that_are_not_public(monkeypatch):
+    expected = losses("protonet", compile="auto")
+    monkeypatch.delattr("torch._guards.tracing")
+    assert isinstance(one_fake_mode(), contextlib.nullcontext)
+    assert losses("protonet", compile="auto") == expected
 
 
 def test_gradients_have_the_memory_layout_of_their_weights():
