@@ -97,6 +97,12 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names) if len(names) <= most else f"{names[0]} and {len(names) - 1} more"
 
 
+def described(error: BaseException) -> str:
+    """An error in one line: a user error by its message, another one also by its type."""
+    kind = "" if isinstance(error, MetarunError) else f"{type(error).__name__}: "
+    return f"{kind}{first_line(error)}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -34,6 +34,7 @@ COMMANDS = {
     "adapt": "metarun.commands.adapt",
     "predict": "metarun.commands.predict",
     "export": "metarun.commands.export",
+    "runs": "metarun.commands.runs",
     "data": "metarun.commands.data",
 }
 
@@ -50,6 +51,8 @@ metarun {version}: meta-learning experiments from the command line
                    adapted=FILE query=FOLDER
   metarun export   write a model for programs without metarun
                    adapted=FILE|checkpoint=RUN [format=onnx]
+  metarun runs     list runs, their figures and what became of them
+                   [FOLDER] [status=failed] [sort=test]
   metarun data     list datasets; prepare one and show examples
                    [dataset=NAME]
 
@@ -207,7 +210,7 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
         from metarun.cli.sweep import record_success
 
         record_success(folder, result)
-    elif name == "data":  # which writes figures at most
+    elif name in ("data", "runs"):  # which write figures at most
         remove_hydra_files(folder, kept)
     return result
 

@@ -74,6 +74,8 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
         Flags, then overrides. Paths are quoted, the parts of a mixture and the settings that a dataset needs
         are added, and the output folder of a resumed run is its own folder.
     """
+    if name == "runs":  # the only command with a word that is no setting
+        arguments = [f"folder={a}" if is_word(a) else a for a in arguments]
     flags, typed = separated(name, arguments)
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
     for override in typed:
@@ -95,6 +97,11 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
         folder = folder if folder.is_dir() else folder.parent
         overrides.append(f"hydra.run.dir={quoted(str(folder))}")
     return flags + overrides
+
+
+def is_word(argument: str) -> bool:
+    """Whether an argument is neither a flag nor a setting."""
+    return not (argument.startswith(("-", "~")) or "=" in argument)
 
 
 def pairing(overrides: list[str]) -> list[str]:

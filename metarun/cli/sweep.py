@@ -146,11 +146,9 @@ def record_failure(folder: Path, message: str) -> float:
     Returns:
         NaN, as the result of the job.
     """
-    from metarun.storage.files import write_json
+    from metarun.training.records import write_failure
 
-    overrides = without_pairing(HydraConfig.get().overrides.task)
-    with contextlib.suppress(OSError):
-        write_json(folder / "failure.json", {"overrides": overrides, "error": message})
+    write_failure(folder, without_pairing(HydraConfig.get().overrides.task), message)
     return math.nan
 
 

@@ -37,7 +37,7 @@ from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.targets import trust_words, trusted_modules
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError, counted
+from metarun.errors import ConfigError, counted, described
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.reporting.tracker import Tracker
@@ -49,6 +49,7 @@ from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
+from metarun.training.records import write_failure
 from metarun.training.step import Clip
 from metarun.training.trainer import Best, Trainer, TrainSettings
 
@@ -112,6 +113,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     overrides = without_pairing(chosen.overrides.task)
     if resumed is not None:
         state = checkpoint.load(resumed)
+        (folder / "failure.json").unlink(missing_ok=True)
         cfg = resumed_config(resumed, state, cfg, overrides)
         choices, overrides = state["choices"], state["overrides"]
     elif existing := [name for name in ("last.pt", "best.pt") if (folder / name).exists()]:
@@ -160,6 +162,9 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
             words = [f"resume={relative(folder)}", *trust_words(trainer.record["config"])]
             inform(f"stopped and saved at iteration {trainer.saved_at}; continue with")
             inform(f"  metarun train {shlex.join(words)}")
+        raise
+    except Exception as error:
+        write_failure(folder, overrides, described(error))
         raise
     finally:
         tracker.close()

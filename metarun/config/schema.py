@@ -178,6 +178,16 @@ class ExportConfig:
     trust: list[str] | None = None
 
 
+@dataclass
+class RunsConfig:
+    folder: str = setting(path="path")
+    status: str | None = None
+    method: str | None = None
+    data: str | None = None
+    sort: str = MISSING
+    show: int | None = whole(1)
+
+
 OF_ONE_DATASET: dict[str, Any] = {"needs": "dataset", "unless": ("verify", "clean")}
 
 
@@ -200,6 +210,7 @@ FRAMES: dict[str, Any] = {
     "adapt": AdaptConfig,
     "predict": PredictConfig,
     "export": ExportConfig,
+    "runs": RunsConfig,
     "data": DataConfig,
 }
 

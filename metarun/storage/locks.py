@@ -69,6 +69,17 @@ def locked(path: Path) -> Iterator[bool]:
         lock.release()
 
 
+def is_taken(path: Path) -> bool:
+    """Whether another process has the lock of `path`; False where nobody can know."""
+    try:
+        if not lock_path(path).exists():
+            return False
+        with locked(path) as alone:
+            return not alone
+    except OSError:
+        return False
+
+
 def lock_path(path: Path) -> Path:
     """The lock file of `path`."""
     return path.with_name(f".{path.name}.lock")

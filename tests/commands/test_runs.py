@@ -1,0 +1,169 @@
+"""`metarun runs`: any folder of runs, whole, half-written or damaged, is listed without a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from helpers.runs import TINY, UNTESTED
+
+from metarun.storage.locks import locked
+from metarun.training.records import record_of, runs_in
+
+HYDRA = (
+    "hydra:\n  job:\n    name: train\n  runtime:\n    choices:\n      algorithm: {}\n      dataset: glyphs\n"
+)
+ROW = '{{"iteration": {}, "split": "validation", "loss": 1.0, "accuracy": {}, "interval": 0.01}}\n'
+
+
+def make(
+    folder: Path, method: str = "maml", test: float | None = None, scores: tuple[float, ...] = ()
+) -> Path:
+    """A run folder, with what `metarun runs` reads."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra/config.yaml").write_text("ways: 5\n")
+    (folder / ".hydra/hydra.yaml").write_text(HYDRA.format(method))
+    rows = "".join(ROW.format(100 * i, score) for i, score in enumerate(scores))
+    (folder / "metrics.jsonl").write_text(rows)
+    if test is not None:
+        result = {"name": f"{method} on glyphs, 5-way 1-shot", "metric": "accuracy", "overrides": []}
+        result |= {split: {"mean": test, "interval": 0.01} for split in ("validation", "test")}
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def listed(text: str) -> dict[str, list[str]]:
+    """The words of the first line of each run, and what its second line says, by its folder."""
+    lines = text.splitlines()[2:]
+    pairs = [(a, b) for a, b in zip(lines[::2], lines[1::2], strict=False) if b.startswith("    ")]
+    return {b.strip().partition(":")[0]: [*a.split()[2:], b.partition(": ")[2]] for a, b in pairs}
+
+
+@pytest.fixture
+def outputs(metarun) -> Path:
+    make(Path("outputs/a/1"), "maml", 0.9)
+    make(Path("outputs/a/2"), "protonet", 0.95)
+    make(Path("outputs/b"), "anil", scores=(0.2, 0.5, 0.4))
+    make(Path("outputs/c"), "maml_plus_plus", scores=(0.3,))
+    error = {"overrides": ["seed=1"], "error": "iteration 40: the loss is not finite"}
+    Path("outputs/c/failure.json").write_text(json.dumps(error))
+    for age, name in enumerate(("c", "b", "a/2", "a/1")):
+        os.utime(Path("outputs", name, ".hydra/config.yaml"), (1.7e9 - 1000 * age,) * 2)
+    return Path("outputs")
+
+
+def test_runs_are_listed_filtered_and_sorted(metarun, outputs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = metarun("runs")
+    assert done.stdout.splitlines()[0] == "4 runs in outputs: 2 ended, 1 stopped, 1 failed"
+    assert listed(done.stdout) == {
+        "outputs/c": [
+            "maml_plus_plus",
+            "glyphs",
+            "failed",
+            "30.00",
+            "%",
+            "iteration 40: the loss is not finite",
+        ],
+        "outputs/b": ["anil", "glyphs", "stopped", "50.00", "%", "iteration 200"],
+        "outputs/a/2": ["protonet", "glyphs", "ended", "95.00", "%", "95.00", "%", ""],
+        "outputs/a/1": ["maml", "glyphs", "ended", "90.00", "%", "90.00", "%", ""],
+    }
+    assert list(listed(done.stdout)) == ["outputs/c", "outputs/b", "outputs/a/2", "outputs/a/1"]
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for words, names in {
+        "sort=test": ["a/2", "a/1", "b", "c"],
+        "sort=validation": ["a/2", "a/1", "b", "c"],
+        "sort=name": ["a/1", "a/2", "b", "c"],
+        "method=maml* sort=name": ["a/1", "c"],
+        "status=failed": ["c"],
+        "data=omni*": [],
+        "show=1": ["c"],
+    }.items():
+        found = listed(metarun("runs", "outputs", *words.split()).stdout)
+        assert [*found][: len(names)] == [f"outputs/{name}" for name in names], words
+        assert words.startswith("sort=test") or len(found) <= max(len(names), 4)
+    assert "3 more; show=null lists all" in metarun("runs", "show=1").stdout
+    assert sorted(path.name for path in Path("outputs").iterdir()) == ["a", "b", "c"]  # it leaves nothing
+
+
+BROKEN = {
+    "no json": b"{",
+    "a list": b"[1, 2]",
+    "bytes": b"\xff\xfe\x00",
+    "empty": b"",
+    "deep": b"[" * 100_000,
+    "other types": b'{"metric": 3, "validation": "high", "test": [], "name": 5, "error": [1]}',
+    "codes of a terminal": b'{"error": "\\u001b[31mred\\nline", "name": "\\u001b[2J on \\u001b[2J, x"}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("file", ["result.json", "failure.json", "metrics.jsonl", ".hydra/hydra.yaml"])
+def test_a_half_written_run_is_no_error(outputs: Path, name: str, file: str, capsys):
+    (outputs / "b" / file).write_bytes(BROKEN[name])
+    records = {str(record.folder): record for record in runs_in(outputs)}
+    assert len(records) == 4 and records["outputs/b"].status in ("stopped", "ended", "failed")
+    assert not any(
+        "\x1b" in text for text in (records["outputs/b"].why, *records["outputs/b"].choices.values())
+    )
+
+
+def test_odd_folders_are_no_error(metarun, outputs: Path):
+    (outputs / "pipe").mkdir()
+    os.mkfifo(outputs / "pipe/metrics.jsonl")
+    (outputs / "loop").symlink_to(outputs.resolve())
+    (outputs / "lost").symlink_to("nowhere")
+    (outputs / "best").mkdir()
+    (outputs / "best/best.pt").write_bytes(b"")
+    make(outputs / "eval" / "results", "x")
+    shutil.rmtree(outputs / "eval/results/.hydra")
+    done = metarun("runs", "sort=name")
+    assert "7 runs in outputs" in done.stdout
+    assert listed(done.stdout)["outputs/best"] == ["?", "?", "stopped", "iteration 0"]
+
+
+def test_a_run_is_running_while_its_folder_is_locked(outputs: Path):
+    with locked(outputs / "b" / "run"):
+        assert record_of(outputs / "b").status == "running"
+    assert record_of(outputs / "b").status == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lost"], "folder=lost: no such folder"),
+        (["outputs/b/metrics.jsonl"], "is a file, not a folder"),
+        (["outputs/a/1/.hydra"], "has no training runs"),
+        (["sort=x"], "sort=x: must be one of date, name, validation, test"),
+        (["status=done"], "status=done: must be one of running, ended, stopped, failed"),
+        (["show=0"], "show=0: must be a whole number of at least 1"),
+    ],
+)
+def test_mistakes(metarun, outputs: Path, words: list[str], message: str):
+    assert message in metarun("runs", *words, status=1).stderr.splitlines()[-1]
+
+
+def test_hundreds_of_runs_take_a_second(tmp_path: Path):
+    for i in range(300):
+        make(tmp_path / str(i), scores=(0.5,) * 100)
+    start = time.perf_counter()
+    assert len(runs_in(tmp_path)) == 300
+    assert time.perf_counter() - start < 3
+
+
+def test_a_run_that_fails_says_why_until_it_is_resumed(metarun, trained, tmp_path: Path):
+    words = [*TINY, "algorithm=maml", "inner_rate=1e30", "hydra.run.dir=outputs/x"]
+    error = metarun("train", *words, status=1).stderr.splitlines()[-1]
+    record = record_of(Path("outputs/x"))
+    assert record.status == "failed" and error == f"metarun: error: {record.why}"
+    shutil.copytree(trained(*UNTESTED), "outputs/y")
+    (Path("outputs/y") / "result.json").unlink()
+    Path("outputs/y/failure.json").write_text('{"overrides": [], "error": "earlier"}')
+    assert record_of(Path("outputs/y")).why == "earlier"
+    metarun("train", "resume=outputs/y")
+    assert record_of(Path("outputs/y")).status == "ended" and not Path("outputs/y/failure.json").exists()
