@@ -322,10 +322,27 @@ RETURN = Metric("return", lambda after, before: after.returns.mean(1), "return",
 RETURN_BEFORE = Metric(
     "return_before", lambda after, before: before.returns.mean(1), "return before adapting"
 )
-SUCCESS = Metric("success", lambda after, before: after.reached.float().mean(1), "success", percent=True)
+SUCCESS = Metric(
+    "success",
+    lambda after, before: after.reached.float().mean(1),
+    "success",
+    percent=True,
+    before="success_before",
+)
+SUCCESS_BEFORE = Metric(
+    "success_before",
+    lambda after, before: before.reached.float().mean(1),
+    "success before adapting",
+    percent=True,
+)
 # Of tasks that are environments. Scores are of `Trajectories`: those after adaptation, and those before.
 RETURNS = Objective(_no_loss, metrics=(RETURN,), available=(RETURN, RETURN_BEFORE), progress=(RETURN_BEFORE,))
-SUCCESSES = replace(RETURNS, metrics=(SUCCESS, RETURN), available=(SUCCESS, RETURN, RETURN_BEFORE))
+SUCCESSES = replace(
+    RETURNS,
+    metrics=(SUCCESS, RETURN),
+    available=(SUCCESS, SUCCESS_BEFORE, RETURN, RETURN_BEFORE),
+    progress=(SUCCESS_BEFORE, RETURN_BEFORE),
+)
 
 
 def metric_named(name: str) -> Metric | None:
