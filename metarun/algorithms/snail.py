@@ -108,7 +108,7 @@ class Dense(nn.Module):
     def after(self, x: Tensor, last: Tensor) -> Tensor:
         """Outputs [T, B, filters] at the position after x [T, S, D], for B inputs `last` [T, B, D]."""
         position = x.shape[1] - self.dilation
-        earlier = x[:, position : position + 1] if position >= 0 else torch.zeros_like(x[:, :1])
+        earlier = x[:, position : position + 1] if position >= 0 else torch.zeros_like(last[:, :1])
         return self.gated(earlier, last)
 
     def gated(self, earlier: Tensor, x: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ def build_outer_loop(settings: TrainConfig, spec: TaskSpec) -> OuterLoop:
         )
     if algorithm.trains_critic and not rule.trains_critics:
         raise ConfigError(
-            f"outer_loop={type(rule).__name__}: algorithm={type(algorithm).__name__} trains a critic beside "
-            "its policy; choose outer_loop=ppo"
+            f"outer_loop={type(rule).__name__}: algorithm={algorithm.__name__} trains a critic beside its "
+            "policy; choose outer_loop=ppo"
         )
     if environments and not rule.needs_rollouts and settings.dataset.get("estimator", {}).get("credit"):
         raise ConfigError(
