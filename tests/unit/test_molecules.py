@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 import zlib
 from pathlib import Path
@@ -103,6 +104,21 @@ def test_molecules_beside_other_columns(stub, tmp_path):
     dataset = Table(root=str(tmp_path / "own.csv"), task="assay", label="active", smiles="smiles")
     assert dataset.item_shape == (1 + BITS,) and dataset.items.dtype == torch.float32
     assert set(dataset.items[:, 1:].unique().tolist()) == {0.0, 1.0}
+
+
+def test_muv_is_read_as_it_is_published(stub, tmp_path):
+    """Its tasks come first, then an identifier and the SMILES string; most results are missing."""
+    tasks = [f"MUV-{i}" for i in range(17)]
+    lines = [",".join([*tasks, "mol_id", "smiles"])]
+    for i in range(68):
+        results = ["" if (i + task) % 4 else str((i // 4 + task) % 2) for task in range(17)]
+        lines.append(",".join([*results, f"CID{i}", f"C{i}"]))
+    path = tmp_path / "muv.csv.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    dataset = MoleculeSet(name="muv", root=str(path))
+    assert dataset.split("train").tasks == tasks[:12] and dataset.split("test").tasks == tasks[12:]
+    dataset.split("test").check(EpisodeShape(2, 1, 2))
+    assert dataset.spec.item_shape == (BITS,)
 
 
 def test_mistakes(stub, tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -305,3 +306,18 @@ def test_phrases_in_several_languages_share_classes_and_some_words():
     assert 0.4 < accuracy(within, 1) < 0.75 and accuracy(within, 5) > 0.7
     assert accuracy(across, 5) < 0.3  # another alphabet
     assert accuracy(within, 0) > 0.5  # the description of a class is in the first language
+
+
+@pytest.mark.parametrize("name, sizes", [("hwu64", (16, 23, 25)), ("liu57", (18, 18, 18))])
+def test_files_of_protaugment_are_read_as_they_are(tmp_path, name, sizes):
+    """Lines of full.jsonl have the keys `sentence` and `label`, in either order, and labels such as a/b."""
+    rows = []
+    for labels in PublishedTexts(name=name).classes.values():
+        rows += [{"sentence": f"set the {label}", "label": label} for label in labels]
+        rows += [{"label": label, "sentence": f"now the {label} at 5am"} for label in labels]
+    write(tmp_path / "full.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
+    dataset = PublishedTexts(name=name, root=str(tmp_path))
+    stores = [dataset.split(split) for split in ("train", "validation", "test")]
+    assert tuple(len(store.names) for store in stores) == sizes
+    assert all(len(store.texts) == 2 * len(store.names) for store in stores)
+    assert stores[2].descriptions[0] == re.sub("[/_]", " ", stores[2].names[0])
