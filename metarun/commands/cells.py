@@ -11,12 +11,13 @@ from typing import NamedTuple
 from metarun.algorithms.base import Algorithm
 from metarun.commands.models import TestData, dataset_name, queries_of, values_of
 from metarun.config.build import validation_shape
-from metarun.config.schema import EvalConfig
+from metarun.config.schema import EvalConfig, TrainConfig
 from metarun.datasets.text.store import TextStore
 from metarun.errors import DataError, MetarunError, counted
 from metarun.inference.model import Model
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Metric
+from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.source import EpisodeSource
 from metarun.training.evaluation import Result
 
@@ -39,6 +40,7 @@ class Cell:
         source: the split.
         dataset: the name of the dataset.
         result: the result, once the cell is evaluated.
+        rate: the inner rate, if it was chosen for this evaluation.
         reason: why the combination is not supported; "" if it is.
     """
 
@@ -49,12 +51,36 @@ class Cell:
     dataset: str
     result: Result | None = None
     reason: str = ""
+    rate: float | None = None
 
     @property
     def algorithm(self) -> Algorithm:
         """The algorithm of the checkpoint."""
         assert isinstance(self.model, Model)
         return self.model.algorithm
+
+    @property
+    def settings(self) -> TrainConfig:
+        """The settings of the training run."""
+        assert isinstance(self.model, Model)
+        return self.model.settings
+
+    def set_steps(self) -> None:
+        """Let the algorithm take the inner steps of this cell, at its rate."""
+        if self.steps is not None:
+            self.algorithm.inner_loop.test_steps = self.steps  # type: ignore[union-attr, assignment]
+        if self.rate is not None:
+            self.algorithm.inner_loop.rate = self.rate  # type: ignore[union-attr, assignment]
+
+    @property
+    def episodes_seen(self) -> int | None:
+        """How many episodes of an environment a policy sees before it is scored; None of other tasks."""
+        if not isinstance(self.model, Model) or not issubclass(self.source.spec.tasks, Rollouts):
+            return None
+        if not self.algorithm.takes_steps:
+            return self.shape.shots
+        steps = self.algorithm.inner_loop.step_count() if self.steps is None else self.steps  # type: ignore[union-attr, operator]
+        return steps * self.shape.shots  # type: ignore[no-any-return]
 
     @property
     def task(self) -> str:

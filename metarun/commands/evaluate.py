@@ -19,6 +19,7 @@ from metarun.commands.cells import Cell, Reference, cells_of, check_before_loadi
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
 from metarun.commands.languages import report_languages
 from metarun.commands.models import TestData, load_models
+from metarun.commands.rates import choose_rates
 from metarun.commands.references import with_references
 from metarun.config.build import instantiate
 from metarun.config.check import check
@@ -31,7 +32,8 @@ from metarun.reporting.console import Bar, console, inform, print_line, relative
 from metarun.storage.files import write_csv, write_json
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Metric
-from metarun.training.evaluation import EvalSettings, evaluate, paired_difference
+from metarun.tasks.rollouts import Rollouts
+from metarun.training.evaluation import EvalSettings, Result, evaluate, paired_difference
 from metarun.training.hardware import Hardware
 
 LINES = 100  # the most lines of the table of differences; with more, it is not printed
@@ -58,10 +60,10 @@ def run(cfg: DictConfig) -> float:
     if command.confusion and not any(cell.source.names for cell in possible):
         raise ConfigError("confusion=true: these tasks have no classes; leave it out")
     shown = instance_cells(possible, command)
+    choose_rates(possible, models, command, hardware)
     with Bar("eval", len(possible) * command.episodes, "episodes") as bar:
         for cell in possible:
-            if cell.steps is not None:
-                cell.algorithm.inner_loop.test_steps = cell.steps  # type: ignore[union-attr]
+            cell.set_steps()
             tasks = EvalSettings(cell.shape, command.episodes, command.seed)
             cell.result = evaluate(
                 cell.algorithm, cell.source, tasks, hardware, bar.advance, command.confusion
@@ -164,16 +166,23 @@ def draw(
             for metric in metrics
         }
         suffix = ".png" if len(kinds) == 1 else f"_{kind.name}.png"
-        if len({row["steps"] for row, _ in own if row["steps"] is not None}) > 1:
+        if len({row["episodes_seen"] for row, _ in own if row["episodes_seen"] is not None}) > 1:
+            names.append(f"episodes{suffix}")  # one axis for policies that learn by steps and by memory
+            seen = {
+                metric: [row | {"steps": row["episodes_seen"], "task": row["dataset"]} for row in of]
+                for metric, of in results.items()
+            }
+            plots.step_curves(seen, folder / names[-1], note, "episodes seen")
+        elif len({row["steps"] for row, _ in own if row["steps"] is not None}) > 1:
             names.append(f"steps{suffix}")
             plots.step_curves(results, folder / names[-1], note)
-            continue
-        names.append(f"results{suffix}")
-        plots.evaluation_grid(results, folder / names[-1], note)
-        to_best = {metric: difference_rows(of, pairs, best, metric) for metric, of in results.items()}
-        if to_best := {metric: of for metric, of in to_best.items() if of}:
-            names.append(f"differences{suffix}")
-            plots.differences(to_best, folder / names[-1], note)
+        else:
+            names.append(f"results{suffix}")
+            plots.evaluation_grid(results, folder / names[-1], note)
+            to_best = {metric: difference_rows(of, pairs, best, metric) for metric, of in results.items()}
+            if to_best := {metric: of for metric, of in to_best.items() if of}:
+                names.append(f"differences{suffix}")
+                plots.differences(to_best, folder / names[-1], note)
     return names
 
 
@@ -250,6 +259,8 @@ def row_of(cell: Cell, command: EvalConfig) -> dict[str, Any]:
         "shots": cell.shape.shots,
         "queries": cell.shape.queries,
         "steps": cell.steps,
+        "rate": cell.rate,
+        "episodes_seen": cell.episodes_seen,
         "metric": cell.metrics[0].name,
         "mean": result.mean if result else None,
         "interval": result.interval if result else None,
@@ -280,6 +291,8 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
     longest = max(len(cell.model.name) for cell in cells)
     timed = not (with_steps or several or many) and (longest <= 11 or console.width >= 100)
     transductive = "trans-\nductive" if several or many else "transductive"
+    if any(cell.episodes_seen is not None for cell in cells):
+        transductive = "episodes\nseen"
     table = Table(title=title)
     table.add_column("model", overflow="fold")
     if several:
@@ -314,10 +327,17 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
                 *(row if i == 0 else [""] * len(row)),
                 *([metric.name] if many else []),
                 cell_text,
-                ("yes" if result.uses_query_statistics else "no") if i == 0 else "",
+                last_column(cell, result) if i == 0 else "",
                 *([f"{result.seconds:.1f}"] if timed else []),
             )
     return table
+
+
+def last_column(cell: Cell, result: Result) -> str:
+    """How many episodes a policy saw; of other tasks, whether queries depend on each other."""
+    if issubclass(cell.source.spec.tasks, Rollouts):
+        return "" if cell.episodes_seen is None else str(cell.episodes_seen)
+    return "yes" if result.uses_query_statistics else "no"
 
 
 def comparisons(cells: Sequence[Cell], references: bool = False) -> list[dict[str, Any]]:

@@ -224,7 +224,9 @@ def check_values(values: dict[str, Any], frame: type, prefix: str = "") -> None:
 
 
 def check_positive(key: str, value: Any) -> None:
-    for number in value if OmegaConf.is_list(value) else [value]:
+    if value == []:
+        raise ConfigError(f"{key}=[]: must name at least one number")
+    for number in value if isinstance(value, list) or OmegaConf.is_list(value) else [value]:
         if isinstance(number, (int, float)) and not 0 < number < math.inf:  # also rejects NaN
             raise ConfigError(f"{key}={number}: must be above 0 and finite")
 

@@ -124,6 +124,7 @@ class EvalConfig:
     split: str = MISSING
     trained_classes: str = MISSING
     steps: OneOrMore = whole(0, None)  # noqa: RUF009
+    rates: list[float] | None = positive(None)  # noqa: RUF009
     metrics: list[str] | None = None
     confusion: bool = MISSING
     instances: int | None = whole(2, None)

@@ -248,10 +248,12 @@ def subject(results: Results, note: str) -> str:
     return ", ".join(part for part in what if part)
 
 
-def step_curves(results: Results, path: Path, note: str = "") -> None:
+def step_curves(results: Results, path: Path, note: str = "", unit: str = "inner steps") -> None:
     """Plot the score over inner steps, with 95 % intervals: a panel for each metric and task, a line a model.
 
-    The arguments are those of `evaluation_grid`.
+    Args:
+        results, path, note: those of `evaluation_grid`.
+        unit: what `steps` of the rows are.
     """
     every = [row for rows in results.values() for row in rows]
     models = list(dict.fromkeys(row["model"] for row in every))
@@ -264,6 +266,7 @@ def step_curves(results: Results, path: Path, note: str = "") -> None:
     lines: dict[str, Any] = {}  # collected over all panels, since a model may be missing in some
     for axis, ((metric, dataset, task), own) in zip(axes, tasks.items(), strict=True):
         step_panel(axis, own, models, metric, lines)
+        axis.set_xlabel(unit)
         axis.set_title(fitted(f"{dataset}, {task}" if several else task, 4.5, 11), fontsize=11)
         axis.set_ylabel(fitted(metric.label, 3, 9), fontsize=9)
     size = 8 if len(lines) <= 20 else 6
@@ -321,7 +324,6 @@ def step_panel(axis: Axes, rows: Rows, models: Sequence[str], metric: Metric, li
         low, high = min(finite) / 3, 2 * max(first, default=max(finite))
         axis.set_ylim(max(low, 0.9 * min(ends)), min(high, 1.1 * max(ends)))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("inner steps")
     axis.grid(alpha=0.3, which="both")
 
 
