@@ -60,9 +60,8 @@ def choose_rates(
                 if metric.is_better(scores[rate], than=scores[cell.rate]):
                     cell.rate = rate
             shown = ", ".join(f"{rate:g}: {metric.show(score)}" for rate, score in scores.items())
-            inform(
-                f"{cell.model.name}, {cell.task}: inner rate {cell.rate:g} ({metric.name} on validation: {shown})"
-            )
+            what = f"{cell.model.name}, {cell.task}: inner rate {cell.rate:g}"
+            inform(f"{what}; {metric.name} on validation {shown}")
 
 
 def rate_of(cell: Cell) -> float | None:

@@ -261,8 +261,19 @@ def build_trainer(
     about = list(spec.description) if spec.description else None
     record = {"config": plain(settings), "classes": spec.classes, "description": about, **record}
     record |= {"files": dataset.files} if dataset.files else {}
+    sampler = instantiate(settings.sampler, "sampler") if settings.sampler else None
     return Trainer(
-        algorithm, optimizer, scheduler, train, validation, plan, hardware, folder, record, outer_loop
+        algorithm,
+        optimizer,
+        scheduler,
+        train,
+        validation,
+        plan,
+        hardware,
+        folder,
+        record,
+        outer_loop,
+        sampler,
     )
 
 

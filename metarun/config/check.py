@@ -49,6 +49,7 @@ KINDS = {
     "augment": "metarun.datasets.augment.Augment",
     "inner_loop": "metarun.inner_loops.base.InnerLoop",
     "outer_loop": "metarun.training.outer_loops.OuterLoop",
+    "sampler": "metarun.tasks.curriculum.PrioritizedReplay",
     "hardware": "metarun.training.hardware.Hardware",
     "optimizer": "torch.optim.Optimizer",
     "scheduler": "torch.optim.lr_scheduler.LRScheduler",

@@ -89,6 +89,7 @@ class TrainConfig:
     backbone: Node = MISSING
     inner_loop: Node = None
     outer_loop: Node = None
+    sampler: Node = None
     augment: Node = None
     hardware: Node = MISSING
     ways: int = whole(1)

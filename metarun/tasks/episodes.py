@@ -47,11 +47,13 @@ class Outcome:
             method's loss is not a sum over tasks.
         scores: each metric's score of each task [T], by the metric's name; without a graph.
         outputs: the outputs for the queries [T, B, N], where there are any.
+        gain: how much adaptation raised the score of each task [T], where that is known without more work.
     """
 
     loss: Tensor
     scores: Mapping[str, Tensor]
     outputs: Tensor | None = None
+    gain: Tensor | None = None
 
 
 class Tasks(ABC):

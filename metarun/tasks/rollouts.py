@@ -105,7 +105,7 @@ class Rollouts(Tasks):
         outputs, log_probs = self.revisit(batch, model)
         losses = outer_loss(log_probs, batch, self.world.actions, self.clip)
         losses, self.inner_terms = losses + sum(self.inner_terms), []
-        return Outcome(losses, self.scores(), outputs.flatten(1, 2))
+        return Outcome(losses, self.scores(), outputs.flatten(1, 2), self.gain())
 
     def divergence(self, outcome: Outcome) -> Tensor:
         """The mean divergence of a policy, by its outcome, from the one that acted in the queries, [T]."""
@@ -141,6 +141,11 @@ class Rollouts(Tasks):
         """A model's outputs [T, H, E, N] in trajectories, and its log-probabilities of actions [T, H, E]."""
         outputs = model(batch.observations.flatten(1, 2)).unflatten(1, batch.rewards.shape[1:])
         return outputs, self.world.actions.log_prob(outputs, batch.actions)
+
+    def gain(self) -> Tensor:
+        """How much higher the return of the queries is than that before the first inner step, [T]."""
+        first = self.recorded.get(SCORED + 1, self.recorded[SCORED])
+        return self.recorded[SCORED].returns.mean(1) - first.returns.mean(1)
 
     def scores(self) -> dict[str, Tensor]:
         """The scores of the recorded trajectories, [T] each, by metric."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from metarun.algorithms.base import Algorithm
 from metarun.errors import TrainingError, counted, first_line, is_out_of_memory
 from metarun.tasks.class_store import ClassStore
+from metarun.tasks.curriculum import PrioritizedReplay
 from metarun.tasks.episodes import EpisodeShape, Outcome, Tasks, run_parts
 from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.sampling import fetched_ahead, training_draws
@@ -69,6 +71,7 @@ class OuterStep:
         hardware: the number of tasks at once, compilation and CUDA graphs.
         clip: gradient clipping, if any.
         outer_loop: what is done with the meta-gradient.
+        sampler: which tasks are drawn again; None: each step has new tasks.
 
     Attributes:
         running_totals: sums over tasks of the loss and of each metric since they were last reset,
@@ -86,10 +89,13 @@ class OuterStep:
         hardware: Hardware,
         clip: Clip | None = None,
         outer_loop: OuterLoop | None = None,
+        sampler: PrioritizedReplay | None = None,
     ) -> None:
         self.algorithm, self.optimizer, self.source = algorithm, optimizer, source
         self.shape, self.meta_batch, self.seed = shape, meta_batch, seed
         self.hardware, self.clip, self.outer_loop = hardware, clip, outer_loop or GradientStep()
+        self.sampler = sampler
+        self.task_scores: list[Tensor] = []  # of the current step, for the sampler
         self.metrics = source.spec.objective.metrics
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
         self.running_totals = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=hardware.device)
@@ -118,7 +124,8 @@ class OuterStep:
         self.optimizer.zero_grad()
         self.draws = self.draws_from(start)
         bytes_of_one = functools.cache(self.bytes_of_one_task)
-        static, on_gpu = self.source.spec.static, self.hardware.device.type == "cuda"
+        on_gpu = self.hardware.device.type == "cuda"
+        static = self.source.spec.static and not self.sampler  # which has to know the score of each task
         self.at_once = self.hardware.tasks_at_once(self.most_at_once, bytes_of_one)
         self.capturing = False
         on_host = self.host_store() is not None
@@ -137,6 +144,9 @@ class OuterStep:
 
     def draws_from(self, start: int) -> Iterator[Draw]:
         """The draws of the meta-batches from iteration `start` on."""
+        if self.sampler is not None:
+            drawn = (self.source, self.meta_batch, self.shape, self.seed)
+            return (self.sampler.draw(*drawn, iteration) for iteration in itertools.count(start))
         store = self.host_store()
         device = "cpu" if store else self.hardware.device
         draws = training_draws(self.source, self.meta_batch, self.shape, self.seed, start, device)
@@ -167,6 +177,7 @@ class OuterStep:
         if self.algorithm.on_step_start(self.iteration):
             self.prepare(self.iteration, self.say)
         self.iteration += 1
+        self.task_scores.clear()
         draw = next(self.draws)
         if self.graph is not None:
             self.replay(draw)
@@ -176,6 +187,8 @@ class OuterStep:
             self.eager_step(draw)
             if self.eager_steps_left:
                 self.eager_steps_left -= 1
+        if self.sampler is not None:
+            self.sampler.update(torch.cat(self.task_scores), self.iteration)
 
     def eager_step(self, draw: Draw) -> None:
         self.outer_loop.step(self, draw)
@@ -190,6 +203,7 @@ class OuterStep:
                 if self.capturing or not is_out_of_memory(error):
                     raise  # a graph that is captured already contains part of the failed step
                 failed = first_line(error)
+            self.task_scores.clear()
             self.halve(failed)
         self.write_gradient(grads)
         self.running_totals += figures
@@ -203,7 +217,8 @@ class OuterStep:
         """
         total: Gradient | None = None
         for tasks in batches:
-            part = self.gradient_of(self.algorithm.meta_loss, self.params, tasks, count)
+            outcome, grads = self.gradient_of(self.algorithm.meta_loss, self.params, tasks, count)
+            part = grads, outcome.loss.detach()
             total = part if total is None else add(total, part)
         assert total is not None
         self.write_gradient(total[0])
@@ -248,19 +263,25 @@ class OuterStep:
     def meta_gradient(self, meta_loss: MetaLoss, params: Sequence[Tensor], draw: Draw) -> Gradient:
         """The share of these tasks in the meta-gradient, and the sums of their losses and scores."""
         tasks = self.source.gather(draw, self.shape).to(self.hardware.dtype)
-        return self.gradient_of(meta_loss, params, tasks, self.meta_batch)
+        outcome, grads = self.gradient_of(meta_loss, params, tasks, self.meta_batch)
+        return grads, self.figures(outcome, len(tasks))
 
-    def gradient_of(self, meta_loss: MetaLoss, params: Sequence[Tensor], tasks: Tasks, of: int) -> Gradient:
-        """The share of tasks in the meta-gradient of a batch of `of` tasks, and the sums of their figures."""
+    def gradient_of(
+        self, meta_loss: MetaLoss, params: Sequence[Tensor], tasks: Tasks, of: int
+    ) -> tuple[Outcome, list[Tensor | None]]:
+        """The outcome of tasks, and their share in the meta-gradient of `of` tasks."""
         with explained_derivatives():
             outcome = run_parts(meta_loss, tasks)
             loss, count = outcome.loss.mean(), len(tasks)
             share = loss if count == of else loss * (count / of)
             grads = torch.autograd.grad(share, params, allow_unused=True)
-        return list(grads), self.figures(outcome, count)
+        return outcome, list(grads)
 
     def figures(self, outcome: Outcome, count: int) -> Tensor:
         """The sums of the losses and the scores of `count` tasks, float64 [1 + metrics]."""
+        if self.sampler is not None:
+            score = outcome.loss.detach().expand(count) if outcome.gain is None else outcome.gain
+            self.task_scores.append(score)
         loss = outcome.loss.detach().mean()
         scores = [outcome.scores[metric.name].mean().to(loss.dtype) for metric in self.metrics]
         return torch.stack([loss, *scores]).double() * count

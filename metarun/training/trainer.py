@@ -20,6 +20,7 @@ from metarun.errors import TrainingError
 from metarun.reporting.console import Bar, inform
 from metarun.reporting.progress import live_line, validation_line
 from metarun.reporting.tracker import Tracker
+from metarun.tasks.curriculum import PrioritizedReplay
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
@@ -95,6 +96,7 @@ class Trainer:
         folder: where checkpoints are written.
         record: plain values to include in every checkpoint.
         outer_loop: what is done with the meta-gradient; None: one step of the optimizer.
+        sampler: which tasks are drawn again, if any are.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Trainer:
         folder: Path,
         record: Mapping[str, Any],
         outer_loop: OuterLoop | None = None,
+        sampler: PrioritizedReplay | None = None,
     ) -> None:
         self.algorithm, self.optimizer, self.scheduler = algorithm, optimizer, scheduler
         self.scheduled_by_score = scheduler is not None and needs_score(type(scheduler))
@@ -125,7 +128,9 @@ class Trainer:
             hardware,
             settings.clip,
             outer_loop,
+            sampler,
         )
+        self.sampler = sampler
         self.tasks = 0  # the number of tasks in the running totals
         self.iteration = 0
         self.saved_at: int | None = None  # the iteration of last.pt, if there is one
@@ -152,6 +157,7 @@ class Trainer:
                 "running_totals": self.outer_step.running_totals,
                 "tasks": self.tasks,
                 "validation_due": self.validation_due,
+                "sampler": self.sampler.state_dict() if self.sampler else None,
             }
         )
 
@@ -169,6 +175,8 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_random"], self.hardware.device)
         self.outer_step.running_totals.copy_(state["running_totals"])
         self.tasks = state["tasks"]
+        if self.sampler and state.get("sampler"):
+            self.sampler.load_state_dict(state["sampler"])
         self.validation_due = bool(state.get("validation_due"))  # older checkpoints have no such entry
 
     @property

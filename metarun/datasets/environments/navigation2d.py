@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ class Navigation2D(Environments):
 
     Args:
         half: half of the side of the square.
+        reward: "distance", or "sparse": 1 within `radius` of the goal and 0 elsewhere, in episodes that do
+            not end at the goal.
+        radius: see `reward`.
         horizon: the number of time steps of an episode.
         estimator: see `Estimator`.
     """
@@ -34,21 +39,30 @@ class Navigation2D(Environments):
     actions: Actions = Box(2)
     observation = (2,)
 
-    def __init__(self, *, half: float = 0.5, horizon: int = 100, estimator: Estimator = DEFAULT) -> None:
+    def __init__(
+        self,
+        *,
+        half: float = 0.5,
+        horizon: int = 100,
+        reward: Literal["distance", "sparse"] = "distance",
+        radius: float = 0.2,
+        estimator: Estimator = DEFAULT,
+    ) -> None:
         super().__init__(estimator, horizon)
-        if half <= 0:
-            raise ConfigError(f"dataset.half={half}: must be above 0")
-        self.half = half
+        if min(half, radius) <= 0:
+            raise ConfigError(f"dataset.half={half}, dataset.radius={radius}: must be above 0")
+        self.half, self.reward, self.radius = half, reward, radius
 
     @property
     def identity(self) -> str:
-        return f"{self.half} {self.horizon}"
+        return f"{self.half} {self.horizon}" + (f" {self.radius}" if self.reward == "sparse" else "")
 
     def sample(self, split: Split, tasks: int, generator: torch.Generator) -> Parameters:
         return {"goal": uniform((-self.half, self.half), (tasks, 2), generator)}
 
     def world(self, parameters: Parameters, device: torch.device | str) -> World:
-        return Plane(parameters["goal"].to(device), self.horizon)
+        radius = self.radius if self.reward == "sparse" else None
+        return Plane(parameters["goal"].to(device), self.horizon, radius)
 
     def positions(self, batch: Trajectories) -> Tensor:
         return batch.observations
@@ -62,7 +76,8 @@ class Navigation2D(Environments):
         position, total = torch.zeros_like(goal), torch.zeros(len(goal), dtype=torch.float64)
         for _ in range(self.horizon):
             position = position + (goal - position).clamp(-STEP, STEP)
-            total = total - (goal - position).norm(dim=-1)
+            away = (goal - position).norm(dim=-1)
+            total = total + (away < self.radius if self.reward == "sparse" else -away)
         return total
 
 
@@ -72,16 +87,18 @@ class Plane(World):
     Args:
         goals: [T, 2].
         horizon: the number of time steps of an episode.
+        radius: within which the reward is 1, if it is sparse.
     """
 
-    def __init__(self, goals: Tensor, horizon: int) -> None:
-        self.goals, self.horizon, self.actions, self.device = goals, horizon, Box(2), goals.device
+    def __init__(self, goals: Tensor, horizon: int, radius: float | None = None) -> None:
+        self.goals, self.horizon, self.radius = goals, horizon, radius
+        self.actions, self.device = Box(2), goals.device
 
     def __len__(self) -> int:
         return len(self.goals)
 
     def to(self, dtype: torch.dtype) -> Plane:
-        return Plane(self.goals.to(dtype), self.horizon)
+        return Plane(self.goals.to(dtype), self.horizon, self.radius)
 
     def reset(self, episodes: int, chance: Tensor) -> Tensor:
         self.position = self.goals.new_zeros(len(self.goals), episodes, 2)
@@ -90,4 +107,8 @@ class Plane(World):
     def step(self, actions: Tensor, chance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.position = self.position + STEP * actions.clamp(-1, 1)
         away = self.position - self.goals.unsqueeze(1)
-        return self.position, -away.norm(dim=-1), (away.abs() < NEAR).all(-1)
+        distance = away.norm(dim=-1)
+        if self.radius is not None:
+            near = (distance < self.radius).to(distance.dtype)
+            return self.position, near, torch.zeros_like(distance, dtype=torch.bool)
+        return self.position, -distance, (away.abs() < NEAR).all(-1)
