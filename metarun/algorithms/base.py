@@ -113,6 +113,9 @@ class Algorithm(nn.Module, ABC):
         """Raise ConfigError if the method does not support tasks of this shape from this source."""
         self.check_shots(source, shape.shots)
         self.check(shape.ways)
+        environment = issubclass(source.spec.tasks, Rollouts)
+        if environment and not shape.shots and self.takes_steps and self.inner_loop.step_count():  # type: ignore[operator, union-attr]
+            raise ConfigError("shots=0: an inner step learns from trajectories; set shots to 1 or more")
 
     @classmethod
     def check_shots(cls, source: EpisodeSource, shots: int) -> None:

@@ -88,6 +88,15 @@ def dataset_for(command: Command | PredictConfig, model: Model) -> Dataset:
     if node == model.settings.dataset:
         return model.dataset
     dataset = build_dataset(node)
+    if issubclass(dataset.spec.tasks, Rollouts) != issubclass(model.spec.tasks, Rollouts):
+        kinds = [
+            "an environment" if issubclass(s.tasks, Rollouts) else "examples"
+            for s in (dataset.spec, model.spec)
+        ]
+        raise ConfigError(
+            f"dataset={dataset_name(model)}: is {kinds[0]}, and the model was trained on {kinds[1]}; choose another "
+            "dataset, or leave dataset out for that of its training"
+        )
     for override in HydraConfig.get().overrides.task:
         name = override.partition("=")[0].lstrip("+").removeprefix("dataset.")
         if name in dataset.of_model and not same_preparation(name, node, model):

@@ -224,6 +224,7 @@ def build_trainer(
     metric = objective.metrics[0]
     capturable = try_out(settings, metric, hardware)
     outer_loop = build_outer_loop(settings, dataset.spec)
+    sampler = instantiate(settings.sampler, "sampler") if settings.sampler else None
     train, validation = (
         load_split(dataset, split, hardware, record, resumed).reporting(objective)
         for split in ("train", "validation")
@@ -261,7 +262,6 @@ def build_trainer(
     about = list(spec.description) if spec.description else None
     record = {"config": plain(settings), "classes": spec.classes, "description": about, **record}
     record |= {"files": dataset.files} if dataset.files else {}
-    sampler = instantiate(settings.sampler, "sampler") if settings.sampler else None
     return Trainer(
         algorithm,
         optimizer,

@@ -1,0 +1,160 @@
+"""Environments through the command line, on one small run of 2D navigation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.xdist_group("environments")  # one process trains for all
+
+SMALL = [
+    "dataset=navigation2d",
+    "dataset.horizon=8",
+    "backbone.hidden=[16]",
+    "shots=4",
+    "queries=4",
+    "meta_batch=4",
+    "iterations=4",
+    "validation.every=2",
+    "validation.episodes=6",
+    "test.episodes=6",
+    "checkpoint.every=1",
+    "hardware=cpu",
+    "log.tensorboard=false",
+]
+
+
+def test_training_reports_the_return_before_and_after_adaptation(trained):
+    run = trained(*SMALL)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if row["split"] == "validation"] == [0, 2, 4]
+    assert all(math.isfinite(row["return"]) and math.isfinite(row["return_before"]) for row in rows)
+    result = json.loads((run / "result.json").read_text())
+    assert result["metric"] == "return"
+    assert result["test"]["metrics"].keys() == {"return", "return_before"}
+
+
+def test_progress_lines_say_before_and_after(metarun):
+    done = metarun("train", *SMALL, "iterations=1", "test.episodes=0", "hydra.run.dir=run")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("iteration      1"))
+    assert line.count(" to ") == 2 and "loss" not in line
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "plr"])
+def test_a_run_that_stopped_ends_like_one_that_did_not(metarun, trained, sampler: str):
+    words = [*SMALL, f"sampler={sampler}", "test.episodes=0"]
+    whole = trained(*words)
+    metarun("train", *words, "iterations=2", "hydra.run.dir=run")
+    metarun("train", "resume=run", "iterations=4")
+    states = [torch.load(each / "last.pt", weights_only=True) for each in (whole, Path("run"))]
+    for name, weight in states[0]["algorithm"].items():
+        assert torch.equal(weight, states[1]["algorithm"][name]), name
+    if sampler == "plr":
+        assert torch.equal(*(state["sampler"]["scores"] for state in states))
+    logs = [(each / "metrics.jsonl").read_text().splitlines() for each in (whole, Path("run"))]
+    rows = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
+    assert rows[0] == rows[1]
+
+
+def test_evaluation_over_steps_with_a_rate_for_each(metarun, trained):
+    run = trained(*SMALL)
+    done = metarun(
+        "eval", f"checkpoint={run}", "steps=[0,1,2]", "rates=[0.01,0.1]", "episodes=6", "queries=3",
+        "hydra.run.dir=out",
+    )  # fmt: skip
+    assert done.stderr.count("inner rate 0.") == 2  # there is nothing to choose without a step
+    assert "episodes" in done.stdout and "seen" in done.stdout and "transductive" not in done.stdout
+    rows = list(csv.DictReader(Path("out/results.csv").read_text().splitlines()))
+    assert [row["episodes_seen"] for row in rows] == ["0", "4", "8"]
+    assert len({row["episodes_hash"] for row in rows}) == 1
+    assert [bool(row["rate"]) for row in rows] == [False, True, True]
+
+
+def test_the_chosen_rate_is_the_one_that_is_evaluated(metarun, trained):
+    run = trained(*SMALL)
+    scores = {}
+    for name, words in {
+        "chosen": ["rates=[0.001,0.1]"],
+        "small": ["rates=[0.001]"],
+        "large": ["rates=[0.1]"],
+    }.items():
+        metarun("eval", f"checkpoint={run}", "episodes=6", *words, f"hydra.run.dir={name}")
+        (row,) = json.loads(Path(name, "results.json").read_text())["results"]
+        scores[name] = row["rate"], row["mean"]
+    assert scores["small"][1] != scores["large"][1]
+    assert scores["chosen"] in (scores["small"], scores["large"])
+
+
+@pytest.mark.pictures
+def test_adapting_to_one_task_shows_each_step_and_the_paths(metarun, trained):
+    run = trained(*SMALL)
+    words = ["adapt", f"checkpoint={run}", "task={goal:[0.3,-0.4]}", "steps=2"]
+    done = metarun(*words, "hydra.run.dir=out")
+    assert "goal [0.3, -0.4]" in done.stdout
+    assert "best possible return" in done.stderr
+    rows = json.loads(Path("out/steps.json").read_text())
+    assert [(row["step"], row["episodes seen"]) for row in rows] == [(0, 0), (1, 4), (2, 8)]
+    assert Path("out/paths.png").stat().st_size > 5000
+    content = torch.load("out/adapted.pt", weights_only=True)
+    assert content["adapted"]["params"]["head.constants"].shape == (1, 2)
+    metarun(*words, "hydra.run.dir=again")
+    assert json.loads(Path("again/steps.json").read_text()) == rows
+
+
+def test_a_policy_that_is_not_finite_is_refused(metarun, trained):
+    broken = shutil.copytree(trained(*SMALL), "broken")
+    metarun("adapt", f"checkpoint={broken}", "steps=1")  # it was sound
+    state = torch.load("broken/best.pt", weights_only=True)
+    state["algorithm"]["learner.head.constants"] += 200.0  # deviations that overflow
+    torch.save(state, "broken/best.pt")
+    done = metarun("adapt", f"checkpoint={broken}", "steps=1", status=1)
+    assert "not finite" in done.stderr and done.stderr.count("\n") == 1
+
+
+ERRORS = {
+    "train dataset=navigation2d algorithm=protonet": "and this dataset is an environment",
+    "train dataset=navigation2d algorithm=maml_plus_plus": "learns from labelled examples",
+    "train dataset=navigation2d ways=5": "a task of an environment has one way",
+    "train dataset=navigation2d backbone=conv4": "backbone=conv4 takes images",
+    "train dataset=navigation2d shots=0": "shots=0: an inner step learns from trajectories",
+    "train dataset=navigation2d augment=standard": "has no images to augment",
+    "train dataset=navigation2d optimizer.lr=0.1": "nothing reads it in outer_loop=trpo",
+    "train dataset=navigation2d dataset.estimator.credt=true": "did you mean 'credit'",
+    "train dataset=navigation2d dataset.estimator.surrogate=foo": "must be one of log_prob, lvc, dice",
+    "train dataset=navigation2d outer_loop=gradient dataset.estimator.credit=true": "choose outer_loop=trpo",
+    "train dataset=navigation2d algorithm=reptile": "choose outer_loop=gradient",
+    "train dataset=navigation2d metrics=[accuracy]": "have no 'accuracy'; choose from return",
+    "train outer_loop=ppo": "is for environments",
+    "train sampler=plr sampler.replay=2": "sampler.replay=2, sampler.staleness=0.1: must be from 0 to 1",
+}
+
+
+@pytest.mark.parametrize("words", ERRORS)
+def test_errors_are_one_line(metarun, words: str):
+    done = metarun(*words.split(), status=1)
+    assert ERRORS[words] in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_errors_of_other_commands(metarun, trained):
+    run = trained(*SMALL)
+    for words, message in {
+        "adapt task={gaol:[1,2]}": "has the parameters goal, as in",
+        "adapt task={goal:[1]}": "task.goal=[1]: must be 2 numbers",
+        "adapt task={goal:near}": "task.goal=near: must be 2 numbers",
+        "adapt support=. task={goal:[1,2]}": "nothing reads it with support",
+        "adapt dataset=glyphs": "glyphs",
+        "eval dataset=glyphs": "glyphs",
+        "eval rates=[]": "rates=[]: must name at least one number",
+        "eval rates=[-1.0]": "rates=-1.0: must be above 0",
+    }.items():
+        command, *rest = words.split()
+        done = metarun(command, f"checkpoint={run}", *rest, status=1)
+        assert message in done.stderr, (words, done.stderr)
+        assert done.stderr.strip().count("\n") == 0, done.stderr
