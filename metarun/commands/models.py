@@ -89,10 +89,8 @@ def dataset_for(command: Command | PredictConfig, model: Model) -> Dataset:
         return model.dataset
     dataset = build_dataset(node)
     if issubclass(dataset.spec.tasks, Rollouts) != issubclass(model.spec.tasks, Rollouts):
-        kinds = [
-            "an environment" if issubclass(s.tasks, Rollouts) else "examples"
-            for s in (dataset.spec, model.spec)
-        ]
+        specs = dataset.spec, model.spec
+        kinds = ["an environment" if issubclass(spec.tasks, Rollouts) else "examples" for spec in specs]
         raise ConfigError(
             f"dataset={dataset_name(model)}: is {kinds[0]}, and the model was trained on {kinds[1]}; choose another "
             "dataset, or leave dataset out for that of its training"
