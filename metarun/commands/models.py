@@ -92,8 +92,8 @@ def dataset_for(command: Command | PredictConfig, model: Model) -> Dataset:
         specs = dataset.spec, model.spec
         kinds = ["an environment" if issubclass(spec.tasks, Rollouts) else "examples" for spec in specs]
         raise ConfigError(
-            f"dataset={dataset_name(model)}: is {kinds[0]}, and the model was trained on {kinds[1]}; choose another "
-            "dataset, or leave dataset out for that of its training"
+            f"dataset={dataset_name(model)}: is {kinds[0]}, and the model was trained on {kinds[1]}; choose "
+            "another dataset, or leave dataset out for that of its training"
         )
     for override in HydraConfig.get().overrides.task:
         name = override.partition("=")[0].lstrip("+").removeprefix("dataset.")

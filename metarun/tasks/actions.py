@@ -50,6 +50,10 @@ class Actions(ABC):
         """The Kullback-Leibler divergence of the distribution of `new` outputs from that of `old`, [...]."""
 
     @abstractmethod
+    def information(self, outputs: Tensor, vectors: Tensor) -> Tensor:
+        """Products of the Fisher information of the distributions with vectors, [..., N] each."""
+
+    @abstractmethod
     def entropy(self, outputs: Tensor) -> Tensor:
         """The entropy of the distributions, [...]."""
 
@@ -83,6 +87,10 @@ class Box(Actions):
         (old_mean, old_log), (new_mean, new_log) = self.split(old), self.split(new)
         squares = (2 * old_log).exp() + (old_mean - new_mean).square()
         return (new_log - old_log + 0.5 * squares * (-2 * new_log).exp() - 0.5).sum(-1)
+
+    def information(self, outputs: Tensor, vectors: Tensor) -> Tensor:
+        means, log_stds = vectors.split(self.outputs, -1)
+        return torch.cat([means * (-2 * self.split(outputs)[1]).exp(), 2 * log_stds], -1)
 
     def entropy(self, outputs: Tensor) -> Tensor:
         return (self.split(outputs)[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
@@ -118,6 +126,10 @@ class Discrete(Actions):
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
         old_log, new_log = F.log_softmax(old, -1), F.log_softmax(new, -1)
         return (old_log.exp() * (old_log - new_log)).sum(-1)
+
+    def information(self, outputs: Tensor, vectors: Tensor) -> Tensor:
+        weighted = outputs.softmax(-1) * vectors
+        return weighted - outputs.softmax(-1) * weighted.sum(-1, keepdim=True)
 
     def entropy(self, outputs: Tensor) -> Tensor:
         log_shares = F.log_softmax(outputs, -1)

@@ -114,6 +114,16 @@ class Rollouts(Tasks):
         outputs = outcome.outputs.view_as(batch.outputs)
         return alive_mean(self.world.actions.divergence(batch.outputs, outputs), batch.alive)
 
+    def information(self, outputs: Tensor, vectors: Tensor) -> Tensor:
+        """Products of the Fisher information of the mean divergence with vectors [T, H * E, N].
+
+        Args:
+            outputs: of a network in the recorded queries, [T, H * E, N].
+            vectors: like them.
+        """
+        alive = self.recorded[SCORED].alive.flatten(1).unsqueeze(-1)
+        return self.world.actions.information(outputs, vectors) * alive / alive.sum(1, keepdim=True)
+
     def thinned(self, every: int) -> Rollouts:
         """The same recorded tasks with one of so many time steps of the queries."""
         scored = self.recorded[SCORED].map(lambda x: x[:, ::every] if x.dim() > 2 else x)

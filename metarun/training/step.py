@@ -218,7 +218,7 @@ class OuterStep:
         total: Gradient | None = None
         for tasks in batches:
             outcome, grads = self.gradient_of(self.algorithm.meta_loss, self.params, tasks, count)
-            part = grads, outcome.loss.detach()
+            part = grads, outcome.loss.detach().sum()
             total = part if total is None else add(total, part)
         assert total is not None
         self.write_gradient(total[0])

@@ -49,8 +49,9 @@ class Navigation2D(Environments):
         estimator: Estimator = DEFAULT,
     ) -> None:
         super().__init__(estimator, horizon)
-        if min(half, radius) <= 0:
-            raise ConfigError(f"dataset.half={half}, dataset.radius={radius}: must be above 0")
+        for name, value in {"half": half, "radius": radius}.items():
+            if value <= 0:
+                raise ConfigError(f"dataset.{name}={value}: must be above 0")
         self.half, self.reward, self.radius = half, reward, radius
 
     @property
