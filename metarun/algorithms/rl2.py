@@ -29,14 +29,14 @@ class RL2(Algorithm):
 
     A task is a trial: K shots, then Q queries, which are episodes played one after the other. At each step,
     the memory reads the observation, the action and the reward of the step before, their product, and whether
-    an episode begins. Training maximises the discounted return of the whole trial by PPO (`outer_loop=ppo`), with
-    generalised advantages over the trial from a critic, which is a second head. Scores are of the queries.
+    an episode begins. Training maximises the discounted return of the whole trial by PPO, with generalised
+    advantages over the trial from a critic, which is a second head. Scores are of the queries.
 
-    Departures from Duan et al.: PPO in the place of TRPO, and a critic that shares the memory in the place of
-    a linear baseline, and the product of action and reward as a further input, with which bandits are learned
-    from half as many trials. The critic predicts returns that are scaled by running statistics of them; advantages
-    are scaled by those of all tasks of an iteration. Of an episode that ended before the horizon, the memory
-    also reads the idle steps.
+    Departures from Duan et al.: PPO in the place of TRPO; a critic that shares the memory in the place of a
+    linear baseline; the product of action and reward as a further input, which saves half of the training on
+    bandits. The critic predicts returns that are scaled by running statistics of them; advantages are scaled
+    by those of all tasks of an iteration. Where an episode ended before the horizon, the memory also reads the
+    idle steps.
 
     Args:
         backbone, outputs, constants: passed by the builder; see `Algorithm`.
