@@ -33,10 +33,10 @@ class RL2(Algorithm):
     advantages over the trial from a critic, which is a second head. Scores are of the queries.
 
     Departures from Duan et al.: PPO in the place of TRPO; a critic that shares the memory in the place of a
-    linear baseline; the product of action and reward as a further input, which saves half of the training on
-    bandits. The critic predicts returns that are scaled by running statistics of them; advantages are scaled
-    by those of all tasks of an iteration. Where an episode ended before the horizon, the memory also reads the
-    idle steps.
+    linear baseline; the product of action and reward as a further input, which saves half of the training
+    on bandits. The critic predicts returns that are scaled by running statistics of them; advantages are
+    scaled by those of all tasks of an iteration. The memory also reads the idle steps of an episode that
+    ended before the horizon.
 
     Args:
         backbone, outputs, constants: passed by the builder; see `Algorithm`.
