@@ -219,14 +219,14 @@ def check_values(values: dict[str, Any], frame: type, prefix: str = "") -> None:
         elif "least" in each.metadata:
             check_number(key, value, each.metadata["least"])
         elif "positive" in each.metadata:
+            if value == []:
+                raise ConfigError(f"{key}=[]: must name at least one number")
             check_positive(key, value)
         elif value != "???" and not matches(value, hints[each.name]):
             raise ConfigError(f"{key}={shown(value)}: must be {describe(hints[each.name])}")
 
 
 def check_positive(key: str, value: Any) -> None:
-    if value == []:
-        raise ConfigError(f"{key}=[]: must name at least one number")
     for number in value if isinstance(value, list) or OmegaConf.is_list(value) else [value]:
         if isinstance(number, (int, float)) and not 0 < number < math.inf:  # also rejects NaN
             raise ConfigError(f"{key}={number}: must be above 0 and finite")
