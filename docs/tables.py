@@ -26,6 +26,7 @@ from metarun.algorithms.maml import MAML
 from metarun.config.build import build_algorithm, build_dataset, instantiate
 from metarun.config.comments import facts
 from metarun.config.paths import CONF
+from metarun.config.published import Published, published_in
 from metarun.config.schema import register_frames, typed
 from metarun.errors import ConfigError
 from metarun.tasks.objectives import CLASSIFICATION, REGRESSION, Metric
@@ -185,6 +186,32 @@ def default_of(group: str) -> str | None:
     return next((each[group] for each in chosen if group in each), None)
 
 
+def published() -> str:
+    """The results of papers in the files of the recipes."""
+    rows = []
+    for path in sorted((CONF / "recipe").glob("*.yaml")):
+        for each in published_in(OmegaConf.to_container(OmegaConf.load(path))):  # type: ignore[arg-type]
+            task = f"{each.dataset}, {each.ways}-way {each.shots}-shot"
+            facts = [task, each.shown, "yes" if each.transductive else "no", each.backbone]
+            rows.append([f"`{path.stem}`", *facts, str(each.episodes or "not stated"), *source_of(each)])
+    headings = [
+        "`recipe=`",
+        "task",
+        "published",
+        "transductive",
+        "`backbone=`",
+        "test tasks",
+        "source",
+        "differs here",
+    ]
+    return markdown(headings, rows)
+
+
+def source_of(each: Published) -> list[str]:
+    """The paper with its table, and what is always another protocol here."""
+    return [f"{each.paper}, {each.where}", each.differs or "-"]
+
+
 #: The tables by the names of their markers: the file that each is in, and what writes it.
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "options": ("README.md", all_options),
@@ -193,6 +220,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "feature-based methods": ("docs/feature_based.md", feature_methods),
     "methods with a memory": ("docs/reinforcement.md", memory_methods),
     "metrics": ("docs/metrics.md", metrics),
+    "published results": ("docs/published.md", published),
 }
 
 

@@ -21,6 +21,7 @@ from metarun.commands.languages import report_languages
 from metarun.commands.models import TestData, load_models
 from metarun.commands.rates import choose_rates
 from metarun.commands.references import with_references
+from metarun.commands.verdicts import report_verdicts, verdicts_of
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.schema import EvalConfig, typed
@@ -116,10 +117,15 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     # Not a caption of the table, which would be wrapped to the width of the table.
     found = hashes(cells)
     print_line("episodes' hash: " + ", ".join(found if len(found) <= HASHES else ["see results.csv"]))
+    beside = report_verdicts(verdicts_of(cells, command))
     pairs = comparisons(cells)
     report_pairs(pairs, cells)
     full = [row | scores_of(cell) for row, cell in zip(rows, cells, strict=True)]
-    write_json(folder / "results.json", {"results": full, "comparisons": [plain_pair(p) for p in pairs]})
+    write_json(
+        folder / "results.json",
+        {"results": full, "comparisons": [plain_pair(p) for p in pairs]}
+        | ({"verdicts": beside} if beside else {}),
+    )
     write_csv(folder / "results.csv", rows)
     names = ["results.json", "results.csv", *draw(cells, rows, comparisons(cells, references=True), folder)]
     names += report_languages(cells, folder)

@@ -100,10 +100,12 @@ def cells_of(each: Record) -> tuple[str, ...]:
 
 
 def happened(each: Record) -> str:
-    """What else there is to say about a run: where it is, or why it failed."""
+    """What else there is to say about a run: where it is, why it failed, or what became of its recipe."""
     if each.why:
         return f": {each.why}"
-    return "" if each.status == "ended" else f": iteration {each.iteration}"
+    if each.status != "ended":
+        return f": iteration {each.iteration}"
+    return f": {'; '.join(each.verdicts)}" if each.verdicts else ""
 
 
 def shown(each: Record, figure: Figure | None) -> str:

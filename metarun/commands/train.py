@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.panel import Panel
-from rich.table import Column, Table
-from rich.text import Text
 
 from metarun.commands.shapes import check_before_loading, check_shape
+from metarun.commands.summary import report
 from metarun.commands.trained_on import classes_before, load_split, note_weights
 from metarun.config.build import (
     build_algorithm,
@@ -37,11 +35,11 @@ from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.targets import trust_words, trusted_modules
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError, counted, described
+from metarun.errors import ConfigError, described
 from metarun.reporting import plots
-from metarun.reporting.console import Bar, console, inform, print_line, relative
+from metarun.reporting.console import Bar, inform, relative
 from metarun.reporting.tracker import Tracker
-from metarun.storage.files import remove_temporary, write_json, write_text
+from metarun.storage.files import remove_temporary, write_text
 from metarun.storage.locks import lock_path, locked
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Objective
@@ -341,69 +339,3 @@ def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) ->
     test = EvalSettings(validation_shape(settings), settings.test.episodes, settings.test.seed)
     with Bar("test", max(len(source.parts), 1) * test.episodes, "episodes") as bar:
         return evaluate(trainer.algorithm, source, test, trainer.hardware, bar.advance)
-
-
-def report(trainer: Trainer, test: Result | None, name: str) -> None:
-    """Write result.json, and print a panel with the results, the paths and the next command."""
-    best, folder, metric = trainer.best, trainer.folder, trainer.metrics[0]
-    assert best
-    result: dict[str, Any] = {
-        "name": name,
-        "overrides": trainer.record["overrides"],
-        "iterations": trainer.iteration,
-        "seconds": round(trainer.seconds, 2),
-        "metric": metric.name,
-        "validation": {"iteration": best.iteration, "mean": best.score, "interval": best.interval},
-        "checkpoint": str((folder / "best.pt").resolve()),
-    }
-    figure = metric.show_interval(best.score, best.interval)
-    lines = [("validation", f"{metric.name} {figure}  (best, iteration {best.iteration})")]
-    lines += [("", "training did not help: best.pt is the start of the run")] * (best.iteration == 0)
-    if test is not None:
-        task = trainer.train_source.spec.task_name(test.shape)
-        result["test"] = {"task": task, **test_record(test)}
-        kind = ", transductive" if test.uses_query_statistics else ""
-        for each in test.metrics:
-            figure = each.show_interval(test.mean_of(each), test.interval_of(each))
-            about = f"  ({task}, {test.episodes} episodes{kind})" if each is metric else ""
-            lines.append(("test" if each is metric else "", f"{each.name} {figure}{about}"))
-        lines += [("", test.shape.chance)] * bool(test.shape.chance)
-        for part, own in test.parts.items():
-            lines.append(("", f"{metric.show_interval(own.mean, own.interval)}  {part}"))
-    write_json(folder / "result.json", result)
-    (folder / "failure.json").unlink(missing_ok=True)  # it may exist from an earlier attempt in a sweep
-    place = relative(folder)
-    lines += [
-        ("trained", f"{counted(trainer.iteration, 'iteration')} in {trainer.seconds:.0f} s"),
-        ("folder", place),
-        ("", "best.pt  last.pt  learning_curve.png  metrics.jsonl  result.json"),
-    ]
-    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
-    for label, text in lines:
-        table.add_row(label, Text(text))
-    console.print(Panel(table, title=Text(name), expand=False))
-    # Below the panel, so that users can copy the whole line.
-    print_line(
-        f"next: metarun eval {shlex.join([f'checkpoint={place}', *trust_words(trainer.record['config'])])}"
-    )
-
-
-def test_record(test: Result) -> dict[str, Any]:
-    """The results of the test as plain values; accuracies are in [0, 1]."""
-    record: dict[str, Any] = {
-        "mean": test.mean,
-        "interval": test.interval,
-        "metrics": {
-            each.name: {"mean": test.mean_of(each), "interval": test.interval_of(each)}
-            for each in test.metrics
-        },
-        "episodes": test.episodes,
-        "episodes_hash": test.episodes_hash,
-        "uses_query_statistics": test.uses_query_statistics,
-    }
-    if test.parts:
-        record["datasets"] = {
-            part: {"mean": own.mean, "interval": own.interval, "episodes_hash": own.episodes_hash}
-            for part, own in test.parts.items()
-        }
-    return record

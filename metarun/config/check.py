@@ -19,6 +19,7 @@ from typing import Any, Literal, Union
 from omegaconf import MISSING as UNSET
 from omegaconf import DictConfig, OmegaConf
 
+from metarun.config.published import published_in
 from metarun.config.schema import FRAMES
 from metarun.config.targets import load_class
 from metarun.config.unread import check_read, shown, value_of
@@ -110,6 +111,7 @@ def check(
             raise ConfigError(f"split={cfg.split}: must be one of {', '.join(splits)}")
     if "trained_classes" in cfg and cfg.trained_classes not in ("leave_out", "keep"):
         raise ConfigError(f"trained_classes={cfg.trained_classes}: must be leave_out or keep")
+    published_in(values)
     for each in fields(frame):
         if each.name not in KINDS or (nodes is not None and each.name not in nodes):
             continue

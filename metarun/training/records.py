@@ -43,6 +43,7 @@ class Record:
         iteration: the last one that was logged.
         metric: the name of the first metric; "" where it is not known.
         validation, test: the best validation, and the test of the best checkpoint, if there were any.
+        verdicts: how the test compares with published results, if the run is one of a recipe.
         result: the content of result.json; empty without one.
     """
 
@@ -55,6 +56,7 @@ class Record:
     metric: str
     validation: Figure | None
     test: Figure | None
+    verdicts: tuple[str, ...]
     result: dict[str, Any]
 
 
@@ -94,6 +96,7 @@ def record_of(folder: Path) -> Record:
         metric=metric,
         validation=best,
         test=figure_of(result.get("test"), "mean"),
+        verdicts=verdicts_of(result),
         result=result,
     )
 
@@ -160,6 +163,13 @@ def best_of(figures: list[Figure], metric: str) -> Figure | None:
     sign = -1 if known and not known.higher_is_better else 1
     numbers = [each for each in figures if each.mean == each.mean]
     return max(numbers, key=lambda each: sign * each.mean, default=None)
+
+
+def verdicts_of(result: dict[str, Any]) -> tuple[str, ...]:
+    """The verdicts in a result."""
+    listed = result.get("verdicts")
+    entries = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    return tuple(printable(str(each["verdict"])) for each in entries if "verdict" in each)
 
 
 def choices_of(folder: Path, result: dict[str, Any]) -> dict[str, str]:

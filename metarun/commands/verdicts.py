@@ -1,0 +1,104 @@
+"""Published results beside those of a run, for `metarun train` and `eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from metarun.commands.cells import Cell
+from metarun.config.published import Outcome, Verdict, published_in, verdicts
+from metarun.config.schema import EvalConfig
+from metarun.inference.model import Model
+from metarun.reporting.console import console
+from metarun.tasks.objectives import Metric
+from metarun.training.evaluation import Result
+
+STYLES = {"reproduced": "green", "short": "yellow", "another protocol": ""}
+
+
+def outcome_of(
+    result: Result,
+    metric: Metric,
+    choices: Mapping[str, str],
+    overrides: Sequence[str],
+    split: str = "test",
+    model: str = "",
+) -> Outcome:
+    """The result of a run on test tasks; the arguments are those of `Outcome`."""
+    return Outcome(
+        metric=metric.name,
+        scale=metric.scale,
+        higher_is_better=metric.higher_is_better,
+        mean=result.mean_of(metric),
+        interval=result.interval_of(metric),
+        ways=result.shape.ways,
+        shots=result.shape.shots,
+        transductive=result.uses_query_statistics,
+        choices=choices,
+        overrides=overrides,
+        split=split,
+        model=model,
+    )
+
+
+def verdicts_of(cells: Sequence[Cell], command: EvalConfig) -> list[Verdict]:
+    """The verdicts on evaluated runs of recipes, model by model."""
+    found = []
+    models = {id(cell.model): cell.model for cell in cells if isinstance(cell.model, Model)}
+    for model in models.values():
+        own = [cell for cell in cells if cell.model is model and cell.result]
+        outcomes = [
+            outcome_of(
+                cell.result,  # type: ignore[arg-type]
+                cell.metrics[0],
+                {**model.content["choices"], "dataset": cell.dataset},
+                model.content["overrides"],
+                command.split,
+                model.name if len(models) > 1 else "",
+            )
+            for cell in own
+        ]
+        found += verdicts(published_in(model.content["config"]), outcomes)
+    return found
+
+
+def report_verdicts(found: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Print a table of the verdicts, if there are any; returns them as plain values for a result file."""
+    if not found:
+        return []
+    table = Table(title="beside the paper", box=None, padding=(0, 2, 0, 0))
+    table.add_column("task", no_wrap=True)
+    for heading in ("published", "here", "difference"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    for each in found:
+        here, unit = each.here, " %" if each.here.scale == 100 else ""
+        mean, half = here.scale * here.mean, here.scale * here.interval
+        table.add_row(
+            Text(f"{here.model} {here.ways}-way {here.shots}-shot".strip()),
+            each.published.shown,
+            f"{mean:.2f} ± {half:.2f}{unit}" if unit else f"{mean:.4g} ± {half:.2g}",
+            f"{each.difference:+.2f}{unit}" if unit else f"{each.difference:+.4g}",
+            Text(each.words, style=STYLES[each.kind]),
+        )
+    console.print(table)
+    papers = dict.fromkeys(f"{each.published.paper}, {each.published.where}" for each in found)
+    console.print(Text(f"published: {'; '.join(papers)}"), soft_wrap=True)
+    return [
+        {
+            "paper": each.published.paper,
+            "where": each.published.where,
+            "ways": each.published.ways,
+            "shots": each.published.shots,
+            "published": each.published.value,
+            "published interval": each.published.interval,
+            "here": each.here.scale * each.here.mean,
+            "here interval": each.here.scale * each.here.interval,
+            "difference": each.difference,
+            "verdict": each.words,
+        }
+        for each in found
+    ]
