@@ -161,6 +161,29 @@ def test_killed_it_goes_on_from_its_last_checkpoint(metarun, tmp_path: Path):
     finished_like_a_whole_run(metarun, tmp_path)
 
 
+@pytest.mark.long
+def test_robots_killed_three_times_end_bit_identical(metarun, tmp_path: Path):
+    pytest.importorskip("mujoco", reason="MuJoCo is not installed: pip install 'metarun[mujoco]'")
+    words = ["dataset=half_cheetah_dir", "dataset.horizon=20", "shots=4", "queries=4", "meta_batch=4"]
+    words += ["validation.every=7", "validation.episodes=4", "test.episodes=4", "checkpoint.every=3"]
+    words += ["iterations=60", "hardware=cpu", "hardware.threads=1"]
+    start, path = [*words, "hydra.run.dir=run"], tmp_path / "run/metrics.jsonl"
+    for rows in (8, 25, 45):
+        command = [sys.executable, "-m", "metarun", "train", *start]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not path.exists() or len(path.read_text().splitlines()) < rows:
+            assert process.poll() is None, "it ended too early"
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        start = ["resume=run"]
+    metarun("train", *start)
+    metarun("train", *words, "hydra.run.dir=whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_ctrl_c_saves_also_when_the_reader_of_the_pipe_has_gone(metarun, tmp_path: Path):
     """`metarun train 2>&1 | tee log`: Ctrl-C ends tee first."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
