@@ -80,8 +80,9 @@ def run(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if issubclass(model.spec.tasks, Rollouts):
         return environments.adapt(command, model, hardware, folder)
-    if command.task is not None:
-        raise ConfigError("task: the model was not trained on an environment; leave it out")
+    for name, value in {"task": command.task, "video": command.video or None}.items():
+        if value is not None:
+            raise ConfigError(f"{name}: the model was not trained on an environment; leave it out")
     task = (
         user_task(command, model) if command.support is not None else dataset_task(command, model, hardware)
     )

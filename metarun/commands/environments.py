@@ -17,10 +17,11 @@ from metarun.commands.models import TestData, queries_of
 from metarun.config.build import validation_shape
 from metarun.config.schema import AdaptConfig
 from metarun.datasets.environments.base import EnvironmentSource, Parameters
+from metarun.datasets.environments.camera import Camera
 from metarun.errors import ConfigError, TrainingError, counted
 from metarun.inference.adapted import AdaptedModel
 from metarun.inference.model import Model
-from metarun.reporting import plots
+from metarun.reporting import pictures, plots
 from metarun.reporting.console import console, inform, relative
 from metarun.storage.files import write_json
 from metarun.tasks.episodes import EpisodeShape
@@ -36,6 +37,7 @@ DRAWN = 5  # episodes in a figure
 def adapt(command: AdaptConfig, model: Model, hardware: Hardware, folder: Path) -> float:
     """Let a policy act and learn in one environment; returns the mean return after the last step."""
     source, tasks, parameters = one_task(command, model, hardware)
+    camera = Camera(source.family, parameters) if command.video else None
     torch.manual_seed(command.seed)
     with torch.no_grad(), hardware.compute():
         rows, batches, adapted = follow(model.algorithm, tasks)
@@ -46,6 +48,10 @@ def adapt(command: AdaptConfig, model: Model, hardware: Hardware, folder: Path) 
     nothing = torch.empty(1, 0, *model.spec.item_shape)
     AdaptedModel(model, [], adapted, nothing).save(folder / "adapted.pt")
     saved = ["steps.json", "adapted.pt", *([drawn] if drawn else [])]
+    if camera:
+        for name, batch in {"before.gif": batches[0], "after.gif": batches[-1]}.items():
+            pictures.animation(camera.film(tasks, batch), folder / name)
+            saved.append(name)
     inform(f"saved {', '.join(saved)} in {relative(folder)}")
     return float(rows[-1][tasks.objective.metrics[0].name])
 

@@ -148,6 +148,7 @@ class AdaptConfig:
     )
     hardware: Node = MISSING
     task: Any = setting(None, unless=("support",))  # noqa: RUF009
+    video: bool = setting(False, unless=("support",))
     ways: int | None = whole(1, None, unless=("support",))
     shots: int | None = whole(0, None, unless=("support",))
     queries: int | None = whole(1, None, unless=("support",))

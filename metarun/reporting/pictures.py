@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from PIL import Image
 from torch import Tensor
 
 from metarun.reporting import drawing
@@ -16,6 +17,7 @@ from metarun.reporting.drawing import COLOURS, SMALLEST, class_ticks, fitted, he
 from metarun.tasks.objectives import Metric
 
 RIGHT, WRONG = COLOURS[0], COLOURS[5]
+WIDEST, SHOWN = 320, 60  # points in width of an animation; milliseconds of a picture
 NUMBERED = 40  # the most classes of a confusion matrix with numbers in its cells
 
 
@@ -110,6 +112,14 @@ def show(axis: Axes, image: Tensor, x: float, y: float, side: float) -> None:
     extent = (x, x + side, y + side, y)
     axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, "gray", vmin=0, vmax=top,
                 interpolation="nearest", extent=extent, aspect="auto")  # fmt: skip
+
+
+def animation(pictures: Sequence[np.ndarray], path: Path) -> None:
+    """Write pictures, uint8 [height, width, 3], as an animated GIF of at most 320 points in width."""
+    shown = [Image.fromarray(picture) for picture in pictures]
+    for image in shown:
+        image.thumbnail((WIDEST, WIDEST))
+    shown[0].save(path, save_all=True, append_images=shown[1:], duration=SHOWN, loop=0)
 
 
 def predictions(

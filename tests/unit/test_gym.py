@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from metarun.datasets.environments.camera import PICTURES, Camera
 from metarun.datasets.environments.gym import Gymnasium
+from metarun.datasets.environments.navigation2d import Navigation2D
 from metarun.datasets.environments.simulators import SEEDS, Simulators
 from metarun.errors import ConfigError, TrainingError
+from metarun.reporting.pictures import animation
+from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.rollouts import SCORED
 from metarun.tasks.worlds import Trajectories, random_numbers, roll
 
 HORIZON = 12
@@ -69,10 +76,31 @@ class Levers(Odd):
         self.action_space = gymnasium.spaces.MultiBinary(3)
 
 
+class Drawn(Odd):
+    """Its pictures are as bright as the number of the step."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 1}
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.render_mode = render_mode
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        self.steps = 0
+        return super().reset(seed=seed)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps += 1
+        return super().step(action)
+
+    def render(self) -> np.ndarray:
+        return np.full((4, 6, 3), self.steps, dtype=np.uint8)
+
+
 @pytest.fixture(autouse=True)
 def own_environments() -> Iterator[None]:
     kept = dict(gymnasium.registry)
-    for cls in (Odd, Counted, Pixels, Levers):
+    for cls in (Odd, Counted, Pixels, Levers, Drawn):
         gymnasium.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=HORIZON)
     yield
     gymnasium.registry.clear()
@@ -237,3 +265,29 @@ def test_the_fingerprint_names_the_versions():
     source = pendulums().split("test")
     assert f"gymnasium {gymnasium.__version__}" in source.fingerprint
     assert source.fingerprint != Gymnasium(id="Pendulum-v1", vary={"m": (0.5, 2)}).split("test").fingerprint
+
+
+def filmed(horizon: int) -> list[np.ndarray]:
+    family, shape = Gymnasium(id="Drawn-v0", vary={"weight": (0, 1)}, horizon=horizon), EpisodeShape(1, 1, 2)
+    source = family.split("test")
+    draw = source.draw(1, shape, torch.Generator())
+    tasks = source.gather(draw, shape)
+    tasks.query(lambda seen: torch.zeros(*seen.shape[:2], 2))
+    return Camera(family, {"weight": draw[0]}).film(tasks, tasks.recorded[SCORED])
+
+
+def test_a_film_shows_the_recorded_episode(tmp_path: Path):
+    pictures = filmed(horizon=5)
+    assert [picture[0, 0, 0] for picture in pictures] == [0, 1, 2, 3, 4, 5]
+    assert len(filmed(horizon=3 * PICTURES)) == PICTURES + 1
+    animation(pictures, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert (film.n_frames, film.size) == (6, (6, 4))
+
+
+def test_what_cannot_be_filmed_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="navigation2d has no pictures"):
+        Camera(Navigation2D(), {"goal": torch.zeros(1, 2)})
+    monkeypatch.setattr(Drawn, "render", lambda self: 1 / 0)
+    with pytest.raises(ConfigError, match=r"cannot draw the environment \(division by zero\)"):
+        filmed(horizon=2)

@@ -6,13 +6,14 @@ import copy
 import difflib
 import functools
 import inspect
+import os
 import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,11 +51,21 @@ class GymFamily(Environments, Simulation):
     Args:
         estimator: how policy gradients are estimated, see `Estimator`.
         horizon: the number of time steps of an episode.
+
+    Attributes:
+        view: arguments of the constructor of an instance that is filmed.
     """
 
+    view: ClassVar[Mapping[str, Any]] = {}
+
     @abstractmethod
-    def make(self, kind: Any) -> Any:
-        """A new instance, without a time limit; of one kind, as `kind` says."""
+    def make(self, kind: Any, **options: Any) -> Any:
+        """A new instance of a kind, without a time limit.
+
+        Args:
+            kind: as `kind` says.
+            options: further arguments of the constructor, such as `render_mode`.
+        """
 
     @property
     @abstractmethod
@@ -192,8 +203,8 @@ class Gymnasium(GymFamily):
     def kind(self, task: Task) -> Hashable:
         return tuple((name, value) for name, value in task.items() if name in self.of_constructor)
 
-    def make(self, kind: Any) -> Any:
-        return made(self.registered, **(self.arguments | dict(kind)))
+    def make(self, kind: Any, **options: Any) -> Any:
+        return made(self.registered, **(self.arguments | dict(kind) | options))
 
     def prepare(self, instance: Any, task: Task) -> None:
         bare = instance.unwrapped
@@ -270,6 +281,13 @@ def importing(spec: Any) -> Iterator[None]:
         if "mujoco" in str(spec.entry_point):
             missing = f"{spec.id}: needs MuJoCo; install it by pip install 'metarun[mujoco]'"
         raise ConfigError(missing) from error
+    except AttributeError as error:  # of a library for graphics, which MuJoCo loads when it is imported
+        if not (chosen := os.environ.get("MUJOCO_GL")) or "mujoco" not in str(spec.entry_point):
+            raise
+        raise ConfigError(
+            f"MUJOCO_GL={chosen}: MuJoCo cannot load that library ({first_line(error)}); install it, or set "
+            "MUJOCO_GL=off"
+        ) from error
 
 
 @contextmanager

@@ -40,12 +40,13 @@ class Locomotion(GymFamily):
 
     id: ClassVar[str]
     arguments: ClassVar[Mapping[str, Any]]
+    view: ClassVar = {"camera_name": "track", "width": 320, "height": 240}
 
     def __init__(self, *, horizon: int = 200, estimator: Estimator = DEFAULT) -> None:
         super().__init__(estimator, horizon)
 
-    def make(self, kind: Any) -> Any:
-        return made(registered(self.id), **self.arguments)
+    def make(self, kind: Any, **options: Any) -> Any:
+        return made(registered(self.id), **self.arguments, **options)
 
     @functools.cached_property
     def example(self) -> Any:  # type: ignore[override]

@@ -45,6 +45,7 @@ class MetaWorld(GymFamily):
 
     title, success = "metaworld", "success"
     objective: ClassVar = SUCCESSES
+    view: ClassVar = {"camera_name": "topview", "width": 320, "height": 240}
 
     def __init__(
         self,
@@ -103,10 +104,10 @@ class MetaWorld(GymFamily):
     def kind(self, task: Task) -> str:
         return self.tasks[int(task["task"])].env_name
 
-    def make(self, kind: Any) -> Any:
+    def make(self, kind: Any, **options: Any) -> Any:
         with quiet():
             classes = self.content.train_classes | self.content.test_classes
-            return classes[kind](reward_function_version=self.version)
+            return classes[kind](reward_function_version=self.version, **options)
 
     def prepare(self, instance: Any, task: Task) -> None:
         instance.set_task(self.tasks[int(task["task"])])

@@ -139,7 +139,10 @@ def assignments(cls: type, name: str) -> Iterator[Assignment]:
 
 
 def tree_of(function: Any) -> ast.FunctionDef:
-    return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]  # type: ignore[return-value]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    if not isinstance(tree, ast.FunctionDef):  # of a lambda
+        raise TypeError
+    return tree
 
 
 def first_argument(tree: ast.FunctionDef) -> str:
