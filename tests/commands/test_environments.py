@@ -91,6 +91,39 @@ def test_the_chosen_rate_is_the_one_that_is_evaluated(metarun, trained):
     assert scores["chosen"] in (scores["small"], scores["large"])
 
 
+METHODS = [
+    "fomaml",
+    "anil",
+    "boil",
+    "meta_sgd",
+    "meta_curvature",
+    "cavia",
+    "pretrain inner_loop.test_steps=1",
+    "reptile outer_loop=gradient",
+    "maml outer_loop=ppo",
+    "maml outer_loop=gradient backbone.activation=tanh",
+    "maml dataset.estimator.credit=true dataset.reward=sparse dataset.radius=0.5",
+]
+
+
+@pytest.mark.parametrize("words", METHODS)
+def test_methods_with_inner_steps_learn_a_policy(metarun, words: str):
+    metarun(
+        "train", *SMALL, "iterations=1", "test.episodes=0", *f"algorithm={words}".split(), "hydra.run.dir=run"
+    )
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["iteration"]) for row in rows] == [
+        ("validation", 0),
+        ("train", 1),
+        ("validation", 1),
+    ]
+    assert all(math.isfinite(row["return"]) for row in rows)
+    weights = torch.load("run/last.pt", weights_only=True)["algorithm"]
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    if "pretrain" not in words:  # adaptation changes what a policy does
+        assert rows[0]["return"] != rows[0]["return_before"]
+
+
 @pytest.mark.pictures
 def test_adapting_to_one_task_shows_each_step_and_the_paths(metarun, trained):
     run = trained(*SMALL)
