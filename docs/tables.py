@@ -162,7 +162,7 @@ def described(metric: Metric) -> list[str]:
 
 
 def all_options() -> str:
-    groups = ("algorithm", "dataset", "backbone", "inner_loop", "augment", "hardware", "recipe")
+    groups = ("algorithm", "dataset", "backbone", "inner_loop", "outer_loop", "sampler", "augment", "hardware", "recipe")
     return markdown(["group", "options"], [[f"`{group}`", row_of(group)] for group in groups])
 
 
