@@ -162,7 +162,8 @@ def described(metric: Metric) -> list[str]:
 
 
 def all_options() -> str:
-    groups = ("algorithm", "dataset", "backbone", "inner_loop", "outer_loop", "sampler", "augment", "hardware", "recipe")
+    methods = ("algorithm", "dataset", "backbone", "inner_loop", "outer_loop")
+    groups = (*methods, "sampler", "augment", "hardware", "recipe")
     return markdown(["group", "options"], [[f"`{group}`", row_of(group)] for group in groups])
 
 
