@@ -22,7 +22,10 @@ from metarun.tasks.spec import PretrainedNetwork
 INSTALL = "pip install 'metarun[text]'"
 UNUSED = "pooler."  # weights that a model may lack, because they are not used here
 # Settings in a config.json that name files, code or types of numbers. Also dropped: those that begin with _.
-DROPPED = ("auto_map", "architectures", "torch_dtype", "dtype", "quantization_config", "transformers_version")
+DROPPED = (
+    *("auto_map", "architectures", "torch_dtype", "dtype", "quantization_config", "transformers_version"),
+    *("attn_implementation", "experts_implementation", "use_kernels"),
+)
 OWN: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 

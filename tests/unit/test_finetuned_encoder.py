@@ -18,7 +18,7 @@ from metarun.algorithms.cavia import add_context
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
 from metarun.backbones.adapter import Adapter
-from metarun.backbones.encoder import EncoderLayer, FineTuned
+from metarun.backbones.encoder import EncoderLayer, FineTuned, network_of
 from metarun.datasets.text.texts import Texts
 from metarun.errors import ConfigError, DataError
 from metarun.inner_loops.sgd import SGD
@@ -198,3 +198,10 @@ def test_what_does_not_fit_is_one_line(texts, bert, tmp_path):
     with pytest.raises(ConfigError, match="is not what metarun wrote"):
         dataset(texts, tmp_path / "gone", learned="{}").with_files(kept.files)
     assert gone.with_files(kept.files).spec == kept.spec
+    # From a checkpoint of somebody else.
+    for change in ({"length": 10**9}, {"length": "x"}, {"vocabulary": 0}, {"more": 1}, {"network": {}}):
+        other = dataset(texts, bert, learned=json.dumps({**json.loads(learned), **change}))
+        with pytest.raises(ConfigError, match="is not what metarun wrote"):
+            other.with_files(kept.files)
+    code = {"auto_map": {"AutoModel": "a--b.C"}, "_attn_implementation": "a/b", "attn_implementation": "a/b"}
+    network_of(replace(made, config=json.dumps({**stated, **code})))

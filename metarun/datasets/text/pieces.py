@@ -20,6 +20,7 @@ from metarun.tasks.class_store import PADDING, tokens
 from metarun.tasks.spec import PretrainedNetwork
 
 ENCODED = 4096  # texts that are cut into tokens at once
+MOST = 1 << 17  # tokens of a text; no encoder takes as many
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Tokenizer:
             encoder.source,
         )
         vocabulary = encoder.config.get("vocab_size") or len(loaded)
-        return cls(loaded.backend_tokenizer.to_str(), encoder.most(loaded), vocabulary, network)
+        most = min(encoder.most(loaded), MOST)
+        return cls(loaded.backend_tokenizer.to_str(), most, vocabulary, network)
 
     @classmethod
     def loads(cls, learned: str, content: str) -> Tokenizer:
@@ -63,7 +65,23 @@ class Tokenizer:
         with refusing_learned():
             stated = json.loads(learned)
             network = PretrainedNetwork(**stated.pop("network"))
-            return cls(content, network=network, **stated)
+            made = cls(content, network=network, **stated)
+            made.check()
+            return made
+
+    def check(self) -> None:
+        """Raise ValueError for values that no tokenizer has: they may be from somebody's checkpoint."""
+        network = self.network
+        whole = (self.length, self.vocabulary, network.width, network.padding)
+        texts = (network.config, network.source)
+        if not (
+            all(type(number) is int for number in whole)
+            and all(isinstance(text, str) for text in texts)
+            and isinstance(network.first_token, bool)
+            and 0 < self.length <= MOST
+            and 0 <= network.padding < self.vocabulary
+        ):
+            raise ValueError("out of range")
 
     def dumps(self) -> str:
         """All but the content, as JSON."""
