@@ -70,7 +70,7 @@ class RL2(Algorithm):
         outputs: int,
         constants: int = 0,
         memory: Literal["gru", "lstm", "snail"] = "gru",
-        size: int = 32,
+        size: int = 64,
         width: float = 0.25,
         longest: int = 100,
         value: float = 0.5,
