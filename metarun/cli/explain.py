@@ -125,7 +125,7 @@ def explain_config(error: BaseException, command: str, arguments: list[str]) -> 
     causes_list = list(causes(error))
     texts = [str(cause) for cause in causes_list]
     whole = "\n".join(texts)
-    if found := re.search(r"Could not find '([\w@:./-]+)'", whole):
+    if found := re.search(r"Could not (?:find|load) '([\w@:./-]+)'", whole):
         return explain_choice(found.group(1), whole)
     if found := re.search(r"Could not override '([^']+)'", whole):
         return explain_key(found.group(1), command, arguments)
@@ -217,6 +217,7 @@ def explain_choice(name: str, whole: str) -> str:
 
     group, _, option = name.rpartition("/")
     options = re.findall(r"^\t(\S+)$", whole, re.MULTILINE)
+    options = options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     if group == "hydra/launcher" and option.startswith(("joblib", "submitit")):  # packages of their own
         return f'{group}={option}: is not installed; pip install "metarun[launchers]"'
     return f"{group}={option}: no such {group or 'config'}{did_you_mean(option, options)}"

@@ -217,6 +217,10 @@ def check_override(override: str, sweep: bool) -> None:
         fail(f"{override}: is not read in a sweep; set hydra.sweep.dir", status=1)
     if re.match(r"\+*hydra\.(runtime|overrides)\b", key):
         fail(f"{override}: is set by Hydra; leave it out", status=1)
+    if key == "tracker":  # the only group of which several options may be chosen
+        if "," in value and not value.startswith("[") and not sweep:
+            fail(f"{override}: several are typed as a list, tracker=[{value}]", status=1)
+        return
     if (CONF / key).is_dir() and (value.startswith("[") or value.endswith(".yaml")):
         option = value.strip("[]").removesuffix(".yaml")
         fail(f"{override}: a group has one option, as in {key}={option.partition(',')[0]}", status=1)

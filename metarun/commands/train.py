@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.commands.shapes import check_before_loading, check_shape
@@ -38,7 +39,8 @@ from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, described
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, inform, relative
-from metarun.reporting.tracker import Tracker
+from metarun.reporting.destinations import Background, RunFacts
+from metarun.reporting.tracker import Events, Tracker
 from metarun.storage.files import remove_temporary, write_text
 from metarun.storage.locks import lock_path, locked
 from metarun.tasks.class_store import ClassStore
@@ -47,14 +49,14 @@ from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
-from metarun.training.records import write_failure
+from metarun.training.records import content_of, write_failure
 from metarun.training.step import Clip
 from metarun.training.trainer import Best, Trainer, TrainSettings
 
 GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
 # Settings that may change when a run is resumed; all others define the run.
 RESUMABLE = (
-    *("iterations", "resume", "hardware", "log", "checkpoint", "test", "trust"),
+    *("iterations", "resume", "hardware", "log", "tracker", "checkpoint", "test", "trust"),
     *("dataset.root", "dataset.descriptions", "dataset.vectors", "dataset.encoder"),
 )
 ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
@@ -149,7 +151,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if state is not None:
         inform(f"resumed at iteration {trainer.iteration}")
-    tracker = Tracker(folder, trainer.iteration, settings.log.tensorboard, trainer.unlogged)
+    tracker = build_tracker(settings, trainer, name)
     try:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
@@ -165,9 +167,23 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         write_failure(folder, overrides, described(error))
         raise
     finally:
-        tracker.close()
+        tracker.leave()
     assert trainer.best
     return trainer.best.score
+
+
+def build_tracker(settings: TrainConfig, trainer: Trainer, name: str) -> Tracker:
+    """Where the rows of the run go. Raises ConfigError for a destination whose package is not installed."""
+    nodes = {"tensorboard": None} if settings.tracker is None else settings.tracker
+    run = RunFacts(trainer.folder, name, trainer.record["config"])
+    tensorboard, others = settings.tracker is None, []
+    for option, node in nodes.items():
+        if node and issubclass(get_class(node["_target_"]), Events):
+            tensorboard = True
+        elif node:
+            others.append(Background(option, instantiate(node, f"tracker.{option}"), run))
+    tensorboard = tensorboard and settings.log.tensorboard
+    return Tracker(trainer.folder, trainer.iteration, tensorboard, trainer.unlogged, others)
 
 
 def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
@@ -194,6 +210,8 @@ def finish(
     plots.learning_curve(tracker.rows, trainer.metrics, name, trainer.folder / "learning_curve.png", label)
     test = test_best(trainer, test_source, settings) if test_source else None
     report(trainer, test, name)
+    result = content_of(trainer.folder / "result.json")
+    tracker.end(trainer.record["config"], result, trainer.folder / "learning_curve.png")
 
 
 def build_trainer(

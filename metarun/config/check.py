@@ -40,6 +40,7 @@ SUPPLIED = {
     },
     "backbone": {"item_shape", "vocabulary", "pretrained"},
     "optimizer": {"params"},
+    "tracker": {"folder", "first"},
     "scheduler": {"optimizer"},
 }
 # The base class of each group. By name, so that torch is imported only if a node is checked.
@@ -52,6 +53,7 @@ KINDS = {
     "outer_loop": "metarun.training.outer_loops.OuterLoop",
     "sampler": "metarun.tasks.curriculum.PrioritizedReplay",
     "hardware": "metarun.training.hardware.Hardware",
+    "tracker": "metarun.reporting.destinations.Destination",
     "optimizer": "torch.optim.Optimizer",
     "scheduler": "torch.optim.lr_scheduler.LRScheduler",
 }
@@ -112,8 +114,10 @@ def check(
     if "trained_classes" in cfg and cfg.trained_classes not in ("leave_out", "keep"):
         raise ConfigError(f"trained_classes={cfg.trained_classes}: must be leave_out or keep")
     published_in(values)
+    for name, node in (cfg.get("tracker") or {}).items() if nodes is None else ():
+        check_group(f"tracker.{name}", node, required=False, trusted=trusted)
     for each in fields(frame):
-        if each.name not in KINDS or (nodes is not None and each.name not in nodes):
+        if each.name not in KINDS or each.name == "tracker" or (nodes is not None and each.name not in nodes):
             continue
         if not (command != "train" and each.name == "dataset" and no_class(cfg)):
             check_group(each.name, cfg[each.name], each.default is UNSET, trusted)

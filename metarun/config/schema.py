@@ -110,6 +110,7 @@ class TrainConfig:
     seed: int = whole(0)
     init: str | None = setting(None, path="path")
     resume: str | None = setting(None, path="path")
+    tracker: Any = None  # {name: node}; None, in older checkpoints: TensorBoard
     published: Any = None  # a list of results, see metarun.config.published
     trust: list[str] | None = None
 
