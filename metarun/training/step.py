@@ -148,7 +148,8 @@ class OuterStep:
             drawn = (self.source, self.meta_batch, self.shape, self.seed)
             return (self.sampler.draw(*drawn, iteration) for iteration in itertools.count(start))
         store = self.host_store()
-        device = "cpu" if store else self.hardware.device
+        # The random numbers of environments are drawn by the CPU, from the seeds of their tasks.
+        device = "cpu" if store or not self.source.spec.static else self.hardware.device
         draws = training_draws(self.source, self.meta_batch, self.shape, self.seed, start, device)
         return fetched_ahead(draws, store) if store else draws
 
