@@ -27,19 +27,27 @@ def trained_classes(content: Mapping[str, Any]) -> TrainedClasses | None:
     return own + before if own and before else own
 
 
+def trained_tasks(content: Mapping[str, Any]) -> list[str]:
+    """The names of all stored tasks that the weights in a checkpoint were trained on."""
+    entries = (content.get(entry) for entry in ("train_tasks", "init_tasks"))
+    lists = [entry for entry in entries if isinstance(entry, list)]  # others are from a damaged checkpoint
+    return [name for names in lists for name in names if isinstance(name, str)]
+
+
 def classes_before(resumed: Mapping[str, Any] | None, init: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The entry of a checkpoint for the classes that weights were trained on before the run.
+    """The entries of a checkpoint for the classes and tasks that weights were trained on before the run.
 
     Args:
         resumed: the content of the checkpoint that is resumed, if any.
         init: the content of the checkpoint that the backbone is taken from, if any.
     """
     if resumed is not None:
-        return {"init_classes": resumed.get("init_classes")}
+        return {"init_classes": resumed.get("init_classes"), "init_tasks": resumed.get("init_tasks")}
     classes = trained_classes(init) if init is not None else None
-    if init is not None and classes is None:
+    tasks = trained_tasks(init) if init is not None else []
+    if init is not None and classes is None and not tasks:
         inform("init: this checkpoint has no record of its training classes, so they cannot be recognised")
-    return {"init_classes": classes and classes.plain()}
+    return {"init_classes": classes and classes.plain(), "init_tasks": tasks}
 
 
 def load_split(
@@ -132,7 +140,7 @@ def without_trained_tasks(
         return source
     known: set[int] = set()
     for model, content in contents.items():
-        before = set(content.get("train_tasks") or ())
+        before = set(trained_tasks(content))
         if found := [i for i, name in enumerate(source.tasks) if name in before]:
             known |= set(found)
             inform(

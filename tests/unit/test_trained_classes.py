@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarun.commands.trained_on import require_same_classes, without_trained
+from metarun.commands.trained_on import (
+    classes_before,
+    require_same_classes,
+    trained_tasks,
+    without_trained,
+)
 from metarun.datasets.cifar import labels
 from metarun.datasets.mixture import MixtureStore
 from metarun.datasets.omniglot import class_split
@@ -135,3 +140,13 @@ def test_a_run_with_other_tasks_is_not_resumed():
         require_same_classes(before, tasks)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"training tasks have changed .*\(2 then, 2 now, 'p3' was not there"):
         require_same_classes({"train_tasks": ["p1", "p2"]}, tasks)  # type: ignore[arg-type]
+
+
+def test_tasks_of_the_run_that_a_backbone_is_from_are_known(capsys):
+    """As its classes are: `init=` of a run on a table."""
+    before = classes_before(None, {"train_tasks": ["patient 1"], "init_tasks": ["patient 2"]})
+    assert before == {"init_classes": None, "init_tasks": ["patient 1", "patient 2"]}
+    assert not capsys.readouterr().err
+    assert trained_tasks({"train_tasks": ["patient 3"], **before}) == ["patient 3", "patient 1", "patient 2"]
+    assert classes_before(before, None) == before
+    assert trained_tasks({"train_tasks": 3, "init_tasks": [1]}) == []
