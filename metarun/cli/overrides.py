@@ -113,10 +113,10 @@ def pairing(overrides: list[str]) -> list[str]:
     chosen = dict(a.split("=", 1) for a in overrides if not a.startswith("~"))
     if "pairing" in chosen:
         return []
-    names = ("dataset", "backbone", FINETUNE)
+    names = ("dataset", "backbone", "algorithm", FINETUNE)
     vectors = any(chosen.get(name, "null") != "null" for name in MAKE_VECTORS)
     values = (chosen.get(name, "").split(",") for name in names)
-    every = {pairing_of(data, net, finetune, vectors) for data, net, finetune in itertools.product(*values)}
+    every = {pairing_of(*each, vectors) for each in itertools.product(*values)}
     if len(every) > 1:
         swept = [f"{name}={chosen[name]}" for name in names if "," in chosen.get(name, "")]
         fail(
@@ -126,18 +126,24 @@ def pairing(overrides: list[str]) -> list[str]:
     return [f"pairing={paired}"] if paired else []
 
 
-def pairing_of(dataset: str, backbone: str, finetune: str, vectors: bool) -> str:
-    """The pairing of a dataset and a backbone, "" for none.
+def pairing_of(dataset: str, backbone: str, algorithm: str, finetune: str, vectors: bool) -> str:
+    """The pairing of a dataset with a backbone or an algorithm, "" for none.
+
+    The file of an algorithm may name a pairing, too. An environment then has settings for such algorithms in
+    `DATASET_ALGORITHM.yaml`, if its own are for others.
 
     Args:
-        dataset, backbone: the options.
+        dataset, backbone, algorithm: the options.
         finetune: the value of dataset.finetune.
         vectors: whether a model makes vectors of texts.
     """
     paired, of_backbone = of_option("dataset", dataset.strip()), of_option("backbone", backbone.strip())
     if paired == TEXTS and vectors:
         return TEXT_FINETUNE if finetune.strip().lower() == "true" else TEXT_VECTORS
-    return f"{paired}_{of_backbone}" if paired == TEXTS and of_backbone else paired
+    if paired == TEXTS and of_backbone:
+        return f"{paired}_{of_backbone}"
+    of_both = f"{paired}_{of_option('algorithm', algorithm.strip())}"
+    return of_both if (CONF / "pairing" / f"{of_both}.yaml").is_file() else paired
 
 
 def of_option(group: str, option: str) -> str:

@@ -28,8 +28,8 @@ def live_line(rows: Sequence[Row], metric: Metric) -> str:
 
 
 def change(row: Row, metric: Metric) -> str:
-    """A score before and after adaptation, such as "-39.41 to -11.10"."""
-    return " to ".join(metric.show(row[name], 2) for name in (metric.before, metric.name))
+    """A score before and after adaptation, such as "-39.41 to -11.10"; once if nothing was played before."""
+    return " to ".join(dict.fromkeys(metric.show(row[name], 2) for name in (metric.before, metric.name)))
 
 
 def validation_line(rows: Sequence[Row], metric: Metric) -> str:

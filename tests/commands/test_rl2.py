@@ -79,10 +79,17 @@ def test_errors_are_one_line(metarun, words: list[str], message: str):
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("dataset", ["bandit", "pendulum"])
-def test_other_environments_train_by_their_own_settings(metarun, dataset: str):
-    short = "dataset.pulls=3" if dataset == "bandit" else "dataset.horizon=4"
-    small = [word for word in SMALL[3:] if not word.startswith(("shots", "queries", "algorithm"))]
-    metarun("train", f"dataset={dataset}", short, *small, "iterations=1", "hydra.run.dir=run")
+@pytest.mark.parametrize(
+    ("words", "algorithm"),
+    [
+        (["dataset=bandit", "dataset.pulls=3"], "RL2"),
+        (["dataset=pendulum", "dataset.horizon=4"], "MAML"),
+        (["dataset=navigation2d", "dataset.horizon=4", "algorithm=rl2"], "RL2"),
+    ],
+)
+def test_other_environments_train_by_their_own_settings(metarun, words: list[str], algorithm: str):
+    small = [word for word in SMALL[3:] if not word.startswith(("shots", "queries"))]
+    metarun("train", *words, *small, "iterations=1", "test.episodes=0", "hydra.run.dir=run")
     config = torch.load("run/last.pt", weights_only=True)["config"]
-    assert config["algorithm"]["_target_"].endswith({"bandit": "RL2", "pendulum": "MAML"}[dataset])
+    assert config["algorithm"]["_target_"].endswith(algorithm)
+    assert config["outer_loop"]["_target_"].endswith("PPO" if algorithm == "RL2" else "TRPO")

@@ -189,7 +189,6 @@ def test_players_of_a_bandit_are_below_the_exact_optimum():
         assert results[name].mean - results[name].interval < 6.65999
         difference, half = paired_difference(best, results[name], best.metric)
         assert difference > -half
-    # As in the table of Duan et al. for 10 pulls of 5 arms: 5.0 and 5.7.
     assert results["random"].mean == pytest.approx(5.0, abs=0.15)
     assert results["Thompson"].mean == pytest.approx(5.75, abs=0.2)
     assert results["optimum, task known"].mean == pytest.approx(10 * 5 / 6, abs=0.1)
