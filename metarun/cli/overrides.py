@@ -116,7 +116,7 @@ def pairing(overrides: list[str]) -> list[str]:
     names = ("dataset", "backbone", "algorithm", FINETUNE)
     vectors = any(chosen.get(name, "null") != "null" for name in MAKE_VECTORS)
     values = (chosen.get(name, "").split(",") for name in names)
-    every = {pairing_of(*each, vectors) for each in itertools.product(*values)}
+    every = {pairing_of(vectors, *each) for each in itertools.product(*values)}
     if len(every) > 1:
         swept = [f"{name}={chosen[name]}" for name in names if "," in chosen.get(name, "")]
         fail(
@@ -126,16 +126,16 @@ def pairing(overrides: list[str]) -> list[str]:
     return [f"pairing={paired}"] if paired else []
 
 
-def pairing_of(dataset: str, backbone: str, algorithm: str, finetune: str, vectors: bool) -> str:
+def pairing_of(vectors: bool, dataset: str, backbone: str, algorithm: str, finetune: str) -> str:
     """The pairing of a dataset with a backbone or an algorithm, "" for none.
 
     The file of an algorithm may name a pairing, too. An environment then has settings for such algorithms in
     `DATASET_ALGORITHM.yaml`, if its own are for others.
 
     Args:
+        vectors: whether a model makes vectors of texts.
         dataset, backbone, algorithm: the options.
         finetune: the value of dataset.finetune.
-        vectors: whether a model makes vectors of texts.
     """
     paired, of_backbone = of_option("dataset", dataset.strip()), of_option("backbone", backbone.strip())
     if paired == TEXTS and vectors:
