@@ -51,6 +51,10 @@ def test_a_missing_simulator_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
     with pytest.raises(ConfigError, match=r"pip install 'metarun\[metaworld\]'"):
         MetaWorld(name="reach-v3")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gymnasium", None)
+        with pytest.raises(ConfigError, match=r"pip install 'metarun\[mujoco\]'"):
+            HalfCheetahVelocity()
     pytest.importorskip("gymnasium")
     for name in [name for name in sys.modules if name.startswith("gymnasium.envs.mujoco")]:
         monkeypatch.delitem(sys.modules, name)

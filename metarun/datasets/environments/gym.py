@@ -86,9 +86,9 @@ class GymFamily(Environments, Simulation):
 
     @property
     def observation(self) -> tuple[int, ...]:
+        space = self.example.observation_space  # which says what is missing, if gymnasium is not installed
         from gymnasium.spaces import Box
 
-        space = self.example.observation_space
         if not isinstance(space, Box):
             kind = type(space).__name__
             raise ConfigError(
@@ -215,13 +215,13 @@ class Gymnasium(GymFamily):
                 assignment.run(bare)
 
 
-def gymnasium() -> ModuleType:
-    """The package. Raises ConfigError if it is not installed."""
+def gymnasium(extra: str = "gym") -> ModuleType:
+    """The package. Raises ConfigError, with the extra of metarun that installs it, if it is not installed."""
     try:
         import gymnasium
     except ImportError:
         raise ConfigError(
-            "environments of gymnasium need that package; install it by pip install 'metarun[gym]'"
+            f"environments of gymnasium need that package; install it by pip install 'metarun[{extra}]'"
         ) from None
     return gymnasium
 

@@ -15,7 +15,7 @@ import torch
 
 from metarun.datasets.base import Split
 from metarun.datasets.environments.base import Parameters, Range, check_range, uniform
-from metarun.datasets.environments.gym import GymFamily, made, registered, versions
+from metarun.datasets.environments.gym import GymFamily, gymnasium, made, registered, versions
 from metarun.datasets.environments.simulators import Task
 from metarun.tasks.policy_gradient import DEFAULT, Estimator
 
@@ -44,6 +44,7 @@ class Locomotion(GymFamily):
 
     def __init__(self, *, horizon: int = 200, estimator: Estimator = DEFAULT) -> None:
         super().__init__(estimator, horizon)
+        gymnasium("mujoco")
 
     def make(self, kind: Any, **options: Any) -> Any:
         return made(registered(self.id), **self.arguments, **options)
