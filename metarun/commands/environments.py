@@ -153,7 +153,7 @@ def report(
     for row in rows:
         cells = [
             metric.show_interval(row[metric.name], row["interval"])
-            if metric.name == "return"
+            if metric.name == "return" and tasks.shape.queries > 1
             else metric.show(row[metric.name])
             for metric in metrics
         ]

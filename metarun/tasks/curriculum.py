@@ -64,10 +64,11 @@ class PrioritizedReplay:
         if count := min(int(chosen.sum()), len(self.scores)):
             slots = chosen.nonzero().flatten()[:count]
             places[slots] = torch.multinomial(self.chances(iteration), count, generator=generator)
-            draw = tuple(
+            again = tuple(
                 x.index_copy(0, slots, stored[places[slots]])
                 for x, stored in zip(draw, self.draws, strict=True)
             )
+            draw = source.with_new_luck(again, draw)
         self.latest = draw, places
         return draw
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from metarun.datasets.environments.navigation2d import Navigation2D
 from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError
 from metarun.tasks.curriculum import PrioritizedReplay
@@ -68,6 +69,17 @@ def test_a_restored_buffer_goes_on_as_if_it_had_not_stopped():
     for mine, theirs in zip(run(second, range(5, 12)), expected[5:], strict=True):
         assert torch.equal(mine, theirs)
     assert not torch.equal(run(PrioritizedReplay(), range(1), seed=1)[0], expected[0])
+
+
+def test_a_replayed_environment_has_new_noise():
+    source, sampler = Navigation2D().split("train"), PrioritizedReplay(replay=1.0)
+    seen = []
+    for iteration in range(3):
+        goals, seeds = sampler.draw(source, 4, SHAPE, 0, iteration)
+        sampler.update(goals[:, 0], iteration + 1)
+        seen.append((goals.sort(0).values, seeds))
+    assert torch.equal(seen[1][0], seen[0][0]) and torch.equal(seen[2][0], seen[0][0])
+    assert torch.cat([seeds for _, seeds in seen]).unique().numel() == 12
 
 
 @pytest.mark.parametrize(

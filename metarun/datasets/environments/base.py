@@ -138,6 +138,9 @@ class EnvironmentSource(EpisodeSource):
         """The parameters of the tasks of a draw."""
         return dict(zip(self.keys, draw[:-1], strict=True))
 
+    def with_new_luck(self, draw: Draw, fresh: Draw) -> Draw:
+        return (*draw[:-1], fresh[-1])
+
     def gather(self, draw: Draw, shape: EpisodeShape) -> Rollouts:
         world = self.family.world(self.parameters(draw), self.device)
         return Rollouts(world, draw[-1], shape, self.spec.objective, self.family.estimator)
