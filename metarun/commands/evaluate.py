@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from metarun.commands.cells import Cell, Reference, cells_of, check_before_loading, shapes_for
+from metarun.commands.cells import Cell, cells_of, check_before_loading, shapes_for
+from metarun.commands.differences import best_models, comparisons, difference_rows, plain_pair, report_pairs
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
 from metarun.commands.languages import report_languages
 from metarun.commands.models import TestData, load_models
@@ -34,12 +33,10 @@ from metarun.storage.files import write_csv, write_json
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Metric
 from metarun.tasks.rollouts import Rollouts
-from metarun.training.evaluation import EvalSettings, Result, evaluate, paired_difference
+from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
 
-LINES = 100  # the most lines of the table of differences; with more, it is not printed
 HASHES = 8  # the most hashes of episodes on screen
-MANY = 4  # with more models than this, the table of differences only shows pairs with the best model
 
 
 def run(cfg: DictConfig) -> float:
@@ -205,25 +202,6 @@ def common_settings() -> str:
     return ", ".join(each for each in typed if shown.fullmatch(each))
 
 
-def difference_rows(
-    rows: Sequence[dict[str, Any]],
-    pairs: Sequence[dict[str, Any]],
-    best: Mapping[tuple[str, str, Metric], str],
-    metric: Metric,
-) -> list[dict[str, Any]]:
-    """The rows with the difference to the best model of their task as `mean`; see `plots.differences`."""
-    values: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for pair in (pair for pair in pairs if pair["metric"] == metric):
-        dataset, task, a, b = (pair[key] for key in ("dataset", "task", "a", "b"))
-        name, difference = best[dataset, task, metric], pair["difference"]
-        if name in (a, b):
-            other, value = (b, 0.0 - difference) if name == a else (a, difference)  # no -0.0
-            values[dataset, task, other] = {"mean": value, "interval": pair["interval"], "best": False}
-            values[dataset, task, name] = {"mean": 0.0, "interval": math.nan, "best": True}
-    keys = [(row["dataset"], row["cell"], row["model"]) for row in rows]
-    return [row | values[key] for row, key in zip(rows, keys, strict=True) if key in values]
-
-
 def matrices_of(cells: Sequence[Cell]) -> dict[str, tuple[Tensor, Sequence[str]]]:
     """The confusion matrix and the names of the classes of each cell that has one, by its title."""
     return {
@@ -344,91 +322,3 @@ def last_column(cell: Cell, result: Result) -> str:
     if issubclass(cell.source.spec.tasks, Rollouts):
         return "" if cell.episodes_seen is None else str(cell.episodes_seen)
     return "yes" if result.uses_query_statistics else "no"
-
-
-def comparisons(cells: Sequence[Cell], references: bool = False) -> list[dict[str, Any]]:
-    """Paired differences by each metric, for every two checkpoints with results on the same episodes.
-
-    Args:
-        cells: with results or without.
-        references: whether two references are compared, too.
-    """
-    pairs = []
-    for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
-        assert a.result and b.result
-        same = (a.dataset, a.task) == (b.dataset, b.task)
-        if not references and isinstance(a.model, Reference) and isinstance(b.model, Reference):
-            continue
-        if not same or a.result.episodes_hash != b.result.episodes_hash:
-            continue
-        for metric in (metric for metric in a.metrics if metric in b.metrics):
-            difference, half = paired_difference(a.result, b.result, metric)
-            pairs.append(
-                {
-                    "dataset": a.dataset,
-                    "task": a.task,
-                    "a": a.model.name,
-                    "b": b.model.name,
-                    "metric": metric,
-                    "difference": difference,
-                    "interval": half,
-                }
-            )
-    return pairs
-
-
-def plain_pair(pair: dict[str, Any]) -> dict[str, Any]:
-    """A pair with the name of its metric, for JSON."""
-    return pair | {"metric": pair["metric"].name}
-
-
-def best_models(cells: Sequence[Cell]) -> dict[tuple[str, str, Metric], str]:
-    """The name of the best model of each dataset, task and metric."""
-    best: dict[tuple[str, str, Metric], tuple[float, str]] = {}
-    for cell in (cell for cell in cells if cell.result):
-        for metric in cell.metrics:
-            mean = cell.result.mean_of(metric)  # type: ignore[union-attr]
-            key = cell.dataset, cell.task, metric
-            if key not in best or metric.is_better(mean, than=best[key][0]):
-                best[key] = mean, cell.model.name
-    return {key: name for key, (_, name) in best.items()}
-
-
-def with_the_best(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The pairs that include the best model of their task by their metric."""
-    best = best_models(cells)
-    return [p for p in pairs if best[p["dataset"], p["task"], p["metric"]] in (p["a"], p["b"])]
-
-
-def report_pairs(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> None:
-    """Print the table of paired differences; of many models, only the pairs with the best one."""
-    if not pairs:
-        return
-    models = {cell.model.name for cell in cells if not isinstance(cell.model, Reference)}
-    shown = with_the_best(pairs, cells) if len(models) > MANY else pairs
-    if len(shown) > LINES:
-        inform(f"results.json contains the differences of {len(pairs)} pairs of models")
-        return
-    console.print(pair_table(shown))
-    if len(shown) < len(pairs):
-        inform(f"differences to the best model of each task; results.json contains all {len(pairs)} pairs")
-
-
-def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
-    """The table of paired differences on screen."""
-    several = len({pair["metric"] for pair in pairs}) > 1
-    datasets = len({pair["dataset"] for pair in pairs}) > 1
-    table = Table(title="differences on the same episodes")
-    metric = ["metric"] if several else []
-    for heading in ("task", "models", *metric, "difference, 95 % interval", "excludes 0"):
-        table.add_column(heading, overflow="fold")
-    for pair in pairs:
-        clear = abs(pair["difference"]) > pair["interval"]
-        text = pair["metric"].show_interval(pair["difference"], pair["interval"], signed=True)
-        names = [
-            Text(f"{pair['dataset']} {pair['task']}" if datasets else pair["task"]),
-            Text(f"{pair['a']} - {pair['b']}"),
-            *([pair["metric"].name] if several else []),
-        ]
-        table.add_row(*names, text, "yes" if clear else "no")
-    return table

@@ -16,16 +16,14 @@ from rich.console import Console
 from torch import nn
 
 from metarun.commands.cells import Cell, Reference, shapes_for
-from metarun.commands.evaluate import (
+from metarun.commands.differences import (
     best_models,
-    classes_in,
     comparisons,
     difference_rows,
     report_pairs,
-    row_of,
-    table_of,
     with_the_best,
 )
+from metarun.commands.evaluate import classes_in, row_of, table_of
 from metarun.config.schema import EvalConfig, TrainConfig
 from metarun.datasets.glyphs import Glyphs
 from metarun.inference.model import Model
@@ -301,7 +299,7 @@ def test_differences_on_several_datasets_name_them_and_very_many_are_not_printed
     report_pairs(pairs, cells)
     shown = capsys.readouterr().out
     assert "glyphs 5-way 1-shot" in shown and "omniglot 5-way 1-shot" in shown
-    monkeypatch.setattr("metarun.commands.evaluate.LINES", 1)
+    monkeypatch.setattr("metarun.commands.differences.LINES", 1)
     report_pairs(pairs, cells)
     done = capsys.readouterr()
     assert not done.out and "results.json contains the differences of 2 pairs of models" in done.err
