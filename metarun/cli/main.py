@@ -35,6 +35,7 @@ COMMANDS = {
     "predict": "metarun.commands.predict",
     "export": "metarun.commands.export",
     "runs": "metarun.commands.runs",
+    "report": "metarun.commands.report",
     "data": "metarun.commands.data",
 }
 
@@ -53,6 +54,8 @@ metarun {version}: meta-learning experiments from the command line
                    adapted=FILE|checkpoint=RUN [format=onnx]
   metarun runs     list runs, their figures and what became of them
                    [FOLDER] [status=failed] [sort=test]
+  metarun report   write one HTML file of runs and evaluations
+                   [RUN ...]
   metarun data     list datasets; prepare one and show examples
                    [dataset=NAME]
 

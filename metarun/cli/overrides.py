@@ -74,8 +74,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
         Flags, then overrides. Paths are quoted, the parts of a mixture and the settings that a dataset needs
         are added, and the output folder of a resumed run is its own folder.
     """
-    if name == "runs":  # the only command with a word that is no setting
-        arguments = [f"folder={a}" if is_word(a) else a for a in arguments]
+    arguments = with_folders(name, arguments)
     flags, typed = separated(name, arguments)
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
     for override in typed:
@@ -97,6 +96,18 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
         folder = folder if folder.is_dir() else folder.parent
         overrides.append(f"hydra.run.dir={quoted(str(folder))}")
     return flags + overrides
+
+
+def with_folders(name: str, arguments: list[str]) -> list[str]:
+    """The arguments of a command; of `runs` and `report`, folders may be typed alone."""
+    if name not in ("runs", "report"):
+        return arguments
+    before = ["", *arguments]  # a word after some flags is their value
+    words = [a for a, flag in zip(arguments, before, strict=False) if is_word(a) and flag not in VALUED_FLAGS]
+    if not words:
+        return arguments
+    setting = f"runs=[{','.join(map(quoted, words))}]" if name == "report" else f"folder={words[-1]}"
+    return [*(a for a in arguments if a not in words), setting]
 
 
 def is_word(argument: str) -> bool:

@@ -193,6 +193,11 @@ class RunsConfig:
     show: int | None = whole(1)
 
 
+@dataclass
+class ReportConfig:
+    runs: Any = setting(path="list")  # noqa: RUF009
+
+
 OF_ONE_DATASET: dict[str, Any] = {"needs": "dataset", "unless": ("verify", "clean")}
 
 
@@ -216,6 +221,7 @@ FRAMES: dict[str, Any] = {
     "predict": PredictConfig,
     "export": ExportConfig,
     "runs": RunsConfig,
+    "report": ReportConfig,
     "data": DataConfig,
 }
 
