@@ -94,7 +94,7 @@ def run_row(each: Record) -> list[CellText]:
     seconds = each.result.get("seconds")
     return [
         text(name_of(each)),
-        text(f"{each.started:%Y-%m-%d %H:%M}"),
+        CellText(when := f"{each.started:%Y-%m-%d %H:%M}", when, number=True),
         text(each.choices.get("algorithm")),
         text(each.choices.get("dataset")),
         text(each.status),

@@ -29,7 +29,7 @@ class CellText:
     Args:
         text: what is shown.
         value: what rows are sorted by.
-        number: whether it is aligned to the right.
+        number: whether it is aligned to the right, in one line.
     """
 
     text: str

@@ -6,6 +6,8 @@ import html
 import json
 import os
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -99,3 +101,29 @@ def test_damaged_runs_are_no_error(metarun):
     Path("runs/results.json").write_text('{"results": 3, "comparisons": null}')
     metarun("report", "runs/a", "runs", "hydra.run.dir=out")
     assert Path("out/report.html").stat().st_size < 1e6
+
+
+@pytest.mark.long
+def test_a_click_sorts_in_a_browser_without_errors(metarun):
+    browser = shutil.which("chromium") or pytest.skip("chromium is not installed")
+    for name, test in (("a", 0.5), ("b", 0.9), ("c", None), ("d", 0.7)):
+        make(Path("outputs", name), test=test, scores=(0.2,))
+    metarun("report", "hydra.run.dir=out")
+    text = Path("out/report.html").read_text("utf-8")
+    code = "const heads = document.querySelectorAll('th button');"
+    code += (
+        "const names = () => [...document.querySelector('tbody').rows].map(row => row.cells[0].innerText);"
+    )
+    code += "const found = [1, 2].map(() => { heads[6].click(); return names().join(' ') });"
+    code += "document.title = found.join(' | ');"
+    Path("clicked.html").write_text(text.replace("</body>", f"<script>{code}</script></body>"), "utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run(
+        [browser, *flags, Path("clicked.html").resolve().as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    up, down = ("outputs/a outputs/d outputs/b outputs/c", "outputs/b outputs/d outputs/a outputs/c")
+    assert f"<title>{up} | {down}</title>" in done.stdout
+    assert "CONSOLE" not in done.stderr
