@@ -88,13 +88,6 @@ def dataset_for(command: Command | PredictConfig, model: Model) -> Dataset:
     if node == model.settings.dataset:
         return model.dataset
     dataset = build_dataset(node)
-    if issubclass(dataset.spec.tasks, Rollouts) != issubclass(model.spec.tasks, Rollouts):
-        specs = dataset.spec, model.spec
-        kinds = ["an environment" if issubclass(spec.tasks, Rollouts) else "examples" for spec in specs]
-        raise ConfigError(
-            f"dataset={dataset_name(model)}: is {kinds[0]}, and the model was trained on {kinds[1]}; choose "
-            "another dataset, or leave dataset out for that of its training"
-        )
     for override in HydraConfig.get().overrides.task:
         name = override.partition("=")[0].lstrip("+").removeprefix("dataset.")
         if name in dataset.of_model and not same_preparation(name, node, model):
@@ -103,7 +96,15 @@ def dataset_for(command: Command | PredictConfig, model: Model) -> Dataset:
                 f"{override.lstrip('+')}: the model was trained with dataset.{name}={kept}, and takes "
                 "examples like those of its training; leave it out"
             )
-    return dataset.prepared_like(model.dataset.preparation)
+    dataset = dataset.prepared_like(model.dataset.preparation)  # its own encoder may be gone
+    if issubclass(dataset.spec.tasks, Rollouts) != issubclass(model.spec.tasks, Rollouts):
+        specs = dataset.spec, model.spec
+        kinds = ["an environment" if issubclass(spec.tasks, Rollouts) else "examples" for spec in specs]
+        raise ConfigError(
+            f"dataset={dataset_name(model)}: is {kinds[0]}, and the model was trained on {kinds[1]}; choose "
+            "another dataset, or leave dataset out for that of its training"
+        )
+    return dataset
 
 
 def same_preparation(name: str, node: Node, model: Model) -> bool:
