@@ -98,6 +98,7 @@ class TrainConfig:
     meta_batch: int = whole(1)
     iterations: int = whole(1)
     inner_rate: float = positive(shared="inner_loop.rate")
+    inner_decay: float = positive(shared="inner_loop.test_decay")
     norm: str = setting(shared="backbone.norm")
     metrics: list[str] | None = None
     optimizer: Node = MISSING

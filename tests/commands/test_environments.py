@@ -71,6 +71,7 @@ def test_evaluation_over_steps_with_a_rate_for_each(metarun, trained):
     assert done.stderr.count("inner rate 0.") == 2  # there is nothing to choose without a step
     assert "episodes" in done.stdout and "seen" in done.stdout and "transductive" not in done.stdout
     rows = list(csv.DictReader(Path("out/results.csv").read_text().splitlines()))
+    assert rows.pop()["model"] == "optimum, task known"
     assert [row["episodes_seen"] for row in rows] == ["0", "4", "8"]
     assert len({row["episodes_hash"] for row in rows}) == 1
     assert [bool(row["rate"]) for row in rows] == [False, True, True]
@@ -85,41 +86,40 @@ def test_the_chosen_rate_is_the_one_that_is_evaluated(metarun, trained):
         "large": ["rates=[0.1]"],
     }.items():
         metarun("eval", f"checkpoint={run}", "episodes=6", *words, f"hydra.run.dir={name}")
-        (row,) = json.loads(Path(name, "results.json").read_text())["results"]
+        row, _ = json.loads(Path(name, "results.json").read_text())["results"]
         scores[name] = row["rate"], row["mean"]
     assert scores["small"][1] != scores["large"][1]
     assert scores["chosen"] in (scores["small"], scores["large"])
 
 
-METHODS = [
-    "fomaml",
-    "anil",
-    "boil",
-    "meta_sgd",
-    "meta_curvature",
-    "cavia",
-    "pretrain inner_loop.test_steps=1",
-    "reptile outer_loop=gradient",
-    "maml outer_loop=ppo",
-    "maml outer_loop=gradient backbone.activation=tanh",
-    "maml dataset.estimator.credit=true dataset.reward=sparse dataset.radius=0.5",
-]
+METHODS = {  # and the inner loop that each has
+    "fomaml": "SGD",
+    "anil": "SGD",
+    "boil": "SGD",
+    "meta_sgd": "MetaSGD",
+    "meta_curvature": "MetaCurvature",
+    "cavia": "SGD",
+    "pretrain inner_loop.test_steps=1": "SGD",
+    "reptile outer_loop=gradient": "Adam",
+    "maml outer_loop=ppo": "SGD",
+    "maml outer_loop=gradient backbone.activation=tanh": "SGD",
+    "maml dataset.estimator.credit=true dataset.reward=sparse dataset.radius=0.5": "SGD",
+}
 
 
 @pytest.mark.parametrize("words", METHODS)
 def test_methods_with_inner_steps_learn_a_policy(metarun, words: str):
-    metarun(
-        "train", *SMALL, "iterations=1", "test.episodes=0", *f"algorithm={words}".split(), "hydra.run.dir=run"
-    )
+    words_of_run = [*SMALL, "iterations=1", "test.episodes=0", *f"algorithm={words}".split()]
+    metarun("train", *words_of_run, "hydra.run.dir=run")
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert [(row["split"], row["iteration"]) for row in rows] == [
-        ("validation", 0),
-        ("train", 1),
-        ("validation", 1),
-    ]
+    splits = [(row["split"], row["iteration"]) for row in rows]
+    assert splits == [("validation", 0), ("train", 1), ("validation", 1)]
     assert all(math.isfinite(row["return"]) for row in rows)
-    weights = torch.load("run/last.pt", weights_only=True)["algorithm"]
-    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    last = torch.load("run/last.pt", weights_only=True)
+    assert all(torch.isfinite(weight).all() for weight in last["algorithm"].values())
+    inner_loop = last["config"]["inner_loop"]
+    assert inner_loop["_target_"].rpartition(".")[2] == METHODS[words]
+    assert inner_loop.get("test_decay", 0.5) == 0.5
     if "pretrain" not in words:  # adaptation changes what a policy does
         assert rows[0]["return"] != rows[0]["return_before"]
 
