@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metarun.datasets.environments.gym import quiet
 from metarun.datasets.environments.locomotion import (
     AntDirection,
     HalfCheetahDirection,
@@ -67,7 +68,8 @@ def plain(id: str, batch: Trajectories, task: int, episode: int, chance: Tensor,
     """A plain environment after each step, with its x velocity from its positions, and the action."""
     import gymnasium
 
-    instance = gymnasium.make(id, **arguments)
+    with quiet():  # MuJoCo would write a warning to a file
+        instance = gymnasium.make(id, **arguments)
     instance.reset(seed=int(chance[task, episode].item() * SEEDS))
     bare = instance.unwrapped
     for time in range(HORIZON):
