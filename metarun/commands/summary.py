@@ -40,6 +40,8 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         result["test"] = {"task": task, **test_record(test)}
         kind = ", transductive" if test.uses_query_statistics else ""
         for each in test.metrics:
+            if each.name == metric.before and test.mean_of(each) == test.mean:
+                continue  # a policy with a memory may have played nothing before
             figure = each.show_interval(test.mean_of(each), test.interval_of(each))
             about = f"  ({task}, {test.episodes} episodes{kind})" if each is metric else ""
             lines.append(("test" if each is metric else "", f"{each.name} {figure}{about}"))

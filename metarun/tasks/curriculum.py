@@ -68,7 +68,7 @@ class PrioritizedReplay:
                 x.index_copy(0, slots, stored[places[slots]])
                 for x, stored in zip(draw, self.draws, strict=True)
             )
-            draw = source.with_new_luck(again, draw)
+            draw = source.with_new_noise(again, draw)
         self.latest = draw, places
         return draw
 

@@ -90,7 +90,7 @@ class EpisodeSource(ABC):
     def gather(self, draw: Draw, shape: EpisodeShape) -> Tasks:
         """The tasks that choices name, on the source's device; index arithmetic, without randomness."""
 
-    def with_new_luck(self, draw: Draw, fresh: Draw) -> Draw:
+    def with_new_noise(self, draw: Draw, fresh: Draw) -> Draw:
         """The tasks of a draw with what does not define a task, such as seeds of noise, from a fresh draw."""
         return draw
 

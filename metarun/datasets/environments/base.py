@@ -138,7 +138,7 @@ class EnvironmentSource(EpisodeSource):
         """The parameters of the tasks of a draw."""
         return dict(zip(self.keys, draw[:-1], strict=True))
 
-    def with_new_luck(self, draw: Draw, fresh: Draw) -> Draw:
+    def with_new_noise(self, draw: Draw, fresh: Draw) -> Draw:
         return (*draw[:-1], fresh[-1])
 
     def gather(self, draw: Draw, shape: EpisodeShape) -> Rollouts:
