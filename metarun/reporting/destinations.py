@@ -25,7 +25,7 @@ PATIENCE = 20.0  # seconds that a finished run waits for a service
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a service is told of a run.
+    """What a service receives about a run.
 
     Args:
         folder: the run folder.
@@ -118,7 +118,7 @@ class Background:
     Args:
         name: of the destination, for messages.
         destination: gets all rows in order.
-        run: what it is told of the run.
+        run: what it receives about the run.
     """
 
     def __init__(self, name: str, destination: Destination, run: RunFacts) -> None:

@@ -69,7 +69,7 @@ TERMS = ("reward_ctrl", "reward_contact", "reward_survive")  # of the reward of 
 
 
 class HalfCheetahVelocity(Locomotion):
-    """A half-cheetah has to run at a speed that it is not told: the reward is minus the difference.
+    """A half-cheetah has to run at a speed that it does not observe: the reward is minus the difference.
 
     Minus 0.05 times the squared norm of the actions.
 
@@ -100,7 +100,7 @@ class HalfCheetahVelocity(Locomotion):
 
 
 class Direction(Locomotion):
-    """A robot has to run forward or backward, and is not told which: the reward is its speed there."""
+    """A robot has to run forward or backward, which it does not observe: the reward is its speed there."""
 
     def sample(self, split: Split, tasks: int, generator: torch.Generator) -> Parameters:
         return {"direction": torch.randint(2, (tasks,), generator=generator) * 2.0 - 1}

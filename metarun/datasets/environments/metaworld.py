@@ -25,7 +25,7 @@ LONGEST = 500  # time steps, after which an environment of Meta-World must be re
 
 
 class MetaWorld(GymFamily):
-    """The goals and objects of a benchmark of Meta-World; the policy is not told the goal.
+    """The goals and objects of a benchmark of Meta-World; the policy does not observe the goal.
 
     Training and validation tasks are the benchmark's training tasks, because it has no others; its test tasks
     are for the test alone. An episode is a success if its goal is reached at any time.
