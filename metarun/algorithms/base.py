@@ -67,8 +67,8 @@ class Algorithm(nn.Module, ABC):
     loss: PerTask | None = None
 
     @classmethod
-    def check_tasks(cls, spec: TaskSpec) -> None:
-        """Raise ConfigError if the method does not support tasks of this kind."""
+    def check_kind(cls, spec: TaskSpec) -> None:
+        """Raise ConfigError if the method needs another kind of tasks, examples or environments."""
         if issubclass(spec.tasks, Rollouts) and not cls.plays:
             raise ConfigError(
                 f"algorithm={cls.__name__}: learns from labelled examples, and this dataset is an "
@@ -80,6 +80,11 @@ class Algorithm(nn.Module, ABC):
                 f"algorithm={cls.__name__}: needs {what}, but the tasks of this dataset are "
                 f"{spec.tasks.__name__}; choose algorithm=maml"
             )
+
+    @classmethod
+    def check_tasks(cls, spec: TaskSpec) -> None:
+        """Raise ConfigError if the method does not support these tasks."""
+        cls.check_kind(spec)
         if cls.needs_classes and spec.outputs is not None:
             raise ConfigError(
                 f"algorithm={cls.__name__}: needs tasks with classes, which this dataset does not have; "

@@ -127,7 +127,7 @@ def build_outer_loop(settings: TrainConfig, spec: TaskSpec) -> OuterLoop:
         return Gradient()
     rule: OuterLoop = instantiate(settings.outer_loop, "outer_loop")
     algorithm: type[Algorithm] = get_class(settings.algorithm["_target_"])
-    algorithm.check_tasks(spec)
+    algorithm.check_kind(spec)
     environments = issubclass(spec.tasks, Rollouts)
     if rule.needs_rollouts and not environments:
         raise ConfigError(

@@ -397,10 +397,10 @@ def test_paths_with_spaces_and_brackets_need_no_quotes(metarun, tmp_path: Path):
 
 
 COMPLETED = {
-    "metarun ": "train eval adapt data",
+    "metarun ": "train eval adapt predict export runs report data",
     "metarun ev": "eval",
     "metarun train algorithm=fo": "algorithm=fomaml",
-    "metarun train p": "",  # conf/pairing is not for users
+    "metarun train pa": "",  # conf/pairing is not for users
     "metarun eval checkpoint=": "checkpoint=outputs/",
     "metarun eval checkpoint=outputs/": "checkpoint=outputs/a/ checkpoint=outputs/b.pt",
     "metarun eval checkpoint=[outputs/b.pt,outputs/a": "checkpoint=[outputs/b.pt,outputs/a/",
