@@ -52,8 +52,8 @@ class CNAPs(FeatureMethod):
     ) -> None:
         super().__init__(backbone)
         self.frozen, self.penalty = frozen, penalty
-        for p in backbone.parameters():
-            p.requires_grad_(not frozen)
+        if frozen:
+            backbone.requires_grad_(False)
         self.modulations = add_modulations(backbone)
         self.encoder = set_encoder(item_shape, width, norm)
         self.film = nn.ModuleList(FilmGenerator(width, layer.channels) for layer in self.modulations)

@@ -36,7 +36,7 @@ class FineTuned(nn.Sequential):
     `backbone=adapter`). Dropout is off, so that a loss depends on the weights and the texts alone.
 
     Args:
-        pretrained: passed by the builder: the network; the dataset knows it (`dataset.finetune=true`).
+        encoder: passed by the builder: the network; the dataset knows it (`dataset.finetune=true`).
         length: the length of the features.
         adapts: whether gradient-based methods adapt the encoder to each task, with a copy of it per task;
             False: all tasks share it, and only the outer loop trains it.
@@ -46,17 +46,15 @@ class FineTuned(nn.Sequential):
         DataError: the network is no text encoder.
     """
 
-    def __init__(
-        self, pretrained: PretrainedNetwork | None, length: float = 3.0, adapts: bool = False
-    ) -> None:
-        if pretrained is None:
+    def __init__(self, encoder: PretrainedNetwork | None, length: float = 3.0, adapts: bool = False) -> None:
+        if encoder is None:
             raise ConfigError(
                 "backbone=encoder: needs dataset.encoder=FOLDER_OR_NAME and dataset.finetune=true; set both, "
                 "or choose backbone=bag"
             )
         if length <= 0:
             raise ConfigError(f"backbone.length={length}: must be above 0")
-        layer = EncoderLayer(pretrained, shared=not adapts)
+        layer = EncoderLayer(encoder, shared=not adapts)
         super().__init__(layer, SameLength(length))
         self.features = layer.width
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 from urllib.error import URLError
 
@@ -91,18 +91,22 @@ def block(inputs: int, width: int, norm: Norm) -> nn.Sequential:
 
 
 class ImageNetInput(nn.Module):
-    """Normalises greyscale or RGB images in [0, 1] as torchvision's weights expect."""
+    """Normalises greyscale or RGB images in [0, 1], by default as torchvision's weights expect."""
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        deviation: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
         super().__init__()
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("deviation", (0.229, 0.224, 0.225))):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("deviation", deviation)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, 1 or 3, H, W] -> [B, 3, H, W]."""
+        """x [B, 1 or C, H, W] -> [B, C, H, W], for C means."""
         return (x - self.mean) / self.deviation
 
 

@@ -14,9 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from metarun.algorithms.base import Algorithm
 from metarun.commands.shapes import check_before_loading, check_shape
 from metarun.commands.summary import report
-from metarun.commands.trained_on import classes_before, load_split, note_weights
+from metarun.commands.trained_on import classes_before, load_split, note_weights, pretrained_by
 from metarun.config.build import (
     build_algorithm,
     build_outer_loop,
@@ -144,8 +145,8 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         note_weights("this run", settings)
         if start is not None:
             inform(f"initialised from the {start_from(trainer.algorithm, *start)}")
-        elif trainer.algorithm.frozen and not settings.backbone.get("weights"):
-            raise ConfigError("algorithm.frozen=true: needs a pretrained backbone; add init=RUN")
+        elif (where := frozen_by(trainer.algorithm, settings)) and not pretrained_by(settings):
+            raise ConfigError(f"{where}.frozen=true: needs a pretrained backbone; add init=RUN")
     shape = dataset.spec.task_name(training_shape(settings))
     name = f"{choices['algorithm']} on {choices['dataset']}, {shape}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
@@ -255,6 +256,7 @@ def build_trainer(
         settings.dataset = OmegaConf.to_container(OmegaConf.merge(settings.dataset, dataset.decided))
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
+    check_trains(algorithm, settings)
     optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware, capturable)
     scheduler = build_scheduler(settings.scheduler, optimizer, metric) if settings.scheduler else None
     clip = settings.clip
@@ -342,6 +344,21 @@ def resumed_config(path: Path, state: dict[str, Any], now: DictConfig, overrides
         )
     cfg.resume = cfg.trust = None
     return cfg
+
+
+def frozen_by(algorithm: Algorithm, settings: TrainConfig) -> str:
+    """The group whose setting `frozen` keeps the backbone as it is; "" if it is trained."""
+    return "algorithm" if algorithm.frozen else "backbone" if settings.backbone.get("frozen") else ""
+
+
+def check_trains(algorithm: Algorithm, settings: TrainConfig) -> None:
+    """Raise ConfigError if a frozen backbone leaves an algorithm nothing to train."""
+    if settings.backbone.get("frozen") and not any(p.requires_grad for p in algorithm.parameters()):
+        raise ConfigError(
+            f"backbone.frozen=true: algorithm={type(algorithm).__name__} has no other weights to train; "
+            "choose backbone.frozen=false, algorithm=simpleshot or baseline (or with algorithm=protonet "
+            "algorithm.learn_scale=true)"
+        )
 
 
 def count_parameters(trainer: Trainer) -> str:

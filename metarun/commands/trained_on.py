@@ -160,11 +160,15 @@ def without_trained_tasks(
 
 def note_weights(model: str, settings: TrainConfig) -> None:
     """Report that a backbone started from other weights, whose training classes have no record."""
+    if weights := pretrained_by(settings):
+        inform(f"{model}: the classes that {weights} was trained on are not known, and not left out")
+
+
+def pretrained_by(settings: TrainConfig) -> str:
+    """The setting that gives the backbone pretrained weights, as it is typed; "" if there is none."""
     if weights := settings.backbone.get("weights"):
-        inform(
-            f"{model}: the classes that backbone.weights={weights} was trained on are not known, "
-            "and not left out"
-        )
+        return f"backbone.weights={weights}"
+    return "backbone.pretrained=true" if settings.backbone.get("pretrained") else ""
 
 
 def compare_with(contents: Sequence[Mapping[str, Any]], split: str, source: EpisodeSource) -> None:

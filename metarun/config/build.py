@@ -158,12 +158,12 @@ def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
     The networks of metarun are not checked: tests do that, and it would take a second for a large one.
     """
     takes, cls = parameters_of(node), get_class(node["_target_"])
-    offered = {"item_shape": spec.item_shape, "vocabulary": spec.vocabulary, "pretrained": spec.pretrained}
+    offered = {"item_shape": spec.item_shape, "vocabulary": spec.vocabulary, "encoder": spec.pretrained}
     passed = {name: value for name, value in offered.items() if name in takes}
     if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
         passed["item_shape"] = spec.item_shape
     if in_metarun(cls):
-        check_kind(cls, spec, takes_texts=not {"vocabulary", "pretrained"}.isdisjoint(takes))
+        check_kind(cls, spec, takes_texts=not {"vocabulary", "encoder"}.isdisjoint(takes))
     backbone: nn.Module = instantiate(node, "backbone", **passed)
     if not in_metarun(cls):
         where = f"backbone: {cls.__module__}.{cls.__qualname__}"

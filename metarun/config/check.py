@@ -38,7 +38,7 @@ SUPPLIED = {
         "description",
         "constants",
     },
-    "backbone": {"item_shape", "vocabulary", "pretrained"},
+    "backbone": {"item_shape", "vocabulary", "encoder"},
     "optimizer": {"params"},
     "tracker": {"folder", "first"},
     "scheduler": {"optimizer"},

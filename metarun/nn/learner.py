@@ -98,13 +98,15 @@ class Learner(nn.Module):
 
 
 def refuse_running_averages(backbone: nn.Module) -> None:
-    """Raise ConfigError if the backbone has running averages.
+    """Raise ConfigError if the backbone has running averages, unless it is frozen.
 
     They would carry statistics from one task to the next, and they belong to the weights before adaptation.
     """
+    frozen = [each for each in backbone.modules() if getattr(each, "frozen", False)]
+    fixed = {id(part) for each in frozen for part in each.modules()}
     for module in backbone.modules():
-        if getattr(module, "running_mean", None) is not None:
+        if getattr(module, "running_mean", None) is not None and id(module) not in fixed:
             raise ConfigError(
                 "norm=running keeps averages over tasks, which weights adapted per task cannot use; "
-                "choose norm=batch, group, layer, instance or none"
+                "choose norm=batch, group, layer, instance or none (backbone=timm: backbone.frozen=true)"
             )

@@ -21,8 +21,8 @@ from metarun.errors import ConfigError
 
 GROUPS = ("dataset", "algorithm", "backbone", "inner_loop", "hardware")
 FILES = sorted(CONF.rglob("*.yaml"))
-NEEDS_FILES = "encoder"  # tested in test_finetuned_encoder.py
-BACKBONES = sorted({path.stem for path in (CONF / "backbone").glob("*.yaml")} - {NEEDS_FILES})
+NEEDS_MORE = {"encoder", "timm"}  # tested in test_finetuned_encoder.py and test_timm_network.py
+BACKBONES = sorted({path.stem for path in (CONF / "backbone").glob("*.yaml")} - NEEDS_MORE)
 SMALL = {  # a network of the same kind that is built in no time
     "resnet12": ["backbone.widths=[8,8,8,8]"],
     "resnet18": ["backbone.width=8"],
