@@ -67,7 +67,7 @@ class MAML(Algorithm):
         if not adapted:
             raise ConfigError(
                 f"algorithm.adapts={adapts}: tasks share all of the backbone's weights and adapt none; set "
-                "backbone.adapts=true, or choose algorithm=maml"
+                "backbone.adapts=true (backbone=timm: backbone.frozen=false), or choose algorithm=maml"
             )
         inner_loop.attach(adapted)
         if head == "shared" and not self.is_fast("head.weight"):

@@ -146,7 +146,9 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         if start is not None:
             inform(f"initialised from the {start_from(trainer.algorithm, *start)}")
         elif (where := frozen_by(trainer.algorithm, settings)) and not pretrained_by(settings):
-            raise ConfigError(f"{where}.frozen=true: needs a pretrained backbone; add init=RUN")
+            raise ConfigError(
+                f"{where}.frozen=true: needs a pretrained backbone; add init=RUN or backbone.weights=FILE"
+            )
     shape = dataset.spec.task_name(training_shape(settings))
     name = f"{choices['algorithm']} on {choices['dataset']}, {shape}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
