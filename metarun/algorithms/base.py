@@ -72,13 +72,18 @@ class Algorithm(nn.Module, ABC):
         if issubclass(spec.tasks, Rollouts) and not cls.plays:
             raise ConfigError(
                 f"algorithm={cls.__name__}: learns from labelled examples, and this dataset is an "
-                "environment; choose algorithm=maml, fomaml, anil, meta_sgd, cavia, reptile or pretrain"
+                "environment; choose algorithm=rl2, maml, fomaml, anil, boil, meta_sgd, meta_curvature, "
+                "cavia, reptile or pretrain"
+            )
+        if cls.needs is Rollouts and not issubclass(spec.tasks, Rollouts):
+            raise ConfigError(
+                f"algorithm={cls.__name__}: acts in environments, and this dataset has examples; choose "
+                "dataset=bandit or navigation2d, or algorithm=maml"
             )
         if not issubclass(spec.tasks, cls.needs):
-            what = "environments" if cls.needs is Rollouts else "labelled support and query examples"
             raise ConfigError(
-                f"algorithm={cls.__name__}: needs {what}, but the tasks of this dataset are "
-                f"{spec.tasks.__name__}; choose algorithm=maml"
+                f"algorithm={cls.__name__}: needs labelled support and query examples, but the tasks of this "
+                f"dataset are {spec.tasks.__name__}; choose algorithm=maml"
             )
 
     @classmethod

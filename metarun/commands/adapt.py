@@ -36,7 +36,6 @@ from metarun.reporting.console import console, inform, relative
 from metarun.storage.files import user_path, write_json
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import Metric, Objective
-from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.sampling import fixed_draws
 from metarun.training.hardware import Hardware
 
@@ -78,7 +77,9 @@ def run(cfg: DictConfig) -> float:
     model = restore(path, trusted, hardware, command.steps, command.transductive)
     model.algorithm.eval()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if issubclass(model.spec.tasks, Rollouts):
+    if command.support is not None:
+        model.refuse_policy(f"support={command.support}")
+    if model.is_policy:
         return environments.adapt(command, model, hardware, folder)
     for name, value in {"task": command.task, "video": command.video or None}.items():
         if value is not None:

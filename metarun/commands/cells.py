@@ -41,6 +41,8 @@ class Cell:
         dataset: the name of the dataset.
         result: the result, once the cell is evaluated.
         rate: the inner rate, if it was chosen for this evaluation.
+        names_queries: whether the number of queries is part of the name of the task, since other policies
+            are scored on another number.
         reason: why the combination is not supported; "" if it is.
     """
 
@@ -52,6 +54,7 @@ class Cell:
     result: Result | None = None
     reason: str = ""
     rate: float | None = None
+    names_queries: bool = False
 
     @property
     def algorithm(self) -> Algorithm:
@@ -92,7 +95,8 @@ class Cell:
     @property
     def shape_name(self) -> str:
         """The shape of the tasks, such as "5-way 1-shot"."""
-        return self.source.spec.task_name(self.shape)
+        name = self.source.spec.task_name(self.shape)
+        return f"{name}, {counted(self.shape.queries, 'query', 'queries')}" if self.names_queries else name
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -29,7 +29,7 @@ def comparisons(cells: Sequence[Cell], references: bool = False) -> list[dict[st
     pairs = []
     for a, b in itertools.combinations([cell for cell in cells if cell.result], 2):
         assert a.result and b.result
-        same = (a.dataset, a.task) == (b.dataset, b.task)
+        same = (a.dataset, a.task, a.shape) == (b.dataset, b.task, b.shape)
         if not references and isinstance(a.model, Reference) and isinstance(b.model, Reference):
             continue
         if not same or a.result.episodes_hash != b.result.episodes_hash:
@@ -56,9 +56,10 @@ def plain_pair(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def best_models(cells: Sequence[Cell]) -> dict[tuple[str, str, Metric], str]:
-    """The name of the best model of each dataset, task and metric."""
+    """The name of the best checkpoint of each dataset, task and metric."""
     best: dict[tuple[str, str, Metric], tuple[float, str]] = {}
-    for cell in (cell for cell in cells if cell.result):
+    models = [cell for cell in cells if cell.result and not isinstance(cell.model, Reference)]
+    for cell in models:
         for metric in cell.metrics:
             mean = cell.result.mean_of(metric)  # type: ignore[union-attr]
             key = cell.dataset, cell.task, metric

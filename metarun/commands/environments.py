@@ -98,6 +98,8 @@ def typed_parameters(task: Any, source: EnvironmentSource, drawn: Sequence[Tenso
             size = " x ".join(map(str, known[name].shape[1:]))
             raise ConfigError(f"task.{name}={value}: must be {f'{size} numbers' if size else 'a number'}")
         found[name] = number
+    if found:
+        source.family.check_task(known | found)
     return found
 
 

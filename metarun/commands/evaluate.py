@@ -55,6 +55,9 @@ def run(cfg: DictConfig) -> float:
     if all(cell.reason for cell in cells):
         raise ConfigError(cells[0].reason)
     possible = [cell for cell in cells if not cell.reason]
+    for cell in cells:
+        policy = issubclass(cell.source.spec.tasks, Rollouts)
+        cell.names_queries = policy and len({each.shape.queries for each in cells}) > 1
     if command.confusion and not any(cell.source.names for cell in possible):
         raise ConfigError("confusion=true: these tasks have no classes; leave it out")
     shown = instance_cells(possible, command)
@@ -171,10 +174,7 @@ def draw(
         suffix = ".png" if len(kinds) == 1 else f"_{kind.name}.png"
         if len({row["episodes_seen"] for row, _ in own if row["episodes_seen"] is not None}) > 1:
             names.append(f"episodes{suffix}")  # one axis for policies that learn by steps and by memory
-            seen = {
-                metric: [row | {"steps": row["episodes_seen"], "task": row["dataset"]} for row in of]
-                for metric, of in results.items()
-            }
+            seen = {metric: [row | over_episodes(row, own) for row in of] for metric, of in results.items()}
             plots.step_curves(seen, folder / names[-1], note, "episodes seen")
         elif len({row["steps"] for row, _ in own if row["steps"] is not None}) > 1:
             names.append(f"steps{suffix}")
@@ -187,6 +187,18 @@ def draw(
                 names.append(f"differences{suffix}")
                 plots.differences(to_best, folder / names[-1], note)
     return names
+
+
+def over_episodes(row: dict[str, Any], rows: Sequence[tuple[dict[str, Any], Cell]]) -> dict[str, Any]:
+    """What replaces the steps and the task of a row in a figure over episodes.
+
+    A player that is no checkpoint has seen the shots, where there are several numbers of these; else it is
+    a line.
+    """
+    seen = row["episodes_seen"]
+    if seen is None and len({each["shots"] for each, _ in rows}) > 1:
+        seen = row["shots"]
+    return {"steps": seen, "task": row["dataset"]}
 
 
 def of_metric(cell: Cell, metric: Metric) -> dict[str, Any]:

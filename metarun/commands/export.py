@@ -11,7 +11,7 @@ from metarun.config.check import check
 from metarun.config.schema import ExportConfig, typed
 from metarun.config.targets import trusted_modules
 from metarun.errors import ConfigError
-from metarun.inference.adapted import restore_adapted
+from metarun.inference.adapted import AdaptedModel, restore_adapted
 from metarun.inference.export import FORMATS, export
 from metarun.inference.model import find, restore
 from metarun.reporting.console import inform, relative
@@ -32,6 +32,8 @@ def run(cfg: DictConfig) -> None:
         if command.checkpoint is not None
         else restore_adapted(str(command.adapted), trusted, hardware)
     )
+    model = source.model if isinstance(source, AdaptedModel) else source
+    model.refuse_policy("export")
     folder = Path(HydraConfig.get().runtime.output_dir)
     names = export(source, command.format, folder)
     inform(f"saved {' and '.join(names)} in {relative(folder)}")

@@ -193,8 +193,16 @@ class TestData:
 
     @property
     def datasets(self) -> int:
-        """The number of loaded datasets; the same dataset with different item shapes counts once."""
-        return len({name for name, *_ in self.sources})
+        """The number of loaded datasets; the same dataset with different item shapes counts once.
+
+        Environments that differ in how gradients are estimated are the same.
+        """
+        return len({self.identity(name, source) for (name, *_), source in self.sources.items()})
+
+    @staticmethod
+    def identity(name: str, source: EpisodeSource) -> str:
+        """What distinguishes the data of a source: its settings, or the fingerprint of environments."""
+        return source.fingerprint if issubclass(source.spec.tasks, Rollouts) else name
 
 
 def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:

@@ -30,6 +30,7 @@ def run(cfg: DictConfig) -> float | None:
     check_reject(command.reject)
     hardware: Hardware = instantiate(command.hardware, "hardware")
     adapted = restore_adapted(command.adapted, trusted_modules(cfg), hardware)
+    adapted.model.refuse_policy(f"adapted={command.adapted}")
     queries = queries_of(command, adapted)
     queries = OwnQueries(placed(adapted.model, queries.x), placed(adapted.model, queries.y), queries.names)
     outputs = adapted.outputs(queries.x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,11 @@ from metarun.errors import ConfigError, described
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, inform, relative
 from metarun.reporting.destinations import Background, RunFacts
-from metarun.reporting.tracker import Events, Tracker
+from metarun.reporting.tracker import Events, Row, Tracker
 from metarun.storage.files import remove_temporary, write_text
 from metarun.storage.locks import lock_path, locked
 from metarun.tasks.class_store import ClassStore
-from metarun.tasks.objectives import Objective
+from metarun.tasks.objectives import Metric, Objective
 from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
@@ -210,11 +210,17 @@ def finish(
     """Write the learning curve, test the best checkpoint, and report."""
     validation = trainer.train_source.spec.task_name(validation_shape(settings))
     label = "validation" if name.endswith(f", {validation}") else f"validation ({validation})"
-    plots.learning_curve(tracker.rows, trainer.metrics, name, trainer.folder / "learning_curve.png", label)
+    metrics = [each for each in trainer.metrics if not repeated(each, trainer.metrics[0], tracker.rows)]
+    plots.learning_curve(tracker.rows, metrics, name, trainer.folder / "learning_curve.png", label)
     test = test_best(trainer, test_source, settings) if test_source else None
     report(trainer, test, name)
     result = content_of(trainer.folder / "result.json")
     tracker.end(trainer.record["config"], result, trainer.folder / "learning_curve.png")
+
+
+def repeated(metric: Metric, main: Metric, rows: Sequence[Row]) -> bool:
+    """Whether a score before adaptation is always that after it: a policy played nothing before."""
+    return metric.name == main.before and all(row[metric.name] == row[main.name] for row in rows)
 
 
 def build_trainer(

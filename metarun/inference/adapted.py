@@ -93,7 +93,8 @@ class AdaptedModel:
     preparation: Preparation | None = None
 
     def __repr__(self) -> str:
-        names = ", ".join(map(str, self.classes)) or "a regression"
+        names = ", ".join(map(str, self.classes))
+        names = names or ("an environment" if self.model.is_policy else "a regression")
         return f"<{self.model.name} model adapted to {names}>"
 
     def predict(self, examples: Sequence[Any], *, reject: float | None = None) -> Predictions:
@@ -108,6 +109,7 @@ class AdaptedModel:
             MetarunError: examples cannot be read, or do not fit the model.
             TrainingError: the predictions are not finite.
         """
+        self.model.refuse_policy("predict")
         if not self.classes:
             raise ConfigError("this model does not predict classes; use metarun adapt and metarun predict")
         check_reject(reject)

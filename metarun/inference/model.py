@@ -18,6 +18,7 @@ from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError
 from metarun.reporting.console import inform
 from metarun.tasks.objectives import Objective
+from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.spec import TaskSpec
 from metarun.training import checkpoint
 from metarun.training.hardware import Hardware
@@ -66,6 +67,19 @@ class Model:
     def __deepcopy__(self, memo: object) -> Model:
         """Itself, since it does not change: scikit-learn copies the parameters of every estimator."""
         return self
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether it acts in environments, instead of predicting examples."""
+        return issubclass(self.spec.tasks, Rollouts)
+
+    def refuse_policy(self, setting: str) -> None:
+        """Raise ConfigError, naming a setting or a method that is for predicting models, for a policy."""
+        if self.is_policy:
+            raise ConfigError(
+                f"{setting}: {self.path} is a policy for an environment, and has no examples to predict; let "
+                "it act by metarun adapt checkpoint=RUN 'task={...}'"
+            )
 
     def objective(self, names: list[str] | None) -> Objective:
         """The objective of its tasks with the metrics of these names; None: the metrics of training."""

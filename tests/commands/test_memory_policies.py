@@ -66,7 +66,7 @@ def test_a_run_that_stopped_ends_like_one_that_did_not(metarun, trained):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["algorithm=rl2"], "algorithm=rl2: needs environments"),
+        (["algorithm=rl2"], "algorithm=rl2: acts in environments"),
         (["dataset=bandit", "algorithm=protonet"], "algorithm=protonet: learns from labelled examples"),
         (["dataset=bandit", "dataset.estimator.baseline=none"], "nothing reads it in algorithm=rl2"),
         (["dataset=bandit", "algorithm.longest=9"], "nothing reads it with algorithm.memory=gru"),

@@ -124,6 +124,18 @@ def test_methods_with_inner_steps_learn_a_policy(metarun, words: str):
         assert rows[0]["return"] != rows[0]["return_before"]
 
 
+def test_models_are_compared_on_the_same_number_of_queries_only(metarun, trained):
+    run = trained(*SMALL)
+    other = trained(*SMALL, "validation.queries=3")
+    metarun("eval", f"checkpoint=[{run},{other}]", "episodes=4", "hydra.run.dir=out")
+    content = json.loads(Path("out/results.json").read_text())
+    by_task = {row["cell"] for row in content["results"]}
+    assert by_task == {"4-shot, 4 queries", "4-shot, 3 queries"}
+    names = {row["model"] for row in content["results"]} - {"optimum, task known"}
+    pairs = [pair for pair in content["comparisons"] if pair["a"] in names and pair["b"] in names]
+    assert len(names) == 2 and len(pairs) == 2  # one for each number of queries
+
+
 @pytest.mark.pictures
 def test_adapting_to_one_task_shows_each_step_and_the_paths(metarun, trained):
     run = trained(*SMALL)
@@ -182,6 +194,8 @@ def test_errors_of_other_commands(metarun, trained):
         "adapt task={goal:[1]}": "task.goal=[1]: must be 2 numbers",
         "adapt task={goal:near}": "task.goal=near: must be 2 numbers",
         "adapt support=. task={goal:[1,2]}": "nothing reads it with support",
+        "adapt support=.": "support=.: ",
+        "export format=safetensors": "is a policy for an environment",
         "adapt dataset=glyphs": "glyphs",
         "eval dataset=glyphs": "glyphs",
         "eval rates=[]": "rates=[]: must name at least one number",

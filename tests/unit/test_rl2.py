@@ -212,7 +212,7 @@ def test_a_resumed_run_is_that_of_one_go():
 
 
 def test_what_it_cannot_learn_from_is_refused():
-    with pytest.raises(ConfigError, match="RL2: needs environments"):
+    with pytest.raises(ConfigError, match="RL2: acts in environments"):
         RL2.check_tasks(TaskSpec((1, 28, 28)))
     algorithm, rule = ({"_target_": f"{cls.__module__}.{cls.__name__}"} for cls in (RL2, Gradient))
     settings = SimpleNamespace(algorithm=algorithm, outer_loop=rule, dataset={})

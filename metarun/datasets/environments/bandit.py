@@ -67,6 +67,13 @@ class Bandit(Environments):
     def world(self, parameters: Parameters, device: torch.device | str) -> World:
         return Arms(parameters["means"].to(device), self.horizon, self.rewards)
 
+    def check_task(self, parameters: Parameters) -> None:
+        means = parameters["means"]
+        if self.rewards == "bernoulli" and not bool(((means >= 0) & (means <= 1)).all()):
+            raise ConfigError(
+                f"task.means={means[0].tolist()}: are probabilities of a reward; choose numbers from 0 to 1"
+            )
+
     def optimum(self, parameters: Parameters) -> Tensor:
         """The expected return of the best arm alone."""
         return self.horizon * parameters["means"].double().amax(1)

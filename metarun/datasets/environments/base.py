@@ -86,6 +86,9 @@ class Environments(Dataset):
         """Classical players of tasks of this shape, by name, which `metarun eval` shows beside models."""
         return {}
 
+    def check_task(self, parameters: Parameters) -> None:
+        """Raise ConfigError for typed parameters that no task can have."""
+
     def positions(self, batch: Trajectories) -> Tensor | None:
         """Where episodes went, [T, H, E, 2], if they move in a plane that can be drawn; else None."""
         return None
