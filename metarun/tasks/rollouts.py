@@ -62,30 +62,35 @@ class Rollouts(Tasks):
     def outputs(self) -> int:
         return self.world.actions.outputs
 
-    def to(self, dtype: torch.dtype) -> Rollouts:
+    def twin(self) -> Rollouts:
+        """The same tasks; a pass over one of the two adds nothing to the loss of the other."""
         other = copy.copy(self)
+        other.inner_terms = []
+        return other
+
+    def to(self, dtype: torch.dtype) -> Rollouts:
+        other = self.twin()
         other.world = self.world.to(dtype)
         return other
 
     def scored_anew(self) -> Rollouts:
         """The same tasks, whose queries are not collected yet."""
-        other = copy.copy(self)
+        other = self.twin()
         other.recorded = {phase: batch for phase, batch in self.recorded.items() if phase != SCORED}
         return other
 
     def joined(self) -> Rollouts:
         """The same tasks, in which all trajectories are scored and none are for inner steps."""
-        other = copy.copy(self)
+        other = self.twin()
         other.shape = replace(self.shape, shots=0, queries=self.shape.shots + self.shape.queries)
         return other
 
     def select(self, rows: Tensor) -> Rollouts:
         """The tasks of these numbers, of which all trajectories are recorded."""
-        other = copy.copy(self)
+        other = self.twin()
         other.seeds = self.seeds[rows.cpu()]
         other.recorded = {phase: batch.map(lambda x: x[rows]) for phase, batch in self.recorded.items()}
         other.credit = None if self.credit is None else self.credit[rows]
-        other.inner_terms = []
         return other
 
     def support_loss(self, model: Model, step: int) -> Tensor:
@@ -127,7 +132,7 @@ class Rollouts(Tasks):
     def thinned(self, every: int) -> Rollouts:
         """The same recorded tasks with one of so many time steps of the queries."""
         scored = self.recorded[SCORED].map(lambda x: x[:, ::every] if x.dim() > 2 else x)
-        other = copy.copy(self)
+        other = self.twin()
         other.recorded = self.recorded | {SCORED: scored}
         return other
 

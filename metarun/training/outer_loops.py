@@ -150,7 +150,8 @@ class TRPO(OuterLoop):
     def step(self, outer: OuterStep, draw: Draw) -> None:
         batches = outer.collect(draw)
         outer.backward_again(batches, outer.meta_batch)
-        gradient = torch.cat([p.grad.flatten() for p in outer.params])  # type: ignore[union-attr]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in outer.params]
+        gradient = torch.cat([grad.flatten() for grad in grads])
         product = self.fisher_product(outer, batches)
         direction = conjugate_gradient(product, gradient, self.cg_steps)
         curvature = direction @ product(direction)

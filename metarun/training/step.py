@@ -305,9 +305,7 @@ class OuterStep:
         self.algorithm.on_collected(batches)
         if batches[0].estimator.credit and self.meta_batch > 1:
             total = torch.stack([tasks.mean_returns().sum() for tasks in batches]).sum()
-            for (
-                tasks
-            ) in batches:  # compared with the mean of the other tasks, which keeps the estimate unbiased
+            for tasks in batches:  # the mean of the other tasks keeps the estimate unbiased
                 tasks.give_credit((total - tasks.mean_returns()) / (self.meta_batch - 1))
         return batches
 

@@ -39,7 +39,7 @@ class Listed(Destination):
 
 
 class Broken(Listed):
-    """Fails where it is told to."""
+    """Fails where a test asks for it."""
 
     def start(self, run: RunFacts) -> None:
         self.at("start")

@@ -471,6 +471,16 @@ def test_ratios_are_one_where_the_policy_is_the_one_that_acted():
     assert tasks.divergence(outcome).abs().max() < 1e-12
 
 
+def test_the_fisher_product_leaves_the_loss_of_the_tasks_as_it_is():
+    algorithm = policy()
+    outer = step_with(TRPO(), algorithm, credit=True)
+    batches = outer.collect(next(outer.draws))
+    before = algorithm.meta_loss(batches[0]).loss
+    product = TRPO().fisher_product(outer, batches)
+    product(weights_of(algorithm))
+    torch.testing.assert_close(algorithm.meta_loss(batches[0]).loss, before, rtol=0, atol=0)
+
+
 def test_clipped_ratios_stop_the_gradient_beyond_the_clip():
     batch = replace(batch_of(1, [[1, 1, 1, 1]]), advantages=torch.tensor([[[1.0, 1.0, -1.0, -1.0]]]).double())
     old = Box(2).log_prob(batch.outputs, batch.actions)
