@@ -26,7 +26,7 @@ from metarun.cli.search_path import forget_current_folder
 from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
 from metarun.errors import first_line, message_line
-from metarun.training.interrupts import ending_on_signals, stop_requested
+from metarun.training.interrupts import OutOfTime, ending_on_signals, stop_requested
 
 COMMANDS = {
     "train": "metarun.commands.train",
@@ -38,6 +38,8 @@ COMMANDS = {
     "report": "metarun.commands.report",
     "data": "metarun.commands.data",
 }
+
+OUT_OF_TIME = 75  # the exit status that sysexits.h calls a temporary failure: try again
 
 HELP = """\
 metarun {version}: meta-learning experiments from the command line
@@ -72,13 +74,18 @@ More to type:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run a command and exit with status 0 (success), 1 (error), 2 (wrong usage) or 130 (interrupted)."""
+    """Run a command and exit.
+
+    The status is 0 (success), 1 (error), 2 (wrong usage), 75 (stop.minutes is over) or 130 (interrupted).
+    """
     with ending_on_signals(), output_that_never_fails():
         try:
             dispatch(list(sys.argv[1:] if argv is None else argv))
-        except KeyboardInterrupt:
-            say(Failed("interrupted", status=130))
-            sys.exit(130)
+        except KeyboardInterrupt as stopped:
+            late = isinstance(stopped, OutOfTime)
+            failed = Failed(*("stop.minutes is over", OUT_OF_TIME) if late else ("interrupted", 130))
+            say(failed)
+            sys.exit(failed.code)
         except Failed as failed:
             say(failed)
             raise
@@ -201,7 +208,7 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or stop_requested():
             remove_hydra_files(folder, kept)
-            raise KeyboardInterrupt from None
+            raise error if isinstance(error, OutOfTime) else KeyboardInterrupt from None
         if sweep:
             return failed_job(error, name, raw, folder)
         if raw or not isinstance(error, Exception):

@@ -345,5 +345,5 @@ def fail(message: str, status: int) -> NoReturn:
 
 def say(failed: Failed) -> None:
     """Print the message of a command that has failed."""
-    prefix = "metarun: " if failed.code == 130 else "metarun: error: "
+    prefix = "metarun: error: " if failed.code in (1, 2) else "metarun: "
     print(prefix + message_line(failed.message), file=sys.stderr)

@@ -16,7 +16,7 @@ from metarun.cli.explain import explain
 from metarun.cli.main import execute
 from metarun.cli.overrides import Failed
 from metarun.errors import ConfigError, MetarunError
-from metarun.training.interrupts import forget_requests
+from metarun.training.interrupts import begin
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def own_hydra() -> Iterator[None]:
     kept = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     hydra, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
-    forget_requests()
+    begin()
     try:
         with warnings.catch_warnings():
             yield

@@ -34,7 +34,10 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
     }
     figure = metric.show_interval(best.score, best.interval)
     lines = [("validation", f"{metric.name} {figure}  (best, iteration {best.iteration})")]
-    lines += [("", "training did not help: best.pt is the start of the run")] * (best.iteration == 0)
+    if best.iteration == 0 < trainer.iteration:
+        lines.append(("", "training did not help: best.pt is the start of the run"))
+    if trainer.stopped_by:
+        result["stopped_by"] = trainer.stopped_by
     if test is not None:
         task = trainer.train_source.spec.task_name(test.shape)
         result["test"] = {"task": task, **test_record(test)}
@@ -54,9 +57,9 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         result["verdicts"] = report_verdicts(verdicts(published_in(record["config"]), [here]))
     write_json(folder / "result.json", result)
     (folder / "failure.json").unlink(missing_ok=True)  # it may exist from an earlier attempt in a sweep
-    place = relative(folder)
+    place, early = relative(folder), f", ended by {trainer.stopped_by}" if trainer.stopped_by else ""
     lines += [
-        ("trained", f"{counted(trainer.iteration, 'iteration')} in {trainer.seconds:.0f} s"),
+        ("trained", f"{counted(trainer.iteration, 'iteration')} in {trainer.seconds:.0f} s{early}"),
         ("folder", place),
         ("", "best.pt  last.pt  learning_curve.png  metrics.jsonl  result.json"),
     ]

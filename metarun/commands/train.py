@@ -50,14 +50,16 @@ from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
+from metarun.training.interrupts import OutOfTime, Requests, deadline
 from metarun.training.records import content_of, write_failure
 from metarun.training.step import Clip
+from metarun.training.stopping import EarlyStopping
 from metarun.training.trainer import Best, Trainer, TrainSettings
 
 GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
 # Settings that may change when a run is resumed; all others define the run.
 RESUMABLE = (
-    *("iterations", "resume", "hardware", "log", "tracker", "checkpoint", "test", "trust"),
+    *("iterations", "stop", "resume", "hardware", "log", "tracker", "checkpoint", "test", "trust"),
     *("dataset.root", "dataset.descriptions", "dataset.vectors", "dataset.encoder"),
 )
 ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
@@ -135,6 +137,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     dataset = restored_dataset(state or {}, settings.dataset)
     check_before_loading(dataset, settings)
     objective = dataset.spec.objective.choosing(settings.metrics, training=True)
+    early_stopping(settings).check(objective.metrics[0])
     record = {"choices": choices, "overrides": overrides, **classes_before(state, start and start[1])}
     trainer = build_trainer(settings, dataset, objective, hardware, folder, record, state or {})
     test_source = build_test_source(settings, dataset, objective, hardware, record, state or {})
@@ -158,12 +161,13 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     try:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        why = f"stop.minutes={settings.stop.minutes:g}: " if isinstance(stopped, OutOfTime) else ""
         if trainer.saved_at is None:
-            inform("stopped before the first checkpoint; nothing was saved")
+            inform(f"{why}stopped before the first checkpoint; nothing was saved")
         else:
             words = [f"resume={relative(folder)}", *trust_words(trainer.record["config"])]
-            inform(f"stopped and saved at iteration {trainer.saved_at}; continue with")
+            inform(f"{why}stopped and saved at iteration {trainer.saved_at}; continue with")
             inform(f"  metarun train {shlex.join(words)}")
         raise
     except Exception as error:
@@ -278,6 +282,8 @@ def build_trainer(
         log_every=settings.log.every,
         seed=settings.seed,
         clip=None if clip.value is None and clip.norm is None else Clip(clip.value, clip.norm),
+        stopping=early_stopping(settings),
+        until=deadline(settings.stop.minutes),
     )
     train.check(plan.shape)
     check_shape(validation.check, "validation", settings)
@@ -301,6 +307,11 @@ def build_trainer(
         outer_loop,
         sampler,
     )
+
+
+def early_stopping(settings: TrainConfig) -> EarlyStopping:
+    """When training ends before its last iteration."""
+    return EarlyStopping(settings.stop.patience, settings.stop.at)
 
 
 def build_test_source(
@@ -380,5 +391,11 @@ def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) ->
     trainer.algorithm.load_state_dict(best["algorithm"])
     trainer.best = Best(**best["best"])  # the validation result of the tested weights
     test = EvalSettings(validation_shape(settings), settings.test.episodes, settings.test.seed)
+    requests = Requests(deadline(settings.stop.minutes))
     with Bar("test", max(len(source.parts), 1) * test.episodes, "episodes") as bar:
-        return evaluate(trainer.algorithm, source, test, trainer.hardware, bar.advance)
+
+        def advance(count: int) -> None:
+            bar.advance(count)
+            requests.stop()
+
+        return evaluate(trainer.algorithm, source, test, trainer.hardware, advance)

@@ -77,6 +77,13 @@ class Checkpointing:
 
 
 @dataclass
+class Stop:
+    patience: int | None = whole(1, None)
+    at: float | None = None
+    minutes: float | None = positive(None)
+
+
+@dataclass
 class Log:
     every: int = whole(1)
     tensorboard: bool = MISSING
@@ -107,6 +114,7 @@ class TrainConfig:
     validation: Validation = field(default_factory=Validation)
     test: Test = field(default_factory=Test)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    stop: Stop = field(default_factory=Stop)
     log: Log = field(default_factory=Log)
     seed: int = whole(0)
     init: str | None = setting(None, path="path")

@@ -1,12 +1,14 @@
-"""Signals that ask a command to stop: Ctrl-C, a closed terminal, the warning of a batch system.
+"""What asks a command to stop: Ctrl-C, a closed terminal, the warning of a batch system, the end of its time.
 
-Outside of training they raise KeyboardInterrupt (`ending_on_signals`). Training holds them until it has
-saved (`hold_interrupts`), and nothing interrupts the writing of a checkpoint (`uninterrupted`).
+Outside of training, signals raise KeyboardInterrupt (`ending_on_signals`). Training holds them until it has
+saved (`hold_interrupts`), and nothing interrupts the writing of a checkpoint (`uninterrupted`). A limit of
+time (`stop.minutes`) is handled in the same way (`Requests`, `OutOfTime`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -22,6 +24,39 @@ SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 ONE_REQUEST = 1.0
 
 _last_request: list[float] = []  # the time of the last request in this process, if there was one
+_began = time.monotonic()  # when the command of this process began
+
+
+class OutOfTime(KeyboardInterrupt):
+    """The time of the command is over, which ends it in the same way as a signal."""
+
+
+class Requests:
+    """Requests to stop; true if there are any.
+
+    Args:
+        until: the time (`deadline`) from which on there is one.
+
+    Attributes:
+        signals: the number of the first signal, if one has arrived.
+    """
+
+    def __init__(self, until: float = math.inf) -> None:
+        self.until = until
+        self.signals: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.signals) or time.monotonic() >= self.until
+
+    def stop(self) -> None:
+        """Raise KeyboardInterrupt after a signal, OutOfTime after `until`; nothing without a request."""
+        if self:
+            raise KeyboardInterrupt if self.signals else OutOfTime
+
+
+def deadline(minutes: float | None) -> float:
+    """The time at which a command has run for so many minutes, for `Requests`; None: never."""
+    return math.inf if minutes is None else _began + 60 * minutes
 
 
 def stop_requested() -> bool:
@@ -29,8 +64,10 @@ def stop_requested() -> bool:
     return bool(_last_request)
 
 
-def forget_requests() -> None:
-    """Forget that a signal has asked to stop: that stopped another command of this process."""
+def begin() -> None:
+    """Note that a command begins: its time counts from now, and earlier requests were for other commands."""
+    global _began
+    _began = time.monotonic()
     _last_request.clear()
 
 
@@ -45,7 +82,7 @@ def ending_on_signals() -> Iterator[None]:
         if _is_new_request():
             raise KeyboardInterrupt
 
-    forget_requests()
+    begin()
     try:
         with _handling(handler):
             yield
@@ -56,14 +93,18 @@ def ending_on_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold_interrupts() -> Iterator[list[int]]:
+def hold_interrupts(until: float = math.inf) -> Iterator[Requests]:
     """A context that holds signals.
 
+    Args:
+        until: the time (`deadline`) from which on there is a request to stop, too.
+
     Yields:
-        A list, empty until a signal arrives; then it contains the number of the signal. Ctrl-C pressed
-        again, but no other signal, raises KeyboardInterrupt immediately.
+        The requests, in which a signal is noted. Ctrl-C pressed again, but no other signal, raises
+        KeyboardInterrupt immediately.
     """
-    caught: list[int] = []
+    requests = Requests(until)
+    caught = requests.signals
 
     def handler(number: int, frame: object) -> None:
         new = _is_new_request()
@@ -74,7 +115,7 @@ def hold_interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     with _handling(handler):
-        yield caught
+        yield requests
 
 
 @contextlib.contextmanager

@@ -26,9 +26,10 @@ from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
-from metarun.training.interrupts import hold_interrupts, uninterrupted
+from metarun.training.interrupts import Requests, hold_interrupts, uninterrupted
 from metarun.training.outer_loops import OuterLoop
 from metarun.training.step import Clip, OuterStep
+from metarun.training.stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class TrainSettings:
         validation: the fixed validation tasks.
         validation_every, checkpoint_every, log_every: intervals, in iterations.
         seed: of the training tasks.
+        stopping: when training ends before the last iteration.
         clip: gradient clipping, if any.
+        until: the time at which this process stops, as `interrupts.deadline` gives it.
     """
 
     iterations: int
@@ -53,7 +56,9 @@ class TrainSettings:
     checkpoint_every: int
     log_every: int
     seed: int
+    stopping: EarlyStopping
     clip: Clip | None = None
+    until: float = math.inf
 
 
 @dataclass
@@ -137,6 +142,7 @@ class Trainer:
         self.validation_due = True  # whether this iteration is still to be validated; the start is one
         self.seconds = 0.0  # the time spent in training, over all sessions
         self.best: Best | None = None
+        self.stopped_by = ""  # the setting that has ended training early, if one has
 
     # state
 
@@ -187,39 +193,51 @@ class Trainer:
     # the loop
 
     def run(self, tracker: Tracker) -> None:
-        """Train up to `settings.iterations`.
+        """Train up to `settings.iterations`, or until `settings.stopping` ends it.
 
         Args:
             tracker: receives the rows of training and validation.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C or another signal to stop, once last.pt is saved; after Ctrl-C
-                pressed again, immediately.
+            KeyboardInterrupt: after Ctrl-C or another signal to stop, or at `settings.until`, once last.pt
+                is saved; after Ctrl-C pressed again, immediately.
             TrainingError: if a loss or a weight is not finite, or a single task does not fit in memory.
         """
         self.algorithm.train()
         began = time.perf_counter() - self.seconds
         bar = Bar("train", self.settings.iterations, start=self.iteration)
-        with hold_interrupts() as interrupts:
+        self.check_stopping(tracker)
+        with hold_interrupts(self.settings.until) as interrupts:
             with suppress(Stopped), bar, self.hardware.compute():
                 self.outer_step.prepare(self.iteration, bar.line)
-                while not interrupts and (self.validation_due or self.iteration < self.settings.iterations):
+                while self.unfinished and not interrupts:
                     self.iterate(tracker, bar, began, interrupts)
             if interrupts:
                 self.save("last.pt", tracker)
-                raise KeyboardInterrupt
+                interrupts.stop()
         if self.lost_best():  # after its last improvement, perhaps in an earlier session
             with self.hardware.compute():
                 self.save_best(self.measure(), tracker)
 
-    def iterate(self, tracker: Tracker, bar: Bar, began: float, interrupts: Sequence[int]) -> None:
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a validation or an iteration left to do."""
+        return self.validation_due or (self.iteration < self.settings.iterations and not self.stopped_by)
+
+    def check_stopping(self, tracker: Tracker) -> None:
+        """Note which setting ends training early, after a validation or where a run resumes."""
+        if self.best and not self.validation_due:
+            best, rule = self.best, self.settings.stopping
+            self.stopped_by = rule.reason(self.metrics[0], best.score, best.iteration, tracker.rows)
+
+    def iterate(self, tracker: Tracker, bar: Bar, began: float, interrupts: Requests) -> None:
         """Run one iteration, or the part of it that is left to do.
 
         Args:
             tracker: receives the rows of training and validation.
             bar: shows the progress.
             began: when training began, as if it had never stopped, in seconds.
-            interrupts: signals to stop, if there were any; a validation stops then.
+            interrupts: requests to stop; a validation stops if there is one.
         """
         if not self.validation_due:
             self.step()
@@ -230,7 +248,8 @@ class Trainer:
         new = self.validation_due or self.due(self.settings.log_every)
         if self.validation_due:
             self.validate(tracker, bar, interrupts)
-        if self.due(self.settings.checkpoint_every):
+            self.check_stopping(tracker)
+        if self.due(self.settings.checkpoint_every) or self.stopped_by:
             self.save("last.pt", tracker)
         bar.advance(self.iteration - bar.done, live_line(tracker.rows, self.metrics[0]) if new else None)
 
@@ -263,7 +282,7 @@ class Trainer:
         }
         tracker.log(row)
 
-    def validate(self, tracker: Tracker, bar: Bar, interrupts: Sequence[int]) -> None:
+    def validate(self, tracker: Tracker, bar: Bar, interrupts: Requests) -> None:
         """Evaluate on the fixed validation tasks, and save best.pt if the main metric improved.
 
         A start whose loss is not finite is reported and left out: running averages, for example, may need

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def assert_same_run(whole: Path, stopped: Path) -> None:
     for file in ("last.pt", "best.pt"):
         states = [torch.load(folder / file, weights_only=True) for folder in (whole, stopped)]
         for state in states:
-            del state["seconds"], state["overrides"]
+            del state["seconds"], state["overrides"], state["config"]["stop"]
         assert same(*states), file
     assert rows_of(whole) == rows_of(stopped)
 
@@ -88,21 +89,33 @@ def die() -> None:
     raise Died
 
 
-# What stops a run: the call of a function before which it happens, the signal, or None for a death, and the
-# iteration at which the run goes on. The tests are of different runs.
+class Late:
+    """Stands for the module time after the time of stop.minutes."""
+
+    @staticmethod
+    def monotonic() -> float:
+        return 1e12
+
+
+TIME = "time"
+
+# What stops a run: the call of a function before which it happens, the signal, TIME for stop.minutes, or None
+# for a death, and the iteration at which the run goes on. The tests are of different runs.
 STOPS = {
     "reptile": [  # shuffles batches
         (trainer.OuterStep, "prepare", 1, signal.SIGHUP, 0),
         (trainer, "evaluate", 1, signal.SIGINT, 0),  # the validation of the start
         (Trainer, "save_best", 1, None, 0),  # its row is written, and is not to be written twice
         (Trainer, "step", 5, None, 4),
-        (trainer, "evaluate", 1, signal.SIGTERM, 5),  # this validation is still to be done
+        (trainer, "evaluate", 1, TIME, 5),  # in a validation, which is still to be done
+        (trainer, "evaluate", 1, signal.SIGTERM, 5),  # in the same validation
         (train, "evaluate", 1, signal.SIGUSR2, 14),  # in the test
     ],
     "maml_plus_plus": [  # anneals its loss, and has a scheduler
         (Trainer, "log_running_totals", 1, signal.SIGUSR1, 3),
         (trainer.checkpoint, "save", 1, signal.SIGXCPU, 4),
         (trainer, "evaluate", 3, signal.SIGINT, 14),  # the last validation
+        (train, "evaluate", 1, TIME, 14),  # in the test
     ],
 }
 
@@ -110,26 +123,44 @@ STOPS = {
 @pytest.mark.parametrize("algorithm", STOPS)
 def test_stopped_at_every_stage_it_ends_bit_identical(metarun, tmp_path: Path, algorithm: str):
     words = [f"algorithm={algorithm}", *TINY, "iterations=14", "validation.every=5", "checkpoint.every=2"]
-    words += ["validation.episodes=4", "test.episodes=4", "inner_loop.steps=3"]
+    words += ["validation.episodes=4", "test.episodes=4", "inner_loop.steps=3", "stop.minutes=1000"]
     metarun("train", *words, "hydra.run.dir=whole")
     start = [*words, "hydra.run.dir=stopped"]
     for owner, name, count, number, iteration in STOPS[algorithm]:
         interrupts._last_request.clear()
         with pytest.MonkeyPatch.context() as patch:
-            at_call(
-                patch, owner, name, count, die if number is None else partial(signal.raise_signal, number)
-            )
+            actions = {None: die, TIME: partial(patch.setattr, interrupts, "time", Late)}
+            at_call(patch, owner, name, count, actions.get(number) or partial(signal.raise_signal, number))
             if number is None:
                 with pytest.raises(Died):
                     metarun("train", *start)
             else:
-                errors = metarun("train", *start, status=130).stderr
+                errors = metarun("train", *start, status=75 if number == TIME else 130).stderr
+                assert ("stop.minutes=1000: stopped" in errors) == (number == TIME)
                 assert f"stopped and saved at iteration {iteration}; continue with" in errors
                 assert "metarun train resume=stopped\n" in errors
         assert torch.load(tmp_path / "stopped/last.pt", weights_only=True)["iteration"] == iteration
         start = ["resume=stopped"]
     metarun("train", *start)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_that_ends_early_goes_on_as_if_it_had_not(metarun, tmp_path: Path):
+    words = [*TINY, "validation.every=2", "optimizer.lr=0.03"]
+    metarun("train", *words, "hydra.run.dir=whole")
+    scores = [row["accuracy"] for row in rows_of(tmp_path / "whole") if row["split"] == "validation"]
+    ends = [i for i in range(1, 7) if max(scores[: i + 1]) in scores[:i]]  # no new best score
+    at = round(sorted(scores)[3], 2)
+    reached = [i for i, score in enumerate(scores) if score >= at]
+    expected = {"stop.patience=1": 2 * ends[0], f"stop.at={at:g}": 2 * reached[0]}
+    for word, iteration in expected.items():
+        done = metarun("train", *words, word, "hydra.run.dir=early")
+        assert f"{iteration} iterations in" in done.stdout and f"ended by {word}" in done.stdout
+        result = json.loads((tmp_path / "early/result.json").read_text())
+        assert 0 < result["iterations"] == iteration < 12 and result["stopped_by"] == word
+        metarun("train", "resume=early", "stop={patience:null,at:null}")
+        assert_same_run(tmp_path / "whole", tmp_path / "early")
+        shutil.rmtree(tmp_path / "early")
 
 
 def started(tmp_path: Path, *words: str, **streams) -> subprocess.Popen:
@@ -203,7 +234,7 @@ def test_ctrl_c_again_stops_at_once_but_not_a_save(monkeypatch: pytest.MonkeyPat
         signal.raise_signal(signal.SIGHUP)  # from the shell and from the terminal
         clock[0] = 5.0
         signal.raise_signal(signal.SIGTERM)
-        assert caught == [signal.SIGHUP]
+        assert caught.signals == [signal.SIGHUP]
         clock[0] = 10.0
         with pytest.raises(KeyboardInterrupt), interrupts.uninterrupted():
             signal.raise_signal(signal.SIGINT)
