@@ -86,6 +86,11 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     # The names of parts are not in the config yet, so Hydra needs `++` to add them.
     overrides = [f"++{a}" if PART.fullmatch(a.partition("=")[0]) else a for a in overrides]
     resume = [a.partition("=")[2].strip("'\"") for a in typed if a.lstrip("+").startswith("resume=")]
+    if name == "train" and resume[-1:] == ["auto"]:
+        named = any(a.lstrip("+").startswith("hydra.run.dir=") for a in typed)
+        if not sweep and not named and {"-cd", "--config-dir"}.isdisjoint(flags):
+            fail("resume=auto: needs a folder that is the same each time; add hydra.run.dir=FOLDER", status=1)
+        resume = []
     if name != "train" or resume:
         # `dataset.root=...` adjusts the dataset of the checkpoint, which is not in Hydra's config.
         overrides = [f"++{a}" if a.startswith("dataset.") else a for a in overrides]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.algorithms.base import Algorithm
+from metarun.commands.resuming import ended, found_in, is_automatic, is_resume, resumed_config
 from metarun.commands.shapes import check_before_loading, check_shape
 from metarun.commands.summary import report
 from metarun.commands.trained_on import classes_before, load_split, note_weights, pretrained_by
@@ -32,9 +32,9 @@ from metarun.config.build import (
 from metarun.config.check import check
 from metarun.config.comments import without_pairing
 from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
-from metarun.config.restore import config_of, rebuild, restore_state, restored_dataset, start_from
+from metarun.config.restore import rebuild, restore_state, restored_dataset, start_from
 from metarun.config.schema import TrainConfig, plain, typed
-from metarun.config.targets import trust_words, trusted_modules
+from metarun.config.targets import trust_words
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, described
@@ -57,23 +57,18 @@ from metarun.training.stopping import EarlyStopping
 from metarun.training.trainer import Best, Trainer, TrainSettings
 
 GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
-# Settings that may change when a run is resumed; all others define the run.
-RESUMABLE = (
-    *("iterations", "stop", "resume", "hardware", "log", "tracker", "checkpoint", "test", "trust"),
-    *("dataset.root", "dataset.descriptions", "dataset.vectors", "dataset.encoder"),
-)
-ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
 
 
 def run(cfg: DictConfig) -> float:
     """Meta-train as configured; returns the best validation score, for Hydra's sweepers."""
     resumed, folder = None, Path(HydraConfig.get().runtime.output_dir)
-    if cfg.resume is not None:
+    automatic = is_automatic(cfg)
+    if cfg.resume is not None and not automatic:
         resumed = checkpoint.find(cfg.resume, "resume", ("last.pt",))
         checkpoint.load(resumed)  # so that errors are reported before its folder is locked
         folder = resumed.parent
     with alone_in(folder):
-        return train(cfg, folder, resumed)
+        return train(cfg, folder, found_in(folder) if automatic else resumed)
 
 
 @contextmanager
@@ -114,11 +109,16 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     state, chosen = None, HydraConfig.get()
     choices = {group: chosen.runtime.choices[group] for group in GROUPS if group in chosen.runtime.choices}
     overrides = without_pairing(chosen.overrides.task)
+    automatic = is_automatic(cfg)
+    if automatic:
+        cfg.resume, overrides = None, [each for each in overrides if not is_resume(each)]
     if resumed is not None:
         state = checkpoint.load(resumed)
         (folder / "failure.json").unlink(missing_ok=True)
-        cfg = resumed_config(resumed, state, cfg, overrides)
+        cfg = resumed_config(resumed, state, cfg, overrides, automatic)
         choices, overrides = state["choices"], state["overrides"]
+        if automatic and (score := ended(folder, state, cfg)) is not None:
+            return score
     elif existing := [name for name in ("last.pt", "best.pt") if (folder / name).exists()]:
         raise ConfigError(
             f"{folder / existing[0]}: this folder already contains a run; continue it with "
@@ -328,41 +328,6 @@ def build_test_source(
     source = load_split(dataset, "test", hardware, record, resumed).reporting(objective)
     check_shape(source.check, "test", settings)
     return source
-
-
-def resumed_config(path: Path, state: dict[str, Any], now: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config of a resumed run, with the typed settings that may change.
-
-    Args:
-        path: of the checkpoint.
-        state: the content of the checkpoint.
-        now: the config composed from the command line.
-        overrides: the typed settings.
-
-    Raises:
-        ConfigError: if a setting must not change.
-    """
-    cfg = config_of(state, path, trusted_modules(now))
-    for override in overrides:
-        key = override.split("=")[0].lstrip("+~")
-        allowed = any(key == name or key.startswith(name + ".") for name in RESUMABLE)
-        if not allowed and not ROOT_OF_PART.fullmatch(key):
-            raise ConfigError(
-                f"{override.lstrip('+')}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} "
-                "may change"
-            )
-        OmegaConf.update(cfg, key, OmegaConf.select(now, key), force_add=True)
-    if cfg.iterations < state["iteration"]:
-        raise ConfigError(
-            f"iterations={cfg.iterations}: the run has already done {state['iteration']}; choose more"
-        )
-    if cfg.scheduler and cfg.iterations != state["config"]["iterations"]:
-        raise ConfigError(
-            f"iterations={cfg.iterations}: the learning rate schedule of this run is for "
-            f"{state['config']['iterations']} iterations; start a new run"
-        )
-    cfg.resume = cfg.trust = None
-    return cfg
 
 
 def frozen_by(algorithm: Algorithm, settings: TrainConfig) -> str:

@@ -163,6 +163,28 @@ def test_a_run_that_ends_early_goes_on_as_if_it_had_not(metarun, tmp_path: Path)
         shutil.rmtree(tmp_path / "early")
 
 
+def test_the_same_command_starts_a_run_goes_on_and_ends(metarun, tmp_path: Path):
+    words = ["train", *TINY, "checkpoint.every=4", "resume=auto"]
+    metarun(*words, "hydra.run.dir=whole")
+    words += ["hydra.run.dir=stopped"]
+    for owner, name, count, left in (
+        (trainer.checkpoint, "save", 2, ["best.pt", "metrics.jsonl"]),
+        (Trainer, "step", 6, ["best.pt", "last.pt", "metrics.jsonl"]),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+            at_call(patch, owner, name, count, die)
+            metarun(*words)
+        assert sorted(path.name for path in (tmp_path / "stopped").glob("*.*[lt]")) == left
+    assert "resumed at iteration 4\n" in metarun(*words).stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    done = metarun(*words)
+    assert (done.stdout, done.stderr) == ("", "stopped: this run has ended already\n")
+    assert "was started with dataset.size=16;" in metarun(*words, "dataset.size=20", status=1).stderr
+    assert "was started without ways=4;" in metarun(*words, "ways=4", status=1).stderr
+    assert "resumed at iteration 12\n" in metarun(*words, "iterations=14").stderr
+    assert "add hydra.run.dir=FOLDER" in metarun("train", "resume=auto", status=1).stderr
+
+
 def started(tmp_path: Path, *words: str, **streams) -> subprocess.Popen:
     """A run in a process of its own that has written a few rows."""
     command = [sys.executable, "-m", "metarun", "train", *UNTESTED, "hydra.run.dir=run", *words]

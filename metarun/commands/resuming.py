@@ -1,0 +1,127 @@
+"""Runs that go on: which settings may change, and what `resume=auto` finds in the folder of a run."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from metarun.config.restore import config_of
+from metarun.config.targets import trusted_modules
+from metarun.errors import ConfigError
+from metarun.reporting.console import inform, relative
+from metarun.training.records import content_of
+
+AUTO = "auto"  # of `resume`: go on if the output folder has a run, else start one
+# Settings that may change when a run is resumed; all others define the run.
+RESUMABLE = (
+    *("iterations", "stop", "resume", "hardware", "log", "tracker", "checkpoint", "test", "trust"),
+    *("dataset.root", "dataset.descriptions", "dataset.vectors", "dataset.encoder"),
+)
+ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
+
+
+def found_in(folder: Path) -> Path | None:
+    """The checkpoint from which `resume=auto` goes on in a locked folder; None if a run starts there.
+
+    A process that was killed early leaves at most the validated start, which a new run makes again.
+    """
+    if (path := folder / "last.pt").is_file():
+        return path
+    (folder / "best.pt").unlink(missing_ok=True)
+    return None
+
+
+def is_automatic(cfg: DictConfig) -> bool:
+    """Whether a run goes on if its folder has one: with `resume=auto`, and in a sweep without `resume`."""
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    return cfg.resume == AUTO or (sweep and cfg.resume is None)
+
+
+def is_resume(override: str) -> bool:
+    """Whether an override sets `resume`."""
+    return override.partition("=")[0].lstrip("+") == "resume"
+
+
+def may_change(key: str) -> bool:
+    """Whether a setting may change when a run is resumed."""
+    allowed = any(key == name or key.startswith(name + ".") for name in RESUMABLE)
+    return allowed or ROOT_OF_PART.fullmatch(key) is not None
+
+
+def check_same(folder: Path, before: Iterable[str], now: Iterable[str]) -> None:
+    """Raise ConfigError if settings that define a run are not typed as they were when it was started."""
+    pairs = ([each.lstrip("+").partition("=") for each in overrides] for overrides in (before, now))
+    then, typed = ({key: value for key, _, value in each if not may_change(key)} for each in pairs)
+    if changed := [key for key in {**then, **typed} if then.get(key) != typed.get(key)]:
+        key = changed[0]
+        was = f"with {key}={then[key]}" if key in then else f"without {key}={typed[key]}"
+        raise ConfigError(
+            f"{relative(folder)}: the run in this folder was started {was}; type the same settings, or "
+            "choose another folder"
+        )
+
+
+def ended(folder: Path, state: dict[str, Any], cfg: DictConfig) -> float | None:
+    """The best validation score of a run that has nothing left to do; None if it has.
+
+    Args:
+        folder: the run folder.
+        state: the content of its last.pt.
+        cfg: the config with which it would go on.
+    """
+    result = content_of(folder / "result.json")
+    before, now = state["config"], typing.cast(dict, OmegaConf.to_container(cfg, resolve=True))
+    for config in (before, now):
+        config.get("stop", {}).pop("minutes", None)  # which does not say what a complete run is
+    if not result or any(now[key] != before.get(key) for key in ("iterations", "test", "stop")):
+        return None
+    inform(f"{relative(folder)}: this run has ended already")
+    return float(result["validation"]["mean"])
+
+
+def resumed_config(
+    path: Path, state: dict[str, Any], now: DictConfig, overrides: list[str], automatic: bool
+) -> DictConfig:
+    """The config of a resumed run, with the typed settings that may change.
+
+    Args:
+        path: of the checkpoint.
+        state: the content of the checkpoint.
+        now: the config composed from the command line.
+        overrides: the typed settings.
+        automatic: whether all settings of the run are typed again, see `is_automatic`.
+
+    Raises:
+        ConfigError: if a setting must not change.
+    """
+    cfg = config_of(state, path, trusted_modules(now))
+    if automatic:
+        check_same(path.parent, state["overrides"], overrides)
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        if not may_change(key):
+            if automatic:
+                continue
+            raise ConfigError(
+                f"{override.lstrip('+')}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} "
+                "may change"
+            )
+        OmegaConf.update(cfg, key, OmegaConf.select(now, key), force_add=True)
+    if cfg.iterations < state["iteration"]:
+        raise ConfigError(
+            f"iterations={cfg.iterations}: the run has already done {state['iteration']}; choose more"
+        )
+    if cfg.scheduler and cfg.iterations != state["config"]["iterations"]:
+        raise ConfigError(
+            f"iterations={cfg.iterations}: the learning rate schedule of this run is for "
+            f"{state['config']['iterations']} iterations; start a new run"
+        )
+    cfg.resume = cfg.trust = None
+    return cfg
