@@ -24,6 +24,7 @@ from benchmarks.contestants import PEERS, Contestant, Metarun, PlainLoop, contes
 from benchmarks.limit import Peak, Roofline, measured_peak, seconds, synchronize
 from benchmarks.sampling import sampling
 from benchmarks.workloads import WORKLOADS, Workload
+from metarun.errors import first_line
 from metarun.storage.files import write_json
 
 TIE = 0.1  # ratios within 10 % of 1 are treated as a tie
@@ -97,7 +98,17 @@ def run_workload(name: str, args: argparse.Namespace, device: torch.device, peak
     for key, make in takes_part.items():
         rows[key] = row = {"error": gradient_error(make, workload, reference, device)}
         if row["error"] < EXACT or (isfinite(row["error"]) and any(word in key for word in INEXACT)):
-            running[key] = make(workload, workload.meta_batch, torch.float32, device)
+            before = allocated(device)
+            try:
+                running[key] = make(workload, workload.meta_batch, torch.float32, device)
+                warm_up(running[key], device)
+            except Exception as error:  # out of memory; a compiler that is missing
+                running.pop(key, None)
+                row["failed"] = first_line(error)
+                console.print(f"{key} fails: {row['failed']}", style="yellow")
+                continue
+            if device.type == "cuda":
+                row["peak_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
             if isinstance(engine := running[key], Metarun):
                 row |= {"start_up_s": engine.start_up, "said": engine.said}
     for key, times in take_turns(running, args, device).items():
@@ -106,7 +117,7 @@ def run_workload(name: str, args: argparse.Namespace, device: torch.device, peak
     if "metarun" in running:
         rows["metarun"]["sampling_share"] = sampling_share(running["metarun"], rows["metarun"]["ms"], device)
     running.clear()
-    for key in rows if not args.no_memory else ():
+    for key in () if args.no_memory or device.type == "cuda" else rows:
         if "ms" in rows[key]:
             rows[key] |= in_own_process(name, key, device)
     limit = least_time(workload, device, peak)
@@ -134,17 +145,29 @@ def gradient_error(
 def take_turns(
     running: dict[str, Contestant], args: argparse.Namespace, device: torch.device
 ) -> dict[str, list[float]]:
-    """Time contestants alternately (A B C A B C ...): seconds of a step in every turn, after a warm-up."""
+    """Time contestants that are warm alternately (A B C A B C ...): seconds of a step in every turn."""
     counts, times = {}, {key: [] for key in running}
     for key, contestant in running.items():
-        for _ in range(5 if device.type == "cuda" else 2):  # a CUDA graph is captured at the fourth
-            once = seconds(contestant.step, device)
-        counts[key] = max(1, round(args.seconds / once))
+        counts[key] = max(1, round(args.seconds / seconds(contestant.step, device)))
     for _ in range(args.rounds):
         for key, contestant in running.items():
             took = seconds(lambda c=contestant, n=counts[key]: [c.step() for _ in range(n)], device)
             times[key].append(took / counts[key])
     return times
+
+
+def warm_up(contestant: Contestant, device: torch.device) -> None:
+    """Run the first steps: a CUDA graph is captured at the fourth."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(5 if device.type == "cuda" and isinstance(contestant, Metarun) else 2):
+        contestant.step()
+    synchronize(device)
+
+
+def allocated(device: torch.device) -> int:
+    """The bytes of tensors on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def sampling_share(contestant: Contestant, ms: float, device: torch.device) -> float:
@@ -177,14 +200,9 @@ def in_own_process(name: str, key: str, device: torch.device) -> dict[str, float
 
 
 def peak_memory(workload: Workload, key: str, device: torch.device) -> dict[str, float]:
-    """The peak memory of a few steps in MiB: of the process on a CPU, of tensors on a GPU."""
+    """The peak memory of a process that runs a few steps on the CPU, in MiB."""
     make = contestants(device, "compiled" in key)[key]
-    contestant = make(workload, workload.meta_batch, torch.float32, device)
-    for _ in range(5 if device.type == "cuda" else 2):
-        contestant.step()
-    synchronize(device)
-    if device.type == "cuda":
-        return {"peak_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    warm_up(make(workload, workload.meta_batch, torch.float32, device), device)
     try:  # ru_maxrss below includes the peak of the parent process
         lines = Path("/proc/self/status").read_text().splitlines()
         return {"peak_mib": int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024}
@@ -203,7 +221,7 @@ def machine(device: torch.device, peak: Peak) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__}
-        | {name: version(name) for name in ("higher", "torchopt", "learn2learn")},
+        | {peer.package: version(peer.package, peer.module) for peer in PEERS.values() if peer.package},
         "commit": commit.stdout.strip() or None,
         "peak_gflops": peak.flops / 1e9,
         "peak_gbytes": peak.bytes / 1e9,
@@ -244,7 +262,7 @@ def show(name: str, result: dict[str, Any]) -> None:
     for key, row in result["contestants"].items():
         error = f"{row['error']:.0e}"
         if "ms" not in row:
-            table.add_row(key, "-", "", "not timed: gradient wrong", "", "", "", error)
+            table.add_row(key, "-", "", row.get("failed", "not timed: gradient wrong"), "", "", "", error)
             continue
         ratio = row["ratio"]
         tie = " (tie)" if ratio and key not in PEERS and abs(ratio - 1) < TIE else ""

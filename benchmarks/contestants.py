@@ -12,6 +12,7 @@ import importlib.metadata
 import time
 import warnings
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +94,7 @@ class Peer(Contestant):
     """Base class of loops over tasks with one copy of the network for each task."""
 
     package: str | None = None  # the required package
+    module: str | None = None  # its name in Python, if that is another
     has_first_order = False
 
     def __init__(self, workload: Workload, tasks: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -279,12 +281,75 @@ class Learn2Learn(Peer):
         (self.loss(twin(query_x), query_y) / self.tasks).backward()
 
 
+class ParallelMetaLearn(Peer):
+    """parallel-metalearn: `vmap` of the whole inner loop."""
+
+    package, module = "parallel-metalearn", "metalearn"
+    has_first_order = True
+
+    @classmethod
+    def fits(cls, workload: Workload) -> bool:
+        return super().fits(workload) and not workload.regression  # it has a loss for classes only
+
+    def set_up(self) -> None:
+        from metalearn.algorithms import MAML
+        from metalearn.inner_optimizers import InnerSGD
+        from metalearn.loss import CategoricalAccuracy, CrossEntropy
+        from metalearn.model_wrappers import MAML_Model
+
+        assert isinstance(self.net, nn.Sequential)
+        body, head = self.net
+        self.model = MAML_Model(Plain(body), Plain(head))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        inner = InnerSGD(
+            self.model.get_fast_weights(),
+            first_order=self.workload.order == 1,
+            inner_lr=self.workload.rate,
+            max_inner_steps=self.workload.steps,
+            learn_lr=False,
+        )
+        self.maml = MAML(
+            model=self.model,
+            optimizer=self.optimizer,
+            inner_optimizer=inner.to(self.dtype),
+            support_loss_fn=CrossEntropy(metric_fn=CategoricalAccuracy()),
+            inner_steps=self.workload.steps,
+            chunk_size=self.tasks,
+            device=self.device,
+        )
+        e = self.episodes
+        self.batch = e.support_x, {"labels": e.support_y}, e.query_x, {"labels": e.query_y}
+
+    def gradient(self) -> list[Tensor]:
+        """The gradient that its step leaves behind."""
+        self.step()
+        return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+    def step(self) -> None:
+        self.maml.step(iter([self.batch]))
+
+    def backward_of_task(self, *task: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Plain(nn.Module):
+    """A network that is called with words that it does not know."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, **words: object) -> Tensor:
+        return self.net(x)
+
+
 PEERS: dict[str, type[Peer]] = {
     "plain loop": PlainLoop,
     "higher": Higher,
     "torchopt": TorchOpt,
     "torchopt vmap": TorchOptVmap,
     "learn2learn": Learn2Learn,
+    "parallel-metalearn": ParallelMetaLearn,
 }
 
 
@@ -298,18 +363,27 @@ def contestants(device: torch.device, compiled: bool) -> dict[str, type[Contesta
         found["metarun unfold"] = metarun(batching="unfold")
         found["metarun channels last"] = metarun(channels_last=True)
         found["metarun tf32"] = metarun(precision="tf32")
-    found["metarun bf16"] = metarun(precision="bf16")
-    return found | {name: peer for name, peer in PEERS.items() if version(peer.package) is not None}
+    if device.type == "cuda" or computes_bf16():
+        found["metarun bf16"] = metarun(precision="bf16")
+    return found | {name: peer for name, peer in PEERS.items() if version(peer.package, peer.module)}
 
 
-def version(package: str | None) -> str | None:
+def computes_bf16() -> bool:
+    """Whether the CPU has instructions for bf16; without, it takes about ten times as long as float32."""
+    try:
+        return "bf16" in Path("/proc/cpuinfo").read_text()  # avx512_bf16, amx_bf16, and bf16 of ARM
+    except OSError:
+        return True
+
+
+def version(package: str | None, module: str | None = None) -> str | None:
     """The version of a package; None if it is not installed or its import fails."""
     if package is None:
         return torch.__version__
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importlib.import_module(package)
+            importlib.import_module(module or package)
         return importlib.metadata.version(package)
     except Exception:  # some packages are incompatible with newer versions of their dependencies
         return None

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PEERS = ("plain loop", "higher", "torchopt", "torchopt vmap", "learn2learn")
+PEERS = ("plain loop", "higher", "torchopt", "torchopt vmap", "learn2learn", "parallel-metalearn")
 
 
 def markdown(report: dict[str, Any]) -> str:
