@@ -52,6 +52,9 @@ class Algorithm(nn.Module, ABC):
     takes_steps: ClassVar[bool] = False
     #: Whether it has `by_instance`, the accuracy at each appearance of a class (`metarun eval instances=N`).
     sees_examples_in_turn: ClassVar[bool] = False
+    #: Whether it gives examples to its backbone alone, and as they are. Features of a frozen network may then
+    #: take the place of images.
+    embeds_first: ClassVar[bool] = False
     #: Settings of the algorithm, or of another group as in "inner_loop.order", that nothing reads while
     #: another setting of the same group has a value ("head=svm", "test_steps!=null"; "": always). They are
     #: refused if they are typed. An inner loop, a backbone or a dataset may have this attribute too.

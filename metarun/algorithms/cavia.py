@@ -24,6 +24,8 @@ class CAVIA(MAML):
             third convolution, or the first layer of a network without convolutions.
     """
 
+    embeds_first = False  # the context changes what the backbone computes
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -41,6 +41,8 @@ class CNAPs(FeatureMethod):
         norm: the normalisation in the set encoder.
     """
 
+    embeds_first = False  # it changes the backbone for each task, and encodes the images themselves
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -36,6 +36,7 @@ class FeatureMethod(Algorithm):
 
     needs = Episodes
     needs_classes = True
+    embeds_first = True
 
     def __init__(self, backbone: nn.Module, most_ways: int | None = None) -> None:
         super().__init__()

@@ -45,6 +45,7 @@ class MAML(Algorithm):
 
     takes_steps = True
     plays = True
+    embeds_first = True
 
     def __init__(
         self,

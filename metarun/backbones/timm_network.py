@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.func import functional_call
 
 from metarun.backbones.resnet18 import ImageNetInput
 from metarun.errors import ConfigError, first_line
+from metarun.nn.frozen import Frozen
 from metarun.nn.layers import require_images
 from metarun.nn.per_task import plain_attention
 from metarun.storage.files import user_path
@@ -50,13 +52,13 @@ class TimmNetwork(nn.Sequential):
         if weights is not None and pretrained:
             raise ConfigError("backbone.weights and backbone.pretrained: leave one of them out")
         channels, _, _ = require_images("timm", item_shape)
-        layer = TimmLayer(name, weights, pretrained, frozen)
+        layer = TimmLayer(name, weights, pretrained)
         if channels not in (1, layer.input_size[0]):
             raise ConfigError(
                 f"backbone.name={name}: is for images of {layer.input_size[0]} channels, and these have "
                 f"{channels}; choose backbone=conv4 or resnet12"
             )
-        super().__init__(layer)
+        super().__init__(Frozen(layer) if frozen else layer)
         self.features = layer.width
 
 
@@ -65,10 +67,10 @@ class TimmLayer(nn.Module):
 
     independent = True
 
-    def __init__(self, name: str, weights: str | None, pretrained: bool, frozen: bool) -> None:
+    def __init__(self, name: str, weights: str | None, pretrained: bool) -> None:
         super().__init__()
-        self.name, self.weights, self.pretrained = name, weights, pretrained
-        self.frozen = self.shared_by_tasks = frozen
+        self.name, self.pretrained = name, pretrained
+        self.weights = None if weights is None else Path(weights)  # not a text: features do not depend on it
         check_name(name)
         self.network = network_of(name)
         config = stated(self.network)
@@ -83,11 +85,7 @@ class TimmLayer(nn.Module):
                 "choose another network"
             )
         self.width = outputs.shape[1]
-        self.requires_grad_(not frozen)
         self.train()
-
-    def train(self, mode: bool = True) -> TimmLayer:
-        return super().train(mode and not self.frozen)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != self.input_size[1:]:
@@ -96,10 +94,8 @@ class TimmLayer(nn.Module):
         return self.network(self.normalise(x))
 
     def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
-        """Images [B, T*C, H, W] to features [T, B, width], by the weights of each task unless frozen."""
+        """Images [B, T*C, H, W] to features [T, B, width], by the weights of each task."""
         images = x.unflatten(1, (tasks, -1)).transpose(0, 1)
-        if self.shared_by_tasks:
-            return self(images.flatten(0, 1)).unflatten(0, (tasks, -1))
         with plain_attention():
             weights = ({name: p[t] for name, p in own.items()} for t in range(tasks))
             return torch.stack(
@@ -168,9 +164,9 @@ def downloaded(name: str) -> Mapping[str, Tensor]:
         ) from error
 
 
-def read_weights(weights: str) -> Mapping[str, Any]:
+def read_weights(weights: Path) -> Mapping[str, Any]:
     """The state_dict in a file. Raises ConfigError if it cannot be read."""
-    path = user_path(weights)
+    path = user_path(str(weights))
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

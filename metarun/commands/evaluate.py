@@ -33,7 +33,9 @@ from metarun.storage.files import write_csv, write_json
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Metric
 from metarun.tasks.rollouts import Rollouts
+from metarun.tasks.source import EpisodeSource
 from metarun.training.evaluation import EvalSettings, Result, evaluate
+from metarun.training.features import on_features
 from metarun.training.hardware import Hardware
 
 HASHES = 8  # the most hashes of episodes on screen
@@ -62,6 +64,7 @@ def run(cfg: DictConfig) -> float:
         raise ConfigError("confusion=true: these tasks have no classes; leave it out")
     shown = instance_cells(possible, command)
     choose_rates(possible, models, command, hardware)
+    embed_images(possible, hardware)
     with Bar("eval", len(possible) * command.episodes, "episodes") as bar:
         for cell in possible:
             cell.set_steps()
@@ -84,6 +87,17 @@ def run(cfg: DictConfig) -> float:
     if command.instances is not None:
         report_instances(instance_rows(shown, command, hardware), folder)
     return next(cell.result.mean for cell in cells if cell.result)
+
+
+def embed_images(cells: Sequence[Cell], hardware: Hardware) -> None:
+    """Replace images by their features where the backbone of a model is frozen, once for each split."""
+    embedded: dict[tuple[int, int], EpisodeSource] = {}
+    for cell in cells:
+        key = id(cell.source), id(cell.algorithm)
+        if key not in embedded:
+            embedded[key] = on_features(cell.source, cell.algorithm, hardware)
+    for cell in cells:
+        cell.source = embedded[id(cell.source), id(cell.algorithm)]
 
 
 def check_finite(cell: Cell) -> None:

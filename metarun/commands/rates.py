@@ -13,6 +13,7 @@ from metarun.errors import ConfigError
 from metarun.inference.model import Model
 from metarun.reporting.console import Bar, inform, silent
 from metarun.training.evaluation import EvalSettings, evaluate
+from metarun.training.features import on_features
 from metarun.training.hardware import Hardware
 
 
@@ -45,7 +46,7 @@ def choose_rates(
         for cell in own:
             assert isinstance(cell.model, Model)
             with silent():
-                source = validation.source(cell.model)
+                source = on_features(validation.source(cell.model), cell.algorithm, hardware)
             own_settings = cell.settings.validation
             tasks = EvalSettings(cell.shape, own_settings.episodes, own_settings.seed)
             cell.set_steps()

@@ -12,6 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from metarun.algorithms.base import Algorithm
 from metarun.commands.resuming import ended, found_in, is_automatic, is_resume, resumed_config
@@ -21,6 +22,7 @@ from metarun.commands.trained_on import classes_before, load_split, note_weights
 from metarun.config.build import (
     build_algorithm,
     build_outer_loop,
+    in_metarun,
     instantiate,
     load_weights,
     start_run,
@@ -38,6 +40,7 @@ from metarun.config.targets import trust_words
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, described
+from metarun.nn.frozen import frozen_part
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, inform, relative
 from metarun.reporting.destinations import Background, RunFacts
@@ -49,6 +52,7 @@ from metarun.tasks.objectives import Metric, Objective
 from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
+from metarun.training.features import on_features
 from metarun.training.hardware import Hardware
 from metarun.training.interrupts import OutOfTime, Requests, deadline
 from metarun.training.records import content_of, write_failure
@@ -157,6 +161,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if state is not None:
         inform(f"resumed at iteration {trainer.iteration}")
+    embed_images(trainer)
     tracker = build_tracker(settings, trainer, name)
     try:
         trainer.run(tracker)
@@ -269,7 +274,10 @@ def build_trainer(
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
     check_trains(algorithm, settings)
-    optimizer = build_optimizer(settings.optimizer, list(algorithm.parameters()), hardware, capturable)
+    weights: list[torch.Tensor] = list(algorithm.parameters()) or [
+        nn.Parameter(torch.empty(0))
+    ]  # no optimizer takes none
+    optimizer = build_optimizer(settings.optimizer, weights, hardware, capturable)
     scheduler = build_scheduler(settings.scheduler, optimizer, metric) if settings.scheduler else None
     clip = settings.clip
     plan = TrainSettings(
@@ -331,18 +339,33 @@ def build_test_source(
 
 
 def frozen_by(algorithm: Algorithm, settings: TrainConfig) -> str:
-    """The group whose setting `frozen` keeps the backbone as it is; "" if it is trained."""
-    return "algorithm" if algorithm.frozen else "backbone" if settings.backbone.get("frozen") else ""
+    """The group whose setting `frozen` keeps the backbone as it is; "" if it is trained.
+
+    A network that is not metarun's own gets its weights in its own way.
+    """
+    of_metarun = in_metarun(get_class(settings.backbone["_target_"]))
+    frozen = of_metarun and settings.backbone.get("frozen")
+    return "algorithm" if algorithm.frozen else "backbone" if frozen else ""
 
 
 def check_trains(algorithm: Algorithm, settings: TrainConfig) -> None:
-    """Raise ConfigError if a frozen backbone leaves an algorithm nothing to train."""
-    if settings.backbone.get("frozen") and not any(p.requires_grad for p in algorithm.parameters()):
+    """Raise ConfigError if a frozen backbone leaves an algorithm nothing to train in the iterations."""
+    frozen = frozen_part(algorithm.own_backbone()) is not None
+    if settings.iterations and frozen and not any(p.requires_grad for p in algorithm.parameters()):
         raise ConfigError(
-            f"backbone.frozen=true: algorithm={type(algorithm).__name__} has no other weights to train; "
-            "choose backbone.frozen=false, algorithm=simpleshot or baseline (or with algorithm=protonet "
+            f"iterations={settings.iterations}: the backbone is frozen, and "
+            f"algorithm={type(algorithm).__name__} has no other weights to train; set iterations=0 to test "
+            "it as it is, or choose algorithm=simpleshot or baseline (or with algorithm=protonet "
             "algorithm.learn_scale=true)"
         )
+
+
+def embed_images(trainer: Trainer) -> None:
+    """Replace images by their features where a frozen network gives them; once its weights are loaded."""
+    algorithm, hardware = trainer.algorithm, trainer.hardware
+    trainer.validation_source = on_features(trainer.validation_source, algorithm, hardware)
+    if trainer.iteration < trainer.settings.iterations:
+        trainer.outer_step.source = on_features(trainer.train_source, algorithm, hardware)
 
 
 def count_parameters(trainer: Trainer) -> str:
@@ -355,6 +378,7 @@ def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) ->
     best = checkpoint.load(trainer.folder / "best.pt")
     trainer.algorithm.load_state_dict(best["algorithm"])
     trainer.best = Best(**best["best"])  # the validation result of the tested weights
+    source = on_features(source, trainer.algorithm, trainer.hardware)
     test = EvalSettings(validation_shape(settings), settings.test.episodes, settings.test.seed)
     requests = Requests(deadline(settings.stop.minutes))
     with Bar("test", max(len(source.parts), 1) * test.episodes, "episodes") as bar:

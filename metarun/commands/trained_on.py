@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metarun.config.build import build_source
+from hydra.utils import get_class
+
+from metarun.config.build import build_source, in_metarun
 from metarun.config.schema import TrainConfig
 from metarun.datasets.base import Dataset
 from metarun.datasets.tables.tasks import TableTasks
@@ -168,6 +170,9 @@ def pretrained_by(settings: TrainConfig) -> str:
     """The setting that gives the backbone pretrained weights, as it is typed; "" if there is none."""
     if weights := settings.backbone.get("weights"):
         return f"backbone.weights={weights}"
+    cls = get_class(settings.backbone["_target_"])
+    if not in_metarun(cls) and callable(getattr(cls, "load_weights", None)):
+        return f"backbone={cls.__name__}"
     return "backbone.pretrained=true" if settings.backbone.get("pretrained") else ""
 
 

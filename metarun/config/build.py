@@ -18,6 +18,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.config.schema import Node, TrainConfig
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, first_line, naming_part
+from metarun.nn.frozen import Frozen
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.rollouts import Rollouts
@@ -168,6 +169,10 @@ def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
     if not in_metarun(cls):
         where = f"backbone: {cls.__module__}.{cls.__qualname__}"
         set_features(backbone, forward_on_zeros(backbone, spec, where).shape[1], where)
+        if getattr(backbone, "frozen", False) is True and spec.kind == "images":
+            frozen = nn.Sequential(Frozen(backbone))
+            frozen.features = backbone.features
+            return frozen
     return backbone
 
 

@@ -103,7 +103,7 @@ class TrainConfig:
     shots: int = whole(0)
     queries: int = whole(1)
     meta_batch: int = whole(1)
-    iterations: int = whole(1)
+    iterations: int = whole(0)
     inner_rate: float = positive(shared="inner_loop.rate")
     inner_decay: float = positive(shared="inner_loop.test_decay")
     norm: str = setting(shared="backbone.norm")

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -185,10 +185,17 @@ class MixtureStore(ClassStore):
         for part in self.parts.values():
             part.check(shape)
 
-    def with_items(self, items: Tensor, host_for: torch.device | None = None) -> ClassStore:
-        twin = super().with_items(items, host_for)
+    def with_items(
+        self,
+        items: Tensor,
+        host_for: torch.device | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> ClassStore:
+        twin = super().with_items(items, host_for, decode)
         pieces = dict(zip(self.sizes, items.split(list(self.sizes.values())), strict=True))
-        twin.parts = {part: store.with_items(pieces[part], host_for) for part, store in self.parts.items()}
+        twin.parts = {
+            part: store.with_items(pieces[part], host_for, decode) for part, store in self.parts.items()
+        }
         return twin
 
     def keeping(self, classes: Sequence[int]) -> ClassStore:

@@ -45,6 +45,11 @@ def pixels(items: Tensor) -> Tensor:
     return items.float().div_(255)
 
 
+def unchanged(items: Tensor) -> Tensor:
+    """Items as they are, such as features of a network."""
+    return items
+
+
 def numbers(items: Tensor) -> Tensor:
     """Rows of numbers as float32."""
     return items.float()
@@ -154,7 +159,12 @@ class ClassStore(EpisodeSource):
         """Raise DataError if there are not that many classes."""
         check_classes(self.name, len(self.names), ways)
 
-    def with_items(self, items: Tensor, host_for: torch.device | None = None) -> ClassStore:
+    def with_items(
+        self,
+        items: Tensor,
+        host_for: torch.device | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> ClassStore:
         """The same classes on other items, and on their device.
 
         The fingerprint stays: the same choices still name the same examples.
@@ -162,10 +172,11 @@ class ClassStore(EpisodeSource):
         Args:
             items: [items, *stored], in the same order.
             host_for: None, or the device that fetched items are copied to while `items` stay in host memory.
+            decode: of these items; None: as before.
         """
         twin = copy.copy(self)
-        twin.items, twin.host_for = items, host_for
-        twin.spec = spec_of(items, self.decode, len(self.names), self.spec)
+        twin.items, twin.host_for, twin.decode = items, host_for, decode or self.decode
+        twin.spec = spec_of(items, twin.decode, len(self.names), self.spec)
         twin.counts, twin.starts = self.counts.to(items.device), self.starts.to(items.device)
         if self.about is not None:
             twin.about = self.about.to(host_for or items.device)

@@ -209,7 +209,8 @@ class Trainer:
         self.check_stopping(tracker)
         with hold_interrupts(self.settings.until) as interrupts:
             with suppress(Stopped), bar, self.hardware.compute():
-                self.outer_step.prepare(self.iteration, bar.line)
+                if self.settings.iterations:
+                    self.outer_step.prepare(self.iteration, bar.line)
                 while self.unfinished and not interrupts:
                     self.iterate(tracker, bar, began, interrupts)
             if interrupts:

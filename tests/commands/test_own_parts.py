@@ -57,6 +57,43 @@ def test_the_command_trains_tests_and_evaluates(metarun, own_folder: Path, comma
     assert row["episodes"] == 4
 
 
+FIXED = """
+import torch
+from torch import nn
+
+class Fixed(nn.Module):
+    frozen, features = True, 9
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("filters", torch.zeros(9, 1, 8, 8))
+
+    def load_weights(self):
+        self.filters.copy_(torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.filters, stride=4).relu().amax((2, 3))
+"""
+
+
+def test_a_frozen_network_is_tested_without_training_and_embeds_each_image_once(metarun, own_folder: Path):
+    (own_folder / "my_package" / "fixed.py").write_text(FIXED)
+    (own_folder / "my_conf" / "backbone" / "fixed.yaml").write_text("_target_: my_package.fixed.Fixed\n")
+    words = ["-cd", "my_conf", "backbone=fixed", "algorithm=protonet", *SMALL, *GLYPHS[:-1]]
+    done = metarun("train", *words, status=1)
+    assert "iterations=4: the backbone is frozen" in done.stderr
+    assert "set iterations=0 to test it as it is" in done.stderr
+    done = metarun("train", *words, "iterations=0", "queries=15", "test.episodes=20")
+    assert "backbone=Fixed was trained on are not known" in done.stderr
+    assert [done.stderr.count(f"{n}/{n} ") for n in (400, 200)] == [0, 2]  # the training split is left out
+    test = json.loads((own_folder / "run" / "result.json").read_text())["test"]
+    done = metarun("eval", "checkpoint=run", "trust=[my_package]", "episodes=20", "hydra.run.dir=tested")
+    assert "features" not in done.stderr
+    (row,) = json.loads((own_folder / "tested" / "results.json").read_text())["results"]
+    assert (row["mean"], row["episodes_hash"]) == (test["mean"], test["episodes_hash"])
+    assert row["mean"] > 0.22
+
+
 def test_a_method_that_needs_examples_refuses_bandits_in_one_line(metarun, own_folder: Path):
     done = metarun("train", "-cd", "my_conf", "dataset=bandits", "algorithm=protonet", status=1)
     (line,) = done.stderr.strip().splitlines()

@@ -169,8 +169,13 @@ class TextStore(ClassStore):
         twin.described_items = self.described_items[classes]
         return twin
 
-    def with_items(self, items: Tensor, host_for: torch.device | None = None) -> TextStore:
-        twin = super().with_items(items, host_for)
+    def with_items(
+        self,
+        items: Tensor,
+        host_for: torch.device | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> TextStore:
+        twin = super().with_items(items, host_for, decode)
         assert isinstance(twin, TextStore)
         twin.described_items = self.described_items.to(host_for or items.device)
         return twin
