@@ -74,8 +74,9 @@ class Parts:
         if find_spec("pytest") is None:
             return {"skipped": "pytest is not installed"}
         words = ["pytest", "-m", "gpu", "-q", "-ra", "-p", "no:cacheprovider", "-o", "addopts=", "tests"]
+        words += ["-W", "default", "--tb=short"] + (["-n", "6"] if find_spec("xdist") else [])
         done = self.python(words, 120, check=False)
-        return {"passed": done.returncode == 0, "end": done.stdout.splitlines()[-25:]}
+        return {"passed": done.returncode == 0, "end": done.stdout.splitlines()[-60:]}
 
     def agreement(self) -> list[dict[str, Any]]:
         names = QUICK_CASES if self.quick else list(agreement.cases())[::-1]  # large networks first
