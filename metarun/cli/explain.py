@@ -269,10 +269,14 @@ def setting_names(command: str, arguments: list[str]) -> list[str]:
     from omegaconf import OmegaConf
 
     groups = [a for a in arguments if (CONF / re.split("[=@]", a.lstrip("+"))[0]).is_dir()]
+    hydra = GlobalHydra.instance().hydra  # of a sweep, which goes on
     GlobalHydra.instance().clear()
-    with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base="1.3"):
-        return list(dotted(OmegaConf.to_container(compose(command, groups))))
-    return []
+    try:
+        with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base="1.3"):
+            return list(dotted(OmegaConf.to_container(compose(command, groups))))
+        return []
+    finally:
+        GlobalHydra.instance().hydra = hydra
 
 
 def dotted(node: Any, prefix: str = "") -> Iterator[str]:

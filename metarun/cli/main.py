@@ -152,6 +152,7 @@ def execute(name: str, arguments: list[str], raw: bool) -> tuple[Path, Any]:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
+    from metarun.cli.jobs import composing_jobs
     from metarun.cli.sweep import ending_sweep
     from metarun.config.schema import register_frames
 
@@ -174,7 +175,7 @@ def execute(name: str, arguments: list[str], raw: bool) -> tuple[Path, Any]:
         ended = Path(HydraConfig.get().runtime.output_dir), result
         return result
 
-    with ending_sweep():
+    with ending_sweep(), composing_jobs():
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     return ended
 
@@ -196,16 +197,23 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from metarun.cli.jobs import check_composed, value_of_job
+    from metarun.cli.sweep import is_left, out_of_time_job, record_success
     from metarun.config.check import check_hydra
     from metarun.config.targets import naming_options
 
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if sweep and is_left(cfg, folder):
+        return value_of_job(folder)
     try:
+        check_composed(cfg)
         check_hydra(HydraConfig.get())
         with naming_options(cfg, HydraConfig.get().runtime.choices):
             result = load(name).run(cfg)
     except BaseException as error:
+        if sweep and isinstance(error, OutOfTime):
+            return out_of_time_job(name, folder)
         if isinstance(error, KeyboardInterrupt) or stop_requested():
             remove_hydra_files(folder, kept)
             raise error if isinstance(error, OutOfTime) else KeyboardInterrupt from None
@@ -217,8 +225,6 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
         remove_hydra_files(folder, kept)
         fail(message, status=1)
     if sweep:
-        from metarun.cli.sweep import record_success
-
         record_success(folder, result)
     elif name in ("data", "runs"):  # which write figures at most
         remove_hydra_files(folder, kept)

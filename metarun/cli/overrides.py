@@ -24,8 +24,9 @@ MAKE_VECTORS, FINETUNE = ("dataset.vectors", "dataset.encoder"), "dataset.finetu
 
 PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
 
-# Settings that Hydra only reads in a sweep.
-OF_SWEEPS = re.compile(r"\+*hydra(\.sweep\.|[./]sweeper|[./]launcher).*")
+# Settings that Hydra only reads in a sweep, and short names of some.
+OF_SWEEPS = re.compile(r"\+*hydra(\.sweep\.|[./]sweeper|[./]launcher).*|(sweep|retry)=.*")
+SHORT = {"sweep": "hydra.sweep.dir", "retry": "hydra.callbacks.table.retry"}
 ITEM = re.compile(r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|[^,])+""")  # of a list or a sweep: commas separate items
 
 # Hydra's flags that take a value, and those that do not.
@@ -79,6 +80,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
     for override in typed:
         check_override(override, sweep)
+    typed = [with_long_name(override) for override in typed]
     overrides = [quote_column(quote_path(name, override, sweep), sweep) for override in typed]
     if name == "train":
         overrides = pairing(overrides) + overrides
@@ -101,6 +103,12 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
         folder = folder if folder.is_dir() else folder.parent
         overrides.append(f"hydra.run.dir={quoted(str(folder))}")
     return flags + overrides
+
+
+def with_long_name(override: str) -> str:
+    """An override of a sweep by the name that it has in Hydra's config."""
+    key, equals, value = override.partition("=")
+    return f"{SHORT.get(key, key)}{equals}{value}"
 
 
 def with_folders(name: str, arguments: list[str]) -> list[str]:

@@ -3,62 +3,111 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
-from rich.table import Table
-from rich.text import Text
+from omegaconf import DictConfig, OmegaConf
 
+from metarun.cli.jobs import REFUSED, definition, is_kept, other_job, state_of
+from metarun.commands.sweeps import (
+    Row,
+    content_of_job,
+    draw,
+    is_sweep,
+    jobs_in,
+    print_tables,
+    record_files,
+    row_of,
+    version_of,
+)
 from metarun.config.comments import without_pairing
-from metarun.errors import counted, message_line
+from metarun.errors import counted, described, message_line
 from metarun.reporting.console import inform, print_line, relative
+from metarun.training.interrupts import OutOfTime, Requests, deadline
+from metarun.training.records import NOT_FINISHED, write_failure
 
-Row = dict[str, Any]
-MARKS = ("multirun.yaml", "sweep.csv")  # files of a sweep: the first is from Hydra
+OUT_OF_TIME = f"{NOT_FINISHED}: stop.minutes is over"
+LOCK = contextlib.ExitStack()  # holds the lock of the sweep of this process; locks cannot be sent to workers
+LOCKED = ".sweep.lock"
 
 
 class SweepTable(Callback):
     """Keeps sweep.csv, with one row for each job, and prints it as a table when the sweep ends or is stopped.
 
-    The rows come from files in the folders of the jobs: result.json of a finished training run, job.json of
-    another finished command, and failure.json of any other job. The last is written before a job starts, so
-    that it has a row however it ends.
+    The rows come from files in the folders of the jobs (`metarun.commands.sweeps`), which also say what is
+    left to do if the same sweep is started again in its folder.
+
+    Args:
+        retry: what is done with jobs that have failed before: "failed": they are tried again; "none": left.
     """
 
     running: ClassVar[SweepTable | None] = None  # the sweep of this process, until it has ended
 
+    def __init__(self, retry: str = "failed") -> None:
+        self.retry = retry
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.folder = folder = Path(config.hydra.sweep.dir)
-        if any((folder / mark).exists() for mark in MARKS) and any(folder.rglob("last.pt")):
-            message = f"hydra.sweep.dir={folder}: this folder already contains a sweep; choose another one"
-            print(f"metarun: error: {message_line(message)}", file=sys.stderr)
-            sys.exit(1)
+        from metarun.cli.explain import explain
+
+        try:
+            self.start(config)
+        except Exception as error:  # Hydra would make it a warning and start the jobs
+            stop_with(explain(error, config.hydra.job.config_name, sys.argv[1:]) or described(error))
+
+    def start(self, config: DictConfig) -> None:
+        """Find out what there is in the folder of the sweep, and lock it; exits if it cannot be started."""
+        from metarun.storage.locks import locked
+
+        if self.retry not in ("failed", "none"):
+            stop_with(f"retry={self.retry}: must be failed (try failed jobs again) or none (leave them)")
+        self.folder, self.command = (folder := Path(config.hydra.sweep.dir)), config.hydra.job.config_name
+        self.jobs = [without_pairing(words) for words in planned_jobs(config)]
+        self.again = is_sweep(folder)
+        sweep: Any = OmegaConf.to_container(config.hydra.sweep)  # in which nothing is resolved
+        if self.again and sweep["subdir"] == "${hydra:job.num}":
+            self.check_same_jobs()
+        check_one_composes(config, self.jobs)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not LOCK.enter_context(locked(folder / "sweep")):
+            stop_with(f"{folder}: another process runs this sweep; wait for it, or choose another folder")
         # Files of an earlier sweep. Not by their times: the clock of a file server may be another one.
         self.before = {path: version_of(path) for path in record_files(folder)}
-        self.jobs = planned_jobs(config)
         SweepTable.running = self
+
+    def check_same_jobs(self) -> None:
+        """Exit with status 1 if the folder of a numbered job has another one."""
+        for number, words in enumerate(self.jobs):
+            before = content_of_job(self.folder / str(number)).get("overrides")
+            if isinstance(before, list) and (key := other_job(before, words, self.command)):
+                stop_with(
+                    f"{self.folder}: contains another sweep, whose job {number} has another {key}; type the "
+                    "same command to continue it, or choose another folder"
+                )
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         number, jobs = config.hydra.job.num, self.jobs
-        words = list(config.hydra.overrides.task)
-        if jobs:
-            words = [word for word in jobs[number] if not all(word in job for job in jobs)]
-        inform(f"job {number + 1}{f' of {len(jobs)}' if jobs else ''}: {' '.join(words)}".rstrip(": "))
+        words = without_pairing(config.hydra.overrides.task)
         folder = Path(config.hydra.runtime.output_dir)
-        again = f"; metarun train resume={relative(folder)} continues it"
-        record_failure(folder, "not finished" + (again if config.hydra.job.config_name == "train" else ""))
+        state = state_of(folder, words)
+        kept = is_kept(state, self.retry)
+        if jobs:
+            words = [word for word in words if not all(word in job for job in jobs)]
+        name = f"job {number + 1}{f' of {len(jobs)}' if jobs else ''}: {' '.join(words)}".rstrip(": ")
+        inform(f"{name} ({state} before)" if kept else name)
+        if not kept:
+            again = f"; metarun train resume={relative(folder)} continues it"
+            train = config.hydra.job.config_name == "train"
+            record_failure(folder, NOT_FINISHED + (again if train else ""))
         self.write()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -66,24 +115,28 @@ class SweepTable(Callback):
             self.write()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if any("error" in result for result in self.end().values()):
+        errors = [str(result["error"]) for result in self.end().values() if "error" in result]
+        if errors and all(error.startswith(OUT_OF_TIME) for error in errors):
+            raise OutOfTime
+        if errors:
             sys.exit(1)
 
     def end(self) -> dict[str, Row]:
         """Write and print the table, and return the results by job."""
-        from metarun.reporting.console import console
-
         SweepTable.running = None
         results = self.results()
         if results:
             part = f"{len(results)} of " if len(results) < len(self.jobs) else ""
             jobs = counted(max(len(self.jobs), len(results)), "job")
             print_line(f"{part}{jobs} in {self.folder}")  # no title, which would be wrapped inside the path
-            console.print(table_of(results))
+            print_tables(results)
             if self.write():
                 print_line(f"saved {self.folder / 'sweep.csv'}")
-        elif self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == ["multirun.yaml"]:
-            (self.folder / "multirun.yaml").unlink()  # no job was started, since its settings are invalid
+            if self.draw(results):
+                print_line(f"saved {self.folder / 'sweep.png'}")
+        elif {path.name for path in self.folder.glob("*")} <= {"multirun.yaml", LOCKED}:
+            for path in self.folder.iterdir():  # no job was started
+                path.unlink()
             with contextlib.suppress(OSError):  # a folder that contains something else stays
                 self.folder.rmdir()
                 self.folder.parent.rmdir()
@@ -91,9 +144,18 @@ class SweepTable(Callback):
 
     def results(self) -> dict[str, Row]:
         """The content of the files of this sweep's jobs, by the folder of the job."""
-        found = [path for path in record_files(self.folder) if version_of(path) != self.before.get(path)]
-        jobs = {str(path.parent.relative_to(self.folder)): path for path in found}
-        return {job: json.loads(jobs[job].read_text()) for job in sorted(jobs, key=job_number)}
+        changed = {
+            str(path.parent.relative_to(self.folder))
+            for path in record_files(self.folder)
+            if version_of(path) != self.before.get(path)
+        }
+        planned = {definition(words, self.command) for words in self.jobs}
+        everything = self.again and not planned  # a sweeper that chose its jobs while it ran
+        return {
+            name: content
+            for name, content in jobs_in(self.folder).items()
+            if everything or name in changed or definition(content["overrides"], self.command) in planned
+        }
 
     def write(self) -> bool:
         """Write sweep.csv, and return whether that was possible; a full disk must not end the sweep."""
@@ -107,16 +169,44 @@ class SweepTable(Callback):
             return False
         return True
 
+    def draw(self, results: dict[str, Row]) -> bool:
+        """Draw sweep.png, and return whether there was something to draw and it could be written."""
+        path = self.folder / "sweep.png"
+        try:
+            return draw(results, path)
+        except OSError as error:
+            inform(f"{path}: cannot be written ({error.strerror})")
+            return False
+
 
 @contextlib.contextmanager
 def ending_sweep() -> Iterator[None]:
-    """A context that prints the table of a sweep also if the sweep is stopped."""
+    """A context that prints the table of a sweep also if the sweep is stopped, and releases its folder."""
     SweepTable.running = None
-    try:
-        yield
-    finally:
-        if SweepTable.running is not None:
-            SweepTable.running.end()
+    with LOCK:
+        try:
+            yield
+        finally:
+            if (stopped := SweepTable.running) is not None and stopped.end():
+                inform(f"the same command with sweep={relative(stopped.folder)} continues this sweep")
+
+
+def stop_with(message: str) -> NoReturn:
+    """Print an error as one line and exit with status 1: Hydra would print the traceback of an exception."""
+    print(f"metarun: error: {message_line(message)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def check_one_composes(config: DictConfig, jobs: list[list[str]]) -> None:
+    """Exit with status 1 if the settings of every job are refused, which is no sweep but a mistake."""
+    loader, reason = GlobalHydra.instance().config_loader(), ""
+    for words in jobs:
+        message = loader.load_sweep_config(config, words).get(REFUSED)
+        if message is None:
+            return
+        reason = reason or message
+    if reason:
+        stop_with(reason)
 
 
 def planned_jobs(config: DictConfig) -> list[list[str]]:
@@ -133,9 +223,23 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
     (jobs,) = BasicSweeper.split_arguments(overrides, None)
     if not jobs:
         swept = [str(each.input_line) for each in overrides if each.is_sweep_override()]
-        print(f"metarun: error: {', '.join(swept)}: no values, so there are no jobs", file=sys.stderr)
-        sys.exit(1)
+        stop_with(f"{', '.join(swept)}: no values, so there are no jobs")
     return jobs
+
+
+def is_left(cfg: DictConfig, folder: Path) -> bool:
+    """Whether a job is not run: it was before, or there is no time left, which is noted."""
+    overrides, table = HydraConfig.get().overrides.task, HydraConfig.get().callbacks["table"]
+    if is_kept(state_of(folder, overrides), table.retry):
+        return True
+    if late := bool(Requests(deadline(OmegaConf.select(cfg, "stop.minutes")))):
+        record_failure(folder, OUT_OF_TIME)
+    return late
+
+
+def out_of_time_job(name: str, folder: Path) -> float:
+    """Note that the time of a job was over before it had finished; NaN, as its result."""
+    return record_failure(folder, f"{OUT_OF_TIME}; metarun {name} resume={relative(folder)} continues it")
 
 
 def record_failure(folder: Path, message: str) -> float:
@@ -146,8 +250,6 @@ def record_failure(folder: Path, message: str) -> float:
     Returns:
         NaN, as the result of the job.
     """
-    from metarun.training.records import write_failure
-
     write_failure(folder, without_pairing(HydraConfig.get().overrides.task), message)
     return math.nan
 
@@ -166,74 +268,3 @@ def record_success(folder: Path, value: float | None) -> None:
         with contextlib.suppress(OSError):
             overrides = without_pairing(HydraConfig.get().overrides.task)
             write_json(folder / "job.json", {"overrides": overrides, "result": value})
-
-
-def record_files(folder: Path) -> list[Path]:
-    """The files that record jobs; if a job has several, failure.json, the last one, counts."""
-    return [path for name in ("job", "result", "failure") for path in folder.rglob(f"{name}.json")]
-
-
-def version_of(path: Path) -> tuple[int, ...]:
-    """Changes whenever the file is replaced."""
-    stat = path.stat()
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-
-def job_number(job: str) -> tuple[int, str]:
-    """The sort key of a job: its number; folders with other names come last."""
-    return (int(job), "") if job.isdigit() else (1 << 30, job)
-
-
-def typed(result: Row) -> dict[str, str]:
-    """The typed settings of a job, by key."""
-    pairs = (override.lstrip("+").partition("=") for override in result["overrides"])
-    return {key: value for key, _, value in pairs if key != "pairing"}
-
-
-def row_of(job: str, result: Row) -> Row:
-    """The row of a job in sweep.csv; accuracies are in [0, 1]."""
-    row: Row = {"job": job, **typed(result)}
-    if "error" in result:
-        return row | {"error": result["error"]}
-    for split in ("validation", "test"):
-        if split in result:
-            row[f"{split} {result['metric']}"] = result[split]["mean"]
-            row[f"{split} interval"] = result[split]["interval"]
-    if "result" in result:  # of eval or adapt, which write files of their own
-        return row | {"result": result["result"]}
-    best = result["validation"]["iteration"]
-    return row | {"best iteration": best, "seconds": result["seconds"], "checkpoint": result["checkpoint"]}
-
-
-def table_of(results: dict[str, Row]) -> Table:
-    """The table on the screen: the settings that differ between the jobs, and the scores."""
-    settings = {job: typed(result) for job, result in results.items()}
-    keys = list(dict.fromkeys(key for own in settings.values() for key in own))
-    swept = [key for key in keys if len({own.get(key) for own in settings.values()}) > 1]
-    table = Table()
-    others = any("result" in each for each in results.values())  # of eval or adapt
-    for heading in ("job", *swept, *(["result"] if others else ["validation", "test", "seconds"])):
-        table.add_column(heading, overflow="fold")
-    for job, result in results.items():
-        cells = [job, *(settings[job].get(key, "") for key in swept)]
-        if "error" in result:
-            table.add_row(*cells, Text(result["error"], style="red"))
-            continue
-        if "result" in result:
-            value = result["result"]
-            table.add_row(*cells, "finished" if value is None else f"{value:.4f}")
-            continue
-        figures = [figure(result, split) for split in ("validation", "test")]
-        table.add_row(*cells, *figures, f"{result['seconds']:.0f}")
-    return table
-
-
-def figure(result: Row, split: str) -> str:
-    """The main metric of a job on a split with its interval, for people; empty where it was not measured."""
-    from metarun.tasks.objectives import metric_named  # imports torch
-
-    if split not in result:
-        return ""
-    mean, half = result[split]["mean"], result[split]["interval"]
-    metric = metric_named(result["metric"])
-    return f"{mean:.4f} ± {half:.4f}" if metric is None else metric.show_interval(mean, half)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from metarun.config.changes import RESUMABLE, differing, key_of, may_change
 from metarun.config.restore import config_of
 from metarun.config.targets import trusted_modules
 from metarun.errors import ConfigError
@@ -19,12 +19,6 @@ from metarun.reporting.console import inform, relative
 from metarun.training.records import content_of
 
 AUTO = "auto"  # of `resume`: go on if the output folder has a run, else start one
-# Settings that may change when a run is resumed; all others define the run.
-RESUMABLE = (
-    *("iterations", "stop", "resume", "hardware", "log", "tracker", "checkpoint", "test", "trust"),
-    *("dataset.root", "dataset.descriptions", "dataset.vectors", "dataset.encoder"),
-)
-ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
 
 
 def found_in(folder: Path) -> Path | None:
@@ -49,19 +43,11 @@ def is_resume(override: str) -> bool:
     return override.partition("=")[0].lstrip("+") == "resume"
 
 
-def may_change(key: str) -> bool:
-    """Whether a setting may change when a run is resumed."""
-    allowed = any(key == name or key.startswith(name + ".") for name in RESUMABLE)
-    return allowed or ROOT_OF_PART.fullmatch(key) is not None
-
-
 def check_same(folder: Path, before: Iterable[str], now: Iterable[str]) -> None:
     """Raise ConfigError if settings that define a run are not typed as they were when it was started."""
-    pairs = ([each.lstrip("+").partition("=") for each in overrides] for overrides in (before, now))
-    then, typed = ({key: value for key, _, value in each if not may_change(key)} for each in pairs)
-    if changed := [key for key in {**then, **typed} if then.get(key) != typed.get(key)]:
-        key = changed[0]
-        was = f"with {key}={then[key]}" if key in then else f"without {key}={typed[key]}"
+    changed = {key: values for key, values in differing(before, now).items() if not may_change(key)}
+    for key, (then, typed) in changed.items():
+        was = f"without {key}={typed}" if then is None else f"with {key}={then}"
         raise ConfigError(
             f"{relative(folder)}: the run in this folder was started {was}; type the same settings, or "
             "choose another folder"
@@ -105,7 +91,7 @@ def resumed_config(
     if automatic:
         check_same(path.parent, state["overrides"], overrides)
     for override in overrides:
-        key = override.split("=")[0].lstrip("+~")
+        key = key_of(override)
         if not may_change(key):
             if automatic:
                 continue

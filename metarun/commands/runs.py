@@ -5,16 +5,19 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.text import Text
 
+from metarun.commands.sweeps import is_sweep, jobs_in, print_tables
 from metarun.config.check import check
 from metarun.config.schema import RunsConfig, typed
 from metarun.errors import ConfigError, DataError, counted
 from metarun.reporting.console import console, print_line, relative
 from metarun.storage.files import user_path
+from metarun.storage.locks import is_taken
 from metarun.tasks.objectives import metric_named
 from metarun.training.records import Figure, Record, runs_in
 
@@ -42,6 +45,8 @@ def run(cfg: DictConfig) -> None:
     every = runs_in(folder)
     if not every:
         raise DataError(f"folder={command.folder}: has no training runs; name a folder of runs")
+    if is_sweep(folder):
+        print_sweep(folder)
     chosen = sorted((each for each in every if is_chosen(each, command)), key=SORTS[command.sort])  # type: ignore[arg-type]
     print_line(summary(chosen, every, relative(folder)))
     listed = chosen if command.show is None else chosen[: command.show]
@@ -49,6 +54,16 @@ def run(cfg: DictConfig) -> None:
         print_runs(listed)
     if more := len(chosen) - len(listed):
         print_line(f"... and {more} more; show=null lists all")
+
+
+def print_sweep(folder: Path) -> None:
+    """Print the table of a sweep, also while it runs."""
+    jobs = jobs_in(folder)
+    for name, content in jobs.items():
+        if is_taken(folder / name / "run"):
+            content["error"] = "running"
+    print_line(f"{counted(len(jobs), 'job')} so far of the sweep {relative(folder)}")
+    print_tables(jobs)
 
 
 def is_chosen(each: Record, command: RunsConfig) -> bool:

@@ -120,7 +120,8 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         state = checkpoint.load(resumed)
         (folder / "failure.json").unlink(missing_ok=True)
         cfg = resumed_config(resumed, state, cfg, overrides, automatic)
-        choices, overrides = state["choices"], state["overrides"]
+        choices = state["choices"]
+        overrides = overrides if automatic else state["overrides"]
         if automatic and (score := ended(folder, state, cfg)) is not None:
             return score
     elif existing := [name for name in ("last.pt", "best.pt") if (folder / name).exists()]:

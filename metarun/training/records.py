@@ -18,6 +18,7 @@ from metarun.storage.locks import is_taken
 
 Status = Literal["running", "ended", "stopped", "failed"]
 FILES = {"metrics.jsonl", "last.pt", "best.pt", "result.json"}  # each of them makes a folder a run
+NOT_FINISHED = "not finished"  # how failure.json begins of a job that was started and has not failed
 NOT_FIGURES = ("iteration", "split", "loss", "interval", "seconds")
 CHOICES = re.compile(r"^    choices:\n((?:      .*\n)+)", re.MULTILINE)  # in .hydra/hydra.yaml
 
@@ -81,16 +82,17 @@ def record_of(folder: Path) -> Record:
         metric = next((key for key in (validated or [{}])[0] if key not in NOT_FIGURES), "")
     figures = [found for row in validated if (found := figure_of(row, metric))]
     best = figure_of(result.get("validation"), "mean") or best_of(figures, metric)
-    status: Status = "ended" if result else "failed" if failure else "stopped"
+    error = printable(str(failure.get("error", "")))
+    failed = bool(failure) and not error.startswith(NOT_FINISHED)
+    status: Status = "ended" if result else "failed" if failed else "stopped"
     if is_taken(folder / "run"):
         status = "running"
-    why = str(failure.get("error", "")) if status == "failed" else ""
     last = max((row["iteration"] for row in rows), default=0)
     return Record(
         folder=folder,
         started=datetime.fromtimestamp(started(folder)),
         status=status,
-        why=printable(why),
+        why=error if status == "failed" else "",
         choices=choices_of(folder, result),
         iteration=last,
         metric=metric,

@@ -254,7 +254,7 @@ def test_a_failing_command_removes_only_its_own_folders(metarun, tmp_path: Path)
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("ways=2,x", "ways=2,x: must be a whole number"),
+        ("ways=x,y", "ways=x: must be a whole number"),
         ("wayz=1,2", "did you mean 'ways'?"),
         ("seed=range(0)", "seed=range(0): no values, so there are no jobs"),
     ],

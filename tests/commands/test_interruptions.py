@@ -21,6 +21,7 @@ from helpers.runs import TINY, UNTESTED
 from metarun.cli.streams import Output
 from metarun.commands import train
 from metarun.training import interrupts, trainer
+from metarun.training.records import runs_in
 from metarun.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -320,16 +321,23 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 
 def test_a_stopped_sweep_lists_what_was_done(metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    words = ["train", "-m", "seed=0,1,2", *UNTESTED, "iterations=2", "hydra.sweep.dir=sweep"]
+    words = ["train", "-m", "seed=0,1,2", *UNTESTED, "iterations=2", "sweep=sweep"]
     at_call(monkeypatch, Trainer, "step", 3, lambda: signal.raise_signal(signal.SIGTERM))
     done = metarun(*words, status=130)
+    assert "the same command with sweep=sweep continues this sweep" in done.stderr
     assert "job 2 of 3: seed=1\n" in done.stderr and "job 3" not in done.stderr
     assert "2 of 3 jobs in sweep" in done.stdout
     finished, stopped = table(tmp_path / "sweep")
     assert (finished["seed"], finished["error"], stopped["seed"]) == ("0", "", "1")
     assert "metarun train resume=sweep/1 continues it" in stopped["error"]
-    metarun("train", "resume=sweep/1")
-    assert not (tmp_path / "sweep/1/failure.json").exists()
+    (run,) = (each for each in runs_in(tmp_path / "sweep") if each.folder.name == "1")
+    assert (run.status, run.why) == ("stopped", "")
+    assert metarun(*words, "stop.minutes=1e-9", status=75).stderr.endswith("metarun: stop.minutes is over\n")
+    late = "not finished: stop.minutes is over"
+    assert [row["error"] for row in table(tmp_path / "sweep")] == ["", late, late]
+    again = metarun(*words).stderr
+    assert "job 1 of 3: seed=0 (done before)" in again and again.count("resumed at") == 1
+    assert [row.get("error") for row in table(tmp_path / "sweep")] == [None, None, None]
 
 
 def test_a_job_that_fails_in_any_way_is_a_row(metarun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import LEARNED, TINY, UNTESTED, some_quick
 from omegaconf import OmegaConf
+from scipy import stats
 
+from metarun.commands.sweeps import jobs_in, over_seeds
 from metarun.config.comments import facts
 from metarun.config.paths import CONF
 from metarun.storage.locks import locked
@@ -111,9 +115,37 @@ def test_a_sweep_ends_with_one_table_and_is_not_overwritten_by_another(metarun, 
     assert len(lines) == 5
     assert lines[0].startswith("job,algorithm,seed")
     before = everything(tmp_path / "sweep")
-    done = metarun(*words, "hydra.sweep.dir=sweep", status=1)
-    assert "sweep: this folder already contains a sweep; choose another one" in done.stderr
+    again = metarun(*words, "sweep=sweep")
+    assert "job 4 of 4: algorithm=protonet seed=1 (done before)" in again.stderr
+    assert done.stdout.endswith(again.stdout)
+    other = metarun(*words, "ways=4", "sweep=sweep", status=1).stderr
+    assert "contains another sweep, whose job 0 has another ways;" in other
+    with locked(tmp_path / "sweep/sweep"):
+        assert "another process runs this sweep" in metarun(*words, "sweep=sweep", status=1).stderr
     assert everything(tmp_path / "sweep") == before
+    scores = [float(row["validation accuracy"]) for row in csv.DictReader(lines)]
+    means = over_seeds(jobs_in(tmp_path / "sweep"))
+    for row, own in zip(means, (scores[:2], scores[2:]), strict=True):
+        low, high = stats.t.interval(0.95, 1, np.mean(own), stats.sem(own))
+        assert row["validation"] == pytest.approx({"mean": (low + high) / 2, "interval": (high - low) / 2})
+        assert f"{100 * np.mean(own):.2f} ± {50 * (high - low):.2f} %" in done.stdout
+    tables = again.stdout.split("saved")[0].partition("\n")[2]
+    assert tables in metarun("runs", "sweep").stdout
+
+
+def test_settings_that_some_jobs_lack_are_refused_in_their_rows(metarun, tmp_path: Path):
+    """Also if the default options lack them, or the options of all jobs have them."""
+    words = ["train", "-m", *UNTESTED, "iterations=1", "inner_loop.steps=2", "sweep=sweep"]
+    done = metarun(*words, "algorithm=matching,anil,maml", status=1)
+    refused, *rows = csv.DictReader((tmp_path / "sweep/sweep.csv").read_text().splitlines())
+    assert refused["error"].startswith("inner_loop.steps: ") and refused["algorithm"] == "matching"
+    assert [row["error"] for row in rows] == ["", ""]
+    assert refused["error"] in done.stderr
+    again = metarun(*words, "algorithm=matching,anil,maml", "retry=none", status=1)
+    assert "job 1 of 3: algorithm=matching (failed before)" in again.stderr
+    assert "error" not in again.stderr
+    assert "retry=all: must be failed" in metarun(*words, "retry=all", status=1).stderr
+    assert "retry=none: is only read in a sweep" in metarun("train", "retry=none", status=1).stderr
 
 
 def test_a_failed_job_is_a_row_and_the_sweep_goes_on(metarun, tmp_path: Path):

@@ -1,0 +1,139 @@
+"""The jobs of a sweep: which are kept, continued or tried again, and which are refused.
+
+Hydra composes the configs of all jobs before it starts the first, and ends the sweep if one of them cannot be
+composed. `SweepLoader` makes such a job a config that its command refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import hydra._internal.hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+from metarun.commands.sweeps import content_of_job
+from metarun.config.changes import changes_the_end, differing, key_of, may_change
+from metarun.config.comments import without_pairing
+from metarun.errors import ConfigError
+from metarun.training.records import NOT_FINISHED
+
+REFUSED = "refused"  # in the config of a job that cannot be composed: the reason
+State = Literal["new", "stopped", "failed", "done"]
+
+
+class SweepLoader(ConfigLoaderImpl):
+    """Composes the configs of a sweep, which may have jobs that lack some of the settings."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Compose a config; that of a whole sweep without the settings, if the defaults lack some of them."""
+        rest = (run_mode, from_shell, validate_sweep_overrides)
+        try:
+            return super().load_configuration(config_name, overrides, *rest)
+        except Exception:
+            if run_mode != RunMode.MULTIRUN:
+                raise
+            parsed = OverridesParser.create(config_loader=self).parse_overrides(overrides)
+            of_jobs = [str(each.input_line) for each in parsed if not each.is_hydra_override()]
+            if not of_jobs:
+                raise
+            of_hydra = [word for word in overrides if word not in of_jobs]
+            config = super().load_configuration(config_name, of_hydra, *rest)
+            config.hydra.overrides.task = of_jobs
+            return config
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """Compose the config of a job. If that is not possible, it is the default config with the reason."""
+        from metarun.cli.explain import explain
+
+        try:
+            return super().load_sweep_config(master_config, sweep_overrides)
+        except Exception as error:
+            message = explain(error, master_config.hydra.job.config_name, sweep_overrides)
+            if message is None:
+                raise
+            config = super().load_sweep_config(master_config, [])
+            with open_dict(config):
+                config[REFUSED] = message
+            config.hydra.overrides.task = sweep_overrides
+            parsed = OverridesParser.create(config_loader=self).parse_overrides(sweep_overrides)
+            look = config.hydra.job.config.override_dirname
+            config.hydra.job.override_dirname = get_overrides_dirname(
+                parsed, look.exclude_keys, look.item_sep, look.kv_sep
+            )
+            return config
+
+
+@contextlib.contextmanager
+def composing_jobs() -> Iterator[None]:
+    """A context in which Hydra composes configs by `SweepLoader`; it has no setting for that."""
+    before = hydra._internal.hydra.ConfigLoaderImpl
+    hydra._internal.hydra.ConfigLoaderImpl = SweepLoader  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        hydra._internal.hydra.ConfigLoaderImpl = before  # type: ignore[misc]
+
+
+def state_of(folder: Path, overrides: Sequence[str]) -> State:
+    """What has become of a job so far.
+
+    Args:
+        folder: of the job.
+        overrides: of the job. "new" is also one with other settings than that in the folder, such as more
+            iterations.
+    """
+    content = content_of_job(folder)
+    if str(content.get("error", "")).startswith(NOT_FINISHED):
+        return "stopped"
+    if "error" in content:
+        return "failed"
+    if not isinstance(content.get("overrides"), list):
+        return "new"
+    changed = differing(content["overrides"], without_pairing(overrides))
+    trained = "validation" in content
+    return "new" if any(not trained or changes_the_end(key) for key in changed) else "done"
+
+
+def is_kept(state: State, retry: str) -> bool:
+    """Whether a job in this state is left as it is; `retry` says what is done with failed ones."""
+    return state == "done" or (state == "failed" and retry == "none")
+
+
+def definition(overrides: Sequence[str], command: str) -> frozenset[str]:
+    """The overrides of a job without those that may change when it goes on."""
+    return frozenset(word for word in overrides if command != "train" or not may_change(key_of(word)))
+
+
+def other_job(before: Sequence[str], now: Sequence[str], command: str) -> str:
+    """A setting by which the job in a folder is another one; "" if it is the same, or goes on with more
+    iterations, for example."""
+    changed = differing(before, now)
+    return next((key for key in changed if command != "train" or not may_change(key)), "")
+
+
+def check_composed(cfg: DictConfig) -> None:
+    """Raise ConfigError if the config of a job could not be composed."""
+    if REFUSED in cfg:
+        raise ConfigError(cfg[REFUSED])
+
+
+def value_of_job(folder: Path) -> float | None:
+    """What the command of a job returned: the best validation score, or a first result; NaN if it failed."""
+    content = content_of_job(folder)
+    if "error" in content:
+        return math.nan
+    return content["validation"]["mean"] if "validation" in content else content.get("result")
