@@ -18,7 +18,7 @@ from torch import Tensor
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands import environments
 from metarun.commands.models import TestData, own_dataset, queries_of
-from metarun.commands.predictions import in_units, known_targets, note_dependence, report_queries
+from metarun.commands.predictions import known_targets, note_dependence, report_queries
 from metarun.config.build import instantiate, validation_shape
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
@@ -71,10 +71,10 @@ def run(cfg: DictConfig) -> float:
     check(cfg, "adapt", typed=HydraConfig.get().overrides.task)
     command: AdaptConfig = typed(cfg)
     check_ink(command.ink)
-    check_reject(command.reject)
     hardware: Hardware = instantiate(command.hardware, "hardware")
     path, trusted = find(command.checkpoint), trusted_modules(cfg)
     model = restore(path, trusted, hardware, command.steps, command.transductive)
+    check_reject(command.reject, model.predicts_values)
     model.algorithm.eval()
     folder = Path(HydraConfig.get().runtime.output_dir)
     if command.support is not None:
@@ -320,9 +320,9 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     shown = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
     names = {i: "before adapting" if i == 0 else f"after step {i}" for i in shown}
     curves = {
-        names[i]: in_units(task.objective, algorithm.predictor(trajectory[i], episode)(episode.query_x))
+        names[i]: task.objective.to_units(algorithm.predictor(trajectory[i], episode)(episode.query_x))
         for i in shown
     }
-    support = episode.support_x, in_units(task.objective, episode.support_y)
-    query = episode.query_x, in_units(task.objective, episode.query_y)
+    support = episode.support_x, task.objective.to_units(episode.support_y)
+    query = episode.query_x, task.objective.to_units(episode.query_y)
     plots.regression_curves(support, query, curves, path)

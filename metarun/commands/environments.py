@@ -107,8 +107,8 @@ def follow(algorithm: Algorithm, tasks: Rollouts) -> tuple[list[dict[str, Any]],
     """Adapt step by step.
 
     Returns:
-        One row for the policy before the first inner step and after each step, with its scores; the
-        trajectories of each; and the final state.
+        One row for the policy before the first inner step and after each step, with its scores; of a policy
+        with a memory before and after the episodes that it sees. The trajectories of each. The final state.
     """
     rows: list[dict[str, Any]] = []
     batches: list[Trajectories] = []
@@ -118,14 +118,10 @@ def follow(algorithm: Algorithm, tasks: Rollouts) -> tuple[list[dict[str, Any]],
         outcome = algorithm.outcome(adapted, scored)
         batch = scored.recorded[SCORED]
         means = {name: values.item() for name, values in outcome.scores.items()}
-        rows.append(
-            {
-                "step": step,
-                "episodes seen": step * tasks.shape.shots,
-                **means,
-                "interval": interval(batch.returns[0]),
-            }
-        )
+        seen = {"step": step, "episodes seen": step * tasks.shape.shots}
+        if not algorithm.takes_steps:
+            del seen["step"]
+        rows.append({**seen, **means, "interval": interval(batch.returns[0])})
         batches.append(batch)
     return rows, batches, adapted
 
@@ -134,6 +130,10 @@ def check_finite(rows: list[dict[str, Any]], model: Model) -> None:
     """Raise TrainingError if the policy is no longer finite after the last step."""
     scores = [value for name, value in rows[-1].items() if name != "interval"]  # NaN for one episode
     if not all(map(math.isfinite, scores)):
+        if not model.algorithm.takes_steps:
+            raise TrainingError(
+                f"{model.path}: its policy is not finite; train again with a lower optimizer.lr"
+            )
         after = counted(len(rows) - 1, "inner step")
         raise TrainingError(f"{model.path}: its policy is not finite after {after}; lower steps")
 
@@ -148,7 +148,8 @@ def report(
     """Print the table of steps, the task and its optimum."""
     table = Table(title=Text(f"{model.name} on {source.family.title}: {task_in_words(parameters)}"))
     metrics = tasks.objective.metrics
-    table.add_column("inner\nstep", justify="right")
+    if model.algorithm.takes_steps:
+        table.add_column("inner\nstep", justify="right")
     table.add_column("episodes\nseen", justify="right")
     for metric in metrics:
         table.add_column(f"{metric.name}, {counted(tasks.shape.queries, 'episode')}", justify="right")
@@ -159,7 +160,8 @@ def report(
             else metric.show(row[metric.name])
             for metric in metrics
         ]
-        table.add_row(str(row["step"]), str(row["episodes seen"]), *cells)
+        step = [str(row["step"])] if "step" in row else []
+        table.add_row(*step, str(row["episodes seen"]), *cells)
     console.print(table)
     best = source.family.optimum(parameters)
     if best is not None:

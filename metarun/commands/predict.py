@@ -27,10 +27,10 @@ def run(cfg: DictConfig) -> float | None:
     """Predict as configured; returns the score of the queries whose class or value is known, if any."""
     check(cfg, "predict", typed=HydraConfig.get().overrides.task)
     command: PredictConfig = typed(cfg)
-    check_reject(command.reject)
     hardware: Hardware = instantiate(command.hardware, "hardware")
     adapted = restore_adapted(command.adapted, trusted_modules(cfg), hardware)
     adapted.model.refuse_policy(f"adapted={command.adapted}")
+    check_reject(command.reject, adapted.model.predicts_values)
     queries = queries_of(command, adapted)
     queries = OwnQueries(placed(adapted.model, queries.x), placed(adapted.model, queries.y), queries.names)
     outputs = adapted.outputs(queries.x)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.datasets.base import OwnQueries
-from metarun.errors import ConfigError, counted
+from metarun.errors import counted
 from metarun.inference.adapted import is_rejected
 from metarun.reporting import pictures
 from metarun.reporting.classes import report_classes
@@ -51,14 +51,9 @@ def report_queries(
 
     Returns:
         The names of the files.
-
-    Raises:
-        ConfigError: `reject` is set for a regression.
     """
     if not classes:
-        if reject is not None:
-            raise ConfigError(f"reject={reject}: the model predicts values, not classes; leave it out")
-        rows = value_rows(queries.names, in_units(objective, outputs), in_units(objective, queries.y))
+        rows = value_rows(queries.names, objective.to_units(outputs), objective.to_units(queries.y))
         console.print(value_table(rows))
         write_csv(folder / "predictions.csv", rows)
         return ["predictions.csv"]
@@ -86,11 +81,6 @@ def note_dependence(algorithm: Algorithm) -> None:
         inform("the queries were predicted in one batch and depend on each other (transductive)")
     elif algorithm.normalises_batches:
         inform("each query was predicted independently; transductive=true predicts them in one batch")
-
-
-def in_units(objective: Objective, values: Tensor) -> Tensor:
-    """Outputs or targets of a regression in the units that people read."""
-    return objective.units(values) if objective.units else values
 
 
 def title_of(row: dict[str, Any]) -> list[str]:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from metarun.commands.models import values_of
+from metarun.commands.run_report import interval, run_sections
 from metarun.config.check import check
 from metarun.config.schema import ReportConfig, typed
-from metarun.errors import DataError, counted, printable
+from metarun.errors import DataError, counted
 from metarun.reporting.console import inform, relative
-from metarun.reporting.destinations import flat
-from metarun.reporting.report import MOST_CURVES, CellText, Report, Section, curves, number, text
+from metarun.reporting.report import CellText, Report, Section, number, text
 from metarun.storage.files import user_path, write_text
-from metarun.tasks.objectives import metric_named
-from metarun.training.records import Figure, Record, content_of, rows_of, runs_in
+from metarun.training.records import content_of, runs_in
 
 
 def run(cfg: DictConfig) -> None:
@@ -50,118 +47,6 @@ def run(cfg: DictConfig) -> None:
     inform(f"saved report.html ({size:.2f} MB, {seconds:.1f} s) in {relative(path.parent)}")
 
 
-def run_sections(runs: Sequence[Record]) -> Iterator[Section]:
-    """The parts of a report on training runs."""
-    if not runs:
-        return
-    columns = [
-        "run",
-        "started",
-        "method",
-        "dataset",
-        "status",
-        "validation",
-        "test",
-        "seconds",
-        "verdict or error",
-    ]
-    yield Section("Runs", columns=columns, rows=[run_row(each) for each in runs])
-    for metric in dict.fromkeys(each.metric for each in runs if each.metric):
-        rows = {name_of(each): validations(each) for each in runs if each.metric == metric}
-        drawn = {name: own for name, own in rows.items() if own}
-        if drawn:
-            more = f"The first {MOST_CURVES} of {len(drawn)}. " if len(drawn) > MOST_CURVES else ""
-            bands = f"{more}Bands are 95 % intervals over the validation tasks."
-            yield Section(
-                f"Learning curves: {metric}", bands, figures=[curves(drawn, metric, scale_of(metric))]
-            )
-    differing = differences(runs)
-    if len(runs) > 1:
-        yield Section(
-            "Settings that differ",
-            "" if differing else "All runs have the same settings.",
-            ["setting", *map(name_of, runs)],
-            [[text(key), *map(text, values)] for key, values in differing.items()],
-        )
-    yield Section(
-        "To repeat", "Type these again; a seed repeats a run.", codes=[command_of(each) for each in runs]
-    )
-
-
-def run_row(each: Record) -> list[CellText]:
-    """The row of a run."""
-    verdict = "; ".join(each.verdicts) or each.why
-    seconds = each.result.get("seconds")
-    return [
-        text(name_of(each)),
-        CellText(when := f"{each.started:%Y-%m-%d %H:%M}", when, number=True),
-        text(each.choices.get("algorithm")),
-        text(each.choices.get("dataset")),
-        text(each.status),
-        score(each.validation, each.metric),
-        score(each.test, each.metric),
-        number(seconds if isinstance(seconds, (int, float)) else None),
-        text(verdict),
-    ]
-
-
-def name_of(each: Record) -> str:
-    """The folder of a run, as it is typed."""
-    return printable(relative(each.folder))
-
-
-def scale_of(metric: str) -> int:
-    """What scores of a metric are multiplied by before they are shown."""
-    known = metric_named(metric)
-    return known.scale if known else 1
-
-
-def score(figure: Figure | None, metric: str) -> CellText:
-    """A score with its interval."""
-    return number(None) if figure is None else interval(figure.mean, figure.interval, metric)
-
-
-def interval(mean: float, half: float, metric: str) -> CellText:
-    """A mean with half of its interval."""
-    known = metric_named(metric)
-    shown = known.show_interval(mean, half) if known else f"{mean:.4f} ± {half:.4f}"
-    return number(mean, shown)
-
-
-def validations(each: Record) -> list[dict[str, Any]]:
-    """The validation rows of a run."""
-    rows = rows_of(each.folder / "metrics.jsonl")
-    return [row for row in rows if row.get("split") == "validation" and isinstance(row.get("iteration"), int)]
-
-
-def differences(runs: Sequence[Record]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with the value of each run."""
-    configs = [dict(flat(config_of(each.folder))) for each in runs]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    every = {key: [config.get(key, "") for config in configs] for key in keys if key != "published"}
-    return {key: values for key, values in every.items() if any(value != values[0] for value in values)}
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """The config of a run, empty where it cannot be read."""
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
-    except (OSError, ValueError, OmegaConfBaseException):
-        return {}
-    except Exception as error:  # of the YAML parser
-        if "yaml" not in type(error).__module__:
-            raise
-        return {}
-    return content if isinstance(content, dict) else {}  # type: ignore[return-value]
-
-
-def command_of(each: Record) -> str:
-    """What to type to repeat a run."""
-    overrides = each.result.get("overrides")
-    words = [str(word) for word in overrides] if isinstance(overrides, list) else []
-    return printable(shlex.join(["metarun", "train", *words]))
-
-
 def evaluation_sections(paths: Sequence[Path]) -> Iterator[Section]:
     """The parts of a report on evaluations: the grid, and the paired differences."""
     for path in paths:
@@ -179,10 +64,14 @@ def evaluation_sections(paths: Sequence[Path]) -> Iterator[Section]:
                 "episodes",
                 "transductive",
             ]
-            yield Section(f"Evaluation {relative(path.parent)}", "", columns, list(map(grid_row, listed)))
+            yield Section(
+                f"Evaluation {relative(path.parent)}", columns=columns, rows=list(map(grid_row, listed))
+            )
         if pairs:
             columns = ["task", "metric", "models", "difference, 95 % interval", "excludes 0"]
-            yield Section("Paired differences on the same episodes", "", columns, list(map(pair_row, pairs)))
+            yield Section(
+                "Paired differences on the same episodes", columns=columns, rows=list(map(pair_row, pairs))
+            )
 
 
 def as_list(value: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from metarun.algorithms.base import Algorithm
+from metarun.commands.example import counts_confusion, write_example
 from metarun.commands.resuming import ended, found_in, is_automatic, is_resume, resumed_config
 from metarun.commands.shapes import check_before_loading, check_shape
 from metarun.commands.summary import report
@@ -45,7 +46,7 @@ from metarun.reporting import plots
 from metarun.reporting.console import Bar, inform, relative
 from metarun.reporting.destinations import Background, RunFacts
 from metarun.reporting.tracker import Events, Row, Tracker
-from metarun.storage.files import remove_temporary, write_text
+from metarun.storage.files import remove_temporary, write_json, write_text
 from metarun.storage.locks import lock_path, locked
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Metric, Objective
@@ -164,6 +165,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         inform(f"resumed at iteration {trainer.iteration}")
     embed_images(trainer)
     tracker = build_tracker(settings, trainer, name)
+    write_json(folder / "machine.json", hardware.facts())
     try:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
@@ -224,6 +226,9 @@ def finish(
     plots.learning_curve(tracker.rows, metrics, name, trainer.folder / "learning_curve.png", label)
     test = test_best(trainer, test_source, settings) if test_source else None
     report(trainer, test, name)
+    if test is not None and test_source is not None:
+        tasks = test_settings(settings)
+        write_example(trainer.algorithm, test_source, tasks, test, trainer.hardware, trainer.folder)
     result = content_of(trainer.folder / "result.json")
     tracker.end(trainer.record["config"], result, trainer.folder / "learning_curve.png")
 
@@ -380,7 +385,7 @@ def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) ->
     trainer.algorithm.load_state_dict(best["algorithm"])
     trainer.best = Best(**best["best"])  # the validation result of the tested weights
     source = on_features(source, trainer.algorithm, trainer.hardware)
-    test = EvalSettings(validation_shape(settings), settings.test.episodes, settings.test.seed)
+    confusion, test = counts_confusion(source), test_settings(settings)
     requests = Requests(deadline(settings.stop.minutes))
     with Bar("test", max(len(source.parts), 1) * test.episodes, "episodes") as bar:
 
@@ -388,4 +393,9 @@ def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) ->
             bar.advance(count)
             requests.stop()
 
-        return evaluate(trainer.algorithm, source, test, trainer.hardware, advance)
+        return evaluate(trainer.algorithm, source, test, trainer.hardware, advance, confusion)
+
+
+def test_settings(settings: TrainConfig) -> EvalSettings:
+    """The tasks of the test at the end of a run."""
+    return EvalSettings(validation_shape(settings), settings.test.episodes, settings.test.seed)

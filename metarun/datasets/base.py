@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metarun.datasets.images import Resize
 from metarun.datasets.preparation import Preparation
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, DataError
 from metarun.reporting.console import inform
 from metarun.storage.files import encoded
 from metarun.tasks.class_store import ClassStore, check_classes, joined
@@ -202,6 +203,17 @@ class Dataset(ABC):
         """
         raise ConfigError("the examples of this checkpoint cannot be prepared; only its dataset has them")
 
+    def targets(self, values: Sequence[Any]) -> Tensor:
+        """Values of a regression that a program has in memory, as they are learned, float32 [B, V].
+
+        Args:
+            values: a number for each example, or V numbers.
+
+        Raises:
+            DataError: they are not finite numbers, or not V of them.
+        """
+        return number_rows(values, "labels", self.spec.outputs or 1).float()
+
     def own_queries(self, query: str, classes: Sequence[str]) -> OwnQueries:
         """The queries in a user's files, for a model that was adapted before (`metarun predict query=`).
 
@@ -256,6 +268,27 @@ def at_least(least: int, **settings: int | Sequence[int]) -> None:
         if any(type(number) is not int or number < least for number in numbers):  # a bool is an int, too
             many = "whole numbers" if numbers is value else "a whole number"
             raise ConfigError(f"dataset.{name}={value!r}: choose {many} of at least {least}")
+
+
+def number_rows(rows: Sequence[Any], what: str, width: int) -> Tensor:
+    """Rows of numbers in memory, float64 [rows, width]; a number alone is a row of one.
+
+    Args:
+        rows: numbers, or rows of them: lists, arrays or tensors.
+        what: the argument that they are, for messages.
+        width: how many numbers a row must have.
+
+    Raises:
+        DataError: they are something else, or not finite.
+    """
+    try:
+        array = np.array([np.atleast_1d(np.asarray(row, dtype=np.float64)) for row in rows])
+    except (TypeError, ValueError):
+        array = np.empty((0, 0))
+    if array.shape != (len(rows), width) or not np.isfinite(array).all():
+        each = "a finite number" if width == 1 else f"{width} finite numbers"
+        raise DataError(f"{what}: must be {each} for each example")
+    return torch.from_numpy(array)
 
 
 def by_digest(names: Iterable[str], seed: str = "") -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset, Split
+from metarun.datasets.base import Dataset, Split, number_rows
 from metarun.errors import DataError
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import REGRESSION
@@ -42,6 +44,10 @@ class Sinusoid(Dataset):
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> SinusoidSource:
         return SinusoidSource(self, name, device)
+
+    def examples(self, items: Sequence[Any]) -> Tensor:
+        """The points x, a number each."""
+        return number_rows(items, "examples", 1).float()
 
 
 class SinusoidSource(EpisodeSource):

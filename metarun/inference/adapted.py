@@ -29,7 +29,12 @@ AT_ONCE = 512  # examples predicted in one pass, unless they depend on each othe
 
 
 class Prediction(NamedTuple):
-    """What was predicted of one example: its class, None where that was rejected, and the probability."""
+    """What was predicted of one example.
+
+    Args:
+        label: its class, None where that was rejected; of a regression, its value, or a list of several.
+        probability: of the class; NaN of a regression.
+    """
 
     label: Any
     probability: float
@@ -41,17 +46,20 @@ class Predictions(Sequence[Prediction]):
 
     Args:
         classes: the classes that the model was adapted to.
-        probabilities: of each class, float32 [B, N]; each row sums to 1.
+        probabilities: of each class, float32 [B, N]; each row sums to 1. Of a regression, [B, 0].
         reject: see `AdaptedModel.predict`.
+        values: of a regression, the predicted values in the units of the data, float64 [B], or [B, V] if an
+            example has several; None of classes.
     """
 
     classes: Sequence[Any]
     probabilities: np.ndarray
     reject: float | None = None
+    values: np.ndarray | None = None
 
     @property
     def labels(self) -> list[Any]:
-        """The most probable class of each example; None where that is less probable than `reject`."""
+        """The most probable class of each example, None if less probable than `reject`; or its value."""
         return [prediction.label for prediction in self]
 
     def __len__(self) -> int:
@@ -60,6 +68,8 @@ class Predictions(Sequence[Prediction]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        if self.values is not None:
+            return Prediction(self.values[index].tolist(), math.nan)
         row = self.probabilities[index]
         best = int(row.argmax())
         rejected = is_rejected(float(row[best]), self.reject)
@@ -98,7 +108,7 @@ class AdaptedModel:
         return f"<{self.model.name} model adapted to {names}>"
 
     def predict(self, examples: Sequence[Any], *, reject: float | None = None) -> Predictions:
-        """Predict the classes of examples.
+        """Predict the classes of examples, or their values if the model was trained on a regression.
 
         Args:
             examples: as for `Model.adapt`.
@@ -106,14 +116,17 @@ class AdaptedModel:
                 such a class is predicted as None, since it may belong to none of the classes.
 
         Raises:
-            MetarunError: examples cannot be read, or do not fit the model.
+            MetarunError: examples cannot be read, or do not fit the model; `reject` of a regression.
             TrainingError: the predictions are not finite.
         """
         self.model.refuse_policy("predict")
+        check_reject(reject, predicts_values=not self.classes)
+        outputs = self.outputs(torch.from_numpy(self.inputs(examples)).unsqueeze(0))[0]
         if not self.classes:
-            raise ConfigError("this model does not predict classes; use metarun adapt and metarun predict")
-        check_reject(reject)
-        probabilities = self.outputs(torch.from_numpy(self.inputs(examples)).unsqueeze(0))[0].softmax(-1)
+            values = self.model.objective(None).to_units(outputs).double().cpu().numpy()
+            nothing = np.empty((len(values), 0), np.float32)
+            return Predictions([], nothing, values=values[:, 0] if values.shape[1] == 1 else values)
+        probabilities = outputs.softmax(-1)
         return Predictions(list(self.classes), probabilities.float().cpu().numpy(), reject)
 
     def inputs(self, examples: Sequence[Any]) -> np.ndarray:
@@ -225,16 +238,18 @@ def adapt_to_examples(
     model: Model, examples: Sequence[Any], labels: Sequence[Any], ink: Ink, seed: int
 ) -> AdaptedModel:
     """Adapt to examples in memory; see `Model.adapt`."""
-    if model.spec.tasks is not Episodes or (
-        model.spec.outputs is not None and not model.dataset.fixed_labels
-    ):
-        raise ConfigError("this model does not predict classes; use metarun adapt")
+    model.refuse_policy("adapt")
+    if model.spec.tasks is not Episodes:
+        raise ConfigError("the tasks of this model have no labelled examples; use metarun adapt")
     x, preparation = inputs.support_of(model, examples, ink)
     if len(labels) != x.shape[1]:
         raise DataError(f"labels: there are {len(labels)} for {x.shape[1]} examples; pass one for each")
-    classes, numbers = numbered(labels, model.dataset.fixed_labels)
-    y = torch.tensor([numbers])
-    ways = torch.arange(len(classes)).unsqueeze(0)
+    classes: list[Any] = []
+    if model.predicts_values:
+        y, ways = model.dataset.targets(labels).unsqueeze(0), None
+    else:
+        classes, numbers = numbered(labels, model.dataset.fixed_labels)
+        y, ways = torch.tensor([numbers]), torch.arange(len(classes)).unsqueeze(0)
     episode = Episodes(x, y, x, y, ways, model.objective(None)).balanced()
     return adapt(model, episode, classes, preparation, ink, seed)
 
@@ -315,8 +330,10 @@ def is_rejected(probability: float, reject: float | None) -> bool:
     return reject is not None and probability < reject
 
 
-def check_reject(reject: float | None) -> None:
-    """Raise ConfigError unless this is a probability."""
+def check_reject(reject: float | None, predicts_values: bool = False) -> None:
+    """Raise ConfigError unless this is a probability, of a model that predicts classes."""
+    if reject is not None and predicts_values:
+        raise ConfigError(f"reject={reject}: the model predicts values, not classes; leave it out")
     if reject is not None and not 0 <= reject <= 1:
         raise ConfigError(f"reject={reject}: must be a probability, from 0 to 1")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from metarun.errors import ConfigError
 from metarun.inference.images import Ink
 from metarun.inference.model import Model, load
 from metarun.reporting.console import silent
@@ -82,6 +83,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if not isinstance(model, Model):
             settings = {"device": self.device, "steps": self.steps, "transductive": self.transductive}
             model = load(model, **settings, trust=self.trust)  # type: ignore[arg-type]
+        if model.predicts_values:
+            raise ConfigError(f"{model.path}: predicts values, not classes; use model.adapt and predict")
         fixed = model.dataset.fixed_labels
         with silent():
             labels = numbers.tolist() if fixed is None else list(map(str, y))

@@ -73,6 +73,11 @@ class Model:
         """Whether it acts in environments, instead of predicting examples."""
         return issubclass(self.spec.tasks, Rollouts)
 
+    @property
+    def predicts_values(self) -> bool:
+        """Whether it predicts values (a regression), instead of classes."""
+        return self.spec.outputs is not None and not self.is_policy and not self.dataset.fixed_labels
+
     def refuse_policy(self, setting: str) -> None:
         """Raise ConfigError, naming a setting or a method that is for predicting models, for a policy."""
         if self.is_policy:
@@ -88,20 +93,23 @@ class Model:
     def adapt(
         self, examples: Sequence[Any], labels: Sequence[Any], *, ink: Ink = "auto", seed: int = 0
     ) -> AdaptedModel:
-        """Learn new classes from a few examples of each, as `metarun adapt support=...` does.
+        """Learn new classes from a few examples of each, or a regression from a few values.
+
+        This is what `metarun adapt support=...` does.
 
         Args:
             examples: images as paths, PIL images, NumPy arrays or tensors (see
                 `metarun.inference.examples.image`), of any size; texts for a model of texts; rows for a model
                 of a table, as mappings, a data frame, or an array [rows, columns] with the columns of
-                training. All classes may have different numbers of examples.
-            labels: the class of each example: text, numbers, or any other values that can be compared.
+                training; numbers x for a model of sinusoids. All classes may have different numbers of
+                examples.
+            labels: the class of each example: text, numbers, or any other values that can be compared. For a
+                model that was trained on a regression, the value of each example in the units of the data.
             ink: of drawings, see `metarun adapt`; "auto" detects it.
             seed: of methods that draw at random when they adapt. The random state of the program is kept.
 
         Returns:
-            The adapted model. Its classes are the labels, in the order of the support for texts and sorted
-            otherwise.
+            The adapted model. Its classes are the labels, sorted; a regression has none.
 
         Raises:
             MetarunError: examples cannot be read, do not fit the model, or there are too many or too few

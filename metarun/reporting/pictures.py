@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +23,11 @@ NUMBERED = 40  # the most classes of a confusion matrix with numbers in its cell
 
 
 def confusion_matrix(counts: Tensor, names: Sequence[str], title: str, path: Path) -> None:
+    """Write the figure of a confusion matrix, see `confusion_figure`."""
+    drawing.save(confusion_figure(counts, names, title), path)
+
+
+def confusion_figure(counts: Tensor, names: Sequence[str], title: str) -> Figure:
     """Plot a confusion matrix: how many examples of each class (row) were predicted as each class (column).
 
     Up to 40 classes have numbers in their cells. Where there is no space for the names of the classes, every
@@ -44,10 +50,11 @@ def confusion_matrix(counts: Tensor, names: Sequence[str], title: str, path: Pat
     number = "" if named else ", by its number in the CSV file"
     axis.set_xlabel(f"predicted class{number}")
     axis.set_ylabel(f"class{number}")
-    headline(figure, title)
+    if title:
+        headline(figure, title)
     bar = figure.colorbar(image, ax=axis, shrink=min(1.0, 4 / side), label="share of the examples of a class")
     bar.ax.tick_params(labelsize=7)
-    drawing.save(figure, path)
+    return figure
 
 
 def score_grid(

@@ -111,13 +111,13 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda file: file.write(encoded(text)))
 
 
-def write_json(path: Path, content: object) -> None:
-    """Create or replace a JSON file atomically."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+def write_json(path: Path, content: object, indent: int | None = 2) -> None:
+    """Create or replace a JSON file atomically, indented to be read, or in one line."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
     try:
         text.encode()
     except UnicodeEncodeError:  # a file name that is not UTF-8, which JSON can only escape
-        text = json.dumps(content, indent=2)
+        text = json.dumps(content, indent=indent)
     write_text(path, text + "\n")
 
 

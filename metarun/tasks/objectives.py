@@ -123,6 +123,10 @@ class Objective:
         metrics, available = (tuple(map(converted, each)) for each in (self.metrics, self.available))
         return replace(self, metrics=metrics, available=available, units=units)
 
+    def to_units(self, values: Tensor) -> Tensor:
+        """Outputs or targets of a regression in the units that people read."""
+        return self.units(values) if self.units else values
+
     def choosing(self, names: Sequence[str] | None, training: bool = False) -> Objective:
         """The same objective reporting the metrics of these names.
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
+import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
@@ -23,6 +26,7 @@ CPU_SMALL_TASK, CPU_BYTES_OF_SMALL, CPU_BYTES_OF_LARGE = 16 << 20, 256 << 20, 38
 THREADS_PER_CPU = 16  # more threads than this for each CPU are a mistake; the system may not have so many
 TINY_TASK = 1 << 20  # bytes; hardware.compile=auto traces tasks up to this size
 GPU_SHARE_OF_IMAGES = 0.5  # images may use this share of the free GPU memory; the rest is for training
+PACKAGES = ("metarun", "torch", "torchvision", "numpy", "timm", "transformers", "gymnasium", "mujoco")
 GPU_SHARE = 0.8  # tasks may use this share; measuring one task does not include all overheads
 
 
@@ -156,6 +160,25 @@ class Hardware:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f" ({counted(torch.get_num_threads(), 'thread')})" if name == "CPU" else ""
         return f"{name}{threads}, {self.precision}"
+
+    def facts(self) -> dict[str, str]:
+        """The machine, the device and the versions of the packages in use, for the record of a run."""
+        versions = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in PACKAGES}
+        return {
+            "device": self.describe(),
+            "processor": f"{processor()}, {counted(os.cpu_count() or 1, 'core')}",
+            "system": f"{platform.system()} {platform.release()}",
+            "Python": platform.python_version(),
+            **{name: version for name, version in versions.items() if version},
+        }
+
+
+def processor() -> str:
+    """The name of the CPU, or of its architecture where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        if found := re.search(r"^model name\s*: (.+)$", file.read(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ Status = Literal["running", "ended", "stopped", "failed"]
 FILES = {"metrics.jsonl", "last.pt", "best.pt", "result.json"}  # each of them makes a folder a run
 NOT_FINISHED = "not finished"  # how failure.json begins of a job that was started and has not failed
 NOT_FIGURES = ("iteration", "split", "loss", "interval", "seconds")
+STARTED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # in the name that metarun gives a folder
 CHOICES = re.compile(r"^    choices:\n((?:      .*\n)+)", re.MULTILINE)  # in .hydra/hydra.yaml
 
 
@@ -116,7 +117,10 @@ def write_failure(folder: Path, overrides: list[str], error: str) -> None:
 
 
 def started(folder: Path) -> float:
-    """When a run was started: its config is written once, at that time."""
+    """When a run was started: the date in the name of its folder; else its config is written at that time."""
+    if named := STARTED.match(folder.name):
+        with contextlib.suppress(ValueError):  # such as a 13th month
+            return datetime.strptime(named[0], "%Y-%m-%d_%H-%M-%S").timestamp()
     config = folder / ".hydra" / "config.yaml"
     return (config if config.exists() else folder).stat().st_mtime
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import metarun as metarun_in_python
+from metarun.errors import MetarunError
 from metarun.training import checkpoint
 
 TINY = ("hardware=cpu", "iterations=3", "meta_batch=2", "validation.every=3", "validation.episodes=3")
@@ -50,6 +52,15 @@ def test_a_regression_is_trained_and_adapted_to_new_rows(metarun, table: Path, t
     assert [row["value"] for row in rows][-1] == ""
     errors = [float(row["prediction"]) - float(row["value"]) for row in rows[:-1]]
     assert abs(errors[0]) < 100  # in the units of the file
+    support, asked = ([line.split(";") for line in lines[a:b]] for a, b in ((1, 7), (7, 12)))
+    x, queries = ([{"x (m)": row[1], "site": row[2]} for row in own] for own in (support, asked))
+    adapted = metarun_in_python.load("run", device="cpu").adapt(x, [float(row[3]) for row in support])
+    for model in (adapted, metarun_in_python.load_adapted("out/adapted.pt", device="cpu")):
+        found = model.predict(queries)
+        assert found.labels == [pytest.approx(float(row["prediction"]), rel=1e-6) for row in rows[:-1]]
+    assert found.values.shape == (5,) and found[0].label == found.values[0]
+    with pytest.raises(MetarunError, match="labels: must be a finite number for each example"):
+        metarun_in_python.load("run", device="cpu").adapt(x, ["high"] * 6)
     steps = json.loads((tmp_path / "out/steps.json").read_text())
     assert steps[-1]["query mse"] == pytest.approx(sum(e * e for e in errors) / len(errors), rel=1e-4)
 

@@ -151,6 +151,31 @@ def test_texts_and_rows(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         adapted.predict([[1, 2]])
 
 
+def test_a_regression_predicts_values(trained):
+    """As by hand: one step of gradient descent on the mean squared error of the support."""
+    run = trained("dataset=sinusoid", "algorithm=maml", "inner_loop.test_steps=1", *SMALL)
+    model = api.load(run, device="cpu")
+    x = np.linspace(-3, 3, 7)
+    y = np.sin(x)
+    found = model.adapt(x, y).predict([0.5, np.array([-1.0])])
+    weights = [each.detach().clone().requires_grad_() for each in model.algorithm.parameters()]
+
+    def network(weights, x):
+        (a, b, c, d, e, f), x = weights, torch.as_tensor(x, dtype=torch.float32)[:, None]
+        return (((x @ a.T + b).relu() @ c.T + d).relu() @ e.T + f)[:, 0]
+
+    loss = ((network(weights, x) - torch.as_tensor(y, dtype=torch.float32)) ** 2).mean()
+    gradients = torch.autograd.grad(loss, weights)
+    stepped = [weight - 0.01 * gradient for weight, gradient in zip(weights, gradients, strict=True)]
+    np.testing.assert_allclose(found.values, network(stepped, [0.5, -1.0]).detach(), rtol=1e-5)
+    with pytest.raises(ConfigError, match="the model predicts values, not classes"):
+        model.adapt(x, y).predict([0.5], reject=0.5)
+    with pytest.raises(ConfigError, match="predicts values, not classes; use"):
+        api.FewShotClassifier(model).fit(x[:, None], [0, 1] * 3 + [0])
+    with pytest.raises(DataError, match="examples: must be a finite number for each example"):
+        model.adapt([[1, 2]] * 7, y)
+
+
 SMALL = ["iterations=1", "validation.episodes=2", "test.episodes=0", "hardware=cpu"]
 SMALL += ["log.tensorboard=false"]
 

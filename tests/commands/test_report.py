@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import os
@@ -12,7 +13,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.run_folders import make
+from helpers.runs import TINY
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use"}
 
@@ -76,6 +79,97 @@ def test_a_report_has_the_figures_of_runs_and_evaluations(metarun):
     assert "<script>alert" not in text and html.escape("<script>alert(1)</script>") in text
     assert text.count("<svg") == 1 and not re.search(r"(src|href)=[\"']?https?:", text)
     assert "metarun train" in text
+
+
+def test_the_test_task_of_a_run_and_its_confusions(metarun, trained):
+    """They agree with the score of the test, and with `adapt` on the same task."""
+    run = trained(*TINY, "iterations=1", "validation.episodes=2")
+    task, result = (json.loads((run / name).read_text()) for name in ("test_task.json", "result.json"))
+    (confusion,) = task["confusions"].values()
+    right = sum(count for true, predicted, count in confusion["counts"] if true == predicted)
+    assert right / sum(count for *_, count in confusion["counts"]) == pytest.approx(result["test"]["mean"])
+    assert len(confusion["classes"]) == 20
+    words = [
+        f"checkpoint={run}",
+        "seed=0",
+        f"queries={len(task['queries']) // 5}",
+        "hardware=cpu",
+        "hydra.run.dir=out",
+    ]
+    metarun("adapt", *words)
+    with open("out/predictions.csv", newline="") as file:
+        rows = [(row["class"], row["prediction"], float(row["probability"])) for row in csv.DictReader(file)]
+    assert [
+        (row["class"], row["prediction"], pytest.approx(row["probability"], abs=1e-5))
+        for row in task["queries"]
+    ] == rows
+    machine = json.loads((run / "machine.json").read_text())
+    assert machine["torch"] == torch.__version__ and machine["device"].startswith("CPU (1 thread)")
+    metarun("report", str(run), "hydra.run.dir=report")
+    text = Path("report/report.html").read_text("utf-8")
+    assert text.count('<figure class="right"') == sum(true == predicted for true, predicted, _ in rows)
+    cells = [row[0] for row in Checked(text).rows]
+    assert text.count("data:image/png;base64,") == 5 + len(task["queries"]) + 1
+    assert f"<dd>{torch.__version__}</dd>" in text and "Confusion matrix" in text
+    assert sum(cell in confusion["classes"] for cell in cells) == 15
+
+
+SHORT = ["hardware=cpu", "log.tensorboard=false", "iterations=1", "validation.episodes=2", "test.episodes=2"]
+FEW = [f"dataset.{split}_classes=5" for split in ("train", "validation", "test")]
+
+
+@pytest.mark.parametrize(
+    ("words", "columns"),
+    [
+        (["dataset=sinusoid", "algorithm=maml"], []),
+        (["dataset=bandit", "algorithm=rl2"], ["episodes seen", "return", "return_before", "interval"]),
+        (["dataset=phrases", *FEW], ["class", "text", "prediction", "probability"]),
+    ],
+    ids=["regression", "environment", "texts"],
+)
+def test_tasks_of_other_kinds(metarun, words: list[str], columns: list[str]):
+    metarun("train", *words, *SHORT, "meta_batch=2", "hydra.run.dir=run")
+    metarun("report", "run", "hydra.run.dir=out")
+    text = Path("out/report.html").read_text("utf-8")
+    assert "A test task: " in text and text.count("<svg") == (1 if columns else 2)
+    assert not columns or columns in Checked(text).rows
+
+
+def test_a_run_of_somebody_else_is_text(metarun):
+    """What a folder contains is shown as text, and only pictures in it are pictures."""
+    run = make(Path("runs/a"), test=0.5, scores=(0.2,))
+    bad = [
+        {"class": "<b>", "picture": "https://x.y/z.png"},
+        {"class": "c", "picture": "data:image/png;base64,AA=="},
+    ]
+    content = {"shape": "<i>", "support": bad, "queries": [{**row, "prediction": "q"} for row in bad]}
+    content["confusions"] = {"a": 3, "b": {"classes": ["x"], "counts": [[5, 5, 1]]}}
+    content["confusions"]["c"] = {"classes": list(range(9000)), "counts": []}
+    (run / "test_task.json").write_text(json.dumps(content))
+    (run / "machine.json").write_text(json.dumps({"torch": "<u>1"}))
+    metarun("report", "runs", "hydra.run.dir=out")
+    text = Path("out/report.html").read_text("utf-8")
+    assert "x.y" not in text and text.count("base64,AA==") == 2
+    assert not any(tag in text for tag in ("<b>", "<i>", "<u>1"))
+
+
+def test_only_runs_on_one_dataset_are_compared(metarun):
+    """Each dataset has its own curves and its own table; another option of a group is one line."""
+    for name, method, dataset, seed in (
+        ("a", "maml", "glyphs", 1),
+        ("b", "maml", "omniglot", 2),
+        ("c", "protonet", "glyphs", 3),
+    ):
+        run = make(Path("runs", name), method, scores=(0.2, 0.5))
+        config = run / ".hydra/hydra.yaml"
+        config.write_text(config.read_text().replace("glyphs", dataset))
+        (run / ".hydra/config.yaml").write_text(f"seed: {seed}\nalgorithm:\n  only_{method}: 1\n")
+    metarun("report", "runs", "hydra.run.dir=out")
+    text = Path("out/report.html").read_text("utf-8")
+    rows = Checked(text).rows
+    start = rows.index(["setting", "runs/a", "runs/c"])
+    assert rows[start + 1 : start + 3] == [["algorithm", "maml", "protonet"], ["seed", "1", "3"]]
+    assert len(rows) == start + 3 and text.count("<svg") == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset, OwnQueries, OwnTask, Split, by_digest, split_by_digest
+from metarun.datasets.base import (
+    Dataset,
+    OwnQueries,
+    OwnTask,
+    Split,
+    by_digest,
+    number_rows,
+    split_by_digest,
+)
 from metarun.datasets.preparation import Preparation
 from metarun.datasets.tables import own_files
 from metarun.datasets.tables.columns import Learned, label_of, learn_columns, listed, numbers_of
@@ -368,6 +376,9 @@ class Table(Dataset):
         ):
             raise DataError("examples: RDKit cannot read all molecules; leave those out")
         return numbers(self.encode(cells))
+
+    def targets(self, values: Sequence[Any]) -> Tensor:
+        return self.standard(number_rows(values, "labels", 1).squeeze(1))
 
     def row_name(self, cells: Cells, row: int) -> str:
         """A row of a user's file in words: the molecule, or its line."""
