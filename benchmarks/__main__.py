@@ -21,12 +21,13 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.contestants import PEERS, Contestant, Metarun, PlainLoop, contestants, version
-from benchmarks.limit import Peak, Roofline, measured_peak, seconds, synchronize
+from benchmarks.limit import Peak, Roofline, measured_peak, seconds
 from benchmarks.sampling import sampling
 from benchmarks.workloads import WORKLOADS, Workload
 from metarun.errors import first_line
 from metarun.storage.files import write_json
 
+SLOW = 0.3  # seconds: a step that takes longer is warm after one, and has two turns only
 TIE = 0.1  # ratios within 10 % of 1 are treated as a tie
 EXACT = 1e-6  # the largest relative error of the gradient in float64 with which a contestant is timed
 CHECKED_TASKS = 2
@@ -149,8 +150,10 @@ def take_turns(
     counts, times = {}, {key: [] for key in running}
     for key, contestant in running.items():
         counts[key] = max(1, round(args.seconds / seconds(contestant.step, device)))
-    for _ in range(args.rounds):
+    for turn in range(args.rounds):
         for key, contestant in running.items():
+            if turn > 1 and times[key][0] > SLOW:
+                continue
             took = seconds(lambda c=contestant, n=counts[key]: [c.step() for _ in range(n)], device)
             times[key].append(took / counts[key])
     return times
@@ -161,8 +164,8 @@ def warm_up(contestant: Contestant, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(5 if device.type == "cuda" and isinstance(contestant, Metarun) else 2):
-        contestant.step()
-    synchronize(device)
+        if seconds(contestant.step, device) > SLOW and not isinstance(contestant, Metarun):
+            return
 
 
 def allocated(device: torch.device) -> int:

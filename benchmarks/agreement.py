@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,15 @@ from metarun.config.schema import TrainConfig, register_frames, typed
 from metarun.config.unread import in_use
 from metarun.errors import first_line
 from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import Episodes, EpisodeShape, Tasks
+from metarun.tasks.source import Draw, EpisodeSource
 from metarun.training.hardware import Hardware
 from metarun.training.outer_loops import Gradient
 from metarun.training.step import OuterStep
 from metarun.training.trainer import Trainer
 
+#: The beginnings of the names of operations that draw random numbers; others of PyTorch's tag may do so.
+DRAWS = ("rand", "normal", "uniform", "bernoulli", "native_dropout", "multinomial", "exponential")
 STEPS = 8  # with and without a graph, which is captured at the fourth
 EXACT = 1e-7  # the largest relative difference of float64 between the CPU and the device
 ROUNDING = 10.0  # float32 on the device may be so many times as far from float64 as on the CPU, plus SLACK
@@ -80,7 +86,8 @@ class RandomFromCPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        name = func._schema.name.partition("::")[2]
+        if torch.Tag.nondeterministic_seeded not in func.tags or not name.startswith(DRAWS):
             return func(*args, **kwargs)
         target = next((a for a in args if isinstance(a, Tensor)), None)
         device, dtype = (kwargs.get("device"), kwargs.get("dtype")) if target is None else like(target)
@@ -118,6 +125,7 @@ def main() -> None:
     if unknown := sorted(set(args.cases) - set(known)):
         parser.error(f"{unknown[0]}: no such case")
     torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that cuBLAS counts as deterministic
     for name in args.cases or known:
         began = time.perf_counter()
         try:
@@ -157,9 +165,15 @@ def compared(words: Sequence[str], device: torch.device) -> dict[str, Any]:
 
 def first_step(words: Sequence[str], device: torch.device, precision: str) -> tuple[float, Tensor]:
     """The loss of the first meta-batch, and its gradient or the weights after it, flat in float64."""
-    trainer = trainer_of(words, Hardware(str(device), precision=precision, compile=False, graph=False))
-    step = trainer.outer_step
-    with trainer.hardware.compute(), RandomFromCPU():
+    settings: dict[str, Any] = {
+        "compile": False,
+        "graph": False,
+        "channels_last": False,
+    }  # masks are by layout
+    step = trainer_of(words, Hardware(str(device), precision=precision, **settings)).outer_step
+    if device.type != "cpu":  # the same examples: those of functions, for example, are computed
+        step.source = Moved(trainer_of(words, Hardware("cpu", precision=precision)).outer_step.source, device)
+    with step.hardware.compute(), RandomFromCPU():
         step.algorithm.train()
         step.algorithm.on_step_start(0)
         draw = next(step.draws_from(0))
@@ -171,6 +185,20 @@ def first_step(words: Sequence[str], device: torch.device, precision: str) -> tu
             found = list(step.params)
     flat = torch.cat([each.detach().flatten().double().cpu() for each in found])
     return (step.running_totals[0] / step.meta_batch).item(), flat
+
+
+class Moved:
+    """A source whose tasks are gathered on the CPU and moved to a device."""
+
+    def __init__(self, source: EpisodeSource, device: torch.device) -> None:
+        self.source, self.device = source, device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def gather(self, draw: Draw, shape: EpisodeShape) -> Tasks:
+        tasks = self.source.gather(tuple(tensor.cpu() for tensor in draw), shape)
+        return tasks.map(lambda tensor: tensor.to(self.device)) if isinstance(tasks, Episodes) else tasks
 
 
 def difference(found: tuple[float, Tensor], reference: tuple[float, Tensor]) -> float:
@@ -186,7 +214,15 @@ def graph(words: Sequence[str], device: torch.device) -> dict[str, Any]:
     for captures in (False, True):
         said: list[str] = []
         trainer = trainer_of(words, Hardware(str(device), graph=captures))
-        run(trainer.outer_step, said)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.use_deterministic_algorithms(not captures, warn_only=True)
+            run(trainer.outer_step, said)
+        if not captures:
+            varying = {
+                str(each.message).split(" ")[0] for each in caught if "determinis" in str(each.message)
+            }
+            row["nondeterministic"] = sorted(varying)
         totals.append(trainer.outer_step.running_totals[0].item())
         row |= {"captured": trainer.outer_step.graph is not None, "said": said}
     return row | {"graph_difference": abs(totals[1] - totals[0]) / max(abs(totals[0]), 1.0)}

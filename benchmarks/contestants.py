@@ -360,8 +360,7 @@ def contestants(device: torch.device, compiled: bool) -> dict[str, type[Contesta
         found["metarun compiled"] = metarun(compile=True)
     if device.type == "cuda":
         found["metarun eager"] = metarun(graph=False)
-        found["metarun unfold"] = metarun(batching="unfold")
-        found["metarun channels last"] = metarun(channels_last=True)
+        found["metarun grouped"] = metarun(batching="grouped")
         found["metarun tf32"] = metarun(precision="tf32")
     if device.type == "cuda" or computes_bf16():
         found["metarun bf16"] = metarun(precision="bf16")

@@ -54,6 +54,8 @@ def agreement(rows: Any) -> str:
         captured = {True: "yes", False: "no"}.get(row.get("captured"), "")  # type: ignore[call-overload]
         apart = f"{row['graph_difference']:.0e}" if "graph_difference" in row else ""
         lines.append([row["case"], *numbers, captured, apart, "yes" if row["agrees"] else "**no**"])
+        if row.get("nondeterministic"):
+            notes.append(f"- {row['case']}: not deterministic: {', '.join(row['nondeterministic'])}")
         if row.get("said") and not row["captured"]:
             notes.append(f"- {row['case']}: {'; '.join(row['said'])}")
     return table(heads, lines) + "\n" + "\n".join(notes)

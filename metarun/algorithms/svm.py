@@ -95,13 +95,13 @@ def interior_point(
     def solver(weights: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(r, q) -> (da, dv) with (K + diag(weights)) da + A' dv = r and A da = q."""
         factor = torch.linalg.cholesky_ex(regular + torch.diag_embed(weights + ridge)).L
-        through = torch.cholesky_solve(spreads.expand(tasks, -1, -1), factor)  # M^-1 A'
+        through = solve_factored(spreads.expand(tasks, -1, -1), factor)  # M^-1 A'
         small = torch.linalg.cholesky_ex(sums(through.mT.flatten(0, 1)).unflatten(0, (tasks, shots))).L
 
         def solve(r: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
             r = r + largest * spread(q)
-            first = torch.cholesky_solve(r.unsqueeze(-1), factor).squeeze(-1)
-            dv = torch.cholesky_solve((sums(first) - q).unsqueeze(-1), small).squeeze(-1)
+            first = solve_factored(r.unsqueeze(-1), factor).squeeze(-1)
+            dv = solve_factored((sums(first) - q).unsqueeze(-1), small).squeeze(-1)
             return first - (through @ dv.unsqueeze(-1)).squeeze(-1), dv
 
         return solve
@@ -120,6 +120,15 @@ def interior_point(
         s, z = (s + reach * ds).clamp_min(TINY), (z + reach * dz).clamp_min(TINY)
     solve = solver(z / s)
     return a, lambda r: solve(r, torch.zeros_like(v))[0]
+
+
+def solve_factored(right: Tensor, factor: Tensor) -> Tensor:
+    """The solution x of L L' x = right, with the lower triangle L."""
+    if right.device.type == "cpu":
+        return torch.cholesky_solve(right, factor)
+    # On a GPU, cholesky_solve synchronises, and can therefore not be part of a CUDA graph.
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 @dataclass(frozen=True)

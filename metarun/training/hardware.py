@@ -150,6 +150,7 @@ class Hardware:
         with contextlib.ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(tensor_float_32(self.precision == "tf32"))
+                stack.enter_context(deterministic_convolutions())
             if self.precision == "bf16":
                 # The cache of autocast would return the weights of the first step in all later steps.
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
@@ -192,6 +193,17 @@ def tensor_float_32(allowed: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextlib.contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """A context in which cuDNN adds up gradients in a fixed order, so that a resumed run is bit-exact."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def keep_freed_memory() -> None:

@@ -166,7 +166,9 @@ class OuterStep:
         Measured on a copy, so that weights, running averages and the random state do not change.
         """
         draw = next(split_draw(next(self.draws_from(0)), 1))
-        clone = copy.deepcopy(self.algorithm)
+        clone = self.hardware.place(
+            copy.deepcopy(self.algorithm)
+        )  # which joins the weights of recurrent layers
         params = [p for p in clone.parameters() if p.requires_grad]
         with self.hardware.forked_random():
             return peak_bytes(lambda: self.meta_gradient(clone.meta_loss, params, draw), self.hardware.device)
@@ -329,6 +331,7 @@ class OuterStep:
             reason = first_line(error.__context__ or error)
             self.say(f"no CUDA graph, continuing with eager steps: {reason}")
             self.capturing = False
+            end_capture(self.hardware.device)
             self.eager_step(draw)
             return
         self.capturing = False
@@ -363,6 +366,16 @@ class OuterStep:
         else:
             if compiles:
                 self.say(f"compiled in {time.perf_counter() - began:.0f} s")
+
+
+def end_capture(device: torch.device) -> None:
+    """Make the random numbers of a GPU usable again after a capture that failed.
+
+    Its generator still takes itself for a part of that graph, and raises an error at the next random number
+    (PyTorch 2.11). A capture that succeeds, of one operation here, sets it right.
+    """
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
 
 
 @contextlib.contextmanager
