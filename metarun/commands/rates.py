@@ -11,6 +11,7 @@ from metarun.commands.models import TestData, values_of
 from metarun.config.schema import EvalConfig
 from metarun.errors import ConfigError
 from metarun.inference.model import Model
+from metarun.inner_loops.base import InnerLoop
 from metarun.reporting.console import Bar, inform, silent
 from metarun.training.evaluation import EvalSettings, evaluate
 from metarun.training.features import on_features
@@ -36,9 +37,11 @@ def choose_rates(
     """
     if command.rates is None:
         return
-    own = [cell for cell in cells if cell.steps != 0 and rate_of(cell) is not None]
+    own = [cell for cell in cells if steps_of(cell) and rate_of(cell) is not None]
     if not own:
-        raise ConfigError(f"rates={command.rates}: no model has an inner loop with a rate; leave it out")
+        raise ConfigError(
+            f"rates={command.rates}: no model takes inner steps with a rate; set steps, or leave rates out"
+        )
     validation = TestData(replace(command, split="validation"), hardware, models)
     rates = values_of(command.rates)
     total = sum(cell.settings.validation.episodes for cell in own) * len(rates)
@@ -63,6 +66,15 @@ def choose_rates(
             shown = ", ".join(f"{rate:g}: {metric.show(score)}" for rate, score in scores.items())
             what = f"{cell.model.name}, {cell.task}: inner rate {cell.rate:g}"
             inform(f"{what}; {metric.name} on validation {shown}")
+
+
+def steps_of(cell: Cell) -> int:
+    """The number of inner steps of the model of a cell in evaluation; 0 if it has no inner loop."""
+    if not cell.algorithm.takes_steps:
+        return 0
+    inner: InnerLoop = cell.algorithm.inner_loop  # type: ignore[assignment]
+    chosen = inner.test_steps if cell.steps is None else cell.steps
+    return inner.steps if chosen is None else chosen
 
 
 def rate_of(cell: Cell) -> float | None:

@@ -227,15 +227,15 @@ def check_values(values: dict[str, Any], frame: type, prefix: str = "") -> None:
         elif "positive" in each.metadata:
             if value == []:
                 raise ConfigError(f"{key}=[]: must name at least one number")
-            check_positive(key, value)
+            check_positive(key, value, each.metadata.get("zero", False))
         elif value != "???" and not matches(value, hints[each.name]):
             raise ConfigError(f"{key}={shown(value)}: must be {describe(hints[each.name])}")
 
 
-def check_positive(key: str, value: Any) -> None:
+def check_positive(key: str, value: Any, zero: bool = False) -> None:
     for number in value if isinstance(value, list) or OmegaConf.is_list(value) else [value]:
-        if isinstance(number, (int, float)) and not 0 < number < math.inf:  # also rejects NaN
-            raise ConfigError(f"{key}={number}: must be above 0 and finite")
+        if isinstance(number, (int, float)) and not (0 < number < math.inf or (zero and number == 0)):
+            raise ConfigError(f"{key}={number}: must be {'at least' if zero else 'above'} 0 and finite")
 
 
 def check_number(key: str, value: Any, least: int) -> None:

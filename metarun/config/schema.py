@@ -29,7 +29,7 @@ def setting(default: Any = MISSING, **facts: Any) -> Any:
     Args:
         default: the default value.
         facts: `least`: the bound of a whole number, or of a list of such numbers.
-            `positive=True`: a number above zero.
+            `positive=True`: a number above zero; with `zero=True`, or zero.
             `path`: "path": a path, which is typed without quotes; "list": a path or a list of them.
             `needs`: another setting of the same frame, without which nothing reads this one.
             `unless`: other settings of the same frame, with which nothing reads this one.
@@ -136,7 +136,7 @@ class EvalConfig:
     split: str = MISSING
     trained_classes: str = MISSING
     steps: OneOrMore = whole(0, None)  # noqa: RUF009
-    rates: list[float] | None = positive(None)  # noqa: RUF009
+    rates: list[float] | None = positive(None, zero=True)  # noqa: RUF009
     metrics: list[str] | None = None
     confusion: bool = MISSING
     instances: int | None = whole(2, None)

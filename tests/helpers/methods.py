@@ -24,6 +24,7 @@ from metarun.algorithms.mann import MANN
 from metarun.algorithms.matching import MatchingNet
 from metarun.algorithms.meta_networks import MetaNet
 from metarun.algorithms.metaoptnet import MetaOptNet
+from metarun.algorithms.pmf import PMF
 from metarun.algorithms.pretrain import Pretrain
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.r2d2 import R2D2
@@ -435,6 +436,10 @@ METHODS = {
     "zero_shot": Method(zero_shot, embedded.zero_shot, equal_classes=False),  # a description is an example
     "meta_baseline": Method(
         lambda backbone, steps: ProtoNet(backbone, distance="cosine", scale=10.0, learn_scale=True),
+        embedded.gradient_of(embedded.cosine_protonet),
+    ),
+    "pmf": Method(
+        lambda backbone, steps: PMF(backbone, Adam(0.001, steps, beta1=0.9), augment=0.0),
         embedded.gradient_of(embedded.cosine_protonet),
     ),
     "matching": Method(
