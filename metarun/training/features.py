@@ -20,7 +20,7 @@ from metarun.tasks.source import EpisodeSource
 from metarun.training.hardware import Hardware
 
 VERSION = 1  # of what is in a cache entry
-IMAGES_AT_ONCE = 64
+IMAGES_AT_ONCE = {"cpu": 8, "cuda": 256}  # on a CPU, feature maps of more do not stay in its cache
 
 
 def on_features(source: EpisodeSource, algorithm: Algorithm, hardware: Hardware) -> EpisodeSource:
@@ -55,8 +55,9 @@ def cached_features(source: ClassStore, network: Frozen, hardware: Hardware) -> 
     def build(write: Callable[[bytes], object]) -> dict[str, Any]:
         shape: list[int] = []
         with Bar("features", len(source.items), "images") as bar, torch.no_grad(), hardware.compute():
-            for items in source.items.split(IMAGES_AT_ONCE):
+            for items in source.items.split(IMAGES_AT_ONCE[hardware.device.type]):
                 images = source.decode(items.to(hardware.device)).to(hardware.dtype)
+                images = hardware.batching.laid_out(images)
                 features = network(images).to("cpu", hardware.dtype).contiguous()
                 write(features.numpy().tobytes())
                 shape = list(features.shape[1:])
