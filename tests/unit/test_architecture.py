@@ -32,7 +32,13 @@ WITHIN = {("cli", "commands")}
 #: Only these know Hydra and OmegaConf.
 HYDRA = {"config", "commands", "cli"}
 #: Algorithms that are a variant of another one, and what several share.
-VARIANTS = {("maml_plus_plus", "maml"), ("cavia", "maml"), ("imaml", "maml"), ("pretrain", "maml")}
+VARIANTS = {
+    ("pmf", "protonet"),
+    ("maml_plus_plus", "maml"),
+    ("cavia", "maml"),
+    ("imaml", "maml"),
+    ("pretrain", "maml"),
+}
 VARIANTS |= {("reptile", "maml"), ("metaoptnet", "r2d2"), ("memories", "snail")}
 SHARED = {"base", "feature_method", "memories", "sequences", "svm"}
 
