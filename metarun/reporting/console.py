@@ -25,7 +25,8 @@ class TextConsole(Console):
     """A console that takes text as it is: names from outside are no markup and no codes."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+        # Text in a notebook, too, where rich would make HTML of each line and warn of missing widgets.
+        super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """What is printed, with codes of a terminal (but for line ends) replaced by a sign."""

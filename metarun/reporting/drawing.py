@@ -10,20 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogFormatter
 
 from metarun.storage.files import atomic_write
 
-# Names of models, datasets and classes are text, and may contain a dollar sign.
-plt.rcParams["text.parse_math"] = False
+# Figures are made without pyplot, whose backend, settings and open figures are those of the user's program.
 
 # The colours of Okabe and Ito (2008), which people with any colour vision can tell apart; without yellow,
 # which is too light for a line on white.
@@ -79,14 +75,8 @@ def panels(count: int, columns: int, size: tuple[float, float], **settings: Any)
     """A figure with `count` axes of `size` inches (width, height), in even rows of at most `columns`."""
     lines = math.ceil(count / columns)
     columns = math.ceil(count / lines)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        figsize=(size[0] * columns, size[1] * lines),
-        layout="constrained",
-        squeeze=False,
-        **settings,
-    )
+    figure = Figure((size[0] * columns, size[1] * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, **settings)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:count])
@@ -148,10 +138,17 @@ def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure to a PNG file atomically, and close it."""
-    buffer = io.BytesIO()
+    """Write a figure to a PNG file atomically."""
     dpi = min(110.0, 30_000 / max(figure.get_size_inches()))  # a PNG file has fewer than 65,536 pixels a side
+    content = rendered(figure, "png", dpi=dpi)
+    atomic_write(path, lambda file: file.write(content))
+
+
+def rendered(figure: Figure, form: Literal["png", "svg"], **settings: Any) -> bytes:
+    """A figure as a file. Names of models, datasets and classes are text, and may contain a dollar sign."""
+    for each in figure.findobj(Text):
+        each.set_parse_math(False)  # type: ignore[attr-defined]
+    buffer = io.BytesIO()
     with without_glyph_warnings():
-        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
-    plt.close(figure)
-    atomic_write(path, lambda file: file.write(buffer.getvalue()))
+        figure.savefig(buffer, format=form, bbox_inches="tight", **settings)
+    return buffer.getvalue()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from metarun.reporting import drawing
-from metarun.reporting.drawing import COLOURS, SMALLEST, class_ticks, fitted, headline, width_of
+from metarun.reporting.drawing import COLOURS, SMALLEST, class_ticks, fitted, headline, panels, width_of
 from metarun.tasks.objectives import Metric
 
 RIGHT, WRONG = COLOURS[0], COLOURS[5]
@@ -37,7 +36,7 @@ def confusion_figure(counts: Tensor, names: Sequence[str], title: str) -> Figure
     side = max(2.5, min(0.34 * len(names), 11))
     named = side / len(names) >= SMALLEST
     margin = min(2.5, max(width_of(name, 7) for name in names)) if named else 0.3
-    figure, axis = plt.subplots(figsize=(side + margin + 1.5, side + margin + 1.4), layout="constrained")
+    figure, (axis,) = panels(1, 1, (side + margin + 1.5, side + margin + 1.4))
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if len(names) <= NUMBERED:
         for i, j in zip(*counts.numpy(force=True).nonzero(), strict=True):
@@ -68,7 +67,7 @@ def score_grid(
     """Plot scores by the language of the support (rows) and of the queries (columns); NaN: not evaluated."""
     shown = metric.scale * np.asarray(values)
     width, height = (max(2.0, min(0.5 * len(names), 12)) for names in (columns, rows))
-    figure, axis = plt.subplots(figsize=(width + 2.5, height + 1.5), layout="constrained")
+    figure, (axis,) = panels(1, 1, (width + 2.5, height + 1.5))
     image = axis.imshow(shown, cmap="Blues", interpolation="nearest")
     middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
     for i, j in zip(*np.isfinite(shown).nonzero(), strict=True):
@@ -94,7 +93,7 @@ def contact_sheet(rows: Mapping[str, Tensor], title: str, path: Path, mark: int 
     names = list(rows)
     widest = min(2.0, max(width_of(name, 8) for name in names))
     size = (cell * columns + widest + 0.4, cell * len(rows) + 0.9)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure, (axis,) = panels(1, 1, size)
     for line, images in enumerate(rows.values()):
         for column, image in enumerate(images):
             show(axis, image, column - 0.46, line - 0.46, 0.92)
@@ -147,7 +146,7 @@ def predictions(
     head = line * max(map(len, titles[:shown])) + 0.05
     width, height = columns * (side + gap), math.ceil(shown / columns) * (head + side + gap)
     top = 0.3 if len(images) > shown else 0.0
-    figure = plt.figure(figsize=(width, height + top))
+    figure = Figure((width, height + top))
     axis = figure.add_axes((0, 0, 1, 1))
     for i, (image, lines, ok) in enumerate(zip(images[:shown], titles, right, strict=False)):
         x = (i % columns) * (side + gap) + gap / 2

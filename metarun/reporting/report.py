@@ -11,7 +11,6 @@ from datetime import datetime
 from importlib.resources import files
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import metarun
-from metarun.reporting.drawing import COLOURS, fitted, panels, style, without_glyph_warnings
+from metarun.reporting.drawing import COLOURS, fitted, panels, rendered, style
 
 MOST_CURVES = 20  # in one figure; of more runs the first ones are drawn
 MOST_POINTS = 300  # of a curve
@@ -195,24 +194,17 @@ def regression(
 
 
 def svg(figure: Figure) -> str:
-    """A figure as the element of an HTML file; it is closed."""
-    buffer = io.StringIO()
-    with without_glyph_warnings():
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Date", "Creator")))
-    plt.close(figure)
-    found = re.search(r"<svg.*</svg>", buffer.getvalue(), re.DOTALL)
+    """A figure as the element of an HTML file."""
+    content = rendered(figure, "svg", metadata=dict.fromkeys(("Date", "Creator"))).decode()
+    found = re.search(r"<svg.*</svg>", content, re.DOTALL)
     assert found is not None
     return found[0]
 
 
 def pixels(figure: Figure, label: str) -> Drawn:
-    """A figure as a picture of few colours; it is closed."""
-    buffer = io.BytesIO()
-    with without_glyph_warnings():
-        figure.savefig(buffer, format="png", dpi=2 * DPI, bbox_inches="tight")
-    plt.close(figure)
-    buffer.seek(0)
-    image = Image.open(buffer).convert("RGB").quantize(PALETTE)
+    """A figure as a picture of few colours."""
+    content = io.BytesIO(rendered(figure, "png", dpi=2 * DPI))
+    image = Image.open(content).convert("RGB").quantize(PALETTE)
     packed = io.BytesIO()
     image.save(packed, "PNG", optimize=True)
     address = f"data:image/png;base64,{base64.b64encode(packed.getvalue()).decode()}"

@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -204,7 +203,6 @@ def test_a_curve_of_r_squared_is_drawn_as_it_is(monkeypatch, means: list[float])
     assert [low, high] == pytest.approx([means[0] - 0.05, means[-1] + 0.05])
     assert axis.get_yscale() == "linear"
     assert axis.get_ylim()[0] <= low and axis.get_ylim()[1] >= high
-    plt.close(drawn[0])
 
 
 @pytest.mark.pictures

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import time
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from rich.console import Console
@@ -66,7 +65,7 @@ def test_drawing_many_glyphs_is_announced_before_it_is_done(monkeypatch, capsys)
 
 
 def test_of_many_confusion_matrices_only_the_worst_class_of_each_is_shown(monkeypatch, tmp_path):
-    monkeypatch.setattr("metarun.reporting.drawing.save", lambda figure, path: plt.close(figure))
+    monkeypatch.setattr("metarun.reporting.drawing.save", lambda figure, path: None)
     out = Console(file=io.StringIO(), width=80)
     monkeypatch.setattr(classes, "console", out)
     counts = torch.tensor([[9, 1, 0], [0, 10, 0], [4, 0, 6]])

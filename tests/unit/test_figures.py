@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -77,11 +76,7 @@ def faults(drawn, monkeypatch) -> Callable[[Draw], list[str]]:
     """`faults(draw)`: what cannot be read in the figure that `draw` makes."""
 
     def check(draw: Draw) -> list[str]:
-        figure = drawn(draw)
-        try:
-            return faults_of(figure, monkeypatch)
-        finally:
-            plt.close(figure)
+        return faults_of(drawn(draw), monkeypatch)
 
     return check
 
@@ -115,7 +110,6 @@ def test_results_of_many_models_can_be_read(drawn, faults, monkeypatch, models: 
     assert len({axis.get_xlim() for axis in shown}) == len(metrics)
     assert note in figure.get_suptitle().replace("\n", " ")
     assert not faults_of(figure, monkeypatch)
-    plt.close(figure)
     differences = {
         metric: [row | {"best": row["model"] == rows[0]["model"]} for row in rows]
         for metric, rows in results.items()
@@ -191,7 +185,6 @@ def test_a_learning_curve_has_a_panel_and_a_band_within_bounds_for_each_metric(
         half = metric.scale * (0.2 if metric is metrics[0] else 0.3)
         assert y.min() == pytest.approx(max(low, metric.scale / 40 - half))
         assert y.max() == pytest.approx(min(high, metric.scale * 39 / 40 + half))
-    plt.close(figure)
 
 
 def test_a_single_validation_has_its_interval_and_no_curve_that_is_not_there(drawn, monkeypatch):
@@ -204,7 +197,6 @@ def test_a_single_validation_has_its_interval_and_no_curve_that_is_not_there(dra
     low, high = bar.get_segments()[0][:, 1]
     assert [low, high] == pytest.approx([77.5, 100])  # 97.5 and 20 above and below, cut at 100 %
     assert all(tick == int(tick) for tick in figure.axes[0].get_xticks())
-    plt.close(figure)
 
 
 #: Colours as seen without one of the three kinds of cones, a matrix for linear RGB (Machado, Oliveira and
