@@ -28,6 +28,10 @@ class TrainingError(MetarunError):
     """Training failed, for example because the loss is not finite."""
 
 
+class RankLost(TrainingError):
+    """Another process of the same run has failed or was killed."""
+
+
 @contextlib.contextmanager
 def naming_part(part: str, settings: Iterable[str]) -> Iterator[None]:
     """In errors of one dataset of a mixture, write `dataset.x` as it is typed, `dataset.settings.PART.x`.

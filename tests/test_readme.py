@@ -25,6 +25,7 @@ BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 #: What else a bash block may start; the tests of this repository and its benchmarks run these.
 TOOLS = ("python3 -m venv", "pip install", "pytest", "ruff", "mypy", "python -m benchmarks", ". .venv")
+TOOLS += ("torchrun",)  # of PyTorch; tests/commands/test_ranks.py runs it
 EXAMPLES = [main.HELP, *(path.read_text("utf-8") for path in sorted(CONF.glob("*.yaml")))]
 
 
@@ -45,6 +46,7 @@ def commands() -> list[list[str]]:
         found += [" ".join(code.split()) for code in re.findall(r"`(metarun \w+ [^`]*[^=`])`", text)]
     for text in EXAMPLES:
         found += [line.partition("  ")[0] for line in re.findall(r"^ +(metarun \w+ .*)$", text, re.MULTILINE)]
+    found = [re.sub(r"^torchrun .*? -m (?=metarun )", "", line) for line in found]
     typed = {line: shlex.split(line, comments=True)[1:] for line in found if line.startswith("metarun ")}
     # Not templates, and not what tests/commands/test_own_parts.py runs.
     kept = (

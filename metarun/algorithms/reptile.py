@@ -17,6 +17,7 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop, Loss, refuse_learned, with_proximal_term
 from metarun.nn.per_task import Params
 from metarun.tasks.episodes import Episodes, Outcome, Tasks
+from metarun.tasks.numbers import uniform
 
 
 class Reptile(MAML):
@@ -87,7 +88,7 @@ class Reptile(MAML):
         """The loss of the next `batch` support examples at each step, in a random order for each task."""
         x, y = tasks.support_x, tasks.support_y
         size = x.shape[1]
-        order = torch.rand(x.shape[:2], device=x.device).argsort(1)  # [T, S]
+        order = uniform(len(x), size, x.device).argsort(1)  # [T, S]
         each = torch.arange(len(x), device=x.device).unsqueeze(1)
 
         def loss(params: Params, step: int) -> Tensor:

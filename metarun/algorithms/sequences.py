@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metarun.tasks.numbers import uniform
+
 
 def order_of(like: Tensor, at_random: bool) -> Tensor:
     """An order of the examples [T, L, ...] of each task, int64 [T, L]: random, or always the same."""
     tasks, length = like.shape[:2]
     if at_random:
-        return torch.rand(tasks, length, device=like.device).argsort(1)
+        return uniform(tasks, length, like.device).argsort(1)
     # A hash instead of a generator, which cannot be used in a trace or a CUDA graph.
     hashed = (torch.arange(1, length + 1, device=like.device) * 2654435761) % (1 << 32)
     return hashed.argsort().expand(tasks, -1)

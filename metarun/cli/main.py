@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import metarun
-from metarun.cli.overrides import Failed, arrange, fail, say, unquoted
+from metarun.cli.overrides import Failed, arrange, fail, unquoted
+from metarun.cli.ranks import announce, is_first, join, reports, speak
 from metarun.cli.search_path import forget_current_folder
 from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
-from metarun.errors import first_line, message_line
+from metarun.errors import RankLost, described, first_line, message_line
 from metarun.training.interrupts import OutOfTime, ending_on_signals, stop_requested
 
 COMMANDS = {
@@ -84,10 +85,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
         except KeyboardInterrupt as stopped:
             late = isinstance(stopped, OutOfTime)
             failed = Failed(*("stop.minutes is over", OUT_OF_TIME) if late else ("interrupted", 130))
-            say(failed)
+            speak(failed)
             sys.exit(failed.code)
         except Failed as failed:
-            say(failed)
+            speak(failed)
+            raise
+        except Exception as error:
+            reports(described(error))
             raise
     sys.exit(0)
 
@@ -131,7 +135,7 @@ def run(name: str, arguments: list[str]) -> None:
     try:
         execute(name, arguments, raw)
     except Exception as error:
-        if stop_requested():  # code that was interrupted, such as an import, may turn that into its own error
+        if was_interrupted(error):
             raise KeyboardInterrupt from None
         if raw:
             raise
@@ -165,12 +169,14 @@ def execute(name: str, arguments: list[str], raw: bool) -> tuple[Path, Any]:
     sys.argv = [program, *arrange(name, arguments)]
     kept = existing_folders(sys.argv[1:])
     check_output_folder(name, kept)
+    sys.argv += join(name, sys.argv[1:])
     # Hydra must re-raise errors, so that they are formatted here; HYDRA_FULL_ERROR=1 shows the tracebacks.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ended: tuple[Path, Any] = Path(), None
 
     def task(cfg: Any) -> Any:
         nonlocal ended
+        announce(Path(HydraConfig.get().runtime.output_dir))
         result = run_command(name, cfg, raw, kept)
         ended = Path(HydraConfig.get().runtime.output_dir), result
         return result
@@ -214,7 +220,7 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     except BaseException as error:
         if sweep and isinstance(error, OutOfTime):
             return out_of_time_job(name, folder)
-        if isinstance(error, KeyboardInterrupt) or stop_requested():
+        if was_interrupted(error):
             remove_hydra_files(folder, kept)
             raise error if isinstance(error, OutOfTime) else KeyboardInterrupt from None
         if sweep:
@@ -229,6 +235,14 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     elif name in ("data", "runs"):  # which write figures at most
         remove_hydra_files(folder, kept)
     return result
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether an error is due to a signal: code that is interrupted, such as an import, may raise its own.
+
+    When a process of several has ended, torchrun interrupts the others, which is not the reason.
+    """
+    return isinstance(error, KeyboardInterrupt) or (stop_requested() and not isinstance(error, RankLost))
 
 
 def failed_job(error: BaseException, name: str, raw: bool, folder: Path) -> float:
@@ -299,6 +313,8 @@ def remove_hydra_files(folder: Path, kept: Collection[Path]) -> None:
         kept: folders that are not removed, nor what contains them.
     """
     folder = Path(os.path.abspath(folder))
+    if not is_first():
+        return
     if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {".hydra"}:
         return
     for path in (folder / ".hydra", folder, folder.parent):

@@ -46,6 +46,7 @@ def run(cfg: DictConfig) -> float:
     check(cfg, "eval", typed=HydraConfig.get().overrides.task)
     command: EvalConfig = typed(cfg)
     hardware: Hardware = instantiate(command.hardware, "hardware")
+    hardware.ranks.check_devices(hardware.device)
     models = load_models(command, trusted_modules(cfg), hardware)
     data = TestData(command, hardware, models)
     check_before_loading(models, data, command)
@@ -82,10 +83,12 @@ def run(cfg: DictConfig) -> float:
         )
         one_kind = len({model.spec.outputs for model in models}) == 1
         inform("results on different datasets are not compared" + (advice if one_kind else ""))
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    report(with_references(cells, command), command, folder)
-    if command.instances is not None:
-        report_instances(instance_rows(shown, command, hardware), folder)
+    if hardware.ranks.first:  # which alone writes
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        report(with_references(cells, command), command, folder)
+        if command.instances is not None:
+            report_instances(instance_rows(shown, command, hardware), folder)
+    hardware.ranks.any()  # all files are written
     return next(cell.result.mean for cell in cells if cell.result)
 
 

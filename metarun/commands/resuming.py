@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,46 @@ from omegaconf import DictConfig, OmegaConf
 
 from metarun.config.changes import RESUMABLE, differing, key_of, may_change
 from metarun.config.restore import config_of
+from metarun.config.schema import TrainConfig
 from metarun.config.targets import trusted_modules
 from metarun.errors import ConfigError
 from metarun.reporting.console import inform, relative
+from metarun.storage.locks import lock_path, locked
+from metarun.training import checkpoint
 from metarun.training.records import content_of
 
 AUTO = "auto"  # of `resume`: go on if the output folder has a run, else start one
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """A context that locks the run folder: two processes would overwrite each other's checkpoints.
+
+    Raises:
+        ConfigError: if another process trains in the folder.
+    """
+    place = folder / "run"
+    with locked(place) as alone:
+        if not alone:
+            raise ConfigError(
+                f"{folder}: another metarun train is running in this folder; wait for it to end, or "
+                "choose another hydra.run.dir"
+            )
+        try:
+            yield
+        finally:
+            # No process waits for this lock, so the file can be deleted. Windows does not delete open files;
+            # there it is deleted when the lock is released.
+            with suppress(OSError):
+                lock_path(place).unlink(missing_ok=True)
+
+
+def read_start(settings: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The path and content of the checkpoint `init`, if any; read first, so that errors appear early."""
+    if settings.init is None:
+        return None
+    path = checkpoint.find(settings.init, "init")
+    return path, checkpoint.load(path)
 
 
 def found_in(folder: Path) -> Path | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from metarun.algorithms.base import Algorithm
+from metarun.commands import resuming
 from metarun.commands.example import counts_confusion, write_example
-from metarun.commands.resuming import ended, found_in, is_automatic, is_resume, resumed_config
 from metarun.commands.shapes import check_before_loading, check_shape
 from metarun.commands.summary import report
 from metarun.commands.trained_on import classes_before, load_split, note_weights, pretrained_by
@@ -40,14 +40,13 @@ from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.targets import trust_words
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError, described
+from metarun.errors import ConfigError, RankLost, described
 from metarun.nn.frozen import frozen_part
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, inform, relative
-from metarun.reporting.destinations import Background, RunFacts
-from metarun.reporting.tracker import Events, Row, Tracker
+from metarun.reporting.destinations import Background, RunFacts, flat
+from metarun.reporting.tracker import Events, Row, Tracker, Unwritten
 from metarun.storage.files import remove_temporary, write_json, write_text
-from metarun.storage.locks import lock_path, locked
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Metric, Objective
 from metarun.tasks.source import EpisodeSource
@@ -56,8 +55,9 @@ from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.features import on_features
 from metarun.training.hardware import Hardware
 from metarun.training.interrupts import OutOfTime, Requests, deadline
+from metarun.training.outer_loops import Clip
+from metarun.training.parallel import Ranks, current
 from metarun.training.records import content_of, write_failure
-from metarun.training.step import Clip
 from metarun.training.stopping import EarlyStopping
 from metarun.training.trainer import Best, Trainer, TrainSettings
 
@@ -67,63 +67,47 @@ GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose opti
 def run(cfg: DictConfig) -> float:
     """Meta-train as configured; returns the best validation score, for Hydra's sweepers."""
     resumed, folder = None, Path(HydraConfig.get().runtime.output_dir)
-    automatic = is_automatic(cfg)
+    automatic = resuming.is_automatic(cfg)
     if cfg.resume is not None and not automatic:
         resumed = checkpoint.find(cfg.resume, "resume", ("last.pt",))
         checkpoint.load(resumed)  # so that errors are reported before its folder is locked
         folder = resumed.parent
-    with alone_in(folder):
-        return train(cfg, folder, found_in(folder) if automatic else resumed)
+    ranks = current()
+    with resuming.alone_in(folder) if ranks.first else nullcontext():
+        found = resuming.found_in(folder) if automatic and ranks.first else resumed
+        score = train(cfg, folder, ranks.from_first(found), ranks)
+    ranks.any()  # all files are written
+    return score
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """A context that locks the run folder: two processes would overwrite each other's checkpoints.
-
-    Raises:
-        ConfigError: if another process trains in the folder.
-    """
-    place = folder / "run"
-    with locked(place) as alone:
-        if not alone:
-            raise ConfigError(
-                f"{folder}: another metarun train is running in this folder; wait for it to end, or "
-                "choose another hydra.run.dir"
-            )
-        try:
-            yield
-        finally:
-            # No process waits for this lock, so the file can be deleted. Windows does not delete open files;
-            # there it is deleted when the lock is released.
-            with suppress(OSError):
-                lock_path(place).unlink(missing_ok=True)
-
-
-def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
+def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> float:
     """Train in a locked folder.
 
     Args:
         cfg: the composed config.
         folder: the run folder.
         resumed: the checkpoint to resume from, if any.
+        ranks: the processes that share the tasks; the first one writes.
 
     Returns:
         The best validation score.
     """
-    remove_temporary(folder)
+    if ranks.first:
+        remove_temporary(folder)
     state, chosen = None, HydraConfig.get()
     choices = {group: chosen.runtime.choices[group] for group in GROUPS if group in chosen.runtime.choices}
     overrides = without_pairing(chosen.overrides.task)
-    automatic = is_automatic(cfg)
+    automatic = resuming.is_automatic(cfg)
     if automatic:
-        cfg.resume, overrides = None, [each for each in overrides if not is_resume(each)]
+        cfg.resume, overrides = None, [each for each in overrides if not resuming.is_resume(each)]
     if resumed is not None:
         state = checkpoint.load(resumed)
-        (folder / "failure.json").unlink(missing_ok=True)
-        cfg = resumed_config(resumed, state, cfg, overrides, automatic)
+        if ranks.first:
+            (folder / "failure.json").unlink(missing_ok=True)
+        cfg = resuming.resumed_config(resumed, state, cfg, overrides, automatic)
         choices = state["choices"]
         overrides = overrides if automatic else state["overrides"]
-        if automatic and (score := ended(folder, state, cfg)) is not None:
+        if automatic and (score := resuming.ended(folder, state, cfg)) is not None:
             return score
     elif existing := [name for name in ("last.pt", "best.pt") if (folder / name).exists()]:
         raise ConfigError(
@@ -132,11 +116,13 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
         )
     check(cfg, "train", typed=chosen.overrides.task)
     cfg = in_use(cfg)
-    if state is None:
+    ranks.require_equal(dict(flat(plain(cfg))), "start the same command on all machines")
+    if state is None and ranks.first:
         write_hydra_files(cfg, folder)
     settings: TrainConfig = typed(cfg)
-    start = read_start(settings) if state is None else None
+    start = resuming.read_start(settings) if state is None else None
     hardware = instantiate(settings.hardware, "hardware")
+    ranks.check_devices(hardware.device)
     if state is not None and resumed is not None:
         rebuild(state, settings, hardware, resumed)  # so that it is refused before any data is loaded
     torch.manual_seed(settings.seed)
@@ -161,25 +147,33 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
     shape = dataset.spec.task_name(training_shape(settings))
     name = f"{choices['algorithm']} on {choices['dataset']}, {shape}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
+    if hint := hardware.unused():
+        inform(hint)
+    data = {"the training data": trainer.train_source.fingerprint}
+    ranks.require_equal(data, "give all machines the same files")
+    ranks.copy_first(trainer.algorithm)
     if state is not None:
         inform(f"resumed at iteration {trainer.iteration}")
     embed_images(trainer)
     tracker = build_tracker(settings, trainer, name)
-    write_json(folder / "machine.json", hardware.facts())
+    if ranks.first:
+        write_json(folder / "machine.json", hardware.facts())
     try:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, RankLost) as stopped:
         why = f"stop.minutes={settings.stop.minutes:g}: " if isinstance(stopped, OutOfTime) else ""
         if trainer.saved_at is None:
             inform(f"{why}stopped before the first checkpoint; nothing was saved")
         else:
             words = [f"resume={relative(folder)}", *trust_words(trainer.record["config"])]
-            inform(f"{why}stopped and saved at iteration {trainer.saved_at}; continue with")
-            inform(f"  metarun train {shlex.join(words)}")
+            before = "" if trainer.saved_at == trainer.iteration else ", before,"
+            inform(f"{why}stopped and saved{before} at iteration {trainer.saved_at}; continue with")
+            inform(f"  {ranks.program} train {shlex.join(words)}")
         raise
     except Exception as error:
-        write_failure(folder, overrides, described(error))
+        if ranks.first:
+            write_failure(folder, overrides, described(error))
         raise
     finally:
         tracker.leave()
@@ -189,6 +183,8 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None) -> float:
 
 def build_tracker(settings: TrainConfig, trainer: Trainer, name: str) -> Tracker:
     """Where the rows of the run go. Raises ConfigError for a destination whose package is not installed."""
+    if not trainer.ranks.first:
+        return Unwritten(trainer.folder, trainer.ranks.from_first())
     nodes = {"tensorboard": None} if settings.tracker is None else settings.tracker
     run = RunFacts(trainer.folder, name, trainer.record["config"])
     tensorboard, others = settings.tracker is None, []
@@ -198,7 +194,9 @@ def build_tracker(settings: TrainConfig, trainer: Trainer, name: str) -> Tracker
         elif node:
             others.append(Background(option, instantiate(node, f"tracker.{option}"), run))
     tensorboard = tensorboard and settings.log.tensorboard
-    return Tracker(trainer.folder, trainer.iteration, tensorboard, trainer.unlogged, others)
+    tracker = Tracker(trainer.folder, trainer.iteration, tensorboard, trainer.unlogged, others)
+    trainer.ranks.from_first(tracker.rows)
+    return tracker
 
 
 def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
@@ -208,18 +206,14 @@ def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
         write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
 
 
-def read_start(settings: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The path and content of the checkpoint `init`, if any; read first, so that errors appear early."""
-    if settings.init is None:
-        return None
-    path = checkpoint.find(settings.init, "init")
-    return path, checkpoint.load(path)
-
-
 def finish(
     trainer: Trainer, tracker: Tracker, test_source: EpisodeSource | None, settings: TrainConfig, name: str
 ) -> None:
     """Write the learning curve, test the best checkpoint, and report."""
+    if not trainer.ranks.first:
+        if test_source:
+            test_best(trainer, test_source, settings)
+        return
     validation = trainer.train_source.spec.task_name(validation_shape(settings))
     label = "validation" if name.endswith(f", {validation}") else f"validation ({validation})"
     metrics = [each for each in trainer.metrics if not repeated(each, trainer.metrics[0], tracker.rows)]
@@ -381,9 +375,11 @@ def count_parameters(trainer: Trainer) -> str:
 
 def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) -> Result:
     """Evaluate the best checkpoint on the test split, on tasks with the shape of validation tasks."""
-    best = checkpoint.load(trainer.folder / "best.pt")
-    trainer.algorithm.load_state_dict(best["algorithm"])
-    trainer.best = Best(**best["best"])  # the validation result of the tested weights
+    if trainer.ranks.first:
+        best = checkpoint.load(trainer.folder / "best.pt")
+        trainer.algorithm.load_state_dict(best["algorithm"])
+        trainer.best = Best(**best["best"])  # the validation result of the tested weights
+    trainer.ranks.copy_first(trainer.algorithm)
     source = on_features(source, trainer.algorithm, trainer.hardware)
     confusion, test = counts_confusion(source), test_settings(settings)
     requests = Requests(deadline(settings.stop.minutes))
@@ -391,6 +387,7 @@ def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) ->
 
         def advance(count: int) -> None:
             bar.advance(count)
+            trainer.stops(requests)
             requests.stop()
 
         return evaluate(trainer.algorithm, source, test, trainer.hardware, advance, confusion)

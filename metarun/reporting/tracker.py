@@ -100,6 +100,27 @@ class Tracker:
             each.close()
 
 
+class Unwritten(Tracker):
+    """Keeps rows in memory only, for a process that leaves writing them to another one.
+
+    Args:
+        folder: the run folder.
+        rows: all rows so far.
+    """
+
+    def __init__(self, folder: Path, rows: list[Row]) -> None:
+        self.path, self.rows = folder / "metrics.jsonl", rows
+
+    def log(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def end(self, config: Mapping[str, Any], result: Mapping[str, Any], picture: Path) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+
 class Events(Destination):
     """A file for TensorBoard: scalars, and at the end the settings and the picture of the learning curve.
 

@@ -25,8 +25,12 @@ EVALUATION_BLOCK = 50
 
 def seeded(name: str) -> torch.Generator:
     """A CPU generator whose numbers depend on `name` alone."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(seed_of(name))
+
+
+def seed_of(name: str) -> int:
+    """A seed that depends on `name` alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
 def sample(source: EpisodeSource, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Tasks:

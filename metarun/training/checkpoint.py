@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import metarun
 from metarun.errors import CheckpointError
@@ -251,3 +252,31 @@ def to_cpu(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(to_cpu, value))
     return value
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, but keep the options that depend on the machine.
+
+    The state may come from a machine with other hardware.
+    """
+    machine_options = ("fused", "capturable", "foreach")
+    own = [dict(group) for group in optimizer.param_groups]
+    groups = [
+        saved | {key: group[key] for key in machine_options if key in group}
+        for saved, group in zip(state["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    keep_rate_tensors(optimizer, own)
+
+
+def keep_rate_tensors(optimizer: Optimizer, before: Sequence[Mapping[str, Any]]) -> None:
+    """Move changed learning rates into the tensors that held them before: a captured graph reads these.
+
+    Args:
+        optimizer: its groups have the new rates.
+        before: the groups with the objects that held the rates before.
+    """
+    for group, old in zip(optimizer.param_groups, before, strict=True):
+        rate = float(group["lr"])
+        is_tensor = isinstance(old["lr"], Tensor)
+        group["lr"] = old["lr"].fill_(rate) if is_tensor else rate

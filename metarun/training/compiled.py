@@ -10,6 +10,7 @@ compiled, like any forward pass.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metarun.algorithms.base import Algorithm
+from metarun.errors import TrainingError
 from metarun.tasks.episodes import Outcome, Tasks
 from metarun.tasks.source import Draw
 from metarun.training.hardware import Hardware
@@ -89,6 +91,37 @@ def traced_gradient(
         return [next(rest) if is_used else None for is_used in used], figures
 
     return gradient
+
+
+def end_capture(device: torch.device) -> None:
+    """Make the random numbers of a GPU usable again after a capture that failed.
+
+    Its generator still takes itself for a part of that graph, and raises an error at the next random number
+    (PyTorch 2.11). A capture that succeeds, of one operation here, sets it right.
+    """
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
+
+
+@contextlib.contextmanager
+def explained_derivatives() -> Iterator[None]:
+    """A context that raises TrainingError for an operation that PyTorch cannot differentiate twice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (found := re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", str(error))):
+            raise
+        raise TrainingError(
+            f"{found[1]}: PyTorch has no second derivative of this operation of the network, which the "
+            "meta-gradient needs; choose inner_loop.order=1 or algorithm=protonet, or replace the layer "
+            "(nn.EmbeddingBag by nn.Embedding and a mean)"
+        ) from error
+
+
+def add(a: Gradient, b: Gradient) -> Gradient:
+    """The sum of two gradients, in which None counts as zero."""
+    grads = [y if x is None else x if y is None else x + y for x, y in zip(a[0], b[0], strict=True)]
+    return grads, a[1] + b[1]
 
 
 class _MetaLoss(nn.Module):

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.tasks.episodes import Episodes, EpisodeShape, Outcome, Tasks, run_parts
+from metarun.tasks.numbers import TaskNumbers, drawn_from
 from metarun.tasks.objectives import Metric
 from metarun.tasks.sampling import EVALUATION_BLOCK, fixed_draws
 from metarun.tasks.source import Draw, EpisodeSource, split_draw
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
+from metarun.training.parallel import Ranks
 
+Item = TypeVar("Item")
 INSTANCE_TASKS = 10  # tasks at once in `instance_scores`
 
 
@@ -152,10 +157,12 @@ def evaluate(
     hardware: Hardware,
     advance: Callable[[int], object] = lambda count: None,
     confusion: bool = False,
+    shared: bool = True,
 ) -> Result:
     """Adapt to fixed tasks and score their queries.
 
-    The mode of the algorithm and the global random state are restored.
+    The mode of the algorithm and the global random state are restored. Ranks run the chunks of tasks that a
+    single process would run, in turns, so that every task has the same scores for any number of ranks.
 
     Args:
         algorithm: the algorithm, on the hardware's device.
@@ -163,8 +170,9 @@ def evaluate(
             result is the mean.
         settings: the tasks.
         hardware: the device, the precision and the number of tasks at once.
-        advance: called with n after every n tasks.
+        advance: called with n after every n tasks; the ranks call it at the same time.
         confusion: whether to compute the confusion matrix.
+        shared: whether the ranks share the tasks; if not, each runs all of them.
 
     Returns:
         The scores of every task.
@@ -174,21 +182,22 @@ def evaluate(
     """
     if source.parts:
         results = {
-            name: evaluate(algorithm, part, settings, hardware, advance, confusion)
+            name: evaluate(algorithm, part, settings, hardware, advance, confusion, shared)
             for name, part in source.parts.items()
         }
         return mean_of(results)
-    shape = settings.shape
+    shape, ranks = settings.shape, hardware.ranks if shared else Ranks()
     source.check(shape)
     began = time.perf_counter()
     digest = hashlib.sha256(f"{source.fingerprint} {shape}".encode())
-    outcomes: list[Outcome] = []
     counts = ClassCounts(len(source.names), hardware.device) if confusion and source.names else None
-    at_once = 0
+    generator = torch.Generator().manual_seed(settings.seed)
+    numbers = TaskNumbers(settings.episodes, generator) if hardware.ranks.joined else None
 
-    def judge(draw: Draw, counts: ClassCounts | None = None) -> Outcome:
+    def judge(place: int, draw: Draw, counts: ClassCounts | None = None) -> Outcome:
         tasks = source.gather(draw, shape).to(hardware.dtype)
-        outcome = adapted_outcome(algorithm, tasks, hardware.dtype)
+        with drawn_from(numbers, place, tasks):
+            outcome = adapted_outcome(algorithm, tasks, hardware.dtype)
         if counts is not None and isinstance(tasks, Episodes) and outcome.outputs is not None:
             counts.add(tasks, outcome.outputs)
         return Outcome(outcome.loss, outcome.scores)
@@ -196,29 +205,85 @@ def evaluate(
     def tasks_at_once(draw: Draw) -> int:
         one = next(split_draw(draw, 1))
         with hardware.forked_random():
-            return hardware.tasks_at_once(
-                EVALUATION_BLOCK, lambda: peak_bytes(lambda: judge(one), hardware.device)
+            found = hardware.tasks_at_once(
+                EVALUATION_BLOCK, lambda: peak_bytes(lambda: judge(0, one), hardware.device)
             )
+        return hardware.ranks.least(found)
 
-    with evaluating(algorithm, hardware, settings.seed):
+    def chunks() -> Iterator[tuple[int, Draw]]:
+        """The tasks that are run at once, with the number of the first of them."""
+        at_once = place = 0
         for draw in fixed_draws(source, shape, settings.episodes, settings.seed):
             for tensor in draw:
                 digest.update(tensor.numpy().tobytes())
             at_once = at_once or tasks_at_once(draw)
             for part in split_draw(draw, at_once):
-                outcomes.append(judge(part, counts))
-                advance(len(part[0]))
+                yield place, part
+                place += len(part[0])
+
+    outcomes: dict[int, Outcome] = {}  # of this process, by the number of their first task
+    like: Outcome | None = None
+    random = False  # whether the algorithm draws numbers that do not belong to a task
+    with evaluating(algorithm, hardware, settings.seed):
+        before = hardware.random_states()
+        for turn in in_turns(chunks(), ranks.count):
+            place, part = turn[ranks.rank % len(turn)]
+            own = ranks.rank < len(turn)
+            if own or like is None:
+                outcome = judge(place, part, counts if own else None)
+                outcomes |= {place: outcome} if own else {}
+            if like is None:
+                like, after = outcome, hardware.random_states()
+                random = ranks.any(not all(map(torch.equal, before, after)))[0]
+                if random and ranks.count > 1:
+                    break
+            advance(sum(len(draw[0]) for _, draw in turn))
+    assert like is not None
+    if random and ranks.count > 1:  # they would not be those of a single process
+        return evaluate(algorithm, source, settings, hardware, advance, confusion, shared=False)
     metrics = source.spec.objective.metrics
+    values = [({place: each.loss for place, each in outcomes.items()}, like.loss)]
+    for name in (metric.name for metric in metrics):
+        values.append(({place: each.scores[name] for place, each in outcomes.items()}, like.scores[name]))
+    columns = [joined(parts, example, settings.episodes, ranks) for parts, example in values]
+    if counts is not None:
+        columns.append(counts.total.cpu())
+    columns = ranks.sum(columns) if shared else hardware.ranks.from_first(columns)
+    confused = columns.pop() if counts is not None else None
     return Result(
         shape=shape,
         metrics=metrics,
-        scores={m.name: torch.cat([one.scores[m.name] for one in outcomes]).cpu() for m in metrics},
-        losses=torch.cat([one.loss for one in outcomes]).cpu(),
+        scores=dict(zip((metric.name for metric in metrics), columns[1:], strict=True)),
+        losses=columns[0],
         episodes_hash=digest.hexdigest()[:16],
         uses_query_statistics=algorithm.uses_query_statistics,
         seconds=time.perf_counter() - began,
-        confusion=None if counts is None else counts.total.cpu(),
+        confusion=confused,
     )
+
+
+def in_turns(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """The items, `count` at a time; the last list may be shorter."""
+    rest = iter(items)
+    while turn := list(itertools.islice(rest, count)):
+        yield turn
+
+
+def joined(parts: Mapping[int, Tensor], like: Tensor, tasks: int, ranks: Ranks) -> Tensor:
+    """The values [tasks] of all tasks on the CPU; of several ranks, zeros where another one has the value.
+
+    Args:
+        parts: values by the number of their first task, in order.
+        like: an example of such values.
+        tasks: the number of all tasks.
+        ranks: the processes that share the tasks.
+    """
+    if ranks.count == 1:
+        return torch.cat(list(parts.values())).cpu()
+    whole = torch.zeros(tasks, dtype=like.dtype)
+    for place, values in parts.items():
+        whole[place : place + len(values)] = values
+    return whole
 
 
 class ClassCounts:

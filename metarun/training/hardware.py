@@ -16,6 +16,7 @@ from torch import nn
 
 from metarun.errors import ConfigError, counted
 from metarun.nn.per_task import TaskBatching
+from metarun.training import parallel
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -50,6 +51,9 @@ class Hardware:
         images: where the images of a split are kept: on the "device", or in "host" memory, from which each
             meta-batch is copied. "auto": on the device, unless they exceed half of the free GPU memory.
 
+    Attributes:
+        ranks: the processes that share the tasks of this command.
+
     Raises:
         ConfigError: if a setting is invalid or not available on this machine.
     """
@@ -66,7 +70,8 @@ class Hardware:
         channels_last: bool | Literal["auto"] = "auto",
         images: Literal["auto", "device", "host"] = "auto",
     ) -> None:
-        self.device = resolve_device(device)
+        self.ranks = parallel.current()
+        self.device = self.ranks.own_device(resolve_device(device))
         if self.device.type == "cpu":
             keep_freed_memory()
         elif self.device.index is not None:
@@ -134,6 +139,11 @@ class Hardware:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             yield
 
+    def random_states(self) -> list[torch.Tensor]:
+        """The state of the global random numbers of the CPU and of the GPU, if one is used."""
+        gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *gpu]
+
     def without_autocast(self) -> contextlib.AbstractContextManager:
         """A context that disables autocast; it does nothing unless the precision is bf16."""
         if self.precision != "bf16":
@@ -155,6 +165,14 @@ class Hardware:
                 # The cache of autocast would return the weights of the first step in all later steps.
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
             yield
+
+    def unused(self) -> str:
+        """How to use the other GPUs of this machine; "" if there are none, or one was chosen."""
+        several = self.device.type == "cuda" and self.device.index is None and torch.cuda.device_count() > 1
+        if self.ranks.joined or not several:
+            return ""
+        count = torch.cuda.device_count()
+        return f"1 of {count} GPUs is used; `torchrun --nproc-per-node {count} -m metarun ...` uses all"
 
     def describe(self) -> str:
         """The device and the precision in one line, for messages."""

@@ -25,6 +25,8 @@ ONE_REQUEST = 1.0
 
 _last_request: list[float] = []  # the time of the last request in this process, if there was one
 _began = time.monotonic()  # when the command of this process began
+_ignored: list[bool] = []  # not empty: requests are ignored, and nothing is said about them
+_silent: list[bool] = []  # not empty: another process says something about them
 
 
 class OutOfTime(KeyboardInterrupt):
@@ -46,7 +48,19 @@ class Requests:
         self.signals: list[int] = []
 
     def __bool__(self) -> bool:
-        return bool(self.signals) or time.monotonic() >= self.until
+        return bool(self.signals) or self.late
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() >= self.until
+
+    def add(self, signalled: bool, late: bool) -> None:
+        """Note that there has been a signal, or that the time is over, in another process of the command."""
+        if signalled and not self.signals:
+            self.signals.append(signal.SIGTERM)
+        if late:
+            self.until = -math.inf
 
     def stop(self) -> None:
         """Raise KeyboardInterrupt after a signal, OutOfTime after `until`; nothing without a request."""
@@ -69,6 +83,17 @@ def begin() -> None:
     global _began
     _began = time.monotonic()
     _last_request.clear()
+    _ignored.clear()
+
+
+def say_nothing() -> None:
+    """Leave what is said about a request to another process."""
+    _silent.append(True)
+
+
+def ignore_requests() -> None:
+    """Ignore further requests: the command is about to end anyway, and says why."""
+    _ignored.append(True)
 
 
 @contextlib.contextmanager
@@ -108,7 +133,7 @@ def hold_interrupts(until: float = math.inf) -> Iterator[Requests]:
 
     def handler(number: int, frame: object) -> None:
         new = _is_new_request()
-        if not caught:
+        if not caught and not _ignored:
             caught.append(number)
             _say(b"\nstopping and saving (press Ctrl-C again to stop immediately)\n")
         elif new and number == signal.SIGINT:
@@ -148,7 +173,7 @@ def _handling(handler: Callable[[int, object], None]) -> Iterator[None]:
 def _is_new_request() -> bool:
     """Whether a signal that arrives now is a request of its own; if it is, its time is noted."""
     now = time.monotonic()
-    if _last_request and now - _last_request[0] < ONE_REQUEST:
+    if _ignored or (_last_request and now - _last_request[0] < ONE_REQUEST):
         return False
     _last_request[:] = [now]
     return True
@@ -159,6 +184,8 @@ def _say(message: bytes) -> None:
 
     Not by rich or print, which are not reentrant: the signal may arrive while they write.
     """
+    if _silent:
+        return
     with contextlib.suppress(OSError, ValueError):
         if os.name != "posix" or select.select([], [2], [], 0)[1]:
             os.write(2, message)

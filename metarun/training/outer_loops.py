@@ -9,17 +9,39 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metarun.errors import ConfigError
 from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.source import Draw
+from metarun.training.parallel import Ranks
 
 if TYPE_CHECKING:
     from metarun.training.step import OuterStep
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Gradient clipping of the meta-gradient.
+
+    Args:
+        value: the largest absolute value of an entry, if any.
+        norm: the largest global norm, if any; applied after `value`.
+    """
+
+    value: float | None = None
+    norm: float | None = None
+
+    def apply(self, params: Sequence[Tensor]) -> None:
+        """Clip the `.grad` of the parameters in place."""
+        if self.value is not None:
+            nn.utils.clip_grad_value_(params, self.value)
+        if self.norm is not None:
+            nn.utils.clip_grad_norm_(params, self.norm)
 
 
 class OuterLoop(ABC):
@@ -31,16 +53,28 @@ class OuterLoop(ABC):
     unread: ClassVar[Mapping[str, str]] = {}
     #: Whether it can train a critic beside the policy.
     trains_critics: ClassVar[bool] = False
+    #: Whether processes can share the tasks: it needs no more than the sum of their gradients.
+    adds_up: ClassVar[bool] = False
 
     @abstractmethod
     def step(self, outer: OuterStep, draw: Draw) -> None:
         """Change the weights of `outer.algorithm` by the tasks of a draw."""
 
 
+def require_sum(outer_loop: OuterLoop, ranks: Ranks) -> None:
+    """Raise ConfigError if ranks share the tasks, and the rule needs more than the sum of their gradients."""
+    if ranks.count > 1 and not outer_loop.adds_up:
+        raise ConfigError(
+            f"outer_loop={type(outer_loop).__name__.lower()}: needs the trajectories of all tasks in one "
+            "process; start it without torchrun, or choose outer_loop=gradient"
+        )
+
+
 class Gradient(OuterLoop):
     """One step of the optimizer along the meta-gradient."""
 
     needs_rollouts = False
+    adds_up = True
 
     def step(self, outer: OuterStep, draw: Draw) -> None:
         outer.backward(draw)

@@ -6,17 +6,14 @@ All ways of running use the same episodes and give the same result up to roundin
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from metarun.algorithms.base import Algorithm
@@ -24,36 +21,27 @@ from metarun.errors import TrainingError, counted, first_line, is_out_of_memory
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.curriculum import PrioritizedReplay
 from metarun.tasks.episodes import EpisodeShape, Outcome, Tasks, run_parts
+from metarun.tasks.numbers import TaskNumbers, drawn_from
 from metarun.tasks.rollouts import Rollouts
-from metarun.tasks.sampling import fetched_ahead, training_draws
+from metarun.tasks.sampling import fetched_ahead, seed_of, training_draws
 from metarun.tasks.source import Draw, EpisodeSource, Fetched, split_draw
-from metarun.training.compiled import Gradient, GradientOfDraw, MetaLoss, can_trace, traced_gradient
+from metarun.training.compiled import (
+    Gradient,
+    GradientOfDraw,
+    MetaLoss,
+    add,
+    can_trace,
+    end_capture,
+    explained_derivatives,
+    traced_gradient,
+)
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
+from metarun.training.outer_loops import Clip, OuterLoop, require_sum
 from metarun.training.outer_loops import Gradient as GradientStep
-from metarun.training.outer_loops import OuterLoop
+from metarun.training.parallel import SharedGradient
 
 WARM_UP = 3  # eager steps before a CUDA graph is captured, as PyTorch recommends
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Gradient clipping of the meta-gradient.
-
-    Args:
-        value: the largest absolute value of an entry, if any.
-        norm: the largest global norm, if any; applied after `value`.
-    """
-
-    value: float | None = None
-    norm: float | None = None
-
-    def apply(self, params: Sequence[Tensor]) -> None:
-        """Clip the `.grad` of the parameters in place."""
-        if self.value is not None:
-            nn.utils.clip_grad_value_(params, self.value)
-        if self.norm is not None:
-            nn.utils.clip_grad_norm_(params, self.norm)
 
 
 class OuterStep:
@@ -66,7 +54,7 @@ class OuterStep:
         optimizer: the optimizer of the algorithm's parameters.
         source: the training split.
         shape: the shape of a task.
-        meta_batch: the number of tasks in a step.
+        meta_batch: the number of tasks in a step, which the ranks of `hardware` share.
         seed: of the training tasks.
         hardware: the number of tasks at once, compilation and CUDA graphs.
         clip: gradient clipping, if any.
@@ -76,6 +64,9 @@ class OuterStep:
     Attributes:
         running_totals: sums over tasks of the loss and of each metric since they were last reset,
             float64 [1 + metrics], on the device.
+
+    Raises:
+        ConfigError: there are fewer tasks than ranks, or the rule of the outer loop needs all in one process.
     """
 
     def __init__(
@@ -99,13 +90,20 @@ class OuterStep:
         self.metrics = source.spec.objective.metrics
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
         self.running_totals = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=hardware.device)
-        self.at_once = self.most_at_once = meta_batch  # `most_at_once` is lowered when memory runs out
+        self.ranks, self.share = hardware.ranks, hardware.ranks.share(meta_batch)
+        require_sum(self.outer_loop, self.ranks)
+        self.shared = SharedGradient(self.ranks, algorithm, self.params, meta_batch)
+        self.generator: torch.Generator | None = None  # of the numbers of tasks, if there are ranks
+        self.numbers: TaskNumbers | None = None
+        self.place = 0  # of the tasks that are run, in the meta-batch
+        self.at_once = self.most_at_once = self.shared.own  # `most_at_once` is lowered when memory runs out
         self.traced: dict[int, GradientOfDraw] = {}  # by number of tasks; other numbers run eagerly
         self.say: Callable[[str], object] = lambda text: None
         self.iteration = 0
         self.draws: Iterator[Draw] = iter(())
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static_draw: Draw = ()  # the input tensors of the graph
+        self.static_share: Gradient | None = None  # its results, if ranks add them up
         self.capturing = False
         self.eager_steps_left: int | None = None  # until the graph is captured; None: it will not be captured
 
@@ -117,41 +115,51 @@ class OuterStep:
             say: called with a message for each decision that a user should know.
         """
         self.say, self.iteration = say, start
+        self.generator = self.generator or self.ranks.generator()
         self.algorithm.on_step_start(start)
         self.traced.clear()
         # Release an earlier graph before memory is measured: it holds memory.
-        self.graph, self.static_draw = None, ()
+        self.graph, self.static_draw, self.static_share, self.numbers = None, (), None, None
         self.optimizer.zero_grad()
         self.draws = self.draws_from(start)
         bytes_of_one = functools.cache(self.bytes_of_one_task)
         on_gpu = self.hardware.device.type == "cuda"
         static = self.source.spec.static and not self.sampler  # which has to know the score of each task
-        self.at_once = self.hardware.tasks_at_once(self.most_at_once, bytes_of_one)
+        self.at_once = self.ranks.least(self.hardware.tasks_at_once(self.most_at_once, bytes_of_one))
         self.capturing = False
         on_host = self.host_store() is not None
         wants_graph = self.hardware.graph and on_gpu and static and not on_host
         if on_gpu and on_host:  # capture is not possible while another thread copies to the device
             say("images are kept in host memory, each meta-batch is copied ahead of its step; no CUDA graph")
         self.eager_steps_left = WARM_UP if wants_graph else None
-        if self.at_once < self.meta_batch:
-            say(f"{self.at_once} of {self.meta_batch} tasks at once")
-        if not static:
-            return
-        if self.hardware.compile is True or (
-            can_trace(self.algorithm) and self.hardware.traces(bytes_of_one)
+        if self.at_once < self.shared.own:
+            say(f"{self.at_once} of {self.shared.own} tasks at once")
+        if static and (
+            self.hardware.compile is True
+            or (can_trace(self.algorithm) and self.hardware.traces(bytes_of_one))
         ):
             self.trace(compiles=self.hardware.compile is True)
 
     def draws_from(self, start: int) -> Iterator[Draw]:
-        """The draws of the meta-batches from iteration `start` on."""
+        """The draws of this rank's share of the meta-batches from iteration `start` on."""
         if self.sampler is not None:
             drawn = (self.source, self.meta_batch, self.shape, self.seed)
-            return (self.sampler.draw(*drawn, iteration) for iteration in itertools.count(start))
+            whole = (self.sampler.draw(*drawn, iteration) for iteration in itertools.count(start))
+            return map(self.part_of, whole)
         store = self.host_store()
         # The random numbers of environments are drawn by the CPU, from the seeds of their tasks.
         device = "cpu" if store or not self.source.spec.static else self.hardware.device
-        draws = training_draws(self.source, self.meta_batch, self.shape, self.seed, start, device)
+        every = training_draws(self.source, self.meta_batch, self.shape, self.seed, start, device)
+        draws = map(self.part_of, every)
         return fetched_ahead(draws, store) if store else draws
+
+    def part_of(self, draw: Draw) -> Draw:
+        """This rank's share of a draw."""
+        return draw if self.ranks.count == 1 else tuple(tensor[self.share] for tensor in draw)
+
+    def random_state(self) -> torch.Tensor:
+        """The state of the random numbers of the CPU, which is the same on all ranks between two steps."""
+        return torch.get_rng_state() if self.generator is None else self.generator.get_state()
 
     def host_store(self) -> ClassStore | None:
         """The source if its items are kept in host memory, else None."""
@@ -179,6 +187,10 @@ class OuterStep:
         """Run one outer step on the next meta-batch, without copying anything from the device to the host."""
         if self.algorithm.on_step_start(self.iteration):
             self.prepare(self.iteration, self.say)
+        if self.generator is not None:
+            # Numbers that belong to no task, as of dropout, depend on the iteration and the rank alone.
+            torch.manual_seed(seed_of(f"step {self.seed} {self.iteration} {self.ranks.rank}"))
+            self.numbers = TaskNumbers(self.meta_batch, self.generator)
         self.iteration += 1
         self.task_scores.clear()
         draw = next(self.draws)
@@ -187,27 +199,34 @@ class OuterStep:
         elif self.eager_steps_left == 0:
             self.capture(draw)
         else:
-            self.eager_step(draw)
+            self.outer_loop.step(self, draw)
             if self.eager_steps_left:
                 self.eager_steps_left -= 1
         if self.sampler is not None:
-            self.sampler.update(torch.cat(self.task_scores), self.iteration)
-
-    def eager_step(self, draw: Draw) -> None:
-        self.outer_loop.step(self, draw)
+            scores = self.ranks.whole(torch.cat(self.task_scores), self.meta_batch)
+            self.sampler.update(scores, self.iteration)
 
     def backward(self, draw: Draw) -> None:
         """Write the meta-gradient to each weight's `.grad`; if memory runs out, halve the tasks at once."""
         while True:
+            share, reason = None, "in another process"
+            self.shared.begin()
             try:
-                grads, figures = self.summed_gradient(draw)
-                break
+                share = self.summed_gradient(draw)
             except (RuntimeError, MemoryError) as error:
                 if self.capturing or not is_out_of_memory(error):
                     raise  # a graph that is captured already contains part of the failed step
-                failed = first_line(error)
+                reason = first_line(error)
+            if not self.shared.any_failed(share and share[0]):
+                break
             self.task_scores.clear()
-            self.halve(failed)
+            self.halve(reason)
+        assert share is not None
+        self.write_share(share)
+
+    def write_share(self, share: Gradient) -> None:
+        """Add up the shares of all ranks, and write the gradient to each weight's `.grad`."""
+        grads, figures = self.shared.combined(*share)
         self.write_gradient(grads)
         self.running_totals += figures
 
@@ -251,12 +270,13 @@ class OuterStep:
     def summed_gradient(self, draw: Draw) -> Gradient:
         """The gradient of a meta-batch, added up over chunks of tasks; it does not depend on their size."""
         total: Gradient | None = None
-        store = self.host_store()
+        store, self.place = self.host_store(), self.share.start
         for chunk in split_draw(draw, self.at_once):
             if store and not isinstance(chunk, Fetched):  # there was no memory to fetch the whole draw ahead
                 chunk = store.fetch(chunk)
             part = self.traced.get(len(chunk[0]), self.eager_gradient)(chunk)
             total = part if total is None else add(total, part)
+            self.place += len(chunk[0])
         assert total is not None
         return total
 
@@ -266,7 +286,8 @@ class OuterStep:
     def meta_gradient(self, meta_loss: MetaLoss, params: Sequence[Tensor], draw: Draw) -> Gradient:
         """The share of these tasks in the meta-gradient, and the sums of their losses and scores."""
         tasks = self.source.gather(draw, self.shape).to(self.hardware.dtype)
-        outcome, grads = self.gradient_of(meta_loss, params, tasks, self.meta_batch)
+        with drawn_from(self.numbers, self.place, tasks):
+            outcome, grads = self.gradient_of(meta_loss, params, tasks, self.meta_batch)
         return grads, self.figures(outcome, len(tasks))
 
     def gradient_of(
@@ -323,16 +344,19 @@ class OuterStep:
         torch.cuda.synchronize(self.hardware.device)
         try:
             with torch.cuda.graph(graph):
-                self.backward(self.static_draw)
-                if self.hardware.captures_optimizer(self.optimizer):
-                    self.optimizer.step()
+                if self.ranks.joined:  # what they exchange is not part of the graph
+                    self.static_share = self.summed_gradient(self.static_draw)
+                else:
+                    self.backward(self.static_draw)
+                    if self.hardware.captures_optimizer(self.optimizer):
+                        self.optimizer.step()
         except Exception as error:
             # Ending a failed capture raises another error; the context is the first one.
             reason = first_line(error.__context__ or error)
             self.say(f"no CUDA graph, continuing with eager steps: {reason}")
             self.capturing = False
             end_capture(self.hardware.device)
-            self.eager_step(draw)
+            self.outer_loop.step(self, draw)
             return
         self.capturing = False
         self.graph = graph
@@ -343,8 +367,13 @@ class OuterStep:
         assert self.graph is not None
         for static, fresh in zip(self.static_draw, draw, strict=True):
             static.copy_(fresh)
+        self.shared.begin()
         self.graph.replay()
-        if not self.hardware.captures_optimizer(self.optimizer):
+        if self.ranks.joined:
+            assert self.static_share is not None
+            self.shared.any_failed(self.static_share[0])
+            self.write_share(self.static_share)
+        if self.ranks.joined or not self.hardware.captures_optimizer(self.optimizer):
             self.optimizer.step()
 
     # the gradient from a trace
@@ -353,6 +382,7 @@ class OuterStep:
         """Trace, and optionally compile, the gradient for each size of chunk; if that fails, run eagerly."""
         began = time.perf_counter()
         draw = next(self.draws_from(0))
+        self.numbers = TaskNumbers(self.meta_batch, torch.Generator()) if self.ranks.joined else None
         try:
             for chunk in split_draw(draw, self.at_once):
                 if len(chunk[0]) not in self.traced:
@@ -364,36 +394,7 @@ class OuterStep:
             if compiles:
                 self.say(f"compilation failed, continuing without: {first_line(error)}")
         else:
-            if compiles:
+            if self.numbers is not None and self.numbers.drawn:
+                self.traced.clear()  # a trace would hold the numbers of this rank's tasks as constants
+            elif compiles:
                 self.say(f"compiled in {time.perf_counter() - began:.0f} s")
-
-
-def end_capture(device: torch.device) -> None:
-    """Make the random numbers of a GPU usable again after a capture that failed.
-
-    Its generator still takes itself for a part of that graph, and raises an error at the next random number
-    (PyTorch 2.11). A capture that succeeds, of one operation here, sets it right.
-    """
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros(1, device=device)
-
-
-@contextlib.contextmanager
-def explained_derivatives() -> Iterator[None]:
-    """A context that raises TrainingError for an operation that PyTorch cannot differentiate twice."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (found := re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", str(error))):
-            raise
-        raise TrainingError(
-            f"{found[1]}: PyTorch has no second derivative of this operation of the network, which the "
-            "meta-gradient needs; choose inner_loop.order=1 or algorithm=protonet, or replace the layer "
-            "(nn.EmbeddingBag by nn.Embedding and a mean)"
-        ) from error
-
-
-def add(a: Gradient, b: Gradient) -> Gradient:
-    """The sum of two gradients, in which None counts as zero."""
-    grads = [y if x is None else x if y is None else x + y for x, y in zip(a[0], b[0], strict=True)]
-    return grads, a[1] + b[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
 from metarun.training.interrupts import Requests, hold_interrupts, uninterrupted
-from metarun.training.outer_loops import OuterLoop
-from metarun.training.step import Clip, OuterStep
+from metarun.training.outer_loops import Clip, OuterLoop
+from metarun.training.step import OuterStep
 from metarun.training.stopping import EarlyStopping
 
 
@@ -122,6 +122,7 @@ class Trainer:
         self.scheduled_by_score = scheduler is not None and needs_score(type(scheduler))
         self.train_source, self.validation_source = train, validation
         self.settings, self.hardware, self.folder, self.record = settings, hardware, folder, record
+        self.ranks = hardware.ranks
         self.metrics = train.spec.objective.metrics
         self.outer_step = OuterStep(
             algorithm,
@@ -158,7 +159,7 @@ class Trainer:
                 "algorithm": self.algorithm.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-                "random": torch.get_rng_state(),
+                "random": self.outer_step.random_state(),
                 "cuda_random": torch.cuda.get_rng_state(self.hardware.device) if cuda else None,
                 "running_totals": self.outer_step.running_totals,
                 "tasks": self.tasks,
@@ -173,7 +174,7 @@ class Trainer:
         self.saved_at = self.iteration
         self.best = Best(**state["best"]) if state["best"] else None
         self.algorithm.load_state_dict(state["algorithm"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"])
@@ -211,9 +212,9 @@ class Trainer:
             with suppress(Stopped), bar, self.hardware.compute():
                 if self.settings.iterations:
                     self.outer_step.prepare(self.iteration, bar.line)
-                while self.unfinished and not interrupts:
+                while not self.stops(interrupts) and self.unfinished:
                     self.iterate(tracker, bar, began, interrupts)
-            if interrupts:
+            if self.stops(interrupts):
                 self.save("last.pt", tracker)
                 interrupts.stop()
         if self.lost_best():  # after its last improvement, perhaps in an earlier session
@@ -230,6 +231,11 @@ class Trainer:
         if self.best and not self.validation_due:
             best, rule = self.best, self.settings.stopping
             self.stopped_by = rule.reason(self.metrics[0], best.score, best.iteration, tracker.rows)
+
+    def stops(self, requests: Requests) -> bool:
+        """Whether any of the ranks has been asked to stop, which all of them note."""
+        requests.add(*self.ranks.any(bool(requests.signals), requests.late))
+        return bool(requests)
 
     def iterate(self, tracker: Tracker, bar: Bar, began: float, interrupts: Requests) -> None:
         """Run one iteration, or the part of it that is left to do.
@@ -295,7 +301,7 @@ class Trainer:
         """
 
         def stop_on_interrupt(count: int) -> None:
-            if interrupts:
+            if self.stops(interrupts):
                 raise Stopped
 
         result = self.measure(stop_on_interrupt, refused=self.iteration > 0)
@@ -319,7 +325,7 @@ class Trainer:
         if self.scheduler and self.scheduled_by_score and self.iteration > 0:
             own = [dict(group) for group in self.optimizer.param_groups]
             self.scheduler.step(result.mean)  # type: ignore[arg-type]
-            keep_rate_tensors(self.optimizer, own)
+            checkpoint.keep_rate_tensors(self.optimizer, own)
         if self.best is None or self.lost_best() or main.is_better(result.mean, than=self.best.score):
             self.save_best(result, tracker)
 
@@ -343,7 +349,7 @@ class Trainer:
 
     def lost_best(self) -> bool:
         """Whether best.pt was deleted, which is reported: the next validated weights replace it."""
-        if (self.folder / "best.pt").exists():
+        if self.ranks.from_first((self.folder / "best.pt").exists()):
             return False
         inform(
             f"{self.folder / 'best.pt'}: was deleted; replaced by the weights of iteration {self.iteration}"
@@ -351,12 +357,13 @@ class Trainer:
         return True
 
     def save(self, name: str, tracker: Tracker) -> None:
-        """Write a checkpoint. Raises TrainingError instead if a weight is not finite."""
+        """Write a checkpoint, on rank 0. Raises TrainingError instead if a weight is not finite."""
         if checkpoint.broken_weight(self.algorithm):
             raise TrainingError(self.not_finite("a weight"))
         with uninterrupted():
-            tracker.sync()
-            checkpoint.save(self.folder / name, self.state())
+            if self.ranks.first:
+                tracker.sync()
+                checkpoint.save(self.folder / name, self.state())
             if name == "last.pt":
                 self.saved_at = self.iteration
 
@@ -366,34 +373,6 @@ class Trainer:
         where = f"the last good checkpoint is {self.folder / saved[-1]}" if saved else "nothing was saved yet"
         rates = "inner_loop.rate or optimizer.lr" if self.algorithm.takes_steps else "optimizer.lr"
         return f"{what} is no longer finite at iteration {self.iteration}; {where}; lower {rates}"
-
-
-def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer, but keep the options that depend on the machine.
-
-    The state may come from a machine with other hardware.
-    """
-    machine_options = ("fused", "capturable", "foreach")
-    own = [dict(group) for group in optimizer.param_groups]
-    groups = [
-        saved | {key: group[key] for key in machine_options if key in group}
-        for saved, group in zip(state["param_groups"], own, strict=True)
-    ]
-    optimizer.load_state_dict({**state, "param_groups": groups})
-    keep_rate_tensors(optimizer, own)
-
-
-def keep_rate_tensors(optimizer: Optimizer, before: Sequence[Mapping[str, Any]]) -> None:
-    """Move changed learning rates into the tensors that held them before: a captured graph reads these.
-
-    Args:
-        optimizer: its groups have the new rates.
-        before: the groups with the objects that held the rates before.
-    """
-    for group, old in zip(optimizer.param_groups, before, strict=True):
-        rate = float(group["lr"])
-        is_tensor = isinstance(old["lr"], torch.Tensor)
-        group["lr"] = old["lr"].fill_(rate) if is_tensor else rate
 
 
 def needs_score(scheduler: type[LRScheduler]) -> bool:

@@ -20,10 +20,10 @@ from metarun.backbones.mlp import MLP
 from metarun.errors import TrainingError
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.episodes import Episodes, Outcome
+from metarun.training.checkpoint import load_optimizer
 from metarun.training.compiled import one_fake_mode
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
-from metarun.training.trainer import load_optimizer
 
 SHAPE = (1, 16, 16)
 

@@ -16,8 +16,9 @@ from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
 from metarun.errors import ConfigError, is_out_of_memory
 from metarun.tasks.objectives import ACCURACY, MSE
 from metarun.training import checkpoint
+from metarun.training.checkpoint import load_optimizer
 from metarun.training.hardware import Hardware
-from metarun.training.trainer import load_optimizer, needs_score
+from metarun.training.trainer import needs_score
 
 WARM_UP = {"_target_": "torch.optim.lr_scheduler.LinearLR", "start_factor": 0.25, "total_iters": 4}
 COSINE = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 8}

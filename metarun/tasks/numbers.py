@@ -1,0 +1,70 @@
+"""Random numbers that belong to tasks, such as the order of their examples.
+
+Where processes share the tasks of a step, a task has the same numbers as in a single process: every process
+draws those of all tasks, from the same generator, and takes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from metarun.tasks.episodes import Tasks, UnequalEpisodes
+
+
+class TaskNumbers:
+    """The numbers of the tasks of one step, or of one evaluation, of which this process runs a part.
+
+    Args:
+        tasks: the number of all tasks.
+        generator: the same in all processes, on the CPU.
+
+    Attributes:
+        drawn: the numbers of all tasks, one entry for each time that a task asks for some.
+    """
+
+    def __init__(self, tasks: int, generator: torch.Generator) -> None:
+        self.tasks, self.generator = tasks, generator
+        self.drawn: list[Tensor] = []
+        self.first = self.calls = 0
+
+    def next(self, tasks: int, length: int) -> Tensor:
+        """The next numbers of the tasks from number `first` on, [tasks, length]."""
+        if self.calls == len(self.drawn):
+            self.drawn.append(torch.rand(self.tasks, length, generator=self.generator))
+        self.calls += 1
+        return self.drawn[self.calls - 1][self.first : self.first + tasks]
+
+
+_current: TaskNumbers | None = None
+
+
+@contextmanager
+def drawn_from(numbers: TaskNumbers | None, first: int, tasks: Tasks) -> Iterator[None]:
+    """A context for the code that runs tasks.
+
+    Args:
+        numbers: where their numbers come from; None: the generator of the process.
+        first: the number of the first of these tasks among all.
+        tasks: the tasks. Those of unequal shapes need unequal amounts of numbers, which processes cannot draw
+            for each other.
+    """
+    global _current
+    before = _current
+    _current = None if isinstance(tasks, UnequalEpisodes) else numbers
+    if numbers is not None:
+        numbers.first, numbers.calls = first, 0
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def uniform(tasks: int, length: int, device: torch.device) -> Tensor:
+    """Uniform random numbers [T, L] in [0, 1) for the T tasks that are run; on a GPU, from its generator."""
+    if _current is None or device.type != "cpu":
+        return torch.rand(tasks, length, device=device)
+    return _current.next(tasks, length)
