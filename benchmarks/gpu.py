@@ -111,7 +111,8 @@ class Parts:
     def kernels(self) -> Any:
         if not self.on_gpu:
             return {"skipped": "no GPU"}
-        return json_lines(self.python(["benchmarks.kernels", *PROFILED], 90, check=False).stdout)
+        done = self.python(["benchmarks.kernels", *PROFILED], 90, check=False)
+        return json_lines(done.stdout) or {"failed": last_line(done.stderr)}
 
     def training(self) -> dict[str, Any]:
         folder = self.scratch / "run"

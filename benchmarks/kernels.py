@@ -40,15 +40,15 @@ def profiled(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
         settings: of the hardware.
 
     Returns:
-        `ms` of a step without the profiler; with it, `busy`: the share of the time in which a kernel runs,
-        `kernels` of a step, and those that take the most time with their shares.
+        `ms` of a step without the profiler; `busy`: the share of that time in which a kernel runs; `kernels`
+        of a step; and those that take the most time with their shares.
     """
     device = torch.device("cuda")
     contestant = metarun(**settings)(workload, workload.meta_batch, torch.float32, device)
     for _ in range(5):  # a graph is captured at the fourth
         contestant.step()
     took = seconds(lambda: [contestant.step() for _ in range(STEPS)], device) / STEPS
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         seconds(lambda: [contestant.step() for _ in range(STEPS)], device)
     spans: list[tuple[float, float]] = []
     by_name: dict[str, float] = defaultdict(float)
@@ -56,11 +56,13 @@ def profiled(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
         if event.device_type == DeviceType.CUDA:
             spans.append((event.time_range.start, event.time_range.end))
             by_name[event.name] += event.time_range.elapsed_us()
+    if not spans:
+        raise RuntimeError("the profiler has no events of the GPU; it may need permissions")
     total, most = sum(by_name.values()), sorted(by_name.items(), key=lambda pair: -pair[1])[:SHOWN]
     return {
         "ms": 1e3 * took,
         "kernels": len(spans) / STEPS,
-        "busy": covered(spans) / (max(end for _, end in spans) - min(start for start, _ in spans)),
+        "busy": covered(spans) / STEPS / 1e6 / took,  # the profiler delays the CPU, not the kernels
         "kernel_ms": total / STEPS / 1e3,
         "most": {name[:90]: time / total for name, time in most},
     }

@@ -43,13 +43,22 @@ def agreement(rows: Any) -> str:
     """The differences of every case."""
     if not isinstance(rows, list):
         return ""
-    heads = ("case", "GPU float64", "CPU float32", "GPU float32", "graph", "graph - eager", "agrees")
+    heads = (
+        "case",
+        "GPU float64",
+        "CPU, weights + 1e-14",
+        "CPU float32",
+        "GPU float32",
+        "graph",
+        "graph - eager",
+        "agrees",
+    )
     lines, notes = [], []
     for row in sorted(rows, key=lambda row: row["case"]):
         if "failed" in row:
-            lines.append([row["case"], *[""] * 5, f"failed: {row['failed']} {row.get('where', '')}"])
+            lines.append([row["case"], *[""] * 6, f"failed: {row['failed']} {row.get('where', '')}"])
             continue
-        keys = ("device_float64", "cpu_float32", "device_float32")
+        keys = ("device_float64", "carried", "cpu_float32", "device_float32")
         numbers = [f"{row[key]:.0e}" if key in row else "" for key in keys]
         captured = {True: "yes", False: "no"}.get(row.get("captured"), "")  # type: ignore[call-overload]
         apart = f"{row['graph_difference']:.0e}" if "graph_difference" in row else ""

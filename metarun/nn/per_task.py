@@ -41,6 +41,7 @@ from metarun.nn.layers import Residual
 
 Params = dict[str, Tensor]  # each [T, *shape]: every task's own copy of the weights
 Chain = list[tuple[str, nn.Module]]  # layers in the order in which they run, by name
+FEW = 4  # tasks for which a GPU is faster with groups than with unfolded patches
 WIDE = 64  # numbers for each position in an attention layer
 State = TypeVar("State")  # what passes along a chain
 
@@ -64,9 +65,9 @@ class TaskBatching:
         """Whether feature maps are channels-last on the device `on`."""
         return on.type != "cuda" if self.channels_last == "auto" else self.channels_last
 
-    def unfolds(self, on: torch.device) -> bool:
-        """Whether convolutions are products of unfolded patches on the device `on`."""
-        return on.type == "cuda" if self.how == "auto" else self.how == "unfold"
+    def unfolds(self, on: torch.device, tasks: int) -> bool:
+        """Whether convolutions of so many tasks are products of unfolded patches on the device `on`."""
+        return on.type == "cuda" and tasks > FEW if self.how == "auto" else self.how == "unfold"
 
     def laid_out(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in the chosen memory layout."""
@@ -273,7 +274,7 @@ def run_grouped(module: nn.Module, params: Params, x: Tensor, batching: TaskBatc
         }
         if isinstance(layer, OnTasks):
             return layer.on_tasks(own, x, tasks)
-        unfolds = isinstance(layer, nn.Conv2d) and layer.groups == 1 and batching.unfolds(x.device)
+        unfolds = isinstance(layer, nn.Conv2d) and layer.groups == 1 and batching.unfolds(x.device, tasks)
         return (_unfolded_conv2d if unfolds else GROUPED[type(layer)])(layer, own, x, tasks)
 
     if x.dim() == 5:

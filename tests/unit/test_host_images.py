@@ -42,11 +42,12 @@ def losses(store: ClassStore, device: str, compile: bool | str = False) -> list[
     optimizer = OuterSGD(algorithm.parameters(), lr=0.1)
     engine = OuterStep(algorithm, optimizer, store, GEOMETRY, 4, 0, hardware)
     notes: list[str] = []
-    engine.prepare(0, notes.append)
     found = []
-    for _ in range(20):  # over the end of a block of draws
-        engine.step()
-        found.append(engine.running_totals[0].item())
+    with hardware.compute():
+        engine.prepare(0, notes.append)
+        for _ in range(20):  # over the end of a block of draws
+            engine.step()
+            found.append(engine.running_totals[0].item())
     assert engine.graph is None or store.host_for is None
     assert any("host memory" in note for note in notes) == (device == "cuda" and store.host_for is not None)
     return found
