@@ -1,4 +1,4 @@
-"""Images in class folders, in folders or zips: decoded once, into a memory-memmap_cached cache."""
+"""Images in class folders, in folders or zips: decoded once, into a memory-mapped cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,9 @@ from metarun.datasets.preparation import Preparation
 from metarun.errors import DataError, counted
 from metarun.reporting.console import Bar, inform
 from metarun.storage.archives import Archive
-from metarun.storage.cached_arrays import memmap_cached
+from metarun.storage.cached_arrays import LARGE, Metadata, memmap_cached
 from metarun.storage.files import encoded, read_regular, user_path
-from metarun.tasks.class_store import ClassStore
+from metarun.tasks.class_store import ClassStore, hashes_of, marks_of
 
 BLOCK = 256  # images decoded before they are written: bounds the memory
 VERSION = 3  # of the decoding: with another one, images are decoded again
@@ -273,36 +274,52 @@ def class_store(
     for entry in files:
         digest.update(encoded(f"\0{entry.member}\0{identity(entry.path)}"))
 
-    def build(write: Callable[[bytes], object]) -> dict[str, list[int]]:
+    def build(write: Callable[[bytes], object]) -> Metadata:
         skipped: list[int] = []  # by number, because two files may have the same path below the root
+        hashes: list[Tensor] = []  # of an entry that should not be read again as a whole
+        large = len(files) * prod(dataset.item_shape) > LARGE
         with ThreadPoolExecutor(os.cpu_count()) as pool, Bar(f"decode {title}", len(files), "images") as bar:
             run = pool.map if dataset.threaded else map
             for start in range(0, len(files), BLOCK):
                 block = files[start : start + BLOCK]
-                for number, pixels in enumerate(run(partial(decode, dataset, decoding), block), start):
-                    if pixels is None:
-                        skipped.append(number)
-                    else:
-                        write(pixels)
+                decoded = list(run(partial(decode, dataset, decoding), block))
+                skipped += [number for number, pixels in enumerate(decoded, start) if pixels is None]
+                kept = [pixels for pixels in decoded if pixels is not None]
+                for pixels in kept:
+                    write(pixels)
+                if large and kept:
+                    items = torch.frombuffer(bytearray().join(kept), dtype=torch.uint8)
+                    hashes.append(hashes_of(items.view(len(kept), *dataset.item_shape)))
                 bar.advance(len(block))
         if len(skipped) == len(files):
             raise DataError(
                 f"{title}: none of its {counted(len(files), 'file')} is an image that can be read"
             )
-        return {"skipped": skipped}
+        if not hashes:
+            return {"skipped": skipped}
+        parts = torch.cat(hashes).split(kept_counts(classes, set(skipped)))
+        return {"skipped": skipped, "marks": marks_of(part for part in parts if len(part)).tolist()}
 
     what = f"{cached_as} {settings} {source}"
     content, made = memmap_cached(f"{cached_as}-{digest.hexdigest()[:24]}", build, what, source)
     skipped = set(made["skipped"])
     if skipped:
         inform(f"{title}: {counted(len(skipped), 'unreadable file')} left out, such as {files[min(skipped)]}")
-    numbers = iter(range(len(files)))
-    counts = [sum(next(numbers) not in skipped for _ in own) for own in classes.values()]
+    counts = kept_counts(classes, skipped)
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         raise DataError(f"{title}: class {empty[0]!r} has no images; add some, or remove the class")
     shown = [encoded(name).decode("utf-8", "backslashreplace") for name in classes]
     images = content.view(-1, *dataset.item_shape)
-    return ClassStore(images, counts, shown, title, device, fingerprint=made["sha256"], about=about)
+    store = ClassStore(images, counts, shown, title, device, fingerprint=made["sha256"], about=about)
+    if "marks" in made:
+        store.marks = torch.tensor(made["marks"])
+    return store
+
+
+def kept_counts(classes: Mapping[str, Sequence[Entry]], skipped: set[int]) -> list[int]:
+    """The number of images of each class, without those whose numbers are in `skipped`."""
+    numbers = iter(range(sum(map(len, classes.values()))))
+    return [sum(next(numbers) not in skipped for _ in own) for own in classes.values()]
 
 
 def note_counts(store: ClassStore, least: int, most: int) -> ClassStore:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from metarun.storage.files import blaming, cache_dir, encoded, md5_sum, write_js
 from metarun.storage.locks import once
 
 Metadata = dict[str, Any]
+
+# An entry that is larger than this may not fit in memory. It is read as it is needed, so at each use only
+# some pieces of it are compared with their sum; `metarun data verify=true` compares all of it.
+LARGE = 1 << 30
+PIECES, PIECE = 64, 1 << 20  # evenly spaced; bytes of each
 
 
 def memmap_cached(
@@ -45,7 +51,8 @@ def memmap_cached(
 
     Returns:
         The bytes, uint8 [bytes]; and the entry's metadata: what `build` returned, the `sha256` sum of the
-        bytes, and how the entry was made (see `read_metadata`).
+        bytes, and how the entry was made (see `read_metadata`). Bytes of an entry above `LARGE` must not be
+        written to.
 
     Raises:
         DataError: the cache folder cannot be written, or `build` failed to read a file.
@@ -177,16 +184,38 @@ def _write(path: Path, build: Callable[[Callable[[bytes], object]], Metadata]) -
             raise DataError(f"{error.filename or path.name}: {error.strerror or error}") from error
         file.flush()
         os.fsync(file.fileno())
-    return made | {"sha256": digest.hexdigest()}
+        size = file.tell()
+    sums: Metadata = {"sha256": digest.hexdigest()}
+    if size > LARGE:
+        sums |= {"size": size, "sample": sample_sum(np.memmap(path, np.uint8, mode="r"))}
+    return made | sums
+
+
+def sample_sum(content: np.ndarray) -> str:
+    """The SHA-256 sum of evenly spaced pieces, with the first and the last bytes among them."""
+    digest = hashlib.sha256()
+    for start in np.linspace(0, max(0, len(content) - PIECE), PIECES).astype(int):
+        digest.update(content[start : start + PIECE].data)
+    return digest.hexdigest()
+
+
+def is_intact(content: np.ndarray, metadata: Metadata) -> bool:
+    """Whether the bytes are those that were written; of an entry above `LARGE`, some of them."""
+    if len(content) > LARGE and "sample" in metadata:
+        return len(content) == metadata.get("size") and sample_sum(content) == metadata["sample"]
+    return hashlib.sha256(content.data).hexdigest() == metadata.get("sha256")
 
 
 def _map(path: Path) -> tuple[torch.Tensor, Metadata] | None:
     """The bytes and the metadata of an entry, or None if they are missing or damaged."""
     metadata = read_metadata(path)
     try:
-        content = np.memmap(path, np.uint8, mode="c")  # changes would stay in memory
+        # "c": changes would stay in memory, which Linux then reserves; more than there is, it refuses.
+        content = np.memmap(path, np.uint8, mode="c" if path.stat().st_size <= LARGE else "r")
     except (OSError, ValueError):  # also an empty file, which cannot be mapped
         return None
-    if metadata is None or hashlib.sha256(content.data).hexdigest() != metadata.get("sha256"):
+    if metadata is None or not is_intact(content, metadata):
         return None
-    return torch.from_numpy(content), metadata
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(content), metadata

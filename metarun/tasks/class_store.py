@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
@@ -189,13 +189,10 @@ class ClassStore(EpisodeSource):
         Classes that have many items in common have some of these in common, whatever the order of the items
         (Broder, "On the resemblance and containment of documents", 1997). Blank items are not counted.
         """
-        found = torch.full((len(self.names), MARKS), NO_MARK)
         hashes = torch.cat([hashes_of(block) for block in self.items.split(HASHED)]).cpu()
-        for row, start, count in zip(found, self.starts.tolist(), self.counts.tolist(), strict=True):
-            own = hashes[start : start + count].unique()  # sorted
-            own = own[own != NO_MARK][:MARKS]
-            row[: len(own)] = own
-        return found
+        return marks_of(
+            hashes[s : s + n] for s, n in zip(self.starts.tolist(), self.counts.tolist(), strict=True)
+        )
 
     def keeping(self, classes: Sequence[int]) -> ClassStore:
         """The same items, of which only those of some classes are drawn.
@@ -309,6 +306,16 @@ def spec_of(
     one = decode(items[:1])
     spec = TaskSpec(tuple(one.shape[1:]), classes=classes, item_dtype=one.dtype)
     return spec if like is None else replace(like, **{name: getattr(spec, name) for name in OF_ITEMS})
+
+
+def marks_of(classes: Iterable[Tensor]) -> Tensor:
+    """The marks [classes, MARKS] of classes, of which the hashes of all items are given."""
+    rows = []
+    for hashes in classes:
+        own = hashes.unique()  # sorted
+        own = own[own != NO_MARK][:MARKS]
+        rows.append(F.pad(own, (0, MARKS - len(own)), value=NO_MARK))
+    return torch.stack(rows)
 
 
 def hashes_of(items: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from helpers.images import NAMES, picture, tree
 
+from metarun.datasets import class_folders
 from metarun.datasets.image_folder import ImageFolder
 from metarun.errors import DataError
-from metarun.storage import cache, locks
+from metarun.storage import cache, cached_arrays, locks
 from metarun.storage.cached_arrays import memmap_cached
 
 pytestmark = pytest.mark.quick
@@ -271,3 +272,51 @@ def test_an_entry_keeps_what_it_is(folder: Path):
     memmap_cached(f"a-{'0' * 24}", lambda write: {"n": write(b"x")}, key="a", source=str(folder))
     (entry,) = cache.cache_entries("a")
     assert (entry.metadata["key"], entry.metadata["source"], entry.stale) == ("a", str(folder), "")
+
+
+def test_a_large_entry_is_compared_in_places_and_never_read_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cached_arrays, "LARGE", 1000)
+    monkeypatch.setattr(cached_arrays, "PIECES", 3)
+    monkeypatch.setattr(cached_arrays, "PIECE", 10)
+    built = []
+
+    def build(write) -> dict[str, int]:
+        built.append(1)
+        return {"n": write(bytes(range(200)) * 10)}
+
+    content, metadata = memmap_cached(NAME, build)
+    assert bytes(content[:5]) == b"\0\1\2\3\4" and metadata["size"] == 2000
+    path = folder / NAME
+    right = path.read_bytes()
+
+    def again(changed: bytes) -> int:
+        path.write_bytes(changed)
+        built.clear()
+        memmap_cached(NAME, build)
+        return len(built)
+
+    assert again(right) == 0
+    for place in (0, 1000, 1999):  # the pieces are at the start, in the middle and at the end
+        assert again(right[:place] + b"\xff" + right[place + 1 :]) == 1
+    assert again(right[:-1]) == again(right + b"\0") == 1
+    elsewhere = right[:500] + b"\xff" + right[501:]
+    assert again(elsewhere) == 0
+    (entry,) = cache.cache_entries()
+    assert cache.damage(entry).startswith("damaged")  # verify=true reads all of it
+
+
+def test_classes_of_a_large_entry_are_hashed_while_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root = tree(tmp_path / "mine", NAMES)
+    small = ImageFolder(root=str(root), size=8).split("train")
+    for module in (cached_arrays, class_folders):
+        monkeypatch.setattr(module, "LARGE", 100)
+    monkeypatch.setattr(class_folders, "BLOCK", 2)
+    monkeypatch.setenv("METARUN_CACHE", str(tmp_path / "other"))
+    large = ImageFolder(root=str(root), size=8).split("train")
+    assert "marks" in vars(large) and "marks" not in vars(small)
+    assert large.fingerprint == small.fingerprint
+    assert large.marks.tolist() == small.marks.tolist()
