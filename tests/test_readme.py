@@ -26,6 +26,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 #: What else a bash block may start; the tests of this repository and its benchmarks run these.
 TOOLS = ("python3 -m venv", "pip install", "pytest", "ruff", "mypy", "python -m benchmarks", ". .venv")
 TOOLS += ("torchrun",)  # of PyTorch; tests/commands/test_ranks.py runs it
+TOOLS += ("ray start",)  # of Ray
 EXAMPLES = [main.HELP, *(path.read_text("utf-8") for path in sorted(CONF.glob("*.yaml")))]
 
 
@@ -80,7 +81,8 @@ def test_every_command_of_the_documents_composes(words: list[str]):
     # A sweep's lists are Hydra's to split; the first choice of each stands for it here.
     sweep = "-m" in flags
     first = [word.split(",")[0] if sweep and "[" not in word else word for word in overrides]
-    first = [word for word in first if not word.startswith("hydra/launcher=")]  # may not be installed
+    plugins = re.compile(r"\+?hydra[/.](launcher|sweeper)")  # which may not be installed
+    first = [word for word in first if not plugins.match(word)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(command, first)
     check(cfg, command, typed=first)

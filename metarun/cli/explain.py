@@ -211,6 +211,16 @@ def explain_value(key: str, message: str, command: str, arguments: list[str]) ->
     return f"{where}: {message}"
 
 
+# Options of Hydra that are packages of their own, and the extra that installs them.
+PLUGINS = {
+    "hydra/launcher=joblib": "launchers",
+    "hydra/launcher=submitit": "launchers",
+    "hydra/launcher=ray": "ray",
+    "hydra/sweeper=optuna": "search",
+    "hydra/sweeper/sampler": "search",
+}
+
+
 def explain_choice(name: str, whole: str) -> str:
     """The message for an option of a group, `group/option`, that does not exist."""
     from metarun.config.check import did_you_mean
@@ -218,8 +228,9 @@ def explain_choice(name: str, whole: str) -> str:
     group, _, option = name.rpartition("/")
     options = re.findall(r"^\t(\S+)$", whole, re.MULTILINE)
     options = options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    if group == "hydra/launcher" and option.startswith(("joblib", "submitit")):  # packages of their own
-        return f'{group}={option}: is not installed; pip install "metarun[launchers]"'
+    for plugin, extra in PLUGINS.items():
+        if f"{group}={option}".startswith(plugin):
+            return f'{group}={option}: is not installed; pip install "metarun[{extra}]"'
     return f"{group}={option}: no such {group or 'config'}{did_you_mean(option, options)}"
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import hydra._internal.hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metarun.commands.sweeps import content_of_job
 from metarun.config.changes import changes_the_end, differing, key_of, may_change
@@ -56,7 +57,17 @@ class SweepLoader(ConfigLoaderImpl):
             return config
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """Compose the config of a job. If that is not possible, it is the default config with the reason."""
+        """Compose the config of a job. If that is not possible, it is the default config with the reason.
+
+        The folder of the sweep is absolute in it: a process on another machine may be started in any folder.
+        """
+        config = self.composed(master_config, sweep_overrides)
+        sweep: Any = OmegaConf.to_container(config.hydra.sweep)  # in which nothing is resolved yet
+        config.hydra.sweep.dir = os.path.join(os.getcwd().replace("${", "\\${"), sweep["dir"])
+        return config
+
+    def composed(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The config of a job, as Hydra composes it or with the reason why that is not possible."""
         from metarun.cli.explain import explain
 
         try:
@@ -123,6 +134,15 @@ def other_job(before: Sequence[str], now: Sequence[str], command: str) -> str:
     iterations, for example."""
     changed = differing(before, now)
     return next((key for key in changed if command != "train" or not may_change(key)), "")
+
+
+def enter_folder(path: str) -> None:
+    """Make the folder in which the sweep was started the current one, if this machine has it.
+
+    Typed paths are relative to it, and a process of Ray starts in another one.
+    """
+    if os.path.isdir(path):
+        os.chdir(path)
 
 
 def check_composed(cfg: DictConfig) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib
 import io
+import math
 import os
 import re
 import shutil
@@ -203,13 +204,15 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from metarun.cli.jobs import check_composed, value_of_job
-    from metarun.cli.sweep import is_left, out_of_time_job, record_success
+    from metarun.cli.jobs import check_composed, enter_folder, value_of_job
+    from metarun.cli.sweep import in_worker, is_left, out_of_time_job, record_success
     from metarun.config.check import check_hydra
     from metarun.config.targets import naming_options
 
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if sweep and not HydraConfig.get().job.chdir:
+        enter_folder(HydraConfig.get().runtime.cwd)
     if sweep and is_left(cfg, folder):
         return value_of_job(folder)
     try:
@@ -220,9 +223,11 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     except BaseException as error:
         if sweep and isinstance(error, OutOfTime):
             return out_of_time_job(name, folder)
+        if sweep and isinstance(error, KeyboardInterrupt) and in_worker():
+            return math.nan  # "not finished"; the other jobs go on
         if was_interrupted(error):
             remove_hydra_files(folder, kept)
-            raise error if isinstance(error, OutOfTime) else KeyboardInterrupt from None
+            raise error if isinstance(error, (OutOfTime, SystemExit)) else KeyboardInterrupt from None
         if sweep:
             return failed_job(error, name, raw, folder)
         if raw or not isinstance(error, Exception):

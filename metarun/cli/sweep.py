@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metarun.cli.jobs import REFUSED, definition, is_kept, other_job, state_of
 from metarun.commands.sweeps import (
@@ -31,7 +32,7 @@ from metarun.commands.sweeps import (
 from metarun.config.comments import without_pairing
 from metarun.errors import counted, described, message_line
 from metarun.reporting.console import inform, print_line, relative
-from metarun.training.interrupts import OutOfTime, Requests, deadline
+from metarun.training.interrupts import OutOfTime, Requests, deadline, stop_requested
 from metarun.training.records import NOT_FINISHED, write_failure
 
 OUT_OF_TIME = f"{NOT_FINISHED}: stop.minutes is over"
@@ -75,6 +76,7 @@ class SweepTable(Callback):
         if self.again and sweep["subdir"] == "${hydra:job.num}":
             self.check_same_jobs()
         check_one_composes(config, self.jobs)
+        prepare_launcher(config.hydra.launcher)
         folder.mkdir(parents=True, exist_ok=True)
         if not LOCK.enter_context(locked(folder / "sweep")):
             stop_with(f"{folder}: another process runs this sweep; wait for it, or choose another folder")
@@ -197,6 +199,19 @@ def stop_with(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def prepare_launcher(launcher: DictConfig) -> None:
+    """Exit with status 1 if a launcher cannot work here, and correct what the one of Ray gets wrong."""
+    name = launcher["_target_"].rpartition(".")[2]
+    if name == "SlurmLauncher" and not shutil.which("srun"):
+        stop_with(
+            "hydra/launcher=submitit_slurm: this machine has no Slurm (no srun in PATH); use a login node of "
+            "the cluster, or choose submitit_local or joblib"
+        )
+    if name == "RayLauncher" and launcher.ray.init.get("address"):
+        with open_dict(launcher.ray.init):  # its default of this is refused by an existing cluster
+            launcher.ray.init.setdefault("object_store_memory", None)
+
+
 def check_one_composes(config: DictConfig, jobs: list[list[str]]) -> None:
     """Exit with status 1 if the settings of every job are refused, which is no sweep but a mistake."""
     loader, reason = GlobalHydra.instance().config_loader(), ""
@@ -228,13 +243,18 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
 
 
 def is_left(cfg: DictConfig, folder: Path) -> bool:
-    """Whether a job is not run: it was before, or there is no time left, which is noted."""
+    """Whether a job is not run: it was before, there is no time left, which is noted, or a signal came."""
     overrides, table = HydraConfig.get().overrides.task, HydraConfig.get().callbacks["table"]
     if is_kept(state_of(folder, overrides), table.retry):
         return True
     if late := bool(Requests(deadline(OmegaConf.select(cfg, "stop.minutes")))):
         record_failure(folder, OUT_OF_TIME)
-    return late
+    return late or stop_requested()
+
+
+def in_worker() -> bool:
+    """Whether this is a process that a launcher has started for some jobs of a sweep."""
+    return SweepTable.running is None
 
 
 def out_of_time_job(name: str, folder: Path) -> float:

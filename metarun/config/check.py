@@ -162,6 +162,8 @@ def check_names(cfg: DictConfig, frame: type, prefix: str = "") -> None:
 def check_hydra(hydra: Any) -> None:
     """Raise ConfigError for a typed setting that Hydra does not have; a plus adds any name."""
     for override in hydra.overrides.hydra:
+        if not override.startswith("+"):  # Hydra itself has checked it
+            continue
         node: Any = hydra
         for name in override.partition("=")[0].lstrip("+~").split(".")[1:]:
             kind = OmegaConf.get_type(node)

@@ -14,7 +14,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 # A closed terminal sends SIGHUP. Batch systems announce the end of a job by SIGTERM, SIGUSR1, SIGUSR2 or
 # SIGXCPU. Windows has only some of these, and SIGBREAK.
@@ -41,11 +42,13 @@ class Requests:
 
     Attributes:
         signals: the number of the first signal, if one has arrived.
+        handlers: of each signal, before this one held it.
     """
 
     def __init__(self, until: float = math.inf) -> None:
         self.until = until
         self.signals: list[int] = []
+        self.handlers: Mapping[int, Any] = {}
 
     def __bool__(self) -> bool:
         return bool(self.signals) or self.late
@@ -63,9 +66,18 @@ class Requests:
             self.until = -math.inf
 
     def stop(self) -> None:
-        """Raise KeyboardInterrupt after a signal, OutOfTime after `until`; nothing without a request."""
+        """Raise KeyboardInterrupt after a signal, OutOfTime after `until`; nothing without a request.
+
+        A handler of another program, such as that of submitit, is called first: it may queue the job again
+        and exit.
+        """
+        for number in self.signals:
+            if callable(handler := self.handlers.get(number)) and handler.__module__ != __name__:
+                with contextlib.suppress(Exception):
+                    handler(number, None)
+            raise KeyboardInterrupt
         if self:
-            raise KeyboardInterrupt if self.signals else OutOfTime
+            raise OutOfTime
 
 
 def deadline(minutes: float | None) -> float:
@@ -139,7 +151,7 @@ def hold_interrupts(until: float = math.inf) -> Iterator[Requests]:
         elif new and number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    with _handling(handler):
+    with _handling(handler) as requests.handlers:
         yield requests
 
 
@@ -154,17 +166,21 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handling(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """A context with a handler for all signals, except those that the caller ignores, as nohup does."""
+def _handling(handler: Callable[[int, object], None]) -> Iterator[Mapping[int, Any]]:
+    """A context with a handler for all signals, except those that the caller ignores, as nohup does.
+
+    Yields:
+        The handlers that they had before.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
-        yield
+        yield {}
         return
     # Shells ignore SIGINT in background jobs of scripts, but who sends it to a run wants it to stop.
     kept = (signal.SIG_IGN, None)  # None: a handler that was not installed from Python
     numbers = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) not in kept]
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield
+        yield before
     finally:
         for number, old in before.items():
             signal.signal(number, signal.SIG_DFL if old is None else old)

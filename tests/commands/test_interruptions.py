@@ -276,6 +276,23 @@ def test_stopped_before_its_first_checkpoint_a_run_says_so(metarun, monkeypatch:
     assert "resume=" not in errors
 
 
+def test_the_handler_of_a_launcher_is_called_after_the_save():
+    """That of submitit queues the job again, and exits with a status of its own."""
+    calls: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        calls.append(number)
+        raise SystemExit(122) if len(calls) > 1 else ValueError("it cannot")
+
+    signal.signal(signal.SIGUSR2, handler)
+    for expected in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(expected), interrupts.hold_interrupts() as caught:
+            signal.raise_signal(signal.SIGUSR2)
+            assert len(calls) < 2
+            caught.stop()
+    assert calls == [signal.SIGUSR2] * 2
+
+
 def test_nohup_is_respected():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with interrupts.hold_interrupts() as caught:

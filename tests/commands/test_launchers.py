@@ -1,0 +1,71 @@
+"""Sweeps whose jobs are run by joblib, submitit and Ray, each for real in processes of its own."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.runs import UNTESTED
+
+LAUNCHERS = {
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "submitit_local": ["hydra.launcher.timeout_min=5"],
+    "ray": ["+hydra.launcher.ray.init.num_cpus=2"],
+}
+
+
+def needs(launcher: str) -> None:
+    package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+    if not importlib.util.find_spec("hydra_plugins") or not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed")
+
+
+def command(launcher: str, *words: str) -> list[str]:
+    options = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher], "sweep=sweep"]
+    return [sys.executable, "-m", "metarun", "train", "-m", *UNTESTED, *options, *words]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "sweep/sweep.csv").read_text().splitlines()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_jobs_of_a_launcher_are_rows_and_are_kept(launcher: str, tmp_path: Path):
+    needs(launcher)
+    words = command(launcher, "algorithm=protonet,maml", "inner_loop.steps=2", "seed=0,1", "iterations=3")
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "4 jobs in sweep" in done.stdout, done.stderr
+    rows = table(tmp_path)
+    assert [row["error"][:16] for row in rows] == ["inner_loop.steps"] * 2 + [""] * 2
+    files = [path.stat().st_mtime_ns for path in sorted((tmp_path / "sweep").glob("*/last.pt"))]
+    again = subprocess.run([*words, "retry=none"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 1 and table(tmp_path) == rows, again.stderr
+    assert files == [path.stat().st_mtime_ns for path in sorted((tmp_path / "sweep").glob("*/last.pt"))]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_job_that_submitit_queues_again_goes_on_by_itself(tmp_path: Path):
+    needs("submitit_local")
+    words = command("submitit_local", "seed=0,1", "iterations=400", "checkpoint.every=400")
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log)
+    rows = tmp_path / "sweep/1/metrics.jsonl"
+    while process.poll() is None and not (rows.exists() and len(rows.read_text().splitlines()) > 8):
+        time.sleep(0.05)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        words = path.read_bytes().split(b"\0")
+        if b"submitit.core._submit" in words and str(tmp_path).encode() in words[-2]:
+            os.kill(int(path.parent.name), signal.SIGUSR2)  # Slurm's warning that the time is over
+    assert process.wait() == 0, (tmp_path / "log.txt").read_text()
+    logs = [path.read_text() for path in (tmp_path / "sweep/.submitit").glob("*/*_log.err")]
+    assert sum("resumed at iteration" in text for text in logs) >= 1
+    assert [row["validation accuracy"] != "" for row in table(tmp_path)] == [True, True]
