@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import metarun
 from metarun.cli.overrides import Failed, arrange, fail, unquoted
-from metarun.cli.ranks import announce, is_first, join, reports, speak
+from metarun.cli.ranks import announce, end, is_first, is_launched, join, leave, reports, speak
 from metarun.cli.search_path import forget_current_folder
 from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
@@ -83,16 +83,22 @@ def main(argv: list[str] | None = None) -> NoReturn:
     with ending_on_signals(), output_that_never_fails():
         try:
             dispatch(list(sys.argv[1:] if argv is None else argv))
+            leave()
         except KeyboardInterrupt as stopped:
             late = isinstance(stopped, OutOfTime)
             failed = Failed(*("stop.minutes is over", OUT_OF_TIME) if late else ("interrupted", 130))
             speak(failed)
+            end(failed.code)
             sys.exit(failed.code)
         except Failed as failed:
             speak(failed)
+            end(failed.code)
             raise
         except Exception as error:
-            reports(described(error))
+            if is_launched():
+                if reports(described(error)):
+                    traceback.print_exception(error)
+                end(1)
             raise
     sys.exit(0)
 

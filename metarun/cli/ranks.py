@@ -83,6 +83,28 @@ def announce(folder: Path) -> None:
             parallel.current().from_first(str(folder.absolute()))
 
 
+def leave() -> None:
+    """Disconnect, at the end of a command that has not failed."""
+    if "metarun.training.parallel" in sys.modules:
+        from metarun.training import parallel
+
+        parallel.stop()
+
+
+def end(status: object) -> None:
+    """End this process after an error, if it is connected with others.
+
+    At once, without Python's cleaning up: NCCL may wait there for a process that has ended.
+    """
+    if "metarun.training.parallel" in sys.modules:
+        from metarun.training import parallel
+
+        if parallel.current().joined:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(str(status)))
+
+
 def silence() -> None:
     """Leave messages and results to the first process."""
     from metarun.reporting.console import console, messages
@@ -115,7 +137,7 @@ def reports(message: str, interrupted: bool = False) -> bool:
 
         if parallel.current().joined:
             if interrupted:  # all are; but torchrun also interrupts those that are left when one has failed
-                return is_first() and not parallel.current().failure(wait=False)
+                return is_first() and not parallel.current().failure()
             return parallel.current().is_first_failure(message_line(message))
         if parallel.unreached:  # perhaps by this process alone
             return True

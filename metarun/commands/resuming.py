@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,12 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from metarun.config.changes import RESUMABLE, differing, key_of, may_change
 from metarun.config.restore import config_of
 from metarun.config.schema import TrainConfig
-from metarun.config.targets import trusted_modules
+from metarun.config.targets import trust_words, trusted_modules
 from metarun.errors import ConfigError
 from metarun.reporting.console import inform, relative
 from metarun.storage.locks import lock_path, locked
 from metarun.training import checkpoint
 from metarun.training.records import content_of
+from metarun.training.trainer import Trainer
 
 AUTO = "auto"  # of `resume`: go on if the output folder has a run, else start one
 
@@ -54,6 +56,16 @@ def read_start(settings: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
         return None
     path = checkpoint.find(settings.init, "init")
     return path, checkpoint.load(path)
+
+
+def say_how(trainer: Trainer, what: str) -> None:
+    """Say how to go on with a run that has stopped; `what`: that it has, and saved."""
+    if trainer.saved_at is None:
+        inform(f"{what.partition('stopped')[0]}stopped before the first checkpoint; nothing was saved")
+        return
+    words = [f"resume={relative(trainer.folder)}", *trust_words(trainer.record["config"])]
+    inform(f"{what} at iteration {trainer.saved_at}; continue with")
+    inform(f"  {trainer.ranks.program} train {shlex.join(words)}")
 
 
 def found_in(folder: Path) -> Path | None:

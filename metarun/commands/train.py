@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,7 +36,6 @@ from metarun.config.comments import without_pairing
 from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
 from metarun.config.restore import rebuild, restore_state, restored_dataset, start_from
 from metarun.config.schema import TrainConfig, plain, typed
-from metarun.config.targets import trust_words
 from metarun.config.unread import in_use
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, RankLost, described
@@ -161,17 +159,13 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
     try:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
-    except (KeyboardInterrupt, RankLost) as stopped:
+    except KeyboardInterrupt as stopped:
         why = f"stop.minutes={settings.stop.minutes:g}: " if isinstance(stopped, OutOfTime) else ""
-        if trainer.saved_at is None:
-            inform(f"{why}stopped before the first checkpoint; nothing was saved")
-        else:
-            words = [f"resume={relative(folder)}", *trust_words(trainer.record["config"])]
-            before = "" if trainer.saved_at == trainer.iteration else ", before,"
-            inform(f"{why}stopped and saved{before} at iteration {trainer.saved_at}; continue with")
-            inform(f"  {ranks.program} train {shlex.join(words)}")
+        resuming.say_how(trainer, f"{why}stopped and saved")
         raise
     except Exception as error:
+        if isinstance(error, RankLost):
+            resuming.say_how(trainer, "stopped; last.pt was saved")
         if ranks.first:
             write_failure(folder, overrides, described(error))
         raise

@@ -25,7 +25,9 @@ from metarun.errors import ConfigError, RankLost, first_line
 from metarun.training.interrupts import ignore_requests
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
-TIME_TO_REPORT = 2.0  # seconds in which a failing process says why, before others notice that it has ended
+# Seconds in which a process that fails says why, before others say that it has ended; and in which rank 0
+# reports what all find wrong.
+TIME_TO_REPORT, TIME_OF_FIRST = 2.0, 0.5
 
 
 class Ranks:
@@ -163,7 +165,7 @@ class Ranks:
             collective(*arguments, **options)
         except RuntimeError as error:
             ignore_requests()  # torchrun now stops this process, too, which has to say something first
-            known = self.failure()
+            known = self.failure(TIME_TO_REPORT)
             detail = re.sub(r"^\[[^]]*\]\s*", "", first_line(error)).partition(". ")[0]
             raise RankLost(
                 known or f"another process of this run has ended or cannot be reached ({detail})"
@@ -171,9 +173,9 @@ class Ranks:
 
     # how a failure is reported
 
-    def failure(self, wait: bool = True) -> str:
-        """What a process that failed has said; "" if none has, also after a short time if `wait`."""
-        until = time.monotonic() + (TIME_TO_REPORT if wait else 0)
+    def failure(self, seconds: float = 0.0) -> str:
+        """What a process that failed has said; "" if none says anything for so many seconds."""
+        until = time.monotonic() + seconds
         while True:
             with suppress(RuntimeError):  # the store may have ended with the process that held it
                 if self.store.check(["failure"]):
@@ -186,6 +188,8 @@ class Ranks:
         """Whether no other process has reported a failure yet; this process then has to report its own."""
         if not self.joined:
             return True
+        if not self.first and self.failure(TIME_OF_FIRST):
+            return False
         try:
             if self.store.add("failures", 1) > 1:
                 return False
@@ -275,6 +279,14 @@ def start() -> Ranks:
         ) from error
     _current = Ranks(rank, count, store)
     return _current
+
+
+def stop() -> None:
+    """Disconnect from the other processes, at the end of a command that has not failed."""
+    global _current
+    if _current.joined:
+        dist.destroy_process_group()
+        _current = Ranks()
 
 
 class SharedGradient:
