@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 class MetarunError(Exception):
@@ -62,6 +62,30 @@ NO_MEMORY = re.compile(
     r"|can't start new thread|storage size calculation overflowed|array is too big|multiplication overflow",
     re.IGNORECASE,
 )
+
+
+def check_bound(setting: str, values: Mapping[str, float], fits: Callable[[float], bool], must: str) -> None:
+    """Raise ConfigError for the first value that is out of its bounds, naming that one alone.
+
+    Args:
+        setting: the group of the settings, such as "outer_loop".
+        values: by the names of the settings.
+        fits: whether a value is in its bounds.
+        must: how it must be, in words.
+    """
+    for name, value in values.items():
+        if not fits(value):
+            raise ConfigError(f"{setting}.{name}={value}: must be {must}")
+
+
+def check_least(setting: str, least: int, **values: float) -> None:
+    """Raise ConfigError for the first value below `least`."""
+    check_bound(setting, values, lambda value: value >= least, f"at least {least}")
+
+
+def check_above_0(setting: str, **values: float) -> None:
+    """Raise ConfigError for the first value that is not above 0."""
+    check_bound(setting, values, lambda value: value > 0, "above 0")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -128,7 +128,10 @@ class Algorithm(nn.Module, ABC):
         self.check(shape.ways)
         environment = issubclass(source.spec.tasks, Rollouts)
         if environment and not shape.shots and self.takes_steps and self.inner_loop.step_count():  # type: ignore[operator, union-attr]
-            raise ConfigError("shots=0: an inner step learns from trajectories; set shots to 1 or more")
+            raise ConfigError(
+                f"shots=0: algorithm={type(self).__name__} learns by inner steps, each from the trajectories "
+                "of the shots; set shots, as in shots=20"
+            )
 
     @classmethod
     def check_shots(cls, source: EpisodeSource, shots: int) -> None:

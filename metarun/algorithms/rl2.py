@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.algorithms.feature_method import require
 from metarun.algorithms.memories import Attentive, Recurrent, State
+from metarun.errors import check_above_0, check_least
 from metarun.nn.learner import refuse_running_averages
 from metarun.tasks.episodes import Outcome
 from metarun.tasks.policy_gradient import alive_mean, generalised_advantages, outer_loss
@@ -79,12 +79,9 @@ class RL2(Algorithm):
         annealed: int = 1000,
     ) -> None:
         super().__init__()
-        least = min(size, longest, annealed)
-        sizes = f"algorithm.size={size}, algorithm.longest={longest}, algorithm.annealed={annealed}"
-        require(least >= 1, f"{sizes}: must be at least 1")
-        require(width > 0, f"algorithm.width={width}: must be above 0")
-        weights = f"algorithm.value={value}, algorithm.entropy={entropy}, algorithm.entropy_end={entropy_end}"
-        require(min(value, entropy, entropy_end) >= 0, f"{weights}: must be at least 0")
+        check_least("algorithm", 1, size=size, longest=longest, annealed=annealed)
+        check_above_0("algorithm", width=width)
+        check_least("algorithm", 0, value=value, entropy=entropy, entropy_end=entropy_end)
         refuse_running_averages(backbone)
         self.backbone, self.outputs = backbone, outputs
         inputs = int(backbone.features) + 2 * outputs + 2  # type: ignore[arg-type]

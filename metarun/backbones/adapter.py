@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_above_0
 from metarun.nn.layers import Residual
 
 MODEST = 1e-12  # added to a squared length, so that a vector of zeros has derivatives
@@ -32,8 +32,7 @@ class Adapter(nn.Sequential):
                 f"backbone=adapter takes vectors, and this dataset's items have shape {tuple(item_shape)}; "
                 "choose another backbone"
             )
-        if min(hidden, length) <= 0:
-            raise ConfigError(f"backbone.hidden={hidden}, backbone.length={length}: must be above 0")
+        check_above_0("backbone", hidden=hidden, length=length)
         size = math.prod(item_shape)
         last = nn.Linear(hidden, size)
         nn.init.zeros_(last.weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metarun.errors import ConfigError
+from metarun.errors import check_above_0
 from metarun.tasks.class_store import ClassStore, padding_mask
 from metarun.tasks.source import EpisodeSource
 
@@ -32,8 +32,7 @@ class Bag(nn.Sequential):
     def __init__(
         self, vocabulary: int, features: int = 2048, length: float = 3.0, adapts: bool = False
     ) -> None:
-        if min(features, length) <= 0:
-            raise ConfigError(f"backbone.features={features}, backbone.length={length}: must be above 0")
+        check_above_0("backbone", features=features, length=length)
         super().__init__(WeightedTokens(vocabulary, features, length, shared=not adapts))
         self.features = features
 

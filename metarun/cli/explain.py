@@ -250,6 +250,9 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
     if same := [name for name in names if name.rpartition(".")[2] == last]:
         return f"{key}: there is no such setting; did you mean {quoted_names(same, key)}?{everything}"
     others = {other: setting_names(other, []) for other in FRAMES if other != command}
+    if meant := OTHER_NAMES.get((command, parent.partition(".")[0] or last)):
+        value = next((a.partition("=")[2] for a in arguments if a.partition("=")[0] == key), "NAME")
+        return f"{key}: is called {meant} in metarun {command}; type {meant}={value}"
     of = [f"metarun {other}" for other, own in others.items() if key in own]
     hint = did_you_mean(last, known or known_keys("", names))
     if parent in CLASSES_OF_TORCH and "did you mean" not in hint:
@@ -259,6 +262,17 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
     if of:
         return f"{key}: is a setting of {' and '.join(of)}, not of metarun {command}; leave it out"
     return f"{key}: there is no such setting{hint}{everything}"
+
+
+# Settings of other commands that have another name in a command.
+OTHER_NAMES = {
+    ("runs", "dataset"): "data",
+    ("runs", "algorithm"): "method",
+    ("runs", "runs"): "folder",
+    ("report", "folder"): "runs",
+    ("report", "checkpoint"): "runs",
+    ("predict", "checkpoint"): "adapted",
+}
 
 
 def quoted_names(names: list[str], key: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands import environments
-from metarun.commands.models import TestData, own_dataset, queries_of
+from metarun.commands.models import TestData, dataset_for, own_dataset, queries_of
 from metarun.commands.predictions import known_targets, note_dependence, report_queries
 from metarun.config.build import instantiate, validation_shape
 from metarun.config.check import check
@@ -30,7 +30,7 @@ from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, DataError, counted
 from metarun.inference.adapted import AdaptedModel, check_finite, check_reject, placed
 from metarun.inference.images import check_ink, read_query, read_support
-from metarun.inference.model import Model, find, restore
+from metarun.inference.model import Model, find, restore, set_transductive
 from metarun.reporting import plots
 from metarun.reporting.console import console, inform, relative
 from metarun.storage.files import user_path, write_json
@@ -73,7 +73,10 @@ def run(cfg: DictConfig) -> float:
     check_ink(command.ink)
     hardware: Hardware = instantiate(command.hardware, "hardware")
     path, trusted = find(command.checkpoint), trusted_modules(cfg)
-    model = restore(path, trusted, hardware, command.steps, command.transductive)
+    model = restore(path, trusted, hardware, command.steps)
+    if command.support is None:
+        dataset_for(command, model)  # another kind of data is said first
+    set_transductive(model.algorithm, command.transductive, model.name, alone=True)
     check_reject(command.reject, model.predicts_values)
     model.algorithm.eval()
     folder = Path(HydraConfig.get().runtime.output_dir)

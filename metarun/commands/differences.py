@@ -74,18 +74,28 @@ def with_the_best(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> lis
     return [p for p in pairs if best[p["dataset"], p["task"], p["metric"]] in (p["a"], p["b"])]
 
 
+def with_few_references(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> Sequence[dict[str, Any]]:
+    """The pairs, in which several references, such as players, are only compared with the best model."""
+    references = {cell.model.name for cell in cells if isinstance(cell.model, Reference)}
+    if len(references) < 2:
+        return pairs
+    best = with_the_best(pairs, cells)
+    return [pair for pair in pairs if pair in best or not references & {pair["a"], pair["b"]}]
+
+
 def report_pairs(pairs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> None:
     """Print the table of paired differences; of many models, only the pairs with the best one."""
     if not pairs:
         return
     models = {cell.model.name for cell in cells if not isinstance(cell.model, Reference)}
-    shown = with_the_best(pairs, cells) if len(models) > MANY else pairs
+    shown = with_the_best(pairs, cells) if len(models) > MANY else with_few_references(pairs, cells)
     if len(shown) > LINES:
         inform(f"results.json contains the differences of {len(pairs)} pairs of models")
         return
     console.print(pair_table(shown))
     if len(shown) < len(pairs):
-        inform(f"differences to the best model of each task; results.json contains all {len(pairs)} pairs")
+        what = "differences" if len(models) > MANY else "differences of references"
+        inform(f"{what} to the best model of each task; results.json contains all {len(pairs)} pairs")
 
 
 def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:

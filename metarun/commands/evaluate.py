@@ -124,7 +124,7 @@ def is_several(cells: Sequence[Cell]) -> bool:
 def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     """Print tables; write results.json, results.csv and figures to the folder."""
     rows = [row_of(cell, command) for cell in cells]
-    title = f"{command.episodes} episodes, seed {command.seed}"
+    title = f"{command.episodes} {unit_of(cells)}, seed {command.seed}"
     guesses = {f"{cell.shape.ways}-way": cell.shape.chance for cell in cells if cell.shape.chance}
     title += "".join(f", {chance} {ways}" for ways, chance in guesses.items())
     # One table for each set of metrics: tasks of different kinds have different metrics.
@@ -149,6 +149,12 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     if command.confusion:
         names += report_classes(matrices_of(cells), folder)
     inform(f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")
+
+
+def unit_of(cells: Sequence[Cell]) -> str:
+    """What the tasks of all cells are called."""
+    units = {cell.source.spec.tasks.unit for cell in cells}
+    return units.pop() if len(units) == 1 else "episodes"
 
 
 def classes_in(cells: Sequence[Cell], split: str) -> str:
@@ -221,7 +227,8 @@ def over_episodes(row: dict[str, Any], rows: Sequence[tuple[dict[str, Any], Cell
 def of_metric(cell: Cell, metric: Metric) -> dict[str, Any]:
     """The mean of a metric over the episodes of an evaluated cell, and half of its interval."""
     assert cell.result is not None
-    return {"mean": cell.result.mean_of(metric), "interval": cell.result.interval_of(metric)}
+    mean, interval = cell.result.mean_of(metric), cell.result.interval_of(metric)
+    return {"mean": mean, "interval": interval, "unit": unit_of([cell])}
 
 
 def common_settings() -> str:
@@ -313,6 +320,8 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
     table.add_column("task", no_wrap=True)
     if with_steps:
         table.add_column("steps", justify="right", no_wrap=True)
+    if with_rates := any(cell.rate is not None for cell in cells):
+        table.add_column("inner\nrate", justify="right", no_wrap=True)
     if many:
         table.add_column("metric", no_wrap=True)
         table.add_column("95 % interval", min_width=16)
@@ -331,6 +340,8 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
         ]
         if with_steps:
             row.append("" if cell.steps is None else str(cell.steps))
+        if with_rates:
+            row.append("" if cell.rate is None else f"{cell.rate:g}")
         if (result := cell.result) is None:
             table.add_row(*row, *([""] if many else []), Text(cell.reason, style="yellow"))
             continue

@@ -23,7 +23,7 @@ from metarun.config.unread import shown
 from metarun.datasets.base import Dataset
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, counted
-from metarun.inference.model import Model, restore
+from metarun.inference.model import Model, restore, set_transductive
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.rollouts import Rollouts
@@ -43,7 +43,10 @@ def load_models(command: EvalConfig, trusted: Collection[str], hardware: Hardwar
         raise ConfigError("checkpoint=[]: name at least one run folder or .pt file")
     alone = len(references) == 1
     paths = [checkpoint.find(str(each)) for each in references]
-    models = [restore(path, trusted, hardware, command.steps, command.transductive, alone) for path in paths]
+    models = [restore(path, trusted, hardware, command.steps, None, alone) for path in paths]
+    for model in models:
+        dataset_for(command, model)  # another kind of data is said first
+        set_transductive(model.algorithm, command.transductive, model.name, alone)
     # The name is the algorithm. Equal names are extended by the folder, the file, and the folder above.
     places = [model.path.resolve() for model in models]
     for parts in zip(*((p.parent.name, p.stem, p.parent.parent.name) for p in places), strict=True):
@@ -103,6 +106,12 @@ def dataset_for(command: Command | PredictConfig, model: Model) -> Dataset:
         raise ConfigError(
             f"dataset={dataset_name(model)}: is {kinds[0]}, and the model was trained on {kinds[1]}; choose "
             "another dataset, or leave dataset out for that of its training"
+        )
+    if dataset.spec.kind != model.spec.kind:
+        kind = model.spec.kind
+        raise ConfigError(
+            f"dataset={dataset_name(model)}: has {dataset.spec.kind}, and the model was trained on {kind}; "
+            f"choose a dataset of {kind}, or leave dataset out for that of its training"
         )
     return dataset
 
@@ -206,13 +215,12 @@ class TestData:
 
 
 def fitted(source: EpisodeSource, trained: TaskSpec) -> EpisodeSource:
-    """The source with items of the shape that the model needs. Raises ConfigError if that is not possible."""
+    """The source, which has the right kind of examples, with items of the shape that the model needs.
+
+    Raises:
+        ConfigError: that is not possible.
+    """
     wanted, there = trained.item_shape, source.spec.item_shape
-    if source.spec.kind != trained.kind:
-        raise ConfigError(
-            f"dataset: {source.name} has {source.spec.kind}, and the model was trained on {trained.kind}; "
-            f"choose a dataset of {trained.kind}, or leave dataset out for that of its training"
-        )
     if wanted != there and not (isinstance(source, ClassStore) and trained.kind == "images"):
         raise ConfigError(
             f"dataset: {source.name} has examples of {'x'.join(map(str, there))} numbers, and the model "

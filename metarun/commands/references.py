@@ -32,7 +32,7 @@ def with_references(cells: Sequence[Cell], command: EvalConfig) -> list[Cell]:
         for name, reference in cell.source.references(cell.shape, shared).items():
             title = name if different[cell.dataset, cell.shape] == 1 else f"{name} ({cell.model.name})"
             result = scored(cell, reference, command)
-            found.append(replace(cell, model=Reference(title), steps=None, result=result))
+            found.append(replace(cell, model=Reference(title), steps=None, rate=None, result=result))
     return found
 
 

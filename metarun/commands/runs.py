@@ -76,12 +76,18 @@ def is_chosen(each: Record, command: RunsConfig) -> bool:
     return named and command.status in (None, each.status)
 
 
-def rank(each: Record, figure: Figure | None) -> tuple[bool, str, float]:
-    """The sort key of a figure: the best first, by metric; runs without one last."""
+def rank(each: Record, figure: Figure | None) -> tuple[bool, str, str, float]:
+    """The sort key of a figure: the best of each dataset first, by metric; runs without one last."""
     if figure is None or figure.mean != figure.mean:
-        return True, "", 0.0
+        return True, "", "", 0.0
     metric = metric_named(each.metric)
-    return False, each.metric, figure.mean if metric and not metric.higher_is_better else -figure.mean
+    dataset = each.choices.get("dataset", "")
+    return (
+        False,
+        dataset,
+        each.metric,
+        figure.mean if metric and not metric.higher_is_better else -figure.mean,
+    )
 
 
 def summary(chosen: Sequence[Record], every: Sequence[Record], place: str) -> str:

@@ -41,12 +41,13 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
     if test is not None:
         task = trainer.train_source.spec.task_name(test.shape)
         result["test"] = {"task": task, **test_record(test)}
+        unit = trainer.train_source.spec.tasks.unit
         kind = ", transductive" if test.uses_query_statistics else ""
         for each in test.metrics:
             if each.name == metric.before and test.mean_of(each) == test.mean:
                 continue  # a policy with a memory may have played nothing before
             figure = each.show_interval(test.mean_of(each), test.interval_of(each))
-            about = f"  ({task}, {test.episodes} episodes{kind})" if each is metric else ""
+            about = f"  ({task}, {test.episodes} {unit}{kind})" if each is metric else ""
             lines.append(("test" if each is metric else "", f"{each.name} {figure}{about}"))
         lines += [("", test.shape.chance)] * bool(test.shape.chance)
         for part, own in test.parts.items():

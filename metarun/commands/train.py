@@ -17,6 +17,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.commands import resuming
 from metarun.commands.example import counts_confusion, write_example
 from metarun.commands.shapes import check_before_loading, check_shape
+from metarun.commands.starting import build_destinations, build_tracker, check_start
 from metarun.commands.summary import report
 from metarun.commands.trained_on import classes_before, load_split, note_weights, pretrained_by
 from metarun.config.build import (
@@ -42,11 +43,12 @@ from metarun.errors import ConfigError, RankLost, described
 from metarun.nn.frozen import frozen_part
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, inform, relative
-from metarun.reporting.destinations import Background, RunFacts, flat
-from metarun.reporting.tracker import Events, Row, Tracker, Unwritten
+from metarun.reporting.destinations import flat
+from metarun.reporting.tracker import Row, Tracker
 from metarun.storage.files import remove_temporary, write_json, write_text
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Metric, Objective
+from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
@@ -119,12 +121,13 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
         write_hydra_files(cfg, folder)
     settings: TrainConfig = typed(cfg)
     start = resuming.read_start(settings) if state is None else None
-    hardware = instantiate(settings.hardware, "hardware")
+    hardware, destinations = instantiate(settings.hardware, "hardware"), build_destinations(settings)
     ranks.check_devices(hardware.device)
     if state is not None and resumed is not None:
         rebuild(state, settings, hardware, resumed)  # so that it is refused before any data is loaded
     torch.manual_seed(settings.seed)
     dataset = restored_dataset(state or {}, settings.dataset)
+    check_start(start, settings, dataset, hardware)
     check_before_loading(dataset, settings)
     objective = dataset.spec.objective.choosing(settings.metrics, training=True)
     early_stopping(settings).check(objective.metrics[0])
@@ -153,7 +156,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
     if state is not None:
         inform(f"resumed at iteration {trainer.iteration}")
     embed_images(trainer)
-    tracker = build_tracker(settings, trainer, name)
+    tracker = build_tracker(settings, destinations, trainer, name)
     if ranks.first:
         write_json(folder / "machine.json", hardware.facts())
     try:
@@ -175,24 +178,6 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
     return trainer.best.score
 
 
-def build_tracker(settings: TrainConfig, trainer: Trainer, name: str) -> Tracker:
-    """Where the rows of the run go. Raises ConfigError for a destination whose package is not installed."""
-    if not trainer.ranks.first:
-        return Unwritten(trainer.folder, trainer.ranks.from_first())
-    nodes = {"tensorboard": None} if settings.tracker is None else settings.tracker
-    run = RunFacts(trainer.folder, name, trainer.record["config"])
-    tensorboard, others = settings.tracker is None, []
-    for option, node in nodes.items():
-        if node and issubclass(get_class(node["_target_"]), Events):
-            tensorboard = True
-        elif node:
-            others.append(Background(option, instantiate(node, f"tracker.{option}"), run))
-    tensorboard = tensorboard and settings.log.tensorboard
-    tracker = Tracker(trainer.folder, trainer.iteration, tensorboard, trainer.unlogged, others)
-    trainer.ranks.from_first(tracker.rows)
-    return tracker
-
-
 def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
     """Write the config files that Hydra usually writes to .hydra, now that the folder is locked."""
     overrides = HydraConfig.get().overrides.task
@@ -211,14 +196,15 @@ def finish(
     validation = trainer.train_source.spec.task_name(validation_shape(settings))
     label = "validation" if name.endswith(f", {validation}") else f"validation ({validation})"
     metrics = [each for each in trainer.metrics if not repeated(each, trainer.metrics[0], tracker.rows)]
-    plots.learning_curve(tracker.rows, metrics, name, trainer.folder / "learning_curve.png", label)
+    path, plays = trainer.folder / "learning_curve.png", issubclass(trainer.train_source.spec.tasks, Rollouts)
+    plots.learning_curve(tracker.rows, metrics, name, path, label, with_loss=not plays)
     test = test_best(trainer, test_source, settings) if test_source else None
     report(trainer, test, name)
     if test is not None and test_source is not None:
         tasks = test_settings(settings)
         write_example(trainer.algorithm, test_source, tasks, test, trainer.hardware, trainer.folder)
     result = content_of(trainer.folder / "result.json")
-    tracker.end(trainer.record["config"], result, trainer.folder / "learning_curve.png")
+    tracker.end(trainer.record["config"], result, path)
 
 
 def repeated(metric: Metric, main: Metric, rows: Sequence[Row]) -> bool:

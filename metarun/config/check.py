@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from metarun.config.published import published_in
 from metarun.config.schema import FRAMES
 from metarun.config.targets import load_class
-from metarun.config.unread import check_read, shown, value_of
+from metarun.config.unread import check_read, is_typed, shown, value_of
 from metarun.errors import ConfigError
 
 # Constructor arguments that the builder passes, by group; the config must not set them.
@@ -120,7 +120,7 @@ def check(
         if each.name not in KINDS or each.name == "tracker" or (nodes is not None and each.name not in nodes):
             continue
         if not (command != "train" and each.name == "dataset" and no_class(cfg)):
-            check_group(each.name, cfg[each.name], each.default is UNSET, trusted)
+            check_group(each.name, cfg[each.name], each.default is UNSET, trusted, typed)
     if typed:
         check_switches(frame, typed)
         check_read(cfg, frame, typed)
@@ -188,10 +188,16 @@ def check_numbers(value: Any, key: str = "") -> None:
         raise ConfigError(f"{key}={value}: must be a finite number, of at most {LARGEST}")
 
 
-def check_group(name: str, node: Any, required: bool, trusted: Collection[str] | None = None) -> None:
+def check_group(
+    name: str,
+    node: Any,
+    required: bool,
+    trusted: Collection[str] | None = None,
+    typed: Collection[str] = (),
+) -> None:
     """Check the node of a group: a class with its settings, or nothing if it is not required."""
     if OmegaConf.is_dict(node) and "_target_" in node:
-        check_node(name, node, trusted)
+        check_node(name, node, trusted, typed)
     elif not OmegaConf.is_dict(node) and (node or required):
         word = "null" if node is None else node
         how = f"set {name}._target_ and its settings{example(name, word)}"
@@ -248,7 +254,9 @@ def check_number(key: str, value: Any, least: int) -> None:
             raise ConfigError(f"{key}={number}: must be a whole number of at least {least}")
 
 
-def check_node(path: str, node: DictConfig, trusted: Collection[str] | None = None) -> None:
+def check_node(
+    path: str, node: DictConfig, trusted: Collection[str] | None = None, typed: Collection[str] = ()
+) -> None:
     """Check the settings of a `_target_` node against the signature of its class.
 
     The parts of a mixture (the nodes in `settings`) are checked in the same way.
@@ -257,6 +265,7 @@ def check_node(path: str, node: DictConfig, trusted: Collection[str] | None = No
         path: where the node is in the config, such as "backbone" or "dataset.settings.NAME".
         node: the class (`_target_`) and its settings.
         trusted: see `load_class`.
+        typed: the overrides of the command line, to tell where an unknown setting comes from.
 
     Raises:
         ConfigError: if the class cannot be imported or does not belong to the group, or if a setting is
@@ -290,6 +299,11 @@ def check_node(path: str, node: DictConfig, trusted: Collection[str] | None = No
             continue
         if key in supplied:
             raise ConfigError(f"{path}.{key}={value}: is set by metarun; leave it out")
+        if key not in allowed and typed and not is_typed(f"{path}.{key}", typed):
+            raise ConfigError(
+                f"{path}.{key}: {owner(path, cls)} has no setting {key!r}, which other options here set for "
+                f"{path}; leave {owner(path, cls)} out, or choose other options"
+            )
         if key not in allowed:
             raise ConfigError(
                 f"{path}.{key}: {owner(path, cls)} has no setting {key!r}{did_you_mean(key, allowed)}"

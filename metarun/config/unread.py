@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from metarun.config.paths import CONF
 from metarun.errors import ConfigError
 
 
@@ -105,3 +106,14 @@ def value_of(cfg: DictConfig, key: str) -> Any:
     group, _, name = key.rpartition(".")
     node = cfg.get(group) if group else cfg
     return node.get(name) if OmegaConf.is_dict(node) else None
+
+
+def is_typed(key: str, typed: Collection[str]) -> bool:
+    """Whether a setting, or a group that contains it, has a typed value."""
+    names = {override.partition("=")[0].lstrip("+~") for override in typed if not is_option(override)}
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+def is_option(override: str) -> bool:
+    """Whether an override chooses an option of a group."""
+    return (CONF / override.partition("=")[0].lstrip("+")).is_dir()

@@ -165,7 +165,7 @@ def loose_files(folder: Path) -> list[Entry]:
     images.require_folder(folder)
     files = sorted(_below(folder, (), set()), key=_order)
     if not files:
-        raise DataError(f"{folder}: has no images")
+        raise DataError(f"{folder}: has no images; name an image, or a folder with images in it or below it")
     if packed := [entry for entry in files if entry.archive]:
         raise DataError(f"{packed[0].path}: is an archive; extract it")
     return files

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_least
 from metarun.nn.per_task import Params, flatten
 
 #: (weights [T, *shape] each, step from 0) -> the loss of each task, [T].
@@ -37,10 +37,9 @@ class InnerLoop(nn.Module, ABC):
 
     def __init__(self, steps: int, test_steps: int | None, order: int) -> None:
         super().__init__()
-        if steps < 0 or (test_steps is not None and test_steps < 0):
-            raise ConfigError(
-                f"inner_loop.steps={steps}, inner_loop.test_steps={test_steps}: must not be negative"
-            )
+        check_least(
+            "inner_loop", 0, steps=steps, **({} if test_steps is None else {"test_steps": test_steps})
+        )
         if order not in (1, 2):
             raise ConfigError(f"inner_loop.order={order}: must be 1 (first order) or 2 (second order)")
         self.steps, self.test_steps, self.order = steps, test_steps, order

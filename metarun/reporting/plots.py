@@ -38,7 +38,12 @@ BANDS = 6  # the most curves whose intervals can be drawn as bands; of more, the
 
 
 def learning_curve(
-    rows: Rows, metrics: Sequence[Metric], title: str, path: Path, validation: str = "validation"
+    rows: Rows,
+    metrics: Sequence[Metric],
+    title: str,
+    path: Path,
+    validation: str = "validation",
+    with_loss: bool = True,
 ) -> None:
     """Plot each metric and the loss, for training and validation, over iterations; with 95 % intervals.
 
@@ -48,9 +53,11 @@ def learning_curve(
         title: of the figure: the run and its training tasks.
         path: of the PNG file.
         validation: the label of the validation curve, which may be of other tasks.
+        with_loss: whether the loss has a panel. That of a policy is about its own trajectories, and does not
+            fall as the policy gets better.
     """
     shown: list[Metric | None] = [*metrics, None]
-    if any(is_loss(metric, rows) for metric in metrics):
+    if not with_loss or any(is_loss(metric, rows) for metric in metrics):
         shown.remove(None)
     figure, axes = panels(len(shown), 3, (5, 3.8))
     for axis, metric in zip(axes, shown, strict=True):
@@ -244,7 +251,13 @@ def subject(results: Results, note: str) -> str:
     """What was evaluated, for the title of a figure."""
     rows = [row for own in results.values() for row in own]
     datasets = listed(list(dict.fromkeys(row["dataset"] for row in rows)))
-    what = [datasets, rows[0]["split"], f"{rows[0]['episodes']} episodes", note, "95 % intervals"]
+    what = [
+        datasets,
+        rows[0]["split"],
+        f"{rows[0]['episodes']} {rows[0].get('unit', 'episodes')}",
+        note,
+        "95 % intervals",
+    ]
     return ", ".join(part for part in what if part)
 
 

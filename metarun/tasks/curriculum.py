@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun.errors import ConfigError
+from metarun.errors import check_above_0, check_bound, check_least
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.sampling import seeded
 from metarun.tasks.source import Draw, EpisodeSource
@@ -36,12 +36,10 @@ class PrioritizedReplay:
     def __init__(
         self, buffer: int = 500, replay: float = 0.5, temperature: float = 0.1, staleness: float = 0.1
     ) -> None:
-        if buffer < 1 or temperature <= 0:
-            raise ConfigError(
-                f"sampler.buffer={buffer}, sampler.temperature={temperature}: must be at least 1, and above 0"
-            )
-        if not (0 <= replay <= 1 and 0 <= staleness <= 1):
-            raise ConfigError(f"sampler.replay={replay}, sampler.staleness={staleness}: must be from 0 to 1")
+        check_least("sampler", 1, buffer=buffer)
+        check_above_0("sampler", temperature=temperature)
+        shares = {"replay": replay, "staleness": staleness}
+        check_bound("sampler", shares, lambda value: 0 <= value <= 1, "from 0 to 1")
         self.buffer, self.replay, self.temperature, self.staleness = buffer, replay, temperature, staleness
         self.draws: Draw = ()  # of the stored tasks, [stored, ...] each
         self.scores, self.drawn_at = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.long)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +64,9 @@ class Tasks(ABC):
     each of its steps, the outer loop for the loss and the scores on the queries; neither looks at the data.
     So a task may also make its data with the weights it is given, as an environment does.
     """
+
+    #: What tasks are called where their number is reported.
+    unit: ClassVar[str] = "episodes"
 
     @abstractmethod
     def __len__(self) -> int:

@@ -44,6 +44,8 @@ class Rollouts(Tasks):
         inner_terms: what the inner steps of the current pass add to the loss of the queries, [T] each.
     """
 
+    unit = "tasks"  # an episode is a part of one
+
     def __init__(
         self, world: World, seeds: Tensor, shape: EpisodeShape, objective: Objective, estimator: Estimator
     ) -> None:

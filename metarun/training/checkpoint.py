@@ -130,10 +130,9 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
             f"this is metarun {metarun.__version__}, which reads format {FORMAT}; install the other version"
         )
     if content["kind"] != kind:
-        raise CheckpointError(
-            f"{path}: this is {KINDS.get(content['kind'], 'another kind of file')}; "
-            f"name {KINDS[kind]} instead"
-        )
+        found = KINDS.get(content["kind"], "another kind of file")
+        hint = USE_OF_ADAPTED.format(path) if content["kind"] == "adapted" else ""
+        raise CheckpointError(f"{path}: this is {found}; name {KINDS[kind]} instead{hint}")
     return content
 
 
@@ -209,6 +208,7 @@ def check_bytes(path: Path) -> None:
 
 
 KINDS = {"run": "a checkpoint of a training run", "adapted": "an adapted model"}
+USE_OF_ADAPTED = ", or predict with it: metarun predict adapted={} query=..."
 
 
 def find(
@@ -238,8 +238,9 @@ def find(
         raise CheckpointError(
             f"{setting}={reference}: the run stopped before its first checkpoint; start it again"
         )
+    hint = USE_OF_ADAPTED.format(reference) if of_run and (path / "adapted.pt").is_file() else ""
     raise CheckpointError(
-        f"{setting}={reference}: this folder has no {' or '.join(names)}; name {folder} or a .pt file"
+        f"{setting}={reference}: this folder has no {' or '.join(names)}; name {folder} or a .pt file{hint}"
     )
 
 

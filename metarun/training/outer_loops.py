@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_above_0, check_bound, check_least
 from metarun.tasks.rollouts import Rollouts
 from metarun.tasks.source import Draw
 from metarun.training.parallel import Ranks
@@ -55,6 +55,8 @@ class OuterLoop(ABC):
     trains_critics: ClassVar[bool] = False
     #: Whether processes can share the tasks: it needs no more than the sum of their gradients.
     adds_up: ClassVar[bool] = False
+    #: The setting that decides how large a step is.
+    step_size: ClassVar[str] = "optimizer.lr"
 
     @abstractmethod
     def step(self, outer: OuterStep, draw: Draw) -> None:
@@ -100,15 +102,9 @@ class PPO(OuterLoop):
     def __init__(
         self, clip: float = 0.3, epochs: int = 5, minibatches: int = 1, inner_kl: float = 0.0
     ) -> None:
-        if clip <= 0 or inner_kl < 0:
-            raise ConfigError(
-                f"outer_loop.clip={clip}, outer_loop.inner_kl={inner_kl}: the first must be above 0, the "
-                "second at least 0"
-            )
-        if min(epochs, minibatches) < 1:
-            raise ConfigError(
-                f"outer_loop.epochs={epochs}, outer_loop.minibatches={minibatches}: must be at least 1"
-            )
+        check_above_0("outer_loop", clip=clip)
+        check_least("outer_loop", 0, inner_kl=inner_kl)
+        check_least("outer_loop", 1, epochs=epochs, minibatches=minibatches)
         self.clip, self.epochs, self.minibatches, self.inner_kl = clip, epochs, minibatches, inner_kl
 
     def step(self, outer: OuterStep, draw: Draw) -> None:
@@ -157,6 +153,7 @@ class TRPO(OuterLoop):
         shrink: the factor between tried step sizes, in (0, 1).
     """
 
+    step_size = "outer_loop.max_kl"
     unread: ClassVar = dict.fromkeys(("optimizer._target_", "optimizer.lr", "clip.norm", "clip.value"), "")
 
     def __init__(
@@ -168,16 +165,10 @@ class TRPO(OuterLoop):
         backtracks: int = 15,
         shrink: float = 0.8,
     ) -> None:
-        if max_kl <= 0 or damping < 0 or not 0 < shrink < 1:
-            raise ConfigError(
-                f"outer_loop.max_kl={max_kl}, outer_loop.damping={damping}, outer_loop.shrink={shrink}: must "
-                "be above 0, at least 0, and between 0 and 1"
-            )
-        if min(cg_steps, every, backtracks) < 1:
-            raise ConfigError(
-                f"outer_loop.cg_steps={cg_steps}, outer_loop.every={every}, "
-                f"outer_loop.backtracks={backtracks}: must be at least 1"
-            )
+        check_above_0("outer_loop", max_kl=max_kl)
+        check_least("outer_loop", 0, damping=damping)
+        check_bound("outer_loop", {"shrink": shrink}, lambda value: 0 < value < 1, "between 0 and 1")
+        check_least("outer_loop", 1, cg_steps=cg_steps, every=every, backtracks=backtracks)
         self.max_kl, self.cg_steps, self.damping = max_kl, cg_steps, damping
         self.every, self.backtracks, self.shrink = every, backtracks, shrink
 

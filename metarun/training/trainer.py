@@ -371,7 +371,8 @@ class Trainer:
         """The error message for a quantity that is not finite."""
         saved = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]
         where = f"the last good checkpoint is {self.folder / saved[-1]}" if saved else "nothing was saved yet"
-        rates = "inner_loop.rate or optimizer.lr" if self.algorithm.takes_steps else "optimizer.lr"
+        rates = self.outer_step.outer_loop.step_size
+        rates = f"inner_loop.rate or {rates}" if self.algorithm.takes_steps else rates
         return f"{what} is no longer finite at iteration {self.iteration}; {where}; lower {rates}"
 
 

@@ -43,9 +43,21 @@ def test_evaluation_has_rows_of_players_and_the_optimum(metarun, trained):
     assert "rl2 - PSRL" in done.stdout
 
 
+def test_players_are_compared_with_the_best_model_alone(metarun, trained, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    runs = f"checkpoint=[{trained(*SMALL)},{trained(*SMALL, 'seed=1')}]"
+    done = metarun("eval", runs, "episodes=4", "hydra.run.dir=out")
+    content = json.loads(Path("out/results.json").read_text())
+    models = {row["model"]: row["mean"] for row in content["results"] if row["model"].startswith("rl2")}
+    pairs = [line.split("│")[2].strip() for line in done.stdout.splitlines() if " - " in line]
+    assert pairs[0] == " - ".join(models) and len(pairs) == (len(content["comparisons"]) + 1) / 2
+    assert all(pair.startswith(f"{max(models, key=models.get)} - ") for pair in pairs[1:])
+
+
 def test_a_policy_that_remembers_is_adapted_by_playing(metarun, trained):
     run = trained(*SMALL)
     done = metarun("adapt", f"checkpoint={run}", "shots=2", "hydra.run.dir=out")
+    assert "inner" not in done.stdout  # it takes no steps
     assert "the best possible return of this task is" in done.stderr + done.stdout
     rows = json.loads(Path("out/steps.json").read_text())
     assert [row["episodes seen"] for row in rows] == [0, 2]

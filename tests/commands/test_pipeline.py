@@ -52,6 +52,12 @@ def test_the_pipeline(metarun, pretrained: Path, tmp_path: Path):
     assert "10 queries" in metarun("adapt", f"checkpoint={pretrained}", "queries=2", "steps=3").stdout
 
 
+def test_a_backbone_that_does_not_fit_is_refused_before_data_is_drawn(metarun, pretrained: Path):
+    words = ["algorithm=maml", *SMALL, "dataset.seed=77", f"init={pretrained}", "backbone.width=12"]
+    done = metarun("train", *words, status=1)
+    assert "does not fit this one" in done.stderr and "draw glyphs" not in done.stderr
+
+
 @pytest.mark.parametrize("algorithm", ["maml", "cnaps", "relation", "meta_networks", "r2d2"])
 def test_any_method_starts_with_a_backbone(metarun, pretrained: Path, tmp_path: Path, algorithm: str):
     """Its weights are the checkpoint's, with running averages where both have them."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from metarun.reporting import drawing
+
 pytestmark = pytest.mark.xdist_group("environments")  # one process trains for all
 
 SMALL = [
@@ -40,8 +42,16 @@ def test_training_reports_the_return_before_and_after_adaptation(trained):
     assert result["test"]["metrics"].keys() == {"return", "return_before"}
 
 
-def test_progress_lines_say_before_and_after(metarun):
+def test_progress_lines_and_the_learning_curve_show_returns_without_the_loss(metarun, monkeypatch):
+    drawn: list[int] = []
+
+    def panels(count: int, *words: object) -> object:
+        drawn.append(count)
+        return drawing.panels(count, *words)
+
+    monkeypatch.setattr("metarun.reporting.plots.panels", panels)
     done = metarun("train", *SMALL, "iterations=1", "test.episodes=0", "hydra.run.dir=run")
+    assert drawn == [2]  # after adaptation, and before it
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("iteration      1"))
     assert line.count(" to ") == 2 and "loss" not in line
 
@@ -69,12 +79,14 @@ def test_evaluation_over_steps_with_a_rate_for_each(metarun, trained):
         "hydra.run.dir=out",
     )  # fmt: skip
     assert done.stderr.count("inner rate 0.") == 2  # there is nothing to choose without a step
-    assert "episodes" in done.stdout and "seen" in done.stdout and "transductive" not in done.stdout
+    assert "navigation2d, test, 6 tasks, seed 0" in done.stdout and "transductive" not in done.stdout
     rows = list(csv.DictReader(Path("out/results.csv").read_text().splitlines()))
     assert rows.pop()["model"] == "optimum, task known"
     assert [row["episodes_seen"] for row in rows] == ["0", "4", "8"]
     assert len({row["episodes_hash"] for row in rows}) == 1
     assert [bool(row["rate"]) for row in rows] == [False, True, True]
+    shown = [line.split("│")[1:7] for line in done.stdout.splitlines() if line.startswith("│ maml ")]
+    assert [line[3].strip() for line in shown[:3]] == [row["rate"] for row in rows]
 
 
 def test_the_chosen_rate_is_the_one_that_is_evaluated(metarun, trained):
@@ -167,7 +179,7 @@ ERRORS = {
     "train dataset=navigation2d algorithm=maml_plus_plus": "learns from labelled examples",
     "train dataset=navigation2d ways=5": "a task of an environment has one way",
     "train dataset=navigation2d backbone=conv4": "backbone=conv4 takes images",
-    "train dataset=navigation2d shots=0": "shots=0: an inner step learns from trajectories",
+    "train dataset=navigation2d shots=0": "shots=0: algorithm=maml learns by inner steps",
     "train dataset=navigation2d augment=standard": "has no images to augment",
     "train dataset=navigation2d optimizer.lr=0.1": "nothing reads it in outer_loop=trpo",
     "train dataset=navigation2d dataset.estimator.credt=true": "did you mean 'credit'",
@@ -176,7 +188,11 @@ ERRORS = {
     "train dataset=navigation2d algorithm=reptile": "choose outer_loop=gradient",
     "train dataset=navigation2d metrics=[accuracy]": "have no 'accuracy'; choose from return",
     "train outer_loop=ppo": "is for environments",
-    "train sampler=plr sampler.replay=2": "sampler.replay=2, sampler.staleness=0.1: must be from 0 to 1",
+    "train sampler=plr sampler.replay=2": "error: sampler.replay=2: must be from 0 to 1",
+    "train dataset=navigation2d outer_loop.max_kl=-1": "error: outer_loop.max_kl=-1: must be above 0",
+    "train dataset=bandit dataset.pulls=0": "error: dataset.pulls=0: must be at least 1",
+    "train dataset=bandit algorithm=maml": "from the trajectories of the shots; set shots, as in shots=20",
+    "train dataset=bandit outer_loop=trpo": "set for outer_loop; leave outer_loop=trpo out",
 }
 
 
@@ -185,6 +201,11 @@ def test_errors_are_one_line(metarun, words: str):
     done = metarun(*words.split(), status=1)
     assert ERRORS[words] in done.stderr
     assert done.stderr.strip().count("\n") == 0
+
+
+def test_a_diverged_policy_names_the_settings_that_its_steps_depend_on(metarun):
+    done = metarun("train", *SMALL, "inner_rate=1e30", status=1)
+    assert "lower inner_loop.rate or outer_loop.max_kl" in done.stderr.splitlines()[-1]
 
 
 def test_errors_of_other_commands(metarun, trained):
@@ -196,10 +217,10 @@ def test_errors_of_other_commands(metarun, trained):
         "adapt support=. task={goal:[1,2]}": "nothing reads it with support",
         "adapt support=.": "support=.: ",
         "export format=safetensors": "is a policy for an environment",
-        "adapt dataset=glyphs": "glyphs",
-        "eval dataset=glyphs": "glyphs",
+        "adapt dataset=glyphs transductive=true": "dataset=glyphs: is examples",
+        "eval dataset=glyphs transductive=true": "dataset=glyphs: is examples",
         "eval rates=[]": "rates=[]: must name at least one number",
-        "eval rates=[-1.0]": "rates=-1.0: must be above 0",
+        "eval rates=[-1.0]": "rates=-1.0: must be at least 0",
     }.items():
         command, *rest = words.split()
         done = metarun(command, f"checkpoint={run}", *rest, status=1)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,25 @@ def test_odd_folders_are_no_error(metarun, outputs: Path):
     assert listed(done.stdout)["outputs/best"] == ["?", "?", "stopped", "iteration 0"]
 
 
+def test_runs_on_one_dataset_are_ranked_together(metarun, outputs: Path):
+    config = outputs / "a/1/.hydra/hydra.yaml"  # 0.9, between 0.95 and 0.5 on glyphs
+    config.write_text(config.read_text().replace("glyphs", "omniglot"))
+    for order in ("test", "validation"):
+        found = [*listed(metarun("runs", f"sort={order}").stdout)]
+        assert found[0] == "outputs/a/2" and found.index("outputs/a/1") > (0 if order == "test" else 2)
+
+
+def test_a_run_started_when_the_name_of_its_folder_says(tmp_path: Path):
+    written = datetime.fromtimestamp(1.7e9)
+    for name, started in {
+        "2026-11-26_06-29-59.123456": datetime(2026, 11, 26, 6, 29, 59),
+        "2026-13-40_99-99-99": written,
+        "mine": written,
+    }.items():
+        os.utime(make(tmp_path / name) / ".hydra/config.yaml", (1.7e9, 1.7e9))
+        assert record_of(tmp_path / name).started == started
+
+
 def test_a_run_is_running_while_its_folder_is_locked(outputs: Path):
     with locked(outputs / "b" / "run"):
         assert record_of(outputs / "b").status == "running"
@@ -121,6 +141,7 @@ def test_a_run_is_running_while_its_folder_is_locked(outputs: Path):
         (["outputs/a/1/.hydra"], "has no training runs"),
         (["sort=x"], "sort=x: must be one of date, name, validation, test"),
         (["status=done"], "status=done: must be one of running, ended, stopped, failed"),
+        (["dataset=x"], "dataset: is called data in metarun runs; type data=x"),
         (["show=0"], "show=0: must be a whole number of at least 1"),
     ],
 )

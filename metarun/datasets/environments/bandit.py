@@ -11,7 +11,7 @@ from torch import Tensor
 from metarun.datasets.base import Split
 from metarun.datasets.environments.base import Environments, Parameters
 from metarun.datasets.environments.players import MakePlayer, bandit_players
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_least
 from metarun.tasks.actions import Discrete
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.policy_gradient import DEFAULT, Estimator
@@ -45,10 +45,8 @@ class Bandit(Environments):
         rewards: Rewards = "bernoulli",
         estimator: Estimator = DEFAULT,
     ) -> None:
-        if arms < 2 or pulls < 1:
-            raise ConfigError(
-                f"dataset.arms={arms}, dataset.pulls={pulls}: must be at least 2 and at least 1"
-            )
+        check_least("dataset", 2, arms=arms)
+        check_least("dataset", 1, pulls=pulls)
         super().__init__(estimator, pulls)
         self.arms, self.rewards = arms, rewards
 

@@ -127,16 +127,20 @@ class Gymnasium(GymFamily):
         self,
         *,
         id: str,
-        vary: dict[str, Range],
+        vary: dict[str, Range] | None = None,
         arguments: dict[str, float | bool] | None = None,
         horizon: int | None = None,
         estimator: Estimator = DEFAULT,
     ) -> None:
         self.title, self.id = id, id  # type: ignore[misc]
-        self.vary, self.arguments = {name: tuple(bounds) for name, bounds in vary.items()}, arguments or {}
-        self.registered = registered(id)
+        self.arguments, self.registered = arguments or {}, registered(id)
         if not vary:
-            raise ConfigError("dataset.vary={}: name at least one number, 'dataset.vary={m:[0.5,2]}'")
+            known = sorted(numbers_of(self.example.unwrapped) | self.of_constructor)
+            raise ConfigError(
+                f"dataset.vary: name at least one number that differs between tasks, as in 'dataset.vary={{"
+                f"{known[0] if known else 'NAME'}:[0.5,2]}}'; {id} has {', '.join(known) or 'none'}"
+            )
+        self.vary = {name: tuple(bounds) for name, bounds in vary.items()}
         check_range(**{f"vary.{name}": bounds for name, bounds in vary.items()})
         horizon = self.registered.max_episode_steps if horizon is None else horizon
         if horizon is None:

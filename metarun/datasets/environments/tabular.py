@@ -12,7 +12,7 @@ from metarun.datasets.base import Split
 from metarun.datasets.environments.bandit import normal
 from metarun.datasets.environments.base import Environments, Parameters
 from metarun.datasets.environments.players import MakePlayer, tabular_players
-from metarun.errors import ConfigError
+from metarun.errors import check_least
 from metarun.tasks.actions import Discrete
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.policy_gradient import DEFAULT, Estimator
@@ -38,10 +38,8 @@ class Tabular(Environments):
     def __init__(
         self, *, states: int = 10, choices: int = 5, horizon: int = 10, estimator: Estimator = DEFAULT
     ) -> None:
-        if states < 1 or choices < 2:
-            raise ConfigError(
-                f"dataset.states={states}, dataset.choices={choices}: must be at least 1 and at least 2"
-            )
+        check_least("dataset", 1, states=states)
+        check_least("dataset", 2, choices=choices)
         super().__init__(estimator, horizon)
         self.states, self.choices = states, choices
 
