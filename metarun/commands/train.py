@@ -363,12 +363,14 @@ def test_best(trainer: Trainer, source: EpisodeSource, settings: TrainConfig) ->
     source = on_features(source, trainer.algorithm, trainer.hardware)
     confusion, test = counts_confusion(source), test_settings(settings)
     requests = Requests(deadline(settings.stop.minutes))
+    trainer.ranks.hear(requests)
     with Bar("test", max(len(source.parts), 1) * test.episodes, "episodes") as bar:
 
         def advance(count: int) -> None:
             bar.advance(count)
-            trainer.stops(requests)
-            requests.stop()
+            trainer.ranks.any()
+            if trainer.ranks.stopping:
+                requests.stop()
 
         return evaluate(trainer.algorithm, source, test, trainer.hardware, advance, confusion)
 

@@ -178,7 +178,8 @@ class Hardware:
         """The device and the precision in one line, for messages."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f" ({counted(torch.get_num_threads(), 'thread')})" if name == "CPU" else ""
-        return f"{name}{threads}, {self.precision}"
+        processes = f", {self.ranks.count} processes" if self.ranks.count > 1 else ""
+        return f"{name}{threads}, {self.precision}{processes}"
 
     def facts(self) -> dict[str, str]:
         """The machine, the device and the versions of the packages in use, for the record of a run."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError, RankLost, first_line
-from metarun.training.interrupts import ignore_requests
+from metarun.training.interrupts import Requests, ignore_requests
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 # Seconds in which a process that fails says why, before others say that it has ended; and in which rank 0
@@ -44,6 +44,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, count: int = 1, store: Any = None) -> None:
         self.rank, self.count, self.store = rank, count, store
+        self.requests, self.agreed = Requests(), False
 
     @property
     def joined(self) -> bool:
@@ -59,6 +60,11 @@ class Ranks:
     def program(self) -> str:
         """How to start the same command again, for messages."""
         return f"torchrun --nproc-per-node {self.count} -m metarun" if self.count > 1 else "metarun"
+
+    @property
+    def capture_mode(self) -> str:
+        """Whose calls may spoil the capture of a CUDA graph: not those of the threads of NCCL."""
+        return "thread_local" if self.joined else "global"
 
     def share(self, tasks: int) -> slice:
         """This rank's part of the tasks of a step; the sizes of the parts differ by at most one.
@@ -85,12 +91,28 @@ class Ranks:
     # what is exchanged
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is true on any rank; without flags, a point that all ranks must reach."""
+        """For each flag, whether it is true on any rank; without flags, a point that all ranks must reach.
+
+        The ranks also agree on whether to stop, see `stopping`.
+        """
         if not self.joined:
             return list(flags)
-        votes = torch.tensor([*flags, False], dtype=torch.uint8)
+        asked = bool(self.requests.signals), self.requests.late
+        votes = torch.tensor([*flags, *asked], dtype=torch.uint8)
         self._exchange(dist.all_reduce, votes, op=dist.ReduceOp.MAX)
-        return votes.bool().tolist()[:-1]
+        *results, signalled, late = votes.bool().tolist()
+        self.agreed = self.agreed or signalled or late
+        self.requests.add(signalled, late)
+        return results
+
+    def hear(self, requests: Requests) -> None:
+        """Take into account requests to stop, those of all ranks."""
+        self.requests, self.agreed = requests, False
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a request to stop had arrived on any rank when they last called `any`, as a step does."""
+        return self.agreed if self.joined else bool(self.requests)
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""

@@ -343,7 +343,7 @@ class OuterStep:
         self.capturing = True
         torch.cuda.synchronize(self.hardware.device)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode=self.ranks.capture_mode):
                 if self.ranks.joined:  # what they exchange is not part of the graph
                     self.static_share = self.summed_gradient(self.static_draw)
                 else:

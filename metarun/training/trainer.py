@@ -26,7 +26,7 @@ from metarun.tasks.source import EpisodeSource
 from metarun.training import checkpoint
 from metarun.training.evaluation import EvalSettings, Result, evaluate
 from metarun.training.hardware import Hardware
-from metarun.training.interrupts import Requests, hold_interrupts, uninterrupted
+from metarun.training.interrupts import hold_interrupts, uninterrupted
 from metarun.training.outer_loops import Clip, OuterLoop
 from metarun.training.step import OuterStep
 from metarun.training.stopping import EarlyStopping
@@ -209,12 +209,14 @@ class Trainer:
         bar = Bar("train", self.settings.iterations, start=self.iteration)
         self.check_stopping(tracker)
         with hold_interrupts(self.settings.until) as interrupts:
+            self.ranks.hear(interrupts)
             with suppress(Stopped), bar, self.hardware.compute():
                 if self.settings.iterations:
                     self.outer_step.prepare(self.iteration, bar.line)
-                while not self.stops(interrupts) and self.unfinished:
-                    self.iterate(tracker, bar, began, interrupts)
-            if self.stops(interrupts):
+                while self.unfinished and not self.ranks.stopping:
+                    self.iterate(tracker, bar, began)
+            self.ranks.any()
+            if self.ranks.stopping:
                 self.save("last.pt", tracker)
                 interrupts.stop()
         if self.lost_best():  # after its last improvement, perhaps in an earlier session
@@ -232,19 +234,13 @@ class Trainer:
             best, rule = self.best, self.settings.stopping
             self.stopped_by = rule.reason(self.metrics[0], best.score, best.iteration, tracker.rows)
 
-    def stops(self, requests: Requests) -> bool:
-        """Whether any of the ranks has been asked to stop, which all of them note."""
-        requests.add(*self.ranks.any(bool(requests.signals), requests.late))
-        return bool(requests)
-
-    def iterate(self, tracker: Tracker, bar: Bar, began: float, interrupts: Requests) -> None:
+    def iterate(self, tracker: Tracker, bar: Bar, began: float) -> None:
         """Run one iteration, or the part of it that is left to do.
 
         Args:
             tracker: receives the rows of training and validation.
             bar: shows the progress.
             began: when training began, as if it had never stopped, in seconds.
-            interrupts: requests to stop; a validation stops if there is one.
         """
         if not self.validation_due:
             self.step()
@@ -254,7 +250,7 @@ class Trainer:
             self.validation_due = self.due(self.settings.validation_every)
         new = self.validation_due or self.due(self.settings.log_every)
         if self.validation_due:
-            self.validate(tracker, bar, interrupts)
+            self.validate(tracker, bar)
             self.check_stopping(tracker)
         if self.due(self.settings.checkpoint_every) or self.stopped_by:
             self.save("last.pt", tracker)
@@ -289,7 +285,7 @@ class Trainer:
         }
         tracker.log(row)
 
-    def validate(self, tracker: Tracker, bar: Bar, interrupts: Requests) -> None:
+    def validate(self, tracker: Tracker, bar: Bar) -> None:
         """Evaluate on the fixed validation tasks, and save best.pt if the main metric improved.
 
         A start whose loss is not finite is reported and left out: running averages, for example, may need
@@ -301,7 +297,8 @@ class Trainer:
         """
 
         def stop_on_interrupt(count: int) -> None:
-            if self.stops(interrupts):
+            self.ranks.any()
+            if self.ranks.stopping:
                 raise Stopped
 
         result = self.measure(stop_on_interrupt, refused=self.iteration > 0)
