@@ -152,6 +152,19 @@ class Modulation(nn.Module):
         return x * scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
 
 
+class Modulated(nn.Sequential):
+    """A layer and its modulation, which can be loaded from the weights of the layer alone.
+
+    A network that loads its weights from a file does so by the names that its layers had before.
+    """
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        for name in self[0].state_dict():
+            if (weights := state.pop(prefix + name, None)) is not None:
+                state[f"{prefix}0.{name}"] = weights
+        super()._load_from_state_dict(state, prefix, *others)
+
+
 def add_modulations(backbone: nn.Module) -> list[Modulation]:
     """Insert a Modulation after every normalisation layer; without these, after every weight layer."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
@@ -163,7 +176,7 @@ def add_modulations(backbone: nn.Module) -> list[Modulation]:
             return None
         channels = next(getattr(layer, n) for n in CHANNELS if hasattr(layer, n))
         added.append(Modulation(channels, last=isinstance(layer, nn.Linear)))
-        return nn.Sequential(layer, added[-1])
+        return Modulated(layer, added[-1])
 
     replace_layers(backbone, modulated)
     if not added:

@@ -472,6 +472,16 @@ def test_a_frozen_backbone_stays_and_the_task_still_changes_its_features():
     assert not torch.allclose(*features)
 
 
+def test_cnaps_loads_the_weights_of_the_network_without_its_modulations():
+    torch.manual_seed(0)
+    plain, other = (Conv4(SHAPE, width=4, norm="running").eval() for _ in range(2))
+    algorithm, x = CNAPs(other, SHAPE, width=4), torch.rand(5, *SHAPE)
+    other.load_state_dict(plain.state_dict())
+    assert torch.equal(algorithm.eval().backbone(x), plain(x))
+    other.load_state_dict(other.state_dict())  # as of a checkpoint
+    assert torch.equal(other(x), plain(x))
+
+
 def test_cnaps_starts_near_the_plain_network():
     backbone = Conv4(SHAPE, width=8, norm="layer")
     episodes = episodes_of()
