@@ -96,7 +96,7 @@ BAD_VALUES = {
     "log.tensorboard=maybe": "log.tensorboard=maybe: must be true or false",
     "metrics=ece": "metrics=ece: must be a list, as in metrics=[ece]",
     "init=nowhere": "init=nowhere: no such checkpoint",
-    "iterations=-1": "iterations=-1: must be a whole number of at least 1",
+    "iterations=-1": "iterations=-1: must be a whole number of at least 0",
     "backbone.width=1.5": "backbone.width=1.5: must be a whole number",
     "backbone.downsample=average": "must be one of max_pool, stride",
     "backbone=null": "a group needs one of its options",
