@@ -210,7 +210,8 @@ def published() -> str:
 
 def source_of(each: Published) -> list[str]:
     """The paper with its table, and what is always another protocol here."""
-    return [f"{each.paper}, {each.where}", each.differs or "-"]
+    doubt = f" (not verified: {each.unverified})" if each.unverified else ""
+    return [f"{each.paper}, {each.where}{doubt}", each.differs or "-"]
 
 
 #: The tables by the names of their markers: the file that each is in, and what writes it.

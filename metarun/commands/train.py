@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
     embed_images(trainer)
     tracker = build_tracker(settings, destinations, trainer, name)
     if ranks.first:
-        write_json(folder / "machine.json", hardware.facts())
+        write_json(folder / "machine.json", {"started": started_in(folder), **hardware.facts()})
     try:
         trainer.run(tracker)
         finish(trainer, tracker, test_source, settings, name)
@@ -176,6 +177,12 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
         tracker.leave()
     assert trainer.best
     return trainer.best.score
+
+
+def started_in(folder: Path) -> str:
+    """When the run was started, by the record of its machine if it is resumed; else now."""
+    before = content_of(folder / "machine.json").get("started")
+    return before if isinstance(before, str) else f"{datetime.now():%Y-%m-%d %H:%M:%S}"
 
 
 def write_hydra_files(cfg: DictConfig, folder: Path) -> None:

@@ -34,6 +34,7 @@ class Published:
         transductive: whether the queries of a task are predicted together.
         metric: of the value.
         differs: what is always another protocol here; "" if nothing is.
+        unverified: what of this entry was not looked up in the paper itself; "" if all was.
     """
 
     paper: str
@@ -49,6 +50,7 @@ class Published:
     transductive: bool
     metric: str = "accuracy"
     differs: str = ""
+    unverified: str = ""
 
     @property
     def shown(self) -> str:

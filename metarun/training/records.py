@@ -117,10 +117,15 @@ def write_failure(folder: Path, overrides: list[str], error: str) -> None:
 
 
 def started(folder: Path) -> float:
-    """When a run was started: the date in the name of its folder; else its config is written at that time."""
+    """When a run was started: the date in the name of its folder, or in its record of the machine.
+
+    The config is written at that time, too, but a copy of the folder may be younger.
+    """
     if named := STARTED.match(folder.name):
         with contextlib.suppress(ValueError):  # such as a 13th month
             return datetime.strptime(named[0], "%Y-%m-%d_%H-%M-%S").timestamp()
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return datetime.fromisoformat(content_of(folder / "machine.json")["started"]).timestamp()
     config = folder / ".hydra" / "config.yaml"
     return (config if config.exists() else folder).stat().st_mtime
 

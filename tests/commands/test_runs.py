@@ -125,6 +125,10 @@ def test_a_run_started_when_the_name_of_its_folder_says(tmp_path: Path):
     }.items():
         os.utime(make(tmp_path / name) / ".hydra/config.yaml", (1.7e9, 1.7e9))
         assert record_of(tmp_path / name).started == started
+    (tmp_path / "mine/machine.json").write_text('{"started": "2026-11-26 06:29:59"}')  # kept by a copy
+    assert record_of(tmp_path / "mine").started == datetime(2026, 11, 26, 6, 29, 59)
+    (tmp_path / "mine/machine.json").write_text('{"started": 7}')
+    assert record_of(tmp_path / "mine").started == written
 
 
 def test_a_run_is_running_while_its_folder_is_locked(outputs: Path):
