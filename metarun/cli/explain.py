@@ -48,6 +48,8 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
     if "Unexpected type for root" in str(error):  # OmegaConf's assertion about `+a.b=1` if a is null
         added = [argument for argument in reversed(arguments) if re.match(r"\+[^=]*\.", argument)]
         return f"{added[0]}: it is not part of a group of settings; leave it out"
+    if str(error) in ("Record does not exist.", "No trials are completed yet."):  # of Optuna
+        return "no trial of the search has succeeded; the table shows why"
     if "Config group override must be" in str(error):
         empty = [a.partition("=")[0] for a in arguments if a.endswith("=null")]
         return (
@@ -156,7 +158,8 @@ OF_HYDRA = {
     r"Override (\S+) looks like .* but config group '(\S+)'": r"\1: there is no group \2",
     r"Cannot find primary config '(\S+)'": r"-cn \1: there is no such config; leave -cn out",
     r"Sweeping over Hydra's configuration .* '\+*(.*)'": r"\1: cannot be swept; name one value",
-    r"BasicSweeper does not support sweep type": "a sweep lists its values, as in seed=0,1,2",
+    r"BasicSweeper does not support sweep type": "a sweep lists its values, as in seed=0,1,2; for a search "
+    "in intervals add hydra/sweeper=optuna",
     r"Sweep parameters '(.+)' requires --multirun": r"\1: has several values; for a sweep over them add -m",
     r"You must specify '(\S+)'": r"\1 is not set; add \1=OPTION to the command line",
 }

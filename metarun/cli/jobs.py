@@ -7,7 +7,6 @@ composed. `SweepLoader` makes such a job a config that its command refuses.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from metarun.cli.search import OPTUNA, trial_folder
 from metarun.commands.sweeps import content_of_job
 from metarun.config.changes import changes_the_end, differing, key_of, may_change
 from metarun.config.comments import without_pairing
@@ -64,6 +64,8 @@ class SweepLoader(ConfigLoaderImpl):
         config = self.composed(master_config, sweep_overrides)
         sweep: Any = OmegaConf.to_container(config.hydra.sweep)  # in which nothing is resolved yet
         config.hydra.sweep.dir = os.path.join(os.getcwd().replace("${", "\\${"), sweep["dir"])
+        if config.hydra.sweeper["_target_"] == OPTUNA and sweep["subdir"] == "${hydra:job.num}":
+            config.hydra.sweep.subdir = trial_folder(sweep_overrides)
         return config
 
     def composed(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
@@ -152,8 +154,8 @@ def check_composed(cfg: DictConfig) -> None:
 
 
 def value_of_job(folder: Path) -> float | None:
-    """What the command of a job returned: the best validation score, or a first result; NaN if it failed."""
+    """What the command of a job returned: the best validation score, or a first result; None if it failed."""
     content = content_of_job(folder)
     if "error" in content:
-        return math.nan
+        return None
     return content["validation"]["mean"] if "validation" in content else content.get("result")

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import importlib
 import io
-import math
 import os
 import re
 import shutil
@@ -211,7 +210,7 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     from hydra.types import RunMode
 
     from metarun.cli.jobs import check_composed, enter_folder, value_of_job
-    from metarun.cli.sweep import in_worker, is_left, out_of_time_job, record_success
+    from metarun.cli.sweep import in_worker, is_left, is_search, out_of_time_job, record_success
     from metarun.config.check import check_hydra
     from metarun.config.targets import naming_options
 
@@ -228,14 +227,15 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
             result = load(name).run(cfg)
     except BaseException as error:
         if sweep and isinstance(error, OutOfTime):
-            return out_of_time_job(name, folder)
-        if sweep and isinstance(error, KeyboardInterrupt) and in_worker():
-            return math.nan  # "not finished"; the other jobs go on
+            out_of_time_job(name, folder)
+        stopped = isinstance(error, OutOfTime) or (isinstance(error, KeyboardInterrupt) and in_worker())
+        if sweep and stopped and not is_search():
+            return None  # "not finished"; the other jobs go on
         if was_interrupted(error):
             remove_hydra_files(folder, kept)
             raise error if isinstance(error, (OutOfTime, SystemExit)) else KeyboardInterrupt from None
         if sweep:
-            return failed_job(error, name, raw, folder)
+            return failed_job(error, name, raw, folder)  # None: sweepers count it as a failure
         if raw or not isinstance(error, Exception):
             raise
         message = message_of(error, name)
@@ -256,7 +256,7 @@ def was_interrupted(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or (stop_requested() and not isinstance(error, RankLost))
 
 
-def failed_job(error: BaseException, name: str, raw: bool, folder: Path) -> float:
+def failed_job(error: BaseException, name: str, raw: bool, folder: Path) -> None:
     """Report an error of one job of a sweep, and record it for the table; the sweep continues.
 
     Args:
@@ -264,9 +264,6 @@ def failed_job(error: BaseException, name: str, raw: bool, folder: Path) -> floa
         name: the command.
         raw: whether to print the traceback of every error.
         folder: the folder of the job.
-
-    Returns:
-        NaN, as the result of the job.
     """
     from metarun.cli.explain import explain
     from metarun.cli.sweep import record_failure
@@ -276,7 +273,7 @@ def failed_job(error: BaseException, name: str, raw: bool, folder: Path) -> floa
         traceback.print_exception(error)
     message = message or f"internal error: {type(error).__name__}: {first_line(error)}"
     print(f"metarun: error: {message_line(message)}", file=sys.stderr)
-    return record_failure(folder, message)
+    record_failure(folder, message)
 
 
 def load(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metarun.cli.jobs import REFUSED, definition, is_kept, other_job, state_of
+from metarun.cli.search import OPTUNA, prepare_search
 from metarun.commands.sweeps import (
     Row,
     content_of_job,
@@ -29,6 +30,7 @@ from metarun.commands.sweeps import (
     row_of,
     version_of,
 )
+from metarun.config.changes import key_of
 from metarun.config.comments import without_pairing
 from metarun.errors import counted, described, message_line
 from metarun.reporting.console import inform, print_line, relative
@@ -36,6 +38,7 @@ from metarun.training.interrupts import OutOfTime, Requests, deadline, stop_requ
 from metarun.training.records import NOT_FINISHED, write_failure
 
 OUT_OF_TIME = f"{NOT_FINISHED}: stop.minutes is over"
+SWEPT = re.compile(r"=.*(,|\b(choice|range|interval|tag|glob)\()")  # the values of a search
 LOCK = contextlib.ExitStack()  # holds the lock of the sweep of this process; locks cannot be sent to workers
 LOCKED = ".sweep.lock"
 
@@ -71,6 +74,8 @@ class SweepTable(Callback):
             stop_with(f"retry={self.retry}: must be failed (try failed jobs again) or none (leave them)")
         self.folder, self.command = (folder := Path(config.hydra.sweep.dir)), config.hydra.job.config_name
         self.jobs = [without_pairing(words) for words in planned_jobs(config)]
+        fixed = [word for word in config.hydra.overrides.task if not SWEPT.search(word)]
+        self.typed = {key_of(word) for word in fixed}
         self.again = is_sweep(folder)
         sweep: Any = OmegaConf.to_container(config.hydra.sweep)  # in which nothing is resolved
         if self.again and sweep["subdir"] == "${hydra:job.num}":
@@ -80,6 +85,7 @@ class SweepTable(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         if not LOCK.enter_context(locked(folder / "sweep")):
             stop_with(f"{folder}: another process runs this sweep; wait for it, or choose another folder")
+        prepare_search(config)
         # Files of an earlier sweep. Not by their times: the clock of a file server may be another one.
         self.before = {path: version_of(path) for path in record_files(folder)}
         SweepTable.running = self
@@ -104,6 +110,8 @@ class SweepTable(Callback):
         kept = is_kept(state, self.retry)
         if jobs:
             words = [word for word in words if not all(word in job for job in jobs)]
+        else:
+            words = [word for word in words if key_of(word) not in self.typed]
         name = f"job {number + 1}{f' of {len(jobs)}' if jobs else ''}: {' '.join(words)}".rstrip(": ")
         inform(f"{name} ({state} before)" if kept else name)
         if not kept:
@@ -249,7 +257,14 @@ def is_left(cfg: DictConfig, folder: Path) -> bool:
         return True
     if late := bool(Requests(deadline(OmegaConf.select(cfg, "stop.minutes")))):
         record_failure(folder, OUT_OF_TIME)
+        if is_search():
+            raise OutOfTime
     return late or stop_requested()
+
+
+def is_search() -> bool:
+    """Whether the jobs depend on the results of others: without one of them, the sweep ends."""
+    return HydraConfig.get().sweeper["_target_"] == OPTUNA
 
 
 def in_worker() -> bool:
@@ -257,21 +272,17 @@ def in_worker() -> bool:
     return SweepTable.running is None
 
 
-def out_of_time_job(name: str, folder: Path) -> float:
-    """Note that the time of a job was over before it had finished; NaN, as its result."""
-    return record_failure(folder, f"{OUT_OF_TIME}; metarun {name} resume={relative(folder)} continues it")
+def out_of_time_job(name: str, folder: Path) -> None:
+    """Note that the time of a job was over before it had finished."""
+    record_failure(folder, f"{OUT_OF_TIME}; metarun {name} resume={relative(folder)} continues it")
 
 
-def record_failure(folder: Path, message: str) -> float:
+def record_failure(folder: Path, message: str) -> None:
     """Write failure.json for a job, so that the sweep continues and its table shows the error.
 
     Other files in the folder of the job are not changed. A full disk leaves the file as it was.
-
-    Returns:
-        NaN, as the result of the job.
     """
     write_failure(folder, without_pairing(HydraConfig.get().overrides.task), message)
-    return math.nan
 
 
 def record_success(folder: Path, value: float | None) -> None:

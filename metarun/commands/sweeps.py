@@ -153,7 +153,12 @@ def curves_of(results: dict[str, Row]) -> tuple[str, dict[str, dict[str, list[Ro
         for x, settings, score in numbers:
             name = ", ".join(f"{other}={value}" for other, value in settings.items() if other != key)
             own.setdefault(name, []).append({"x": x, **score})
+        if len(own) == len(numbers):  # a search, in which all settings are different
+            curves[key] = {OTHERS_DIFFER: [point for points in own.values() for point in points]}
     return split, curves
+
+
+OTHERS_DIFFER = "other settings differ"  # the name of points that are not connected
 
 
 def number(text: str) -> float | None:
@@ -177,7 +182,9 @@ def draw(results: dict[str, Row], path: Path) -> bool:
     if not curves or metric is None:
         return False
     seeds = " over seeds" if over_seeds(results) else ""
-    setting_curves(curves, metric, f"{split}, 95 % intervals{seeds}", path)
+    joined = all(OTHERS_DIFFER not in own for own in curves.values())
+    others = "" if joined else ", other settings differ"
+    setting_curves(curves, metric, f"{split}, 95 % intervals{seeds}{others}", path, joined)
     return True
 
 

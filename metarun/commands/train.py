@@ -16,6 +16,7 @@ from torch import nn
 
 from metarun.algorithms.base import Algorithm
 from metarun.commands import resuming
+from metarun.commands.ending import check_ending, early_stopping
 from metarun.commands.example import counts_confusion, write_example
 from metarun.commands.shapes import check_before_loading, check_shape
 from metarun.commands.starting import build_destinations, build_tracker, check_start
@@ -59,7 +60,6 @@ from metarun.training.interrupts import OutOfTime, Requests, deadline
 from metarun.training.outer_loops import Clip
 from metarun.training.parallel import Ranks, current
 from metarun.training.records import content_of, write_failure
-from metarun.training.stopping import EarlyStopping
 from metarun.training.trainer import Best, Trainer, TrainSettings
 
 GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
@@ -131,7 +131,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
     check_start(start, settings, dataset, hardware)
     check_before_loading(dataset, settings)
     objective = dataset.spec.objective.choosing(settings.metrics, training=True)
-    early_stopping(settings).check(objective.metrics[0])
+    check_ending(settings, objective.metrics[0])
     record = {"choices": choices, "overrides": overrides, **classes_before(state, start and start[1])}
     trainer = build_trainer(settings, dataset, objective, hardware, folder, record, state or {})
     test_source = build_test_source(settings, dataset, objective, hardware, record, state or {})
@@ -302,11 +302,6 @@ def build_trainer(
         outer_loop,
         sampler,
     )
-
-
-def early_stopping(settings: TrainConfig) -> EarlyStopping:
-    """When training ends before its last iteration."""
-    return EarlyStopping(settings.stop.patience, settings.stop.at)
 
 
 def build_test_source(

@@ -17,7 +17,9 @@ Curve = Sequence[Mapping[str, Any]]  # points: the value `x` of the setting, `me
 FAR = 20  # the ratio of the largest to the smallest value from which an axis is logarithmic
 
 
-def setting_curves(curves: Mapping[str, Mapping[str, Curve]], metric: Metric, title: str, path: Path) -> None:
+def setting_curves(
+    curves: Mapping[str, Mapping[str, Curve]], metric: Metric, title: str, path: Path, joined: bool = True
+) -> None:
     """Plot the score over each setting, with 95 % intervals: a panel for each setting.
 
     Args:
@@ -25,6 +27,7 @@ def setting_curves(curves: Mapping[str, Mapping[str, Curve]], metric: Metric, ti
         metric: the score.
         title: of the figure.
         path: of the PNG file.
+        joined: whether the points of a curve differ in this setting only.
     """
     names = list(dict.fromkeys(name for own in curves.values() for name in own))
     figure, axes = panels(len(curves), 3, (5, 3.8))
@@ -35,7 +38,7 @@ def setting_curves(curves: Mapping[str, Mapping[str, Curve]], metric: Metric, ti
             y, half = metric.scale * y, metric.scale * half
             low, high = band(y, half, metric)
             look = style(names.index(name))
-            axis.plot(x, y, **look, markersize=5, linewidth=1.2)
+            axis.plot(x, y, **look, markersize=5, linewidth=1.2 if joined else 0)
             axis.vlines(x, low, high, colors=look["color"], linewidth=0.9, alpha=0.6)
         values = [point["x"] for points in own.values() for point in points]
         if min(values) > 0 and max(values) >= FAR * min(values):

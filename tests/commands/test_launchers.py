@@ -1,4 +1,4 @@
-"""Sweeps whose jobs are run by joblib, submitit and Ray, each for real in processes of its own."""
+"""Sweeps with the plugins of Hydra, for real: jobs run by joblib, submitit and Ray, chosen by Optuna."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.runs import UNTESTED
+from helpers.runs import TINY, UNTESTED
 
 LAUNCHERS = {
     "joblib": ["hydra.launcher.n_jobs=2"],
@@ -21,8 +21,8 @@ LAUNCHERS = {
 }
 
 
-def needs(launcher: str) -> None:
-    package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+def needs(plugin: str) -> None:
+    package = f"hydra_plugins.hydra_{plugin}"
     if not importlib.util.find_spec("hydra_plugins") or not importlib.util.find_spec(package):
         pytest.skip(f"{package} is not installed")
 
@@ -39,7 +39,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.long
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_jobs_of_a_launcher_are_rows_and_are_kept(launcher: str, tmp_path: Path):
-    needs(launcher)
+    needs(f"{launcher.partition('_')[0]}_launcher")
     words = command(launcher, "algorithm=protonet,maml", "inner_loop.steps=2", "seed=0,1", "iterations=3")
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "4 jobs in sweep" in done.stdout, done.stderr
@@ -54,7 +54,7 @@ def test_jobs_of_a_launcher_are_rows_and_are_kept(launcher: str, tmp_path: Path)
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_a_job_that_submitit_queues_again_goes_on_by_itself(tmp_path: Path):
-    needs("submitit_local")
+    needs("submitit_launcher")
     words = command("submitit_local", "seed=0,1", "iterations=400", "checkpoint.every=400")
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log)
@@ -69,3 +69,37 @@ def test_a_job_that_submitit_queues_again_goes_on_by_itself(tmp_path: Path):
     logs = [path.read_text() for path in (tmp_path / "sweep/.submitit").glob("*/*_log.err")]
     assert sum("resumed at iteration" in text for text in logs) >= 1
     assert [row["validation accuracy"] != "" for row in table(tmp_path)] == [True, True]
+
+
+@pytest.mark.long
+def test_a_search_that_is_killed_goes_on_with_its_study(tmp_path: Path):
+    needs("optuna_sweeper")
+    optuna = pytest.importorskip("optuna")
+    space = ["optimizer.lr=tag(log,interval(1e-3,1e-1))", "ways=choice(3,5)", "backbone.width=4"]
+    options = ["hydra/sweeper=optuna", "search=protonet", "hydra.sweeper.n_trials=3", "sweep=sweep"]
+    tiny = [word for word in TINY if not word.startswith("backbone.width")]
+    words = ["train", "-m", *tiny, *options, *space, "iterations=60", "checkpoint.every=3"]
+    words = [sys.executable, "-m", "metarun", *words]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(tmp_path.glob("sweep/*/result.json"))) < 1:
+        time.sleep(0.05)
+    while process.poll() is None and len(list(tmp_path.glob("sweep/*/last.pt"))) < 2:
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("resumed at iteration") == 1, done.stderr
+    trials = optuna.load_study(study_name="metarun", storage=f"sqlite:///{tmp_path}/sweep/study.db").trials
+    complete = [trial.value for trial in trials if trial.state.name == "COMPLETE"]
+    scores = [float(row["validation accuracy"]) for row in table(tmp_path)]
+    assert sorted(complete) == sorted(scores) and len(scores) == 3 and len(trials) == 4
+    assert f"best_value: {max(scores)}" in (tmp_path / "sweep/optimization_results.yaml").read_text()
+    wrong = [*words, "hydra.sweeper.direction=minimize", "sweep=wrong", "hydra.sweeper.n_trials=1"]
+    refused = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        refused.returncode == 1
+        and "accuracy is better if higher; set hydra.sweeper.direction=max" in refused.stderr
+    )
+    assert refused.stderr.splitlines()[-1] == (
+        "metarun: error: no trial of the search has succeeded; the table shows why"
+    )

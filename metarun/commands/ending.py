@@ -1,0 +1,35 @@
+"""What ends training before its last iteration, and in which direction a search goes."""
+
+from __future__ import annotations
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from metarun.config.schema import TrainConfig
+from metarun.errors import ConfigError
+from metarun.tasks.objectives import Metric
+from metarun.training.stopping import EarlyStopping
+
+
+def early_stopping(settings: TrainConfig) -> EarlyStopping:
+    """When training ends before its last iteration."""
+    return EarlyStopping(settings.stop.patience, settings.stop.at)
+
+
+def check_ending(settings: TrainConfig, metric: Metric) -> None:
+    """Check what depends on the main metric before data is loaded.
+
+    Raises:
+        ConfigError: if it cannot have the score of `stop.at`, or a search goes in its wrong direction.
+    """
+    early_stopping(settings).check(metric)
+    hydra = HydraConfig.get()
+    direction = OmegaConf.select(hydra, "sweeper.direction")  # type: ignore[arg-type]
+    name = str(getattr(direction, "name", direction))
+    wanted, better = ("maximize", "higher") if metric.higher_is_better else ("minimize", "lower")
+    if hydra.mode == RunMode.MULTIRUN and name in {"maximize", "minimize"} - {wanted}:
+        raise ConfigError(
+            f"hydra.sweeper.direction={name}: {metric.name} is better if {better}; set "
+            f"hydra.sweeper.direction={wanted}, and another folder"
+        )
