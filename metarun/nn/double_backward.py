@@ -1,15 +1,16 @@
-"""Batch norm, max pooling and batched linear layers whose backward passes have short derivatives.
+"""Batch norm, convolutions, max pooling and batched linear layers with short second derivatives.
 
 MAML's outer gradient runs through the inner one, so the *backward* of every layer is differentiated
-too. PyTorch does that for batch norm by some twenty passes over the feature map, and keeps the input
-of a max pooling although its indices suffice. The formulas here are exact
-(tests/unit/test_double_backward.py compares with finite differences); docs/speed.md has what they gain.
+too. PyTorch does that for batch norm by some twenty passes over the feature map, for a convolution by a
+loop over its groups, and keeps the input of a max pooling although its indices suffice. The formulas here
+are exact (tests/unit/test_double_backward.py compares with finite differences); docs/speed.md has what
+they gain.
 
 Each operation is two autograd Functions: the layer, whose backward calls the second one, and the
-layer's backward, whose own backward is written out. Linear layers and pooling can be differentiated any
-number of times, as TRPO needs; a third derivative of batch norm raises an error. PyTorch's
-`once_differentiable` would not do that: `autograd.grad` leaves out the branch of the graph that raises its
-error, and returns a wrong derivative without a word.
+layer's backward, whose own backward is written out. Linear layers, convolutions and pooling can be
+differentiated any number of times, as TRPO needs; a third derivative of batch norm raises an error.
+PyTorch's `once_differentiable` would not do that: `autograd.grad` leaves out the branch of the graph that
+raises its error, and returns a wrong derivative without a word.
 
 Everything keeps the memory layout of its input, so that feature maps stay channels-last, which
 is what makes normalising and pooling fast on a CPU. These Functions have no rule for torch.vmap.
@@ -17,9 +18,10 @@ is what makes normalising and pooling fast on a CPU. These Functions have no rul
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -174,6 +176,71 @@ def channels_last(images: Tensor) -> Tensor:
     if channels > 1:
         return images.contiguous(memory_format=torch.channels_last)
     return images.contiguous().as_strided(images.shape, (height * width, 1, width, 1))
+
+
+class ConvSettings(NamedTuple):
+    """What a convolution has besides its tensors, in the order of PyTorch's operations."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, settings: ConvSettings) -> Tensor:
+    """F.conv2d of x [B, C, H, W] whose second derivative runs all groups at once.
+
+    PyTorch's second derivative is a loop over the groups, with copies of the maps. But a convolution and both
+    parts of its backward are linear in each of two of (x, weight, g), and the derivatives of one are the
+    other two; all three have kernels for groups.
+    """
+    return _Conv.apply(x, weight, bias, settings)
+
+
+class _Conv(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: ConvSettings) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings, ctx.biased = settings, bias is not None
+        return F.conv2d(x, weight, bias, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx, dw = _ConvBackward.apply(g, x, weight, ctx.settings, ctx.needs_input_grad[:2])
+        return dx, dw, g.sum((0, 2, 3)) if ctx.biased and ctx.needs_input_grad[2] else None, None
+
+
+class _ConvBackward(Function):
+    """The gradients of a convolution for x, bilinear in (g, weight), and for the weight, in (g, x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, settings: ConvSettings, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(g, x, weight)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        g, x, weight = (tensor.to(g.dtype) for tensor in (g, x, weight))  # under autocast types differ
+        stride, padding, dilation, groups = settings
+        return native.convolution_backward(
+            g, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False)
+        )[:2]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, weight = ctx.saved_tensors
+        to_g = to_x = to_weight = None
+        if v is not None:  # of the gradient for x
+            to_g = conv2d(v, weight, None, ctx.settings)
+            if ctx.needs_input_grad[2]:
+                to_weight = _ConvBackward.apply(g, v, weight, ctx.settings, (False, True))[1]
+        if u is not None:  # of the gradient for the weight
+            part = conv2d(x, u, None, ctx.settings)
+            to_g = part if to_g is None else to_g + part
+            if ctx.needs_input_grad[1]:
+                to_x = _ConvBackward.apply(g, x, u, ctx.settings, (True, False))[0]
+        return to_g, to_x, to_weight, None, None
 
 
 def max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil: bool) -> Tensor:

@@ -37,6 +37,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metarun.nn import double_backward
+from metarun.nn.double_backward import ConvSettings
 from metarun.nn.layers import Residual
 
 Params = dict[str, Tensor]  # each [T, *shape]: every task's own copy of the weights
@@ -311,8 +312,8 @@ def _conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
     bias = own["bias"].flatten() if "bias" in own else None
     weight = own["weight"].flatten(0, 1)  # [T*out, in/groups, k, k]
-    groups = tasks * layer.groups
-    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
+    sizes = pair(layer.stride), pair(layer.padding), pair(layer.dilation)  # type: ignore[arg-type]
+    return double_backward.conv2d(x, weight, bias, ConvSettings(*sizes, tasks * layer.groups))
 
 
 def _unfolded_conv2d(layer: nn.Module, own: Params, x: Tensor, tasks: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from metarun.nn import double_backward
+from metarun.nn.double_backward import ConvSettings
 from metarun.nn.layers import Residual, StepNorm
 from metarun.nn.per_task import TaskBatching, leaves, pooled_first, run_chain, run_on_tasks
 
@@ -192,6 +193,51 @@ def third_derivative(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     (first,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad((first.tanh() * v).sum(), x, create_graph=True)
     return torch.autograd.grad((second.tanh() * u).sum(), x)[0]
+
+
+CONVOLUTIONS = {
+    "groups": ConvSettings((1, 1), (1, 1), (1, 1), 2),
+    "strides": ConvSettings((2, 1), (0, 2), (1, 1), 1),
+    "dilation": ConvSettings((1, 2), (2, 1), (2, 1), 4),
+}
+
+
+def conv_inputs(layout: str, settings: ConvSettings) -> tuple[Tensor, Tensor, Tensor]:
+    weight = torch.randn(4, 4 // settings.groups, 3, 2, dtype=torch.float64)
+    return images(layout, 4), weight.requires_grad_(), vector(1, 4)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convolutions_and_their_derivatives(layout: str, name: str):
+    settings = CONVOLUTIONS[name]
+    inputs = conv_inputs(layout, settings)
+    y = double_backward.conv2d(*inputs, settings)
+    torch.testing.assert_close(y, F.conv2d(*inputs, *settings))
+    assert y.is_contiguous(memory_format=LAYOUTS[layout])
+
+    def squared(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return double_backward.conv2d(x, w, b, settings).square()
+
+    assert gradcheck(squared, inputs, fast_mode=True)
+    assert gradgradcheck(squared, inputs, fast_mode=True)
+    assert gradgradcheck(squared, (inputs[0].detach(), inputs[1]), fast_mode=True)  # a first layer
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_third_derivatives_of_convolutions(name: str):
+    settings = CONVOLUTIONS[name]
+    x, weight, bias = conv_inputs("contiguous", settings)
+
+    def f(conv: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: conv(x.sin(), weight * x.mean(), bias).tanh()
+
+    own = third_derivative(f(lambda *inputs: double_backward.conv2d(*inputs, settings)), x)
+    expected = third_derivative(f(lambda *inputs: F.conv2d(*inputs, *settings)), x)
+    torch.testing.assert_close(own, expected)
+    assert expected.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
