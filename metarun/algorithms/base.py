@@ -122,6 +122,9 @@ class Algorithm(nn.Module, ABC):
     def check(self, ways: int) -> None:
         """Raise ConfigError if the method does not support tasks with this number of ways."""
 
+    def check_untrained(self) -> None:
+        """Raise ConfigError if the method, as it is set, cannot be used without any training."""
+
     def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
         """Raise ConfigError if the method does not support tasks of this shape from this source."""
         self.check_shots(source, shape.shots)

@@ -181,6 +181,13 @@ class SimpleShot(Classifier):
         self.average.mul_(left[0]).add_(((share * left[1:]).unsqueeze(1) * tasks).sum(0))
         self.batches += len(tasks)
 
+    def check_untrained(self) -> None:
+        require(
+            self.transform != "CL2N",
+            "algorithm.transform=CL2N: centres by the mean feature of training, and iterations=0 has none; "
+            "choose algorithm.transform=L2N, or iterations=100",
+        )
+
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
         """The class means of transformed features, [T, N, F]."""
         return prototypes(self.transformed(features), targets, ways)

@@ -331,9 +331,10 @@ def frozen_by(algorithm: Algorithm, settings: TrainConfig) -> str:
 
 
 def check_trains(algorithm: Algorithm, settings: TrainConfig) -> None:
-    """Raise ConfigError if a frozen backbone leaves an algorithm nothing to train in the iterations."""
-    frozen = frozen_part(algorithm.own_backbone()) is not None
-    if settings.iterations and frozen and not any(p.requires_grad for p in algorithm.parameters()):
+    """Raise ConfigError if a frozen backbone leaves an algorithm nothing to train, or it needs training."""
+    if not settings.iterations:
+        algorithm.check_untrained()
+    elif frozen_part(algorithm.own_backbone()) and not any(p.requires_grad for p in algorithm.parameters()):
         raise ConfigError(
             f"iterations={settings.iterations}: the backbone is frozen, and "
             f"algorithm={type(algorithm).__name__} has no other weights to train; set iterations=0 to test "

@@ -21,6 +21,7 @@ from metarun.config.schema import Node, TrainConfig
 from metarun.config.targets import naming_options
 from metarun.datasets.base import Dataset
 from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError, first_line
+from metarun.nn.frozen import frozen_part
 from metarun.tasks.spec import TaskSpec
 from metarun.training.checkpoint import check_weights
 from metarun.training.hardware import Hardware
@@ -198,7 +199,7 @@ def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> 
     run = f"{choices.get('algorithm')} on {choices.get('dataset')}"
     offered, wanted = backbone_of(content["algorithm"]), dict(backbone.state_dict())
     has, wants = (any(map(is_average, names)) for names in (offered, wanted))
-    if wants and not has and algorithm.frozen:
+    if wants and not has and (algorithm.frozen or frozen_part(backbone)):
         raise ConfigError(
             f"init={path}: a frozen backbone needs running averages, and the checkpoint ({run}) has none; "
             "choose a run with norm=running"

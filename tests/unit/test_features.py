@@ -16,8 +16,10 @@ from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.r2d2 import R2D2
 from metarun.config.build import build_backbone
+from metarun.config.restore import start_from
 from metarun.datasets.augment import Augment
 from metarun.datasets.mixture import MixtureStore
+from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
 from metarun.nn.frozen import Frozen
 from metarun.tasks.class_store import ClassStore
@@ -184,3 +186,22 @@ def test_a_mixture_of_datasets():
     results = [evaluate(algorithm, each, TASKS, CPU) for each in sources]
     assert [*results[0].parts] == [*results[1].parts] == ["a", "b"]
     torch.testing.assert_close(results[1].losses, results[0].losses, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_without_running_averages_do_not_start_a_frozen_network():
+    class Net(nn.Sequential):
+        features = 4
+
+        def __init__(self, running: bool) -> None:
+            super().__init__(nn.Conv2d(3, 4, 6), nn.BatchNorm2d(4, track_running_stats=running), nn.Flatten())
+
+    frozen = nn.Sequential(Frozen(Net(running=True)))
+    frozen.features = 4
+    for running in (True, False):
+        content = {"algorithm": ProtoNet(Net(running)).state_dict(), "choices": {}}
+        if running:
+            start_from(ProtoNet(frozen), Path("run/best.pt"), content)
+            assert torch.equal(frozen[0].network[0].weight, content["algorithm"]["backbone.0.weight"])
+        else:
+            with pytest.raises(ConfigError, match=r"^init=run/best\.pt: a frozen backbone needs "):
+                start_from(ProtoNet(frozen), Path("run/best.pt"), content)

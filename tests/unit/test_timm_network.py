@@ -10,6 +10,7 @@ import torch
 from helpers.methods import SHAPE, episodes_of, gradient, relative_error
 from torch import Tensor, nn
 
+from metarun.algorithms.baseline import SimpleShot
 from metarun.algorithms.cnaps import CNAPs
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
@@ -148,6 +149,9 @@ def test_nothing_to_train_is_reported():
         check_trains(ProtoNet(frozen), settings)
     settings.iterations = 0
     check_trains(ProtoNet(frozen), settings)
+    check_trains(SimpleShot(frozen, classes=5, transform="L2N"), settings)
+    with pytest.raises(ConfigError, match=r"^algorithm\.transform=CL2N: .*; choose \S+=L2N, or"):
+        check_trains(SimpleShot(frozen, classes=5), settings)
 
 
 @pytest.mark.parametrize(("name", "frozen"), [("test_resnet", True), ("test_vit", True), ("test_vit", False)])
