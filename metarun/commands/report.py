@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from metarun.commands.models import values_of
-from metarun.commands.run_report import interval, run_sections
+from metarun.commands.run_report import interval, matrix_sections, run_sections
 from metarun.config.check import check
 from metarun.config.schema import ReportConfig, typed
-from metarun.errors import DataError, counted
+from metarun.errors import DataError, counted, printable
 from metarun.reporting.console import inform, relative
 from metarun.reporting.report import CellText, Report, Section, number, text
-from metarun.storage.files import user_path, write_text
+from metarun.storage.files import read_regular, user_path, write_text
 from metarun.training.records import content_of, runs_in
+
+MATRICES = 6  # the most confusion matrices of an evaluation
 
 
 def run(cfg: DictConfig) -> None:
@@ -67,11 +72,26 @@ def evaluation_sections(paths: Sequence[Path]) -> Iterator[Section]:
             yield Section(
                 f"Evaluation {relative(path.parent)}", columns=columns, rows=list(map(grid_row, listed))
             )
+        yield from confusions_beside(path.parent)
         if pairs:
             columns = ["task", "metric", "models", "difference, 95 % interval", "excludes 0"]
             yield Section(
                 "Paired differences on the same episodes", columns=columns, rows=list(map(pair_row, pairs))
             )
+
+
+def confusions_beside(folder: Path) -> Iterator[Section]:
+    """The confusion matrices that `metarun eval confusion=true` has written to a folder."""
+    for path in sorted(folder.glob("confusion_*.csv"))[:MATRICES]:
+        try:
+            rows = list(csv.reader(io.StringIO(read_regular(path).decode("utf-8", "replace"))))
+            names = [printable(row[1]) for row in rows[1:]]
+            counts = torch.tensor([[int(cell) for cell in row[2:]] for row in rows[1:]])
+        except (OSError, csv.Error, ValueError, IndexError, RuntimeError):  # it is something else
+            continue
+        if names and counts.shape == (len(names), len(names)) and int(counts.min()) >= 0:
+            what = f"in {path.stem.removeprefix('confusion_')}"
+            yield Section(f"Confusions {what}", parts=list(matrix_sections(what, names, counts)))
 
 
 def as_list(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from metarun.commands.example import FILE
 from metarun.config.schema import path_kind
@@ -285,19 +286,22 @@ def confusion_sections(task: Mapping[str, Any]) -> Iterator[Section]:
             counts = torch.from_numpy(matrix(len(names), content["counts"]))
         except (TypeError, KeyError, ValueError, IndexError, OverflowError):
             continue
-        title = f"Confusion matrix of the test{f', {dataset}' if dataset else ''}"
-        rows = sorted(class_rows(counts, names), key=lambda row: row["f1"])
-        if len(names) <= DRAWN:
-            label = f"{title}: {counted(len(names), 'class', 'classes')}; the table below has the numbers"
-            yield Section(title, figures=[pixels(confusion_figure(counts, names, ""), label)])
-        columns = ["class", "queries", "precision", "recall", "f1", "most often taken for"]
-        shown = f"The {WORST} classes with the lowest F1 of {len(rows)}." if len(rows) > WORST else ""
-        yield Section(
-            f"Classes of the test{f', {dataset}' if dataset else ''}",
-            shown,
-            columns=columns,
-            rows=[[share(row, key) for key in columns] for row in rows[:WORST]],
+        yield from matrix_sections(f"of the test{f', {dataset}' if dataset else ''}", names, counts)
+
+
+def matrix_sections(what: str, names: Sequence[str], counts: Tensor) -> Iterator[Section]:
+    """A confusion matrix, drawn unless it has many classes, and the worst of its classes."""
+    rows = sorted(class_rows(counts, names), key=lambda row: row["f1"])
+    if len(names) <= DRAWN:
+        label = (
+            f"Confusion matrix {what}: {counted(len(names), 'class', 'classes')}; the table has the numbers"
         )
+        figures = [pixels(confusion_figure(counts, names, ""), label)]
+        yield Section(f"Confusion matrix {what}", figures=figures)
+    columns = ["class", "queries", "precision", "recall", "f1", "most often taken for"]
+    shown = f"The {WORST} classes with the lowest F1 of {len(rows)}." if len(rows) > WORST else ""
+    cells = [[share(row, key) for key in columns] for row in rows[:WORST]]
+    yield Section(f"Classes {what}", shown, columns=columns, rows=cells)
 
 
 def share(row: Mapping[str, Any], key: str) -> CellText:

@@ -65,6 +65,8 @@ def test_a_report_has_the_figures_of_runs_and_evaluations(metarun):
     }
     content = {"results": [row, {"model": "maml", "reason": "its head has 5 ways"}, 7], "comparisons": [pair]}
     Path("outputs/eval/results.json").write_text(json.dumps(content))
+    Path("outputs/eval/confusion_maml.csv").write_text("number,class,as x,as <y>\n1,x,3,1\n2,<y>,0,4\n")
+    Path("outputs/eval/confusion_cut.csv").write_text("number,class,as x\n1,x")
     done = metarun("report", "hydra.run.dir=out")
     assert "saved report.html" in done.stderr
     text = Path("out/report.html").read_text("utf-8")
@@ -76,6 +78,7 @@ def test_a_report_has_the_figures_of_runs_and_evaluations(metarun):
     grid = ["maml", "glyphs", "5-way 1-shot", "accuracy", "50.00 ± 10.00 %", "60", "yes"]
     assert grid in rows and ["5-way 1-shot", "accuracy", "x - y", "20.00 ± 10.00 %", "yes"] in rows
     assert any("its head has 5 ways" in row for row in rows)
+    assert ["x", "4", "100.0 %", "75.0 %", "85.7 %", "<y>"] in rows and text.count("Confusions in") == 2
     assert "<script>alert" not in text and html.escape("<script>alert(1)</script>") in text
     assert text.count("<svg") == 1 and not re.search(r"(src|href)=[\"']?https?:", text)
     assert "metarun train" in text
