@@ -174,9 +174,8 @@ class OuterStep:
         Measured on a copy, so that weights, running averages and the random state do not change.
         """
         draw = next(split_draw(next(self.draws_from(0)), 1))
-        clone = self.hardware.place(
-            copy.deepcopy(self.algorithm)
-        )  # which joins the weights of recurrent layers
+        # `place` joins the weights of recurrent layers, which a copy leaves apart.
+        clone = self.hardware.place(copy.deepcopy(self.algorithm))
         params = [p for p in clone.parameters() if p.requires_grad]
         with self.hardware.forked_random():
             return peak_bytes(lambda: self.meta_gradient(clone.meta_loss, params, draw), self.hardware.device)
