@@ -169,8 +169,8 @@ def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
     if not in_metarun(cls):
         where = f"backbone: {cls.__module__}.{cls.__qualname__}"
         set_features(backbone, forward_on_zeros(backbone, spec, where).shape[1], where)
-        if getattr(backbone, "frozen", False) is True and spec.kind == "images":
-            frozen = nn.Sequential(Frozen(backbone))
+        if getattr(backbone, "frozen", False) is True:
+            frozen = nn.Sequential(Frozen(backbone, len(spec.item_shape)))
             frozen.features = backbone.features
             return frozen
     return backbone

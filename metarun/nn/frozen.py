@@ -19,15 +19,17 @@ class Frozen(nn.Module):
     they are, so that a method runs on images and on their features.
 
     Args:
-        network: maps images to features; its weights get no gradient.
+        network: maps examples to features; its weights get no gradient.
+        dims: the number of dimensions of an example: 3 for images. Only images may be replaced by features.
     """
 
     frozen = True
     independent = True
     shared_by_tasks = True
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, dims: int = 3) -> None:
         super().__init__()
+        self.dims = dims
         self.network = network.requires_grad_(False)
         self.train()
 
@@ -35,14 +37,12 @@ class Frozen(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if x.dim() == 2 else self.network(x)
+        return x if self.dims == 3 and x.dim() == 2 else self.network(x)
 
     def on_tasks(self, own: Params, x: Tensor, tasks: int) -> Tensor:
-        """Images [B, T*C, H, W], or features [T, B, F], to features [T, B, F]."""
-        if x.dim() == 3:
-            return x
-        images = x.unflatten(1, (tasks, -1)).transpose(0, 1)
-        return self.network(images.flatten(0, 1)).unflatten(0, (tasks, -1))
+        """Images [B, T*C, H, W], features [T, B, F] or other examples [T, B, ...] to features [T, B, F]."""
+        examples = x.unflatten(1, (tasks, -1)).transpose(0, 1) if x.dim() == 4 else x
+        return self(examples.flatten(0, 1)).unflatten(0, (tasks, -1))
 
     def digest(self) -> str:
         """A SHA-256 sum of all that features depend on beside the images.

@@ -15,6 +15,7 @@ from metarun.algorithms.cnaps import CNAPs
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.r2d2 import R2D2
+from metarun.backbones.adapter import Adapter
 from metarun.config.build import build_backbone
 from metarun.config.restore import start_from
 from metarun.datasets.augment import Augment
@@ -22,6 +23,8 @@ from metarun.datasets.mixture import MixtureStore
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
 from metarun.nn.frozen import Frozen
+from metarun.nn.per_task import run_on_tasks
+from metarun.nn.shared_weights import run_shared
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.spec import TaskSpec
@@ -76,8 +79,16 @@ def seen(algorithm: Algorithm) -> int:
     return total
 
 
+def adapted(net: nn.Module) -> nn.Module:
+    """A frozen network with a trained layer behind it, as people compose them."""
+    whole = nn.Sequential(net[0], Adapter((8,), hidden=4))
+    whole.features = 8
+    return whole
+
+
 METHODS: dict[str, Callable[[nn.Module], Algorithm]] = {
     "protonet": lambda net: ProtoNet(net, learn_scale=True),
+    "protonet-adapter": lambda net: ProtoNet(adapted(net)),
     "r2d2": lambda net: R2D2(net),
     "simpleshot": lambda net: SimpleShot(net, classes=5),
     "baseline": lambda net: Baseline(net, SGD(0.1, 0, test_steps=5), classes=5),
@@ -186,6 +197,21 @@ def test_a_mixture_of_datasets():
     results = [evaluate(algorithm, each, TASKS, CPU) for each in sources]
     assert [*results[0].parts] == [*results[1].parts] == ["a", "b"]
     torch.testing.assert_close(results[1].losses, results[0].losses, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", [run_shared, lambda net, x: run_on_tasks(net, {}, x)])
+def test_a_frozen_network_of_rows_is_run(run: Callable[[nn.Module, Tensor], Tensor]):
+    net = build_backbone({"_target_": f"{__name__}.Rows"}, TaskSpec((5,)))
+    x = torch.rand(2, 3, 5)
+    torch.testing.assert_close(run(net, x), net[0].network(x))
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+class Rows(nn.Linear):
+    frozen = True
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
 
 
 def test_weights_without_running_averages_do_not_start_a_frozen_network():
