@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from metarun.cli.overrides import quoted
 from metarun.errors import ConfigError
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
@@ -49,6 +50,8 @@ def prepare_search(config: DictConfig) -> None:
             sweeper[name] = value
     direction = str(getattr(sweeper.direction, "name", sweeper.direction))
     config.hydra.overrides.hydra.append(f"hydra.sweeper.direction={direction}")  # jobs check it
+    for name in ("storage", "study_name") if sweeper.storage else ():  # for stop.hopeless
+        config.hydra.overrides.hydra.append(f"hydra.sweeper.{name}={quoted(str(sweeper[name]))}")
     if sweeper.storage:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(

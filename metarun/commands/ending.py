@@ -6,6 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from metarun.commands.pruning import hopeless, is_search
 from metarun.config.schema import TrainConfig
 from metarun.errors import ConfigError
 from metarun.tasks.objectives import Metric
@@ -14,7 +15,8 @@ from metarun.training.stopping import EarlyStopping
 
 def early_stopping(settings: TrainConfig) -> EarlyStopping:
     """When training ends before its last iteration."""
-    return EarlyStopping(settings.stop.patience, settings.stop.at)
+    stop = settings.stop
+    return EarlyStopping(stop.patience, stop.at, hopeless(settings.iterations) if stop.hopeless else None)
 
 
 def check_ending(settings: TrainConfig, metric: Metric) -> None:
@@ -23,7 +25,13 @@ def check_ending(settings: TrainConfig, metric: Metric) -> None:
     Raises:
         ConfigError: if it cannot have the score of `stop.at`, or a search goes in its wrong direction.
     """
-    early_stopping(settings).check(metric)
+    EarlyStopping(settings.stop.patience, settings.stop.at).check(metric)
+    typed = any(word.startswith("stop.hopeless=") for word in HydraConfig.get().overrides.task)
+    if settings.stop.hopeless and typed and not is_search():
+        raise ConfigError(
+            "stop.hopeless=true: only a search compares its runs; add -m hydra/sweeper=optuna, or leave it "
+            "out"
+        )
     hydra = HydraConfig.get()
     direction = OmegaConf.select(hydra, "sweeper.direction")  # type: ignore[arg-type]
     name = str(getattr(direction, "name", direction))

@@ -12,7 +12,7 @@ RESUMABLE = (
 )
 ROOT_OF_PART = re.compile(r"dataset\.settings\.[\w-]+\.root")
 # Those of them that say when a run is complete.
-OF_THE_END = ("iterations", "test", "stop.patience", "stop.at")
+OF_THE_END = ("iterations", "test", "stop.patience", "stop.at", "stop.hopeless")
 
 
 def may_change(key: str) -> bool:

@@ -81,6 +81,7 @@ class Stop:
     patience: int | None = whole(1, None)
     at: float | None = None
     minutes: float | None = positive(None)
+    hopeless: bool = False
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ class EarlyStopping:
     Args:
         patience: the number of validations in a row without a new best score; None: no limit.
         at: a score of the main metric that is enough; None: no score is.
+        hopeless: whether a run is to end, by the name of its main metric and its rows, if somebody is asked.
     """
 
     patience: int | None = None
     at: float | None = None
+    hopeless: Callable[[str, Iterable[Mapping[str, Any]]], bool] | None = None
 
     def check(self, metric: Metric) -> None:
         """Raise ConfigError if the main metric cannot have the score `at`."""
@@ -44,4 +46,6 @@ class EarlyStopping:
         worse = sum(row["split"] == "validation" and row["iteration"] > iteration for row in rows)
         if self.patience is not None and worse >= self.patience:
             return f"stop.patience={self.patience}"
+        if self.hopeless is not None and self.hopeless(metric.name, rows):
+            return "stop.hopeless=true"
         return ""

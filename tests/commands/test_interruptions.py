@@ -184,6 +184,8 @@ def test_the_same_command_starts_a_run_goes_on_and_ends(metarun, tmp_path: Path)
     assert "was started without ways=4;" in metarun(*words, "ways=4", status=1).stderr
     assert "resumed at iteration 12\n" in metarun(*words, "iterations=14").stderr
     assert "add hydra.run.dir=FOLDER" in metarun("train", "resume=auto", status=1).stderr
+    hopeless = metarun("train", *TINY, "stop.hopeless=true", status=1)
+    assert "only a search compares its runs" in hopeless.stderr
 
 
 def started(tmp_path: Path, *words: str, **streams) -> subprocess.Popen:

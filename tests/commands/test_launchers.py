@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.runs import TINY, UNTESTED
 
@@ -103,3 +105,44 @@ def test_a_search_that_is_killed_goes_on_with_its_study(tmp_path: Path):
     assert refused.stderr.splitlines()[-1] == (
         "metarun: error: no trial of the search has succeeded; the table shows why"
     )
+
+
+@pytest.mark.long
+def test_hopeless_trials_end_early(tmp_path: Path):
+    """Those, and only those, whose best validation is below the median of the trials before at that time."""
+    needs("optuna_sweeper")
+    optuna = pytest.importorskip("optuna")
+    options = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.sampler.seed=3",
+        "hydra.sweeper.n_trials=9",
+        "sweep=sweep",
+    ]
+    space = ["optimizer.lr=tag(log,interval(1e-5,1e-1))", "iterations=18", "stop.hopeless=true"]
+    words = [sys.executable, "-m", "metarun", "train", "-m", *UNTESTED, *options, *space]
+    subprocess.run(words, cwd=tmp_path, capture_output=True, check=True)
+    study = optuna.load_study(study_name="metarun", storage=f"sqlite:///{tmp_path}/sweep/study.db")
+    curves: list[dict[int, float]] = []
+    ended = []
+    for trial in study.trials:
+        (folder,) = (
+            path.parent
+            for path in tmp_path.glob("sweep/*/result.json")
+            if f"optimizer.lr={trial.params['optimizer.lr']}" in json.loads(path.read_text())["overrides"]
+        )
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curve = {row["iteration"]: row["accuracy"] for row in rows if row["split"] == "validation"}
+        below = [
+            step
+            for step in (6, 12, 18)
+            if len(curves) >= 5
+            and step in curve
+            and max(curve[each] for each in curve if each <= step)
+            < np.median([other[step] for other in curves if step in other])
+        ]
+        stopped = "stopped_by" in json.loads((folder / "result.json").read_text())
+        assert stopped == bool(below) and (not stopped or max(curve) == below[0]), (trial.number, curve)
+        ended.append(stopped)
+        curves.append(curve)
+    assert sum(ended) >= 2
+    assert all(trial.value == max(curve.values()) for trial, curve in zip(study.trials, curves, strict=True))
