@@ -10,6 +10,7 @@ themselves, and from metarun/tasks/objectives.py.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -214,6 +215,22 @@ def source_of(each: Published) -> list[str]:
     return [f"{each.paper}, {each.where}{doubt}", each.differs or "-"]
 
 
+def reproduced() -> str:
+    """The runs of recipes in benchmarks/results/reproduced, beside their published results."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "results" / "reproduced").glob("*.json")):
+        run = json.loads(path.read_text("utf-8"))
+        for each in run["verdicts"]:
+            task, here = f"{each['ways']}-way {each['shots']}-shot", each["here"]
+            length = f"{run['iterations']:,} of {run['of']:,}"
+            device = run["machine"]["device"].partition(",")[0]
+            cells = [f"`{run['recipe']}`", task, f"{each['published']:g}"]
+            cells += [f"{here:.4g} ± {each['here interval']:.2g}", each["verdict"], length]
+            rows.append([*cells, f"{run['seconds'] / 60:.1f}, {device}", run["note"] or "-"])
+    headings = ["`recipe=`", "task", "published", "here", "verdict", "iterations", "minutes, on", "note"]
+    return markdown(headings, rows)
+
+
 #: The tables by the names of their markers: the file that each is in, and what writes it.
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "options": ("README.md", all_options),
@@ -223,6 +240,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "methods with a memory": ("docs/reinforcement.md", memory_methods),
     "metrics": ("docs/metrics.md", metrics),
     "published results": ("docs/published.md", published),
+    "reproduced results": ("docs/published.md", reproduced),
 }
 
 
