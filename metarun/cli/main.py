@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import metarun
 from metarun.cli.overrides import Failed, arrange, fail, unquoted
-from metarun.cli.ranks import announce, end, is_first, is_launched, join, leave, reports, speak
+from metarun.cli.ranks import announce, end, is_first, is_launched, join, reports, speak
 from metarun.cli.search_path import forget_current_folder
 from metarun.cli.streams import output_that_never_fails
 from metarun.config.paths import CONF
@@ -82,7 +82,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
     with ending_on_signals(), output_that_never_fails():
         try:
             dispatch(list(sys.argv[1:] if argv is None else argv))
-            leave()
         except KeyboardInterrupt as stopped:
             late = isinstance(stopped, OutOfTime)
             failed = Failed(*("stop.minutes is over", OUT_OF_TIME) if late else ("interrupted", 130))

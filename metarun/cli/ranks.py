@@ -83,14 +83,6 @@ def announce(folder: Path) -> None:
             parallel.current().from_first(str(folder.absolute()))
 
 
-def leave() -> None:
-    """Disconnect, at the end of a command that has not failed."""
-    if "metarun.training.parallel" in sys.modules:
-        from metarun.training import parallel
-
-        parallel.stop()
-
-
 def end(status: object) -> None:
     """End this process after an error, if it is connected with others.
 

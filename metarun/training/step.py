@@ -39,7 +39,7 @@ from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
 from metarun.training.outer_loops import Clip, OuterLoop, require_sum
 from metarun.training.outer_loops import Gradient as GradientStep
-from metarun.training.parallel import SharedGradient
+from metarun.training.shared_gradient import SharedGradient
 
 WARM_UP = 3  # eager steps before a CUDA graph is captured, as PyTorch recommends
 
