@@ -13,7 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from metarun.commands.sweeps import curves_of
 from metarun.reporting import drawing, pictures, plots
+from metarun.reporting.swept import setting_curves
 from metarun.tasks.objectives import ACCURACY, MSE, Metric, metric_named
 
 LONG = "metaoptnet a_run_folder_with_a_very_long_name_$x$_"
@@ -122,6 +124,46 @@ def test_curves_over_inner_steps_can_be_read(faults, models: int, steps: int):
     metric = ACCURACY if models % 2 else MSE
     rows = rows_of(models, 2 if models == 6 else 1, metric, steps)
     assert not faults(lambda path: plots.step_curves({metric: rows}, path))
+
+
+@pytest.mark.parametrize(("settings", "values", "others"), [(1, 2, 1), (3, 3, 12)])
+def test_scores_over_the_settings_of_a_sweep_can_be_read(faults, settings: int, values: int, others: int):
+    curves = {
+        f"optimizer.{LONG}.setting{i}": {
+            f"algorithm={LONG}{name}": [
+                {"x": 10.0 ** (x * i), "mean": 0.5 + x / 50, "interval": 0.01 * name} for x in range(values)
+            ]
+            for name in range(others)
+        }
+        for i in range(1, settings + 1)
+    }
+    assert not faults(lambda path: setting_curves(curves, ACCURACY, "test, 95 % intervals", path))
+
+
+def test_points_of_a_sweep_are_means_over_seeds_and_search_points_are_not_joined():
+    def job(rate: float, other: str, seed: int) -> dict:
+        words = [f"optimizer.lr={rate}", f"algorithm={other}", f"seed={seed}"]
+        score = {"mean": rate + seed, "interval": 0.5}
+        return {"overrides": words, "metric": "accuracy", "validation": score, "test": {**score, "mean": 9.0}}
+
+    grid = [job(rate, other, seed) for rate in (0.1, 0.2) for other in ("maml", "anil") for seed in (0, 2)]
+    split, curves = curves_of({str(i): each for i, each in enumerate(grid)})
+    assert (split, list(curves)) == (
+        "test",
+        ["optimizer.lr"],
+    )  # an algorithm is no number, and seeds are averaged
+    points = curves["optimizer.lr"]
+    assert {name: [point["x"] for point in own] for name, own in points.items()} == {
+        "algorithm=maml": [0.1, 0.2],
+        "algorithm=anil": [0.1, 0.2],
+    }
+    del grid[0]["test"]
+    split, curves = curves_of({str(i): each for i, each in enumerate(grid)})
+    assert split == "validation"
+    assert [point["mean"] for point in curves["optimizer.lr"]["algorithm=maml"]] == pytest.approx([1.1, 1.2])
+    tried = [job(0.1, "maml", 0), job(0.3, "anil", 0), job(0.2, "boil", 0)]
+    (own,) = curves_of({str(i): each for i, each in enumerate(tried)})[1].values()
+    assert list(own) == ["other settings differ"] and len(own["other settings differ"]) == 3
 
 
 @pytest.mark.parametrize("classes", [2, 30, 100, 423])
