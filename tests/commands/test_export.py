@@ -69,7 +69,7 @@ def test_predict_is_what_adapt_predicted(metarun, adapted):
         (["adapted=out", "query=query", "reject=high"], "reject=high: must be a number"),
         (["adapted=out", "query=query", "ink=blue"], "ink=blue: must be auto, dark or light"),
         (["adapted=out", "query=query", "dataset.encoder=x"], "dataset: the model does not take texts"),
-        (["checkpoint=out", "query=query"], "checkpoint: is a setting of metarun"),
+        (["checkpoint=out", "query=query"], "is called adapted in metarun predict; type adapted=out"),
     ],
 )
 def test_mistakes_in_predict(metarun, adapted, trained, words: list[str], message: str):
