@@ -13,6 +13,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from metarun.datasets.cifar import CifarFS
+from metarun.nn.frozen import frozen_part
 
 pytestmark = pytest.mark.long
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "feature_based.md").read_text("utf-8")
@@ -58,6 +59,16 @@ def test_features_of_imagenet_tell_photographs_apart(metarun, example: Path, pho
     assert "features" not in done.stderr
     (row,) = json.loads((example / "tested" / "results.json").read_text())["results"]
     assert (row["mean"], row["episodes_hash"]) == (test["mean"], test["episodes_hash"])
+
+
+def test_a_layer_behind_the_network_is_trained(example: Path):
+    from my_package.adapted import WithAdapter
+
+    network = WithAdapter(size=32)
+    names = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert names and all(name.startswith("1.") for name in names)
+    assert network(torch.rand(2, 1, 28, 28)).shape == (2, network.features)
+    assert frozen_part(network) is network[0]
 
 
 def test_the_weights_in_timms_network(example: Path, monkeypatch: pytest.MonkeyPatch):
