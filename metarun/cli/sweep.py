@@ -252,7 +252,9 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
 
 def is_left(cfg: DictConfig, folder: Path) -> bool:
     """Whether a job is not run: it was before, there is no time left, which is noted, or a signal came."""
-    overrides, table = HydraConfig.get().overrides.task, HydraConfig.get().callbacks["table"]
+    overrides, table = HydraConfig.get().overrides.task, HydraConfig.get().callbacks.get("table")
+    if table is None:  # of a command that writes no results, such as `data`
+        return False
     if is_kept(state_of(folder, overrides), table.retry):
         return True
     if late := bool(Requests(deadline(OmegaConf.select(cfg, "stop.minutes")))):

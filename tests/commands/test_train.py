@@ -131,6 +131,7 @@ def test_a_sweep_ends_with_one_table_and_is_not_overwritten_by_another(metarun, 
         assert f"{100 * np.mean(own):.2f} ± {50 * (high - low):.2f} %" in done.stdout
     tables = again.stdout.split("saved")[0].partition("\n")[2]
     assert tables in metarun("runs", "sweep").stdout
+    assert metarun("runs", "-m", "folder=sweep", "show=1,2").stdout.count("4 runs in sweep") == 2
 
 
 def test_settings_that_some_jobs_lack_are_refused_in_their_rows(metarun, tmp_path: Path):
