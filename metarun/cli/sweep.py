@@ -54,6 +54,9 @@ class SweepTable(Callback):
     """
 
     running: ClassVar[SweepTable | None] = None  # the sweep of this process, until it has ended
+    in_command: ClassVar[bool] = (
+        False  # whether a command runs in this process, and not a job of one elsewhere
+    )
 
     def __init__(self, retry: str = "failed") -> None:
         self.retry = retry
@@ -192,11 +195,12 @@ class SweepTable(Callback):
 @contextlib.contextmanager
 def ending_sweep() -> Iterator[None]:
     """A context that prints the table of a sweep also if the sweep is stopped, and releases its folder."""
-    SweepTable.running = None
+    SweepTable.running, SweepTable.in_command = None, True
     with LOCK:
         try:
             yield
         finally:
+            SweepTable.in_command = False
             if (stopped := SweepTable.running) is not None and stopped.end():
                 inform(f"the same command with sweep={relative(stopped.folder)} continues this sweep")
 
@@ -271,7 +275,7 @@ def is_search() -> bool:
 
 def in_worker() -> bool:
     """Whether this is a process that a launcher has started for some jobs of a sweep."""
-    return SweepTable.running is None
+    return not SweepTable.in_command
 
 
 def out_of_time_job(name: str, folder: Path) -> None:
