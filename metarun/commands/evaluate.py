@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from metarun.commands import benchmarks
 from metarun.commands.cells import Cell, cells_of, check_before_loading, shapes_for
 from metarun.commands.differences import best_models, comparisons, difference_rows, plain_pair, report_pairs
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
@@ -47,6 +48,8 @@ def run(cfg: DictConfig) -> float:
     command: EvalConfig = typed(cfg)
     hardware: Hardware = instantiate(command.hardware, "hardware")
     hardware.ranks.check_devices(hardware.device)
+    if command.benchmark is not None:
+        return benchmarks.run(command, trusted_modules(cfg), hardware)
     models = load_models(command, trusted_modules(cfg), hardware)
     data = TestData(command, hardware, models)
     check_before_loading(models, data, command)

@@ -31,7 +31,7 @@ def setting(default: Any = MISSING, **facts: Any) -> Any:
         facts: `least`: the bound of a whole number, or of a list of such numbers.
             `positive=True`: a number above zero; with `zero=True`, or zero.
             `path`: "path": a path, which is typed without quotes; "list": a path or a list of them.
-            `needs`: another setting of the same frame, without which nothing reads this one.
+            `needs`: another setting of the same frame, or several; without all of these nothing reads it.
             `unless`: other settings of the same frame, with which nothing reads this one.
             `but`: parts of this one that are read nevertheless.
             `shared`: only read by settings that refer to it; the name of the setting that mostly does.
@@ -125,46 +125,55 @@ class TrainConfig:
     trust: list[str] | None = None
 
 
+OF_DRAWN: dict[str, Any] = {"unless": ("benchmark",)}  # settings of tasks that are drawn
+
+
 @dataclass
 class EvalConfig:
     checkpoint: Any = setting(path="list")  # noqa: RUF009
-    dataset: Node = None  # a dataset, or settings that adjust the checkpoint's own
+    benchmark: str | None = None
+    # A dataset, or settings that adjust the checkpoint's own.
+    dataset: Node = setting(None, **OF_DRAWN, but=("dataset.root", "dataset.download"))  # noqa: RUF009
     hardware: Node = MISSING
-    ways: OneOrMore = whole(1, None)  # noqa: RUF009
-    shots: OneOrMore = whole(0, None)  # noqa: RUF009
-    queries: int | None = whole(1, None)
-    episodes: int = whole(2)
-    split: str = MISSING
-    trained_classes: str = MISSING
+    ways: OneOrMore = whole(1, None, **OF_DRAWN)  # noqa: RUF009
+    shots: OneOrMore = whole(0, None, **OF_DRAWN)  # noqa: RUF009
+    queries: int | None = whole(1, None, **OF_DRAWN)
+    episodes: int = whole(2, **OF_DRAWN)
+    split: str = setting(**OF_DRAWN)
+    trained_classes: str = setting(**OF_DRAWN)
     steps: OneOrMore = whole(0, None)  # noqa: RUF009
-    rates: list[float] | None = positive(None, zero=True)  # noqa: RUF009
-    metrics: list[str] | None = None
-    confusion: bool = MISSING
-    instances: int | None = whole(2, None)
+    rates: list[float] | None = positive(None, zero=True, **OF_DRAWN)  # noqa: RUF009
+    metrics: list[str] | None = setting(None, **OF_DRAWN)  # noqa: RUF009
+    confusion: bool = setting(**OF_DRAWN)
+    instances: int | None = whole(2, None, **OF_DRAWN)
     transductive: bool | None = None
     seed: int = whole(0)
     trust: list[str] | None = None
 
 
+FILES = ("support", "tasks")  # what makes a task of files
+
+
 @dataclass
 class AdaptConfig:
     checkpoint: str = setting(path="path")
-    support: str | None = setting(None, path="path")
+    support: str | None = setting(None, path="path", unless=("tasks",))
     query: str | None = setting(None, path="path", needs="support")
-    depth: int = whole(1, needs="support")
-    ink: str = setting(needs="support")
+    tasks: str | None = setting(None, path="path")
+    depth: int = whole(1, needs=FILES)
+    ink: str = setting(needs=FILES)
     # A dataset, or settings that adjust the checkpoint's own.
     dataset: Node = setting(  # noqa: RUF009
-        None, unless=("support",), but=("dataset.vectors", "dataset.encoder")
+        None, unless=FILES, but=("dataset.vectors", "dataset.encoder")
     )
     hardware: Node = MISSING
-    task: Any = setting(None, unless=("support",))  # noqa: RUF009
-    video: bool = setting(False, unless=("support",))
-    ways: int | None = whole(1, None, unless=("support",))
-    shots: int | None = whole(0, None, unless=("support",))
-    queries: int | None = whole(1, None, unless=("support",))
-    split: str = setting(unless=("support",))
-    trained_classes: str = setting(unless=("support",))
+    task: Any = setting(None, unless=FILES)  # noqa: RUF009
+    video: bool = setting(False, unless=FILES)
+    ways: int | None = whole(1, None, unless=FILES)
+    shots: int | None = whole(0, None, unless=FILES)
+    queries: int | None = whole(1, None, unless=FILES)
+    split: str = setting(unless=FILES)
+    trained_classes: str = setting(unless=FILES)
     steps: int | None = whole(0, None)
     metrics: list[str] | None = None
     reject: float | None = None

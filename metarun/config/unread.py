@@ -44,8 +44,11 @@ def unread(cfg: DictConfig, frame: type, references: str, prefix: str = "") -> d
         if each.default_factory is not MISSING:
             nested: type = each.default_factory  # type: ignore[assignment]
             found |= unread(cfg[name], nested, references, f"{prefix}{name}.")
-        if "needs" in facts and not cfg[facts["needs"]]:
-            found[prefix + name] = f"without {prefix}{facts['needs']}; set that too, or leave {name} out"
+        needs = facts.get("needs", ())
+        needs = (needs,) if isinstance(needs, str) else needs
+        if needs and not any(cfg[other] for other in needs):
+            others = " or ".join(prefix + other for other in needs)
+            found[prefix + name] = f"without {others}; set that too, or leave {name} out"
         for other in facts.get("unless", ()):
             if cfg[other]:
                 found[prefix + name] = f"with {prefix}{other}; leave one of them out"

@@ -48,9 +48,34 @@ def print_line(text: str) -> None:
     _line(console, text)
 
 
+_named: tuple[str, set[str]] | None = None  # set by `naming`
+
+
 def inform(text: str) -> None:
     """Print a message on standard error, such as an automatic decision or the location of a file."""
+    if _named is not None:
+        name, said = _named
+        if text in said:
+            return
+        said.add(text)
+        text = f"{name}: {text}"
     _line(messages, text)
+
+
+@contextlib.contextmanager
+def naming(name: str, said: set[str]) -> Iterator[None]:
+    """A context in which messages name one of many tasks.
+
+    Args:
+        name: of the task.
+        said: messages of tasks before, which are not repeated; those of this task are added.
+    """
+    global _named
+    _named = name, said
+    try:
+        yield
+    finally:
+        _named = None
 
 
 @contextlib.contextmanager
