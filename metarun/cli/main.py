@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     with ending_on_signals(), output_that_never_fails():
         try:
             dispatch(list(sys.argv[1:] if argv is None else argv))
+            end(0)
         except KeyboardInterrupt as stopped:
             late = isinstance(stopped, OutOfTime)
             failed = Failed(*("stop.minutes is over", OUT_OF_TIME) if late else ("interrupted", 130))

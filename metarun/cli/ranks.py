@@ -84,9 +84,10 @@ def announce(folder: Path) -> None:
 
 
 def end(status: object) -> None:
-    """End this process after an error, if it is connected with others.
+    """End this process, if it is connected with others.
 
-    At once, without Python's cleaning up: NCCL may wait there for a process that has ended.
+    At once, without Python's cleaning up, in which NCCL may wait for a process that has ended, and threads of
+    Gloo may abort.
     """
     if "metarun.training.parallel" in sys.modules:
         from metarun.training import parallel
