@@ -15,14 +15,13 @@ from rich.text import Text
 
 from metarun.commands.models import load_models
 from metarun.commands.one_task import Pictures, prepared, task_of
-from metarun.commands.task_folders import Scored, mean_and_interval, score, write
+from metarun.commands.task_folders import Results, Scored, mean_and_interval, score, write
 from metarun.commands.trained_on import note_weights, trained_classes
 from metarun.config.schema import EvalConfig
 from metarun.datasets import images, lake_challenge
 from metarun.errors import ConfigError, counted
 from metarun.inference.model import Model
 from metarun.reporting.console import Bar, console, inform, relative, silent
-from metarun.tasks.objectives import Metric
 from metarun.training.hardware import Hardware
 
 BENCHMARKS = ("lake",)
@@ -46,27 +45,35 @@ def run(command: EvalConfig, trusted: Collection[str], hardware: Hardware) -> fl
     # Queries are answered one by one, as people did it, unless it is set otherwise.
     own = replace(command, dataset=None, transductive=bool(command.transductive))
     models = load_models(own, trusted, hardware)
-    for model in models:
-        if model.spec.kind != "images" or model.predicts_values:
-            raise ConfigError(
-                f"benchmark={command.benchmark}: has classes of images, and {model.path} takes something else"
-            )
+    reasons = {model.name: unsupported(model) for model in models}
+    if all(reasons.values()):
+        raise ConfigError(f"benchmark={command.benchmark}: {models[0].path}: {reasons[models[0].name]}")
     tasks = list(map(pictures_of, lake_challenge.runs(files.get("root"), files.get("download", True))))
     note_other_tasks(tasks)
-    for model in models:
+    possible = [model for model in models if not reasons[model.name]]
+    for model in possible:
         note_trained(model)
-    results: dict[str, tuple[Model, list[Scored]]] = {}
-    with Bar("eval", len(models) * len(tasks), "tasks") as bar:
-        for model in models:
-            results[model.name] = model, []
+    results: Results = {model.name: (model, []) for model in models}
+    with Bar("eval", len(possible) * len(tasks), "tasks") as bar:
+        for model in possible:
             for task in tasks:
                 results[model.name][1].append(score_on(task, model, command.seed))
                 bar.advance()
     if hardware.ranks.first:  # which alone writes
-        report(results, tasks, Path(HydraConfig.get().runtime.output_dir))
+        report(results, reasons, len(tasks), Path(HydraConfig.get().runtime.output_dir))
     hardware.ranks.any()  # all files are written
-    model, scored = results[models[0].name]
-    return mean_and_interval(scored, accuracy(model))[0]
+    return mean_and_interval(results[possible[0].name][1], "accuracy")[0]
+
+
+def unsupported(model: Model) -> str:
+    """Why a model cannot be evaluated on the tasks; "" if it can."""
+    if model.spec.kind != "images" or model.predicts_values or model.is_policy:
+        return "does not take classes of images"
+    try:
+        model.algorithm.check(lake_challenge.WAYS)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def pictures_of(run: lake_challenge.Run) -> tuple[str, Pictures]:
@@ -85,11 +92,6 @@ def score_on(task: tuple[str, Pictures], model: Model, seed: int) -> Scored:
     with silent():
         own, preparation = prepared(pictures, model, "dark" if model.dataset.preparation.draws else "auto")
     return score(name, task_of(own, model.objective(["accuracy"]), preparation), model, seed)
-
-
-def accuracy(model: Model) -> Metric:
-    """The metric of which the error is what is missing to 1."""
-    return model.objective(["accuracy"]).metrics[0]
 
 
 def note_other_tasks(tasks: Sequence[tuple[str, Pictures]]) -> None:
@@ -119,32 +121,35 @@ def note_trained(model: Model) -> None:
         )
 
 
-def report(
-    results: Mapping[str, tuple[Model, Sequence[Scored]]], tasks: Sequence[tuple[str, Pictures]], folder: Path
-) -> None:
-    """Print the errors beside published ones; write results.csv and results.json."""
+def report(results: Results, reasons: Mapping[str, str], tasks: int, folder: Path) -> None:
+    """Print the errors beside published ones; write results.csv and results.json.
+
+    Args:
+        results: the scores of each model, by its name.
+        reasons: why a model has none, by its name.
+        tasks: the number of tasks.
+        folder: the output folder.
+    """
     ways = lake_challenge.WAYS
-    table = Table(title=f"Lake's challenge: {len(tasks)} tasks, {ways}-way 1-shot within an alphabet")
+    table = Table(title=f"Lake's challenge: {tasks} tasks, {ways}-way 1-shot within an alphabet")
     table.add_column("model", overflow="fold")
-    table.add_column("error, 95 % interval", justify="right", no_wrap=True)
+    table.add_column("error, 95 % interval", justify="right")
     table.add_column("trans-\nductive", justify="right", no_wrap=True)
     errors = []
     for name, (model, scored) in results.items():
-        right, half = mean_and_interval(scored, accuracy(model))
+        if reasons[name]:
+            table.add_row(Text(name), Text(reasons[name], style="yellow"))
+            continue
+        right, half = mean_and_interval(scored, "accuracy")
         dependent = model.algorithm.uses_query_statistics
         table.add_row(Text(name), error_text(1 - right, half), "yes" if dependent else "no")
         errors.append({"model": name, "error": 1 - right, "interval": None if math.isnan(half) else half})
     table.add_section()
     for name, (error, source) in PUBLISHED.items():
-        table.add_row(f"{name} ({source})", f"{error:.1f} %", "")
+        table.add_row(f"{name} ({source})", f"{error:.1f} %")
     console.print(table)
     published = [{"name": name, "error": error / 100} for name, (error, _) in PUBLISHED.items()]
-    write(
-        folder,
-        results,
-        [accuracy(model) for model, _ in results.values()][:1],
-        {"errors": errors, "published": published},
-    )
+    write(folder, results, ["accuracy"], {"errors": errors, "published": published})
     inform(f"saved results.csv and results.json in {relative(folder)}")
 
 

@@ -42,6 +42,9 @@ class Scored:
     predictions: Sequence[Mapping[str, Any]]
 
 
+Results = dict[str, tuple[Model, list[Scored]]]  # a model and its scores on all tasks, by its name
+
+
 def run(command: AdaptConfig, model: Model, folder: Path) -> float:
     """Adapt to each task in `tasks`, predict its queries, and report all; returns the mean score."""
     assert command.tasks is not None
@@ -57,10 +60,10 @@ def run(command: AdaptConfig, model: Model, folder: Path) -> float:
     metrics = model.objective(command.metrics).metrics
     console.print(table_of(scored, metrics, f"{model.name}: {counted(len(scored), 'task')}"))
     note_dependence(model.algorithm)
-    write(folder, {model.name: (model, scored)}, metrics)
+    write(folder, {model.name: (model, scored)}, [metric.name for metric in metrics])
     write_csv(folder / "predictions.csv", [{"task": s.name, **row} for s in scored for row in s.predictions])
     inform(f"saved results.csv, results.json and predictions.csv in {relative(folder)}")
-    return mean_and_interval(scored, metrics[0])[0]
+    return mean_and_interval(scored, metrics[0].name)[0]
 
 
 def task_paths(root: Path) -> dict[str, tuple[Path, Path]]:
@@ -125,9 +128,9 @@ def score(name: str, task: Task, model: Model, seed: int, reject: float | None =
     return Scored(name, facts, scores, value_rows(task.query_names, units(outputs), units(episode.query_y)))
 
 
-def mean_and_interval(scored: Sequence[Scored], metric: Metric) -> tuple[float, float]:
+def mean_and_interval(scored: Sequence[Scored], metric: str) -> tuple[float, float]:
     """The mean over the tasks that have a score, NaN if none has, and half of its 95 % interval."""
-    values = torch.tensor([each.scores[metric.name] for each in scored if each.scores], dtype=torch.float64)
+    values = torch.tensor([each.scores[metric] for each in scored if each.scores], dtype=torch.float64)
     return values.mean().item(), interval(values)
 
 
@@ -150,17 +153,15 @@ def table_of(scored: Sequence[Scored], metrics: Sequence[Metric], title: str) ->
         figures = [metric.show(each.scores[metric.name]) if each.scores else "" for metric in metrics]
         table.add_row(Text(each.name), *map(str, each.facts.values()), *figures)
     table.add_section()
-    means = [shown(*mean_and_interval(scored, metric), metric) for metric in metrics]
-    count = sum(bool(each.scores) for each in scored)
-    name = f"mean of {counted(count, 'task')}, 95 % interval" if count > 1 else "mean"
-    table.add_row(name, *[""] * len(scored[0].facts), *means)
+    means = [shown(*mean_and_interval(scored, metric.name), metric) for metric in metrics]
+    table.add_row("mean, 95 % interval", *[""] * len(scored[0].facts), *means)
     return table
 
 
 def write(
     folder: Path,
-    results: Mapping[str, tuple[Model, Sequence[Scored]]],
-    metrics: Sequence[Metric],
+    results: Results,
+    metrics: Sequence[str],
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write results.csv, a row for each model and task, and results.json, also with the means.
@@ -168,7 +169,7 @@ def write(
     Args:
         folder: the output folder.
         results: the scores of each model, by its name.
-        metrics: that were scored.
+        metrics: the names of those that were scored.
         about: further entries of results.json.
     """
     rows = [
@@ -182,7 +183,7 @@ def write(
         dependent = model.algorithm.uses_query_statistics
         for metric in metrics:
             mean, half = (None if math.isnan(v) else v for v in mean_and_interval(scored, metric))
-            figures = {"metric": metric.name, "mean": mean, "interval": half}
+            figures = {"metric": metric, "mean": mean, "interval": half}
             means.append(facts | figures | {"uses_query_statistics": dependent})
     write_json(folder / "results.json", {"results": means, "tasks": rows, **(about or {})})
     write_csv(folder / "results.csv", rows)

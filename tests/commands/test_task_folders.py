@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.runs import LEARNED
+from helpers.runs import LEARNED, UNTESTED
 from PIL import Image
 
 import metarun as package
@@ -177,6 +177,18 @@ def test_lakes_challenge(metarun, run: Path, tmp_path: Path):
         assert f"{100 * np.mean(errors):.1f} ± " in done.stdout and "13.7 %" in done.stdout
         assert "not the 20 published tasks" in done.stderr
         assert [row["task"] for row in written["tasks"]] == ["run01", "run02"]
+
+
+def test_models_that_cannot_do_the_challenge(metarun, run: Path, trained, tmp_path: Path):
+    """A fixed head has as many ways as in training; other models are evaluated."""
+    fixed = trained("algorithm=maml", *UNTESTED)
+    challenge(tmp_path / "runs")
+    words = ["eval", "benchmark=lake", "dataset.root=runs", "hydra.run.dir=out"]
+    done = metarun(*words, f"checkpoint={fixed}", status=1)
+    assert "fixed head has 5 ways, not 20" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = metarun(*words, f"checkpoint=[{fixed},{run}]")
+    assert "fixed head has 5" in done.stdout
+    assert {row["model"] for row in rows_of(tmp_path / "out/results.csv")} == {"protonet"}
 
 
 def no_labels(folder: Path) -> None:
