@@ -47,6 +47,10 @@ class Ranks:
         self.rank, self.count, self.store = rank, count, store
         self.requests, self.agreed = Requests(), False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Connections are of a process: a copy, such as one of a model in another process, has its own."""
+        return current, ()
+
     @property
     def joined(self) -> bool:
         """Whether processes are connected, even if it is only one."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from metarun.tasks.curriculum import PrioritizedReplay
 from metarun.tasks.episodes import EpisodeShape
 from metarun.training.evaluation import EvalSettings, evaluate
 from metarun.training.hardware import Hardware
+from metarun.training.interrupts import Requests
 from metarun.training.outer_loops import PPO, require_sum
 from metarun.training.parallel import Ranks, current
 from metarun.training.step import OuterStep
@@ -216,3 +219,13 @@ def test_what_cannot_be_shared_is_refused(metarun, monkeypatch: pytest.MonkeyPat
     assert "metarun data runs in one process" in metarun("data", status=1).stderr
     monkeypatch.setenv("RANK", "1")  # the first rank has said so
     assert not metarun("train", "-m", status=1).stderr
+
+
+def test_a_copy_of_a_model_leaves_the_connections_of_its_process_behind():
+    """After a run in the same process, a model can be sent to others, as joblib does."""
+    hardware = Hardware("cpu")
+    requests = Requests()
+    requests.handlers = {2: lambda number, frame: None}
+    hardware.ranks.hear(requests)
+    assert pickle.loads(pickle.dumps(hardware)).ranks is hardware.ranks
+    assert copy.deepcopy(hardware).ranks is hardware.ranks
