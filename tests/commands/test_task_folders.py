@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 import zipfile
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.runs import LEARNED, UNTESTED
+from helpers.server import running
 from PIL import Image
 
 import metarun as package
@@ -241,6 +243,25 @@ def test_zips_and_folders_that_cannot_be_used(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("")
     assert "has no folders run01" in message(tmp_path)
     assert "dataset.download=true" in message(None, may_download=False)
+
+
+def test_the_zip_is_downloaded_once_with_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    challenge(tmp_path / "runs")
+    packed(tmp_path / "runs", tmp_path / "all_runs.zip")
+    content = (tmp_path / "all_runs.zip").read_bytes()
+    monkeypatch.setenv("METARUN_DATA", str(tmp_path / "data"))
+    with running() as server:
+        server.files["all_runs.zip"] = content
+        monkeypatch.setattr(lake_challenge, "ARCHIVE", f"{server.url}all_runs.zip")
+        with pytest.raises(DataError, match=f"where {lake_challenge.SHA256} is right"):
+            lake_challenge.runs(None)
+        monkeypatch.setattr(lake_challenge, "SHA256", hashlib.sha256(content).hexdigest())
+        found = lake_challenge.runs(None)
+    assert lake_challenge.runs(None)[1].labels == found[1].labels  # the server is gone
+    assert [(run.name, run.labels) for run in found] == [
+        ("run01", [4, 3, 2, 1, 0]),
+        ("run02", [4, 3, 2, 1, 0]),
+    ]
 
 
 def test_settings_of_a_benchmark(metarun, run: Path):
