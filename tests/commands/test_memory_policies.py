@@ -44,7 +44,7 @@ def test_evaluation_has_rows_of_players_and_the_optimum(metarun, trained):
 
 
 def test_players_are_compared_with_the_best_model_alone(metarun, trained, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "160")
     runs = f"checkpoint=[{trained(*SMALL)},{trained(*SMALL, 'seed=1')}]"
     done = metarun("eval", runs, "episodes=4", "hydra.run.dir=out")
     content = json.loads(Path("out/results.json").read_text())
