@@ -1,6 +1,6 @@
 """`hydra/sweeper=optuna`: the defaults of a search, and a study that goes on where it was stopped.
 
-The plugin (hydra-optuna-sweeper) keeps a study in memory unless it is told otherwise, starts `n_trials` more
+The plugin (hydra-optuna-sweeper) keeps a study in memory by default, starts `n_trials` more
 when it is started again, and forgets the trial that was running.
 """
 
