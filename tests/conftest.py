@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-import metarun.reporting.console  # before a test sets COLUMNS, which rich would then keep for all that follow
 from metarun.cli.main import main
 
 # Before torch is imported: small tensors gain nothing from threads, and test processes share cores.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+
+from metarun.commands import differences
 
 pytestmark = pytest.mark.xdist_group("rl2")  # one process trains for all
 
@@ -44,12 +48,13 @@ def test_evaluation_has_rows_of_players_and_the_optimum(metarun, trained):
 
 
 def test_players_are_compared_with_the_best_model_alone(metarun, trained, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    out = io.StringIO()
+    monkeypatch.setattr(differences, "console", Console(file=out, width=160))
     runs = f"checkpoint=[{trained(*SMALL)},{trained(*SMALL, 'seed=1')}]"
-    done = metarun("eval", runs, "episodes=4", "hydra.run.dir=out")
+    metarun("eval", runs, "episodes=4", "hydra.run.dir=out")
     content = json.loads(Path("out/results.json").read_text())
     models = {row["model"]: row["mean"] for row in content["results"] if row["model"].startswith("rl2")}
-    pairs = [line.split("│")[2].strip() for line in done.stdout.splitlines() if " - " in line]
+    pairs = [line.split("│")[2].strip() for line in out.getvalue().splitlines() if " - " in line]
     assert pairs[0] == " - ".join(models) and len(pairs) == (len(content["comparisons"]) + 1) / 2
     assert all(pair.startswith(f"{max(models, key=models.get)} - ") for pair in pairs[1:])
 
