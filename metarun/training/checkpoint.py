@@ -102,9 +102,7 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
         LookupError,
         OSError,
     ):
-        raise CheckpointError(
-            f"{path}: damaged, or not a metarun checkpoint; use another of the run's files or train again"
-        ) from None
+        raise CheckpointError(f"{path}: damaged, or not a metarun checkpoint; {INSTEAD[kind]}") from None
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(
             f"{path}: a PyTorch file, but not a metarun checkpoint; name a run folder or its .pt file"
@@ -122,7 +120,7 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
     if content["format"] == FORMAT and wrong:
         raise CheckpointError(
             f"{path}: damaged, or not a metarun checkpoint: it has no usable entry {wrong[0]!r}; "
-            + ("adapt again" if kind == "adapted" else "use another of the run's files or train again")
+            + INSTEAD[kind]
         )
     if content["format"] != FORMAT:
         raise CheckpointError(
@@ -208,6 +206,10 @@ def check_bytes(path: Path) -> None:
 
 
 KINDS = {"run": "a checkpoint of a training run", "adapted": "an adapted model"}
+INSTEAD = {
+    "run": "use another of the run's files or train again",
+    "adapted": "adapt again, or name another adapted file",
+}
 USE_OF_ADAPTED = ", or predict with it: metarun predict adapted={} query=..."
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  
 # Seconds in which a process that fails says why, before others say that it has ended; and in which rank 0
 # reports what all find wrong.
 TIME_TO_REPORT, TIME_OF_FIRST = 2.0, 0.5
+TIME_TO_CONNECT = timedelta(minutes=5)
 
 
 class Ranks:
@@ -288,16 +292,18 @@ def start() -> Ranks:
             f"{found} is set and {', '.join(missing)} not, as if a launcher of several processes had failed; "
             "start `torchrun --nproc-per-node N -m metarun train ...`, or unset it to run one process"
         )
+    check_numbers()
     if not dist.is_available():
         raise ConfigError("this build of PyTorch has no torch.distributed; install another, or unset RANK")
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, rank, count = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore("metarun", store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=count
-        )
+        with ended_by_signals():
+            store, rank, count = next(dist.rendezvous("env://", timeout=TIME_TO_CONNECT))
+            store = dist.PrefixStore("metarun", store)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=count
+            )
     except (RuntimeError, ValueError) as error:
         unreached = True
         raise ConfigError(
@@ -307,6 +313,29 @@ def start() -> Ranks:
     _current = Ranks(rank, count, store)
     atexit.register(stop)
     return _current
+
+
+def check_numbers() -> None:
+    """Raise ConfigError unless the variables of torchrun that are numbers have possible values."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise ConfigError(f"{name}={os.environ[name]}: must be a whole number, as torchrun sets it")
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= count:
+        raise ConfigError(f"RANK={rank}: must be below WORLD_SIZE={count}, as torchrun sets it")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A context in which a signal ends the process: Python's handlers wait until PyTorch has connected."""
+    main = threading.current_thread() is threading.main_thread()  # Python changes handlers only there
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def stop() -> None:

@@ -61,7 +61,7 @@ def test_predict_is_what_adapt_predicted(metarun, adapted):
         (["adapted=lost.pt", "query=query"], "adapted=lost.pt: no such checkpoint; name an output folder of"),
         (["adapted=query", "query=query"], "this folder has no adapted.pt"),
         (["adapted=RUN/best.pt", "query=query"], "this is a checkpoint of a training run; name an adapted"),
-        (["adapted=cut.pt", "query=query"], "cut.pt: damaged, or not a metarun checkpoint"),
+        (["adapted=cut.pt", "query=query"], "cut.pt: damaged, or not a metarun checkpoint; adapt again"),
         (["adapted=out"], "query is not set; add query=VALUE"),
         (["adapted=out", "query=lost"], "lost: no such folder"),
         (["adapted=out", "query=out/steps.json"], "steps.json"),

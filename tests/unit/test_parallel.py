@@ -28,7 +28,7 @@ from metarun.training.evaluation import EvalSettings, evaluate
 from metarun.training.hardware import Hardware
 from metarun.training.interrupts import Requests
 from metarun.training.outer_loops import PPO, require_sum
-from metarun.training.parallel import Ranks, current
+from metarun.training.parallel import Ranks, current, start
 from metarun.training.step import OuterStep
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are copied by fork")
@@ -219,6 +219,29 @@ def test_what_cannot_be_shared_is_refused(metarun, monkeypatch: pytest.MonkeyPat
     assert "metarun data runs in one process" in metarun("data", status=1).stderr
     monkeypatch.setenv("RANK", "1")  # the first rank has said so
     assert not metarun("train", "-m", status=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "5", "RANK=5: must be below WORLD_SIZE=2"),
+        ("RANK", "x", "RANK=x: must be a whole number"),
+        ("MASTER_PORT", "abc", "MASTER_PORT=abc: must be a whole number"),
+    ],
+)
+def test_impossible_variables_are_refused_at_once(monkeypatch, name: str, value: str, message: str):
+    """Otherwise a process waits for others that cannot come."""
+    right = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    for variable, own in (right | {name: value}).items():
+        monkeypatch.setenv(variable, own)
+    with pytest.raises(ConfigError, match=message):
+        start()
 
 
 def test_a_copy_of_a_model_leaves_the_connections_of_its_process_behind():
