@@ -229,8 +229,9 @@ def explain_choice(name: str, whole: str) -> str:
     from metarun.config.check import did_you_mean
 
     group, _, option = name.rpartition("/")
-    options = re.findall(r"^\t(\S+)$", whole, re.MULTILINE)
+    options = list(dict.fromkeys(re.findall(r"^\t(\S+)$", whole, re.MULTILINE)))  # one may be found twice
     options = options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    options += [plugin.partition("=")[2] for plugin in PLUGINS if plugin.startswith(f"{group}=")]
     for plugin, extra in PLUGINS.items():
         if f"{group}={option}".startswith(plugin):
             return f'{group}={option}: is not installed; pip install "metarun[{extra}]"'
@@ -247,7 +248,7 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
     known = known_keys(parent, names)
     if parent and not known and parent in names:
         if (CONF / parent).is_dir():
-            return f"{key}: {parent} has no option here, so it has no settings; leave it out"
+            return f"{key}: no option of {parent} is chosen, so it has no settings; leave it out"
         return f"{key}: {parent} is null, so its settings are new and need a plus: +{key}=VALUE"
     everything = f" (metarun {command} --cfg job shows all)"
     if same := [name for name in names if name.rpartition(".")[2] == last]:

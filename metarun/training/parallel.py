@@ -289,8 +289,8 @@ def start() -> Ranks:
     if missing:
         found = next(name for name in VARIABLES if os.environ.get(name))
         raise ConfigError(
-            f"{found} is set and {', '.join(missing)} not, as if a launcher of several processes had failed; "
-            "start `torchrun --nproc-per-node N -m metarun train ...`, or unset it to run one process"
+            f"the environment sets {found} but not {', '.join(missing)}; for one process unset {found}, "
+            "for several start `torchrun --nproc-per-node N -m metarun ...`, which sets all of them"
         )
     check_numbers()
     if not dist.is_available():

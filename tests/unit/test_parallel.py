@@ -213,7 +213,7 @@ def test_what_cannot_be_shared_is_refused(metarun, monkeypatch: pytest.MonkeyPat
         require_sum(PPO(), Ranks(0, 2))
     monkeypatch.setenv("RANK", "0")
     missing = metarun("train", status=1).stderr
-    assert "RANK is set and WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not" in missing
+    assert "the environment sets RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in missing
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "-m: the jobs of a sweep run one after the other" in metarun("train", "-m", status=1).stderr
     assert "metarun data runs in one process" in metarun("data", status=1).stderr
