@@ -2,13 +2,15 @@
 
 It writes benchmarks/results/reproduced/RECIPE.json: the command, the config, the machine, the curve of the
 validation, and the scores of every test task with the verdicts, as `metarun eval` has written them to the
-folder EVALUATION. `python docs/tables.py` then adds it to docs/published.md.
+folder EVALUATION. Typed settings that the published results are of are in the name, too, as in
+cavia_sinusoid-context=2.json. `python docs/tables.py` then adds it to docs/published.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,20 @@ def main() -> None:
     args = parser.parse_args()
     record = kept(args.run, args.evaluation, args.note)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"{record['recipe']}.json"
+    path = FOLDER / f"{name_of(record)}.json"
     write_json(path, record)
     print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def name_of(record: dict[str, Any]) -> str:
+    """The recipe with the typed settings that belong to its published results."""
+    own = {word.partition("=")[0] for each in record["verdicts"] for word in each["settings"]}
+    typed = (
+        word.removeprefix("dataset.").removeprefix("algorithm.")
+        for word in record["overrides"]
+        if word.partition("=")[0] in own
+    )
+    return re.sub(r"[][ ]", "", "-".join([record["recipe"], *typed]))
 
 
 def kept(run: Path, evaluation: Path, note: str = "") -> dict[str, Any]:
@@ -55,6 +68,7 @@ def kept(run: Path, evaluation: Path, note: str = "") -> dict[str, Any]:
     metric = state["best"]["metric"]
     return {
         "recipe": recipe,
+        "overrides": [word for word in state["overrides"] if not word.startswith("dataset.root=")],
         "note": note,
         "iterations": state["iteration"],
         "of": state["config"]["iterations"],

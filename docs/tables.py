@@ -195,7 +195,14 @@ def published() -> str:
         for each in published_in(OmegaConf.to_container(OmegaConf.load(path))):  # type: ignore[arg-type]
             task = f"{each.dataset}, {each.ways}-way {each.shots}-shot"
             facts = [task, each.shown, "yes" if each.transductive else "no", each.backbone]
-            rows.append([f"`{path.stem}`", *facts, str(each.episodes or "not stated"), *source_of(each)])
+            rows.append(
+                [
+                    f"`{' '.join([path.stem, *each.typed])}`",
+                    *facts,
+                    str(each.episodes or "not stated"),
+                    *source_of(each),
+                ]
+            )
     headings = [
         "`recipe=`",
         "task",
@@ -224,7 +231,8 @@ def reproduced() -> str:
             task, here = f"{each['ways']}-way {each['shots']}-shot", each["here"]
             length = f"{run['iterations']:,} of {run['of']:,}"
             device = run["machine"]["device"].partition(",")[0]
-            cells = [f"`{run['recipe']}`", task, f"{each['published']:g}"]
+            words = [run["recipe"], *each.get("settings", [])]
+            cells = [f"`{' '.join(words)}`", task, f"{each['published']:g}"]
             cells += [f"{here:.4g} ± {each['here interval']:.2g}", each["verdict"], length]
             rows.append([*cells, f"{run['seconds'] / 60:.1f}, {device}", run["note"] or "-"])
     headings = ["`recipe=`", "task", "published", "here", "verdict", "iterations", "minutes, on", "note"]

@@ -54,7 +54,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
             lines.append(("", f"{metric.show_interval(own.mean, own.interval)}  {part}"))
     if test is not None:
         record = trainer.record
-        here = outcome_of(test, metric, record["choices"], record["overrides"])
+        here = outcome_of(test, metric, record["choices"], record["overrides"], record["config"])
         result["verdicts"] = report_verdicts(verdicts(published_in(record["config"]), [here]))
     write_json(folder / "result.json", result)
     (folder / "failure.json").unlink(missing_ok=True)  # it may exist from an earlier attempt in a sweep

@@ -24,6 +24,7 @@ def outcome_of(
     metric: Metric,
     choices: Mapping[str, str],
     overrides: Sequence[str],
+    config: Mapping[str, Any],
     split: str = "test",
     model: str = "",
 ) -> Outcome:
@@ -41,6 +42,7 @@ def outcome_of(
         overrides=overrides,
         split=split,
         model=model,
+        config=config,
     )
 
 
@@ -56,6 +58,7 @@ def verdicts_of(cells: Sequence[Cell], command: EvalConfig) -> list[Verdict]:
                 cell.metrics[0],
                 {**model.content["choices"], "dataset": cell.dataset},
                 model.content["overrides"],
+                model.content["config"],
                 command.split,
                 model.name if len(models) > 1 else "",
             )
@@ -93,6 +96,7 @@ def report_verdicts(found: Sequence[Verdict]) -> list[dict[str, Any]]:
             "where": each.published.where,
             "ways": each.published.ways,
             "shots": each.published.shots,
+            "settings": each.published.typed,
             "published": each.published.value,
             "published interval": each.published.interval,
             "here": each.here.scale * each.here.mean,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from metarun.errors import ConfigError
@@ -35,6 +35,7 @@ class Published:
         metric: of the value.
         differs: what is always another protocol here; "" if nothing is.
         unverified: what of this entry was not looked up in the paper itself; "" if all was.
+        settings: further settings of the run that the result is of, such as {"algorithm.context": 2}.
     """
 
     paper: str
@@ -51,6 +52,12 @@ class Published:
     metric: str = "accuracy"
     differs: str = ""
     unverified: str = ""
+    settings: Mapping[str, Any] | None = None
+
+    @property
+    def typed(self) -> list[str]:
+        """Its further settings as words of a command line."""
+        return [f"{key}={value}".replace(" ", "") for key, value in (self.settings or {}).items()]
 
     @property
     def shown(self) -> str:
@@ -75,6 +82,7 @@ class Outcome:
         overrides: the typed settings of the run.
         split: that was tested on.
         model: its name, where several are compared.
+        config: all settings of the run.
     """
 
     metric: str
@@ -89,6 +97,14 @@ class Outcome:
     overrides: Sequence[str]
     split: str = "test"
     model: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def setting(self, key: str) -> Any:
+        """A setting of the run by its key, such as "algorithm.context"; None if there is none."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,7 @@ def entry_of(number: int, entry: Any) -> Published:
     for name, value in entry.items():
         own = int | float if hints[name] is float else hints[name]
         own = int | float | None if hints[name] == float | None else own
+        own = Mapping | None if name == "settings" else own
         if not isinstance(value, own) or (isinstance(value, bool) and hints[name] is not bool):
             raise ConfigError(f"{where}.{name}={value}: is not of the right type")
     return Published(**entry)
@@ -157,9 +174,23 @@ def verdicts(entries: Iterable[Published], outcomes: Iterable[Outcome]) -> list[
 
 
 def matching(entries: Sequence[Published], here: Outcome) -> Published | None:
-    """The published result for tasks of the same ways and shots, if possible also as transductive."""
+    """The published result for tasks of the same ways and shots.
+
+    If possible, it is of the same further settings, as many as there are, and also as transductive.
+    """
     same = [each for each in entries if (each.ways, each.shots) == (here.ways, here.shots)]
-    return min(same, key=lambda each: each.transductive != here.transductive, default=None)
+
+    def rank(each: Published) -> tuple[int, int, bool]:
+        settings = len(each.settings or ())
+        return len(other_settings(each, here)), -settings, each.transductive != here.transductive
+
+    return min(same, key=rank, default=None)
+
+
+def other_settings(published: Published, here: Outcome) -> list[str]:
+    """The further settings of a published result that a run has not."""
+    wanted = (published.settings or {}).items()
+    return [f"{k}={here.setting(k)}, not {value}" for k, value in wanted if here.setting(k) != value]
 
 
 def verdict(published: Published, here: Outcome) -> Verdict:
@@ -176,7 +207,8 @@ def verdict(published: Published, here: Outcome) -> Verdict:
         return Verdict(published, here, "reproduced", "reproduced")
     gap = abs(published.value - mean)
     unit = f"{gap:.2f} %" if here.scale == 100 else f"{gap:.4g}"
-    less = [each.lstrip("+") for each in here.overrides if SHORTENED.fullmatch(each.partition("=")[0])]
+    typed = [each.lstrip("+") for each in here.overrides if SHORTENED.fullmatch(each.partition("=")[0])]
+    less = [each for each in typed if each.partition("=")[0] not in (published.settings or {})]
     why = f" ({', '.join(less)})" if less else ""
     return Verdict(published, here, f"short by {unit}{why}", "short")
 
@@ -197,5 +229,7 @@ def differences(published: Published, here: Outcome) -> list[str]:
         found.append("transductive" if here.transductive else "not transductive")
     if here.split != "test":
         found.append(f"split={here.split}")
-    found += [each.lstrip("+") for each in here.overrides if OF_PROTOCOL.fullmatch(each.partition("=")[0])]
+    found += other_settings(published, here)
+    typed = [each.lstrip("+") for each in here.overrides if OF_PROTOCOL.fullmatch(each.partition("=")[0])]
+    found += [each for each in typed if each.partition("=")[0] not in (published.settings or {})]
     return found + [published.differs] * bool(published.differs)

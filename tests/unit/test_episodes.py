@@ -123,3 +123,9 @@ def test_sinusoids_are_what_the_paper_says():
     episodes = source.gather(draw, shape)
     torch.testing.assert_close(episodes.query_y[7, 3], amplitude[7, 0] * torch.sin(x[7, 13] + phase[7, 0]))
     assert episodes.support_x.shape == episodes.support_y.shape == (5000, 10, 1)
+    varied = Sinusoid(frequency=(0.8, 1.2)).split("train")
+    *same, frequency = varied.draw(5000, shape, torch.Generator().manual_seed(0))
+    assert all(map(torch.equal, same, draw)) and varied.fingerprint != source.fingerprint
+    assert 0.8 <= frequency.min() < 0.81 and 1.19 < frequency.max() <= 1.2
+    wave = amplitude[7, 0] * torch.sin(frequency[7, 0] * x[7, 13] + phase[7, 0])
+    torch.testing.assert_close(varied.gather((*draw, frequency), shape).query_y[7, 3], wave)

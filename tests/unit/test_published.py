@@ -41,6 +41,8 @@ def test_the_results_of_a_recipe_are_those_of_its_header_and_of_its_protocol(pat
     for each in own:
         for group in ("algorithm", "dataset", "backbone"):
             assert getattr(each, group) == choices[group]
+        for key in each.settings or {}:
+            assert OmegaConf.select(cfg, key) is not None, f"there is no setting {key}"
         assert re.search(r"et al\. \d{4}|and \w+ \d{4}", each.paper)
         if each.metric == "accuracy":  # the sinusoid's header states no number
             assert re.search(rf"\b{re.escape(f'{each.value:g}')}0?\b", header), each.value
@@ -101,9 +103,29 @@ def test_each_task_is_compared_with_its_own_result():
     assert verdicts([], here) == []
 
 
+def test_a_result_of_further_settings_is_that_of_runs_with_them():
+    two = [
+        replace(PAPER, settings={"algorithm.context": 5, "dataset.rate": [1, 2]}, value=v)
+        for v in (90.0, 80.0)
+    ]
+    two[1] = replace(two[1], settings={"algorithm.context": 2})
+    config = {"algorithm": {"context": 5}, "dataset": {"rate": [1.0, 2.0]}}
+    five = replace(HERE, config=config, overrides=["algorithm.context=5", "dataset.rate=[1,2]"])
+    assert [(v.published.value, v.words) for v in verdicts(two, [five])] == [(90.0, "reproduced")]
+    two_here = replace(HERE, config={"algorithm": {"context": 2}}, overrides=["dataset.rate=3"])
+    (found,) = verdicts(two, [two_here])
+    assert (found.published.value, found.words) == (80.0, "another protocol: dataset.rate=3")
+    (other,) = verdicts(two, [replace(HERE, config={"algorithm": {"context": 3}})])
+    assert other.words == "another protocol: algorithm.context=3, not 2"
+    short = replace(PAPER, settings={"meta_batch": 4}, value=99.9)
+    typed = replace(HERE, config={"meta_batch": 4}, overrides=["meta_batch=4", "iterations=9"])
+    assert verdict(short, typed).words == "short by 1.80 % (iterations=9)"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("settings=context", "published.0.settings=context: is not of the right type"),
         ("~interval", "published.0: has no interval; add it, as null"),
         ("+price=3", "published.0.price: there is no such fact"),
         ("ways=five", "published.0.ways=five: is not of the right type"),
