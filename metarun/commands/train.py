@@ -22,6 +22,7 @@ from metarun.commands.shapes import check_before_loading, check_shape
 from metarun.commands.starting import build_destinations, build_tracker, check_start
 from metarun.commands.summary import report
 from metarun.commands.trained_on import classes_before, load_split, note_weights, pretrained_by
+from metarun.commands.training_tasks import with_training_tasks
 from metarun.config.build import (
     build_algorithm,
     build_outer_loop,
@@ -256,6 +257,7 @@ def build_trainer(
                 f"augment: dataset={record['choices']['dataset']} has no images to augment; leave augment out"
             )
         train.augment = instantiate(settings.augment, "augment")
+    train = with_training_tasks(train, settings, hardware)
     if dataset.decided:
         settings.dataset = OmegaConf.to_container(OmegaConf.merge(settings.dataset, dataset.decided))
     spec = task_spec(dataset, train)

@@ -49,6 +49,7 @@ KINDS = {
     "algorithm": "metarun.algorithms.base.Algorithm",
     "backbone": "torch.nn.Module",
     "augment": "metarun.datasets.augment.Augment",
+    "train_tasks": "metarun.datasets.training_tasks.TrainingTasks",
     "inner_loop": "metarun.inner_loops.base.InnerLoop",
     "outer_loop": "metarun.training.outer_loops.OuterLoop",
     "sampler": "metarun.tasks.curriculum.PrioritizedReplay",

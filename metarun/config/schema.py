@@ -16,7 +16,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from metarun.config.comments import options_help, settings_help
 
 # The settings of nodes that are paths, and Hydra's folders, in which `${...}` may occur.
-PATHS = re.compile(r"dataset\.(settings\.[\w-]+\.)?(root|descriptions|vectors|encoder)|backbone\.weights")
+PATHS = re.compile(
+    r"dataset\.(settings\.[\w-]+\.)?(root|descriptions|vectors|encoder)|backbone\.weights|train_tasks\.embedding"
+)
 FOLDERS = re.compile(r"hydra\.(run|sweep)\.dir")
 
 Node = Any  # {"_target_": class, setting: value, ...}
@@ -99,6 +101,7 @@ class TrainConfig:
     outer_loop: Node = None
     sampler: Node = None
     augment: Node = None
+    train_tasks: Node = None
     hardware: Node = MISSING
     ways: int = whole(1)
     shots: int = whole(0)

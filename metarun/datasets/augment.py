@@ -17,33 +17,50 @@ class Augment:
     `crop`: pixels an image is moved by at most in each direction, with black behind it (a random
     crop of the padded image). `flip`: mirrored left to right, half of the time. `rotation`: degrees
     it is turned by at most, either way. `colour`: brightness, contrast and saturation are each
-    multiplied by up to 1 +- this.
+    multiplied by up to 1 +- this. `zoom`: its size is multiplied by up to 1 +- this. `drop`: the chance of
+    each pixel to become black, before all else.
     """
 
-    numbers = 7  # uniform in [0, 1), for each image
-
-    def __init__(self, crop: int = 4, flip: bool = True, rotation: float = 0.0, colour: float = 0.4) -> None:
-        for name, value in (("crop", crop), ("rotation", rotation), ("colour", colour)):
+    def __init__(
+        self,
+        crop: int = 4,
+        flip: bool = True,
+        rotation: float = 0.0,
+        colour: float = 0.4,
+        zoom: float = 0.0,
+        drop: float = 0.0,
+    ) -> None:
+        shares = {"colour": colour, "zoom": zoom, "drop": drop}
+        for name, value in {"crop": crop, "rotation": rotation, **shares}.items():
             if value < 0:
                 raise ConfigError(f"augment.{name}={value}: must not be negative")
-        if colour > 1:
-            raise ConfigError(f"augment.colour={colour}: must be at most 1")
+        for name, value in shares.items():
+            if value > 1 or (value == 1 and name != "colour"):
+                bound = "at most 1" if name == "colour" else "below 1"
+                raise ConfigError(f"augment.{name}={value}: must be {bound}")
         self.crop, self.flip, self.rotation, self.colour = crop, flip, rotation, colour
+        self.zoom, self.drop = zoom, drop
+        self.numbers = 7 + bool(zoom) + bool(drop)  # uniform in [0, 1), for each image
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1], changed by numbers [B, 7] in [0, 1)."""
+        """Images [B, C, H, W] in [0, 1], changed by as many `numbers` in [0, 1) each, [B, numbers]."""
+        if self.drop:
+            images = images * (noise(numbers[:, -1], *images.shape[-2:]) >= self.drop)
         numbers = numbers.to(images)
-        return self.recoloured(self.moved(images, numbers[:, :4]), 2 * numbers[:, 4:] - 1)
+        return self.recoloured(self.moved(images, numbers), 2 * numbers[:, 4:7] - 1)
 
     def moved(self, images: Tensor, numbers: Tensor) -> Tensor:
         """By whole pixels, so that an image that is not turned keeps its values."""
-        if not (self.crop or self.flip or self.rotation):
+        if not (self.crop or self.flip or self.rotation or self.zoom):
             return images
         height, width = images.shape[-2:]
         angle = (2 * numbers[:, 0] - 1) * math.radians(self.rotation)
         mirror = torch.where(numbers[:, 1] < 0.5, -1.0, 1.0) if self.flip else torch.ones_like(angle)
         right, down = (torch.floor(numbers[:, i] * (2 * self.crop + 1)) - self.crop for i in (2, 3))
         cos, sin, aspect = angle.cos(), angle.sin(), height / width
+        if self.zoom:
+            size = 1 + self.zoom * (2 * numbers[:, 7] - 1)
+            cos, sin = cos / size, sin / size
         # Where each pixel comes from, in units of half an image (F.affine_grid).
         rows = [
             torch.stack([mirror * cos, -sin * aspect, 2 * right / width], 1),
@@ -62,3 +79,21 @@ class Augment:
         images = mean + contrast * (images - mean)
         grey = images.mean(1, keepdim=True)
         return (grey + saturation * (images - grey)).clamp(0, 1)
+
+
+def noise(seeds: Tensor, height: int, width: int) -> Tensor:
+    """A uniform random number in [0, 1) for each pixel, float32 [B, 1, H, W].
+
+    It is a hash of the seed and of the place of the pixel, which is the same on every device: the mixing
+    function of 32 bits of C. Wellons ("Prospecting for hash functions", 2018).
+
+    Args:
+        seeds: [B], in [0, 1).
+    """
+    mask = 0xFFFFFFFF
+    start = (seeds.double() * 2**32).long().view(-1, 1, 1, 1)
+    x = torch.arange(height * width, device=seeds.device).view(1, 1, height, width) * 0x9E3779B1
+    x = (x ^ start) & mask
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+        x = ((x ^ (x >> shift)) * factor) & mask
+    return ((x ^ (x >> 15)) >> 8).float() / 2**24

@@ -221,22 +221,25 @@ class ClassStore(EpisodeSource):
         counts = torch.full((tasks,), len(self.names), device=generator.device)
         return different(counts, ways, len(self.names), MANY_CLASSES, generator)
 
+    def draw_items(self, classes: Tensor, shape: EpisodeShape, generator: torch.Generator) -> Tensor:
+        """The places [T, N, K+Q] of the items of classes [T, N], without replacement."""
+        counts = self.counts.to(generator.device)[classes]  # [T, N]
+        return different(counts, shape.shots + shape.queries, self.largest_class, MANY_ITEMS, generator)
+
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
-        """Classes [T, N] and items [T, N, K+Q], both without replacement, and random numbers."""
-        device = generator.device
+        """Classes [T, N], items [T, N, K+Q] and, for an augmentation, random numbers."""
         classes = self.draw_classes(tasks, shape.ways, generator)
-        counts = self.counts.to(device)[classes]  # [T, N]
-        items = different(counts, shape.shots + shape.queries, self.largest_class, MANY_ITEMS, generator)
+        items = self.draw_items(classes, shape, generator)
         if self.augment is None:
             return classes, items
         size = *items.shape, self.augment.numbers
-        return classes, items, torch.rand(*size, generator=generator, device=device)
+        return classes, items, torch.rand(*size, generator=generator, device=generator.device)
 
     def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
         classes, items, *random = draw if isinstance(draw, Fetched) else self.fetch(draw)
         x = self.decode(items)  # [T, N, K+Q, *item]
         if self.augment is not None:
-            x = self.augment(x.flatten(0, 2), random[0].flatten(0, 2)).view(x.shape)
+            x = self.augmented(x, random[0])
         y = torch.arange(shape.ways, device=x.device).expand(len(x), -1)  # [T, N]
         support_x, query_x = x.split([shape.shots, shape.queries], dim=2)
         return Episodes(
@@ -249,10 +252,19 @@ class ClassStore(EpisodeSource):
             about=None if self.about is None else self.about[classes],
         )
 
+    def augmented(self, x: Tensor, random: Tensor) -> Tensor:
+        """Examples [T, N, B, *item], each changed by its random numbers [T, N, B, numbers]."""
+        assert self.augment is not None
+        return self.augment(x.flatten(0, 2), random.flatten(0, 2)).view(x.shape)
+
+    def items_at(self, classes: Tensor, places: Tensor) -> Tensor:
+        """Which items the places [T, N, B] of the classes [T, N] are, [T, N, B]."""
+        return self.starts[classes].unsqueeze(-1) + places
+
     def fetch(self, draw: Draw) -> Fetched:
         """The draw with its items [T, N, K+Q, *stored] in place of their numbers, on the device."""
         classes, places, *random = (tensor.to(self.items.device) for tensor in draw)
-        rows = self.starts[classes].unsqueeze(-1) + places  # [T, N, K+Q]
+        rows = self.items_at(classes, places)  # [T, N, K+Q]
         if self.host_for is None:
             return Fetched((classes, self.items[rows], *random))
         # Into pinned memory, from which a GPU copies without the host waiting for it.

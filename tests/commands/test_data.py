@@ -53,7 +53,8 @@ def test_mistakes(metarun):
 
 
 def test_training_images_are_changed_and_a_run_with_them_resumes(metarun, trained, tmp_path: Path):
-    words = ["augment=standard", *UNTESTED]
+    clusters = ["train_tasks=cactus", "train_tasks.clusters=30", "train_tasks.partitions=2"]
+    words = ["augment=standard", *clusters, *UNTESTED]
     metarun("train", *words, "hydra.run.dir=parts", "iterations=6", "validation.every=6")
     metarun("train", "resume=parts", "iterations=12")
     folders = trained(*words), tmp_path / "parts", trained(*UNTESTED)
@@ -62,6 +63,10 @@ def test_training_images_are_changed_and_a_run_with_them_resumes(metarun, traine
     assert losses[0] == losses[1] != losses[2]
     done = metarun("train", "dataset=sinusoid", "augment=standard", "iterations=2", status=1)
     assert "dataset=sinusoid has no images to augment" in done.stderr
+    done = metarun("train", "dataset=sinusoid", clusters[0], "iterations=2", status=1)
+    assert "train_tasks: makes tasks of images, and this dataset has none" in done.stderr
+    done = metarun("train", *UNTESTED, clusters[0], "train_tasks.embedding=nowhere", status=1)
+    assert "train_tasks.embedding=nowhere: no such checkpoint" in done.stderr
 
 
 def folder_of_classes(root: Path) -> Path:

@@ -96,6 +96,7 @@ ONLY_RESUMED: dict[str, Callable[[Content], None]] = {
     "a scheduler": naming("scheduler", "payload.Class"),
     "hardware": naming("hardware", "payload.Class"),
     "an augmentation": naming("augment", "payload.Class"),
+    "training tasks": naming("train_tasks", "payload.Class"),
 }
 
 

@@ -73,3 +73,24 @@ def test_a_store_changes_each_image_by_numbers_of_its_draw():
     assert torch.equal(first.support_x, again.support_x)
     assert torch.equal(first.classes, plain.classes)  # the same tasks
     assert not torch.equal(first.support_x, plain.support_x)
+
+
+def test_a_smaller_image_is_in_the_middle():
+    whole = torch.ones(1, 1, 20, 20)
+    small = Augment(crop=0, flip=False, colour=0, zoom=0.5)(whole, torch.tensor([[*STILL, 0.0]]))
+    assert small[..., 6:14, 6:14].min() == 1 and small.sum() == pytest.approx(100, abs=25)
+    assert small[..., :4, :].sum() == small[..., :, -4:].sum() == 0
+    larger = Augment(crop=0, flip=False, colour=0, zoom=0.5)(small, torch.tensor([[*STILL, 1.0]]))
+    assert larger.sum() > 1.5 * small.sum()
+
+
+def test_pixels_are_dropped_by_chance():
+    numbers = torch.rand(400, 8, generator=torch.Generator().manual_seed(0))
+    kept = Augment(crop=0, flip=False, colour=0, drop=0.3)(torch.ones(400, 2, 9, 11), numbers)
+    assert ((kept == 0) | (kept == 1)).all() and (kept[:, 0] == kept[:, 1]).all()  # all channels of a pixel
+    own = kept[:, 0].flatten(1)
+    error = 4 * (0.21 / 400) ** 0.5
+    assert (own.mean(0) - 0.7).abs().max() < error  # of every pixel, over images
+    assert abs(own.mean().item() - 0.7) < 0.01 and len(own.unique(dim=0)) == 400
+    both = torch.corrcoef(own.T) - torch.eye(99)
+    assert both.abs().max() < 0.3  # pixels are independent of each other
