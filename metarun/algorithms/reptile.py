@@ -75,8 +75,13 @@ class Reptile(MAML):
         for name, p in theta.items():
             # The N rows of a shared head are copies of one vector, which moves by the mean of their updates.
             copies = max(p[0].numel() // learned[name].numel(), 1)
-            distance = distance + (p - phi["params"][name]).square().sum() / copies
+            divisor = copies / self.outer_rate(name)
+            distance = distance + (p - phi["params"][name]).square().sum() / divisor
         return replace(outcome, loss=0.5 * distance / len(tasks))
+
+    def outer_rate(self, name: str) -> float:
+        """What the outer learning rate is multiplied by for the weight of a name."""
+        return 1.0
 
     def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
         loss, slow, fast = super().inner_problem(tasks)

@@ -47,10 +47,15 @@ class Adam(InnerLoop):
                 first[name] = self.beta1 * first[name] + (1 - self.beta1) * g
                 second[name] = self.beta2 * second[name] + (1 - self.beta2) * g.square()
             params = {
-                name: p - self.rate * first[name] / correct1 / (root(second[name] / correct2) + self.epsilon)
+                name: p
+                - self.rate_of(name) * first[name] / correct1 / (root(second[name] / correct2) + self.epsilon)
                 for name, p in params.items()
             }
             yield params
+
+    def rate_of(self, name: str) -> float:
+        """The learning rate of the weight of a name."""
+        return self.rate
 
 
 def root(x: Tensor) -> Tensor:

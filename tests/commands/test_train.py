@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import LEARNED, TINY, UNTESTED, some_quick
+from helpers.runs import LEARNED, SMALLER, TINY, UNTESTED, some_quick
 from omegaconf import OmegaConf
 from scipy import stats
 
@@ -49,7 +49,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("algorithm", some_quick(ALGORITHMS, "maml", "protonet"))
 def test_every_algorithm_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorithm: str):
-    done = metarun("train", f"algorithm={algorithm}", *TINY, *FOUR.split())
+    done = metarun("train", f"algorithm={algorithm}", *TINY, *FOUR.split(), *SMALLER.get(algorithm, []))
     folder = run_folder(tmp_path)
     assert {path.name for path in folder.iterdir()} >= FILES
     assert f"metarun eval checkpoint={folder.relative_to(tmp_path)}" in done.stdout
@@ -62,7 +62,7 @@ def test_every_algorithm_trains_evaluates_and_adapts(metarun, tmp_path: Path, al
     assert "10 queries" in adapted.stdout
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in CLASSIFIERS])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in (*CLASSIFIERS, "meta_nas")])
 def test_regression_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorithm: str):
     words = ["train", "dataset=sinusoid", f"algorithm={algorithm}", "meta_batch=2", *FOUR.split()]
     words += ["hardware=cpu", f"hardware.compile={'auto' if algorithm == 'maml' else 'false'}"]

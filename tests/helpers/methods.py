@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import embedded_references as embedded
-from helpers import references
+from helpers import references, search_references
 from helpers.engines import engine_of
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.baseline import Baseline, SimpleShot
@@ -22,6 +22,7 @@ from metarun.algorithms.maml import MAML
 from metarun.algorithms.maml_plus_plus import MAMLPlusPlus
 from metarun.algorithms.mann import MANN
 from metarun.algorithms.matching import MatchingNet
+from metarun.algorithms.meta_nas import MetaNAS
 from metarun.algorithms.meta_networks import MetaNet
 from metarun.algorithms.metaoptnet import MetaOptNet
 from metarun.algorithms.pmf import PMF
@@ -33,10 +34,12 @@ from metarun.algorithms.reptile import Reptile
 from metarun.algorithms.snail import SNAIL
 from metarun.algorithms.versa import Versa
 from metarun.algorithms.zero_shot import ZeroShot
+from metarun.backbones.cells import Cells
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.backbones.omniglot_cnn import OmniglotCNN
 from metarun.inner_loops.adam import Adam
+from metarun.inner_loops.architecture_adam import ArchitectureAdam
 from metarun.inner_loops.base import InnerLoop, PerWeight
 from metarun.inner_loops.layer_rates import LayerRates
 from metarun.inner_loops.meta_curvature import MetaCurvature
@@ -374,6 +377,12 @@ def zero_shot(backbone: nn.Module, steps: int) -> ZeroShot:
     return algorithm
 
 
+def meta_nas(backbone: nn.Module, steps: int) -> MetaNAS:
+    """On cells of its own, which any method may use but no other backbone replaces."""
+    cells = Cells(SHAPE, width=2, cells=1, nodes=1, reductions=(0,), drop_path=0.0)
+    return MetaNAS(cells, ArchitectureAdam(0.01, 0.02, steps), outputs=3, test_share=1.0)
+
+
 METHODS = {
     "maml": Method(maml(), maml_reference(), any_order=False),
     "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False, any_order=False),
@@ -426,6 +435,14 @@ METHODS = {
         lambda backbone, steps: IMAML(backbone, SGD(RATE, steps), outputs=3),
         imaml_reference,
         finite_differences=False,
+        any_order=False,
+    ),
+    "meta_nas": Method(
+        meta_nas,
+        search_references.update,
+        finite_differences=False,
+        tolerance=1e-7,  # as for reptile-adam
+        any_network=False,
         any_order=False,
     ),
     "pretrain": Method(

@@ -27,6 +27,16 @@ TINY = [
     "hardware.threads=1",
 ]
 
+#: What some methods need further, to be as small.
+SMALLER = {
+    "meta_nas": [
+        "backbone.cells=1",
+        "backbone.nodes=1",
+        "backbone.reductions=[0]",
+        "inner_loop.test_steps=2",
+    ]
+}
+
 #: The same without a test at the end.
 UNTESTED = [*TINY, "test.episodes=0"]
 

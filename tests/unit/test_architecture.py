@@ -39,7 +39,7 @@ VARIANTS = {
     ("imaml", "maml"),
     ("pretrain", "maml"),
 }
-VARIANTS |= {("reptile", "maml"), ("metaoptnet", "r2d2"), ("memories", "snail")}
+VARIANTS |= {("reptile", "maml"), ("meta_nas", "reptile"), ("metaoptnet", "r2d2"), ("memories", "snail")}
 SHARED = {"base", "feature_method", "memories", "sequences", "svm"}
 
 

@@ -31,7 +31,7 @@ SMALL = {  # a network of the same kind that is built in no time
 FOR_TEXTS = ("adapter", "bag", "text_cnn", "text_transformer")
 #: The backbones that have no layers of the kind that an algorithm changes.
 REFUSED = {
-    "meta_networks": (*SMALL, "adapter", "text_transformer"),  # its weights have a fast twin each
+    "meta_networks": (*SMALL, "adapter", "cells", "text_transformer"),  # its weights have a fast twin each
     "cnaps": FOR_TEXTS,
     "cavia": ("bag",),
 }

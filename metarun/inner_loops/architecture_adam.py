@@ -1,0 +1,36 @@
+"""Adam with another learning rate for the architecture, the inner loop of MetaNAS (Elsken et al. 2020)."""
+
+from __future__ import annotations
+
+from metarun.inner_loops.adam import Adam
+
+
+class ArchitectureAdam(Adam):
+    """Adam whose rate differs for weights of the architecture (`backbone=cells`) and other weights.
+
+    Both are moved by the gradient at the same point (Elsken et al. 2020, section 3.2). The paper's code moves
+    the architecture first, and takes the gradient of the other weights at the new architecture. Its weight
+    decay of the architecture in a task (0.001) is left out.
+
+    Args:
+        rate: the learning rate of weights.
+        architecture_rate: the learning rate of the architecture.
+        steps, test_steps, order, beta1, beta2, epsilon: see `Adam`.
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.005,
+        architecture_rate: float = 0.005,
+        steps: int = 5,
+        test_steps: int | None = None,
+        order: int = 1,
+        beta1: float = 0.0,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+    ) -> None:
+        super().__init__(rate, steps, test_steps, order, beta1, beta2, epsilon)
+        self.architecture_rate = architecture_rate
+
+    def rate_of(self, name: str) -> float:
+        return self.architecture_rate if ".architecture." in name else self.rate
