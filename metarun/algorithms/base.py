@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from metarun.errors import ConfigError
+from metarun.nn.layers import uses_batch_statistics
+from metarun.nn.task_norm import support_first, task_norms
 from metarun.tasks.episodes import Episodes, EpisodeShape, Outcome, Tasks
 from metarun.tasks.objectives import PerTask
 from metarun.tasks.rollouts import Rollouts
@@ -19,6 +21,7 @@ from metarun.tasks.spec import TaskSpec
 
 #: Task-specific state after adaptation (weights, prototypes, ...): a tensor, or dicts and lists of tensors.
 Adapted = Any
+QUERIES_AT_ONCE = 75  # in evaluation, the most queries of a task in one pass, unless all are one batch
 
 
 class Algorithm(nn.Module, ABC):
@@ -61,7 +64,7 @@ class Algorithm(nn.Module, ABC):
     unread: ClassVar[Mapping[str, str]] = {}
     #: Whether the backbone keeps the weights that it starts with.
     frozen: bool = False
-    #: Whether evaluation normalises an example by the statistics of the batch that it is in.
+    #: Whether evaluation normalises a query by the statistics of the batch that it is in (batch norm).
     normalises_batches: bool = False
     #: Whether all queries of a task are then one batch; False: each is in a batch with the support alone.
     transductive: bool = True
@@ -115,6 +118,16 @@ class Algorithm(nn.Module, ABC):
         """Whether predictions for one query depend on the other queries of its task (transductive)."""
         return self.normalises_batches and self.transductive
 
+    @cached_property
+    def normalises_by_support(self) -> bool:
+        """Whether a query is normalised by the support of its task (TaskNorm)."""
+        return bool(task_norms(self))
+
+    @property
+    def predicts_beside_support(self) -> bool:
+        """Whether predicting a query takes the support examples, beside what `adapt` made of them."""
+        return self.normalises_by_support or (self.normalises_batches and not self.transductive)
+
     def own_backbone(self) -> nn.Module | None:
         """The network that `init=RUN` fills with another run's weights; None: there is none."""
         return None
@@ -129,11 +142,27 @@ class Algorithm(nn.Module, ABC):
         """Raise ConfigError if the method does not support tasks of this shape from this source."""
         self.check_shots(source, shape.shots)
         self.check(shape.ways)
+        self.check_norms(shape)
         environment = issubclass(source.spec.tasks, Rollouts)
         if environment and not shape.shots and self.takes_steps and self.inner_loop.step_count():  # type: ignore[operator, union-attr]
             raise ConfigError(
                 f"shots=0: algorithm={type(self).__name__} learns by inner steps, each from the trajectories "
                 "of the shots; set shots, as in shots=20"
+            )
+
+    def check_norms(self, shape: EpisodeShape) -> None:
+        """Raise ConfigError for TaskNorm without a support, or together with batch norm by the batch."""
+        if not self.normalises_by_support:
+            return
+        if not shape.shots:
+            raise ConfigError(
+                "shots=0: norm=task normalises by the support examples, and there are none; set shots to 1 "
+                "or more, or choose norm=running or layer"
+            )
+        if uses_batch_statistics(self):
+            raise ConfigError(
+                "norm=task: normalises a query by the support alone, and another layer of the network by its "
+                "batch; choose algorithm.norm=running or layer"
             )
 
     @classmethod
@@ -199,7 +228,8 @@ class Algorithm(nn.Module, ABC):
     def predictor(self, adapted: Adapted, tasks: Any) -> Callable[[Tensor], Tensor]:
         """How the queries of tasks are predicted, [T, B, *item] -> [T, B, N].
 
-        This is `predict` of all queries. If it normalises batches and `transductive` is False, each query is
+        This is `predict` of all queries. With TaskNorm, they are in one batch with the support, whose moments
+        do not depend on them. If the method normalises batches and `transductive` is False, each query is
         predicted in a batch with the support alone, as in Reptile's paper (Nichol et al. 2018, section 6.1).
 
         Args:
@@ -210,23 +240,33 @@ class Algorithm(nn.Module, ABC):
             ConfigError: the tasks have no support examples, which are needed if `transductive` is False.
         """
         predict = partial(self.predict, adapted)
-        if self.transductive or not self.normalises_batches:
+        if not self.predicts_beside_support:
             return predict
         if not isinstance(tasks, Episodes):
+            setting = "norm=task" if self.normalises_by_support else "algorithm.transductive=false"
             raise ConfigError(
-                "algorithm.transductive=false: predicts a query beside the support examples, and these "
+                f"{setting}: predicts a query beside the support examples, and these "
                 f"tasks ({type(tasks).__name__}) have none; leave it out"
             )
+
+        def after_support(query_x: Tensor) -> Tensor:
+            shots = tasks.support_x.shape[1]
+            parts = [query_x] if self.training else query_x.split(QUERIES_AT_ONCE, 1)
+            with support_first(self, shots):
+                return torch.cat(
+                    [predict(torch.cat([tasks.support_x, part], 1))[:, shots:] for part in parts], 1
+                )
 
         def one_by_one(query_x: Tensor) -> Tensor:
             batches = (torch.cat([tasks.support_x, query], 1) for query in query_x.split(1, dim=1))
             return torch.cat([predict(batch)[:, -1:] for batch in batches], 1)
 
-        return one_by_one
+        return after_support if self.normalises_by_support else one_by_one
 
     def balanced(self, tasks: Any) -> Any:
-        """Tasks for evaluation: if the method normalises batches, with copies (`Episodes.repeated`)."""
-        return tasks.repeated() if self.normalises_batches and isinstance(tasks, Episodes) else tasks
+        """Tasks for evaluation: if statistics of the support normalise, with copies (`Episodes.repeated`)."""
+        normalises = self.normalises_batches or self.normalises_by_support
+        return tasks.repeated() if normalises and isinstance(tasks, Episodes) else tasks
 
     def meta_loss(self, tasks: Any) -> Outcome:
         """The outcome whose mean loss over tasks is minimised by training.

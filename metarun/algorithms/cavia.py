@@ -7,7 +7,7 @@ from torch import nn
 from metarun.algorithms.maml import MAML
 from metarun.errors import ConfigError
 from metarun.inner_loops.base import InnerLoop
-from metarun.nn.layers import FiLM, is_called, replace_layers
+from metarun.nn.layers import NORMS, FiLM, is_called, replace_layers
 
 
 class CAVIA(MAML):
@@ -57,7 +57,7 @@ def add_context(backbone: nn.Module, size: int, position: int | None) -> None:
     for module in backbone.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and is_called(module):
             found.append((module, module))
-        elif found and isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+        elif found and isinstance(module, NORMS):
             found[-1] = found[-1][0], module
     convolutions = sum(isinstance(weights, nn.Conv2d) for weights, _ in found)
     if position is None:

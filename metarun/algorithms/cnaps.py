@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, prototypes, require
 from metarun.errors import ConfigError
-from metarun.nn.layers import Norm, is_called, norm_layer, replace_layers, uses_batch_statistics
+from metarun.nn.layers import NORMS, Norm, is_called, norm_layer, replace_layers
 from metarun.nn.per_task import Params, is_groupable, plain_attention
 from metarun.nn.shared_weights import run_shared, runs_at_once
 from metarun.tasks.episodes import Episodes, Outcome
@@ -78,11 +79,7 @@ class CNAPs(FeatureMethod):
     def meta_loss(self, tasks: Episodes) -> Outcome:
         """The loss of the queries plus the penalty on the FiLM parameters."""
         film = self.modulate(self.task_embedding(tasks))
-        if uses_batch_statistics(self.backbone):
-            support, query = (self.embed_with(film, x) for x in (tasks.support_x, tasks.query_x))
-        else:
-            features = self.embed_with(film, torch.cat([tasks.support_x, tasks.query_x], 1))
-            support, query = features.tensor_split([tasks.support_x.shape[1]], 1)
+        support, query = self.embed_episodes(tasks, partial(self.embed_with, film))
         logits = self.score(self.fit(support, tasks.support_y, tasks.ways), query)
         sizes = [generator.size.square().sum() for generator in self.film]  # type: ignore[operator,union-attr]
         loss = self.loss_of(tasks)(logits, tasks.query_y).mean()
@@ -167,8 +164,7 @@ class Modulated(nn.Sequential):
 
 def add_modulations(backbone: nn.Module) -> list[Modulation]:
     """Insert a Modulation after every normalisation layer; without these, after every weight layer."""
-    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-    kinds = norms if any(isinstance(m, norms) for m in backbone.modules()) else (nn.Conv2d, nn.Linear)
+    kinds = NORMS if any(isinstance(m, NORMS) for m in backbone.modules()) else (nn.Conv2d, nn.Linear)
     added: list[Modulation] = []
 
     def modulated(layer: nn.Module) -> nn.Module | None:

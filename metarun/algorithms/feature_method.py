@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Adapted, Algorithm
+from metarun.algorithms.base import QUERIES_AT_ONCE, Adapted, Algorithm
 from metarun.errors import ConfigError
 from metarun.nn.layers import uses_batch_statistics
 from metarun.nn.per_task import AUTO
 from metarun.nn.shared_weights import run_shared, runs_at_once
+from metarun.nn.task_norm import support_first
 from metarun.tasks.episodes import Episodes, Outcome
-
-QUERIES_AT_ONCE = 75  # in evaluation, the most queries of a task in one forward pass
 
 
 class FeatureMethod(Algorithm):
@@ -25,8 +25,9 @@ class FeatureMethod(Algorithm):
     The extension point for such a method: a subclass implements `fit` and `score`.
 
     With running averages (norm=running) the support and the query of a task are embedded in one batch
-    in training, and evaluation does not use query statistics. With norm=batch they are embedded in separate
-    batches, as they are in evaluation. In training, batch statistics are computed for each task separately.
+    in training, and evaluation does not use query statistics. So are they with TaskNorm (norm=task), also in
+    evaluation. With norm=batch they are embedded in separate batches, as they are in evaluation. In training,
+    batch statistics are computed for each task separately.
 
     Args:
         backbone: maps examples [B, *item] to features [B, F].
@@ -96,7 +97,7 @@ class FeatureMethod(Algorithm):
         return self.fit_tasks(tasks, self.embed(tasks.support_x))
 
     def predict(self, adapted: Adapted, query_x: Tensor) -> Tensor:
-        if self.training or self.normalises_batches:
+        if self.training or self.normalises_batches or self.normalises_by_support:
             return self.score(adapted, self.embed(query_x))
         # Methods that build graphs or pairs would need gigabytes for hundreds of queries at once.
         parts = query_x.split(QUERIES_AT_ONCE, 1)
@@ -107,13 +108,22 @@ class FeatureMethod(Algorithm):
         logits = self.score(self.fit_tasks(tasks, support), query)
         return tasks.outcome(logits, self.loss)
 
-    def embed_episodes(self, tasks: Episodes) -> tuple[Tensor, Tensor]:
-        """Features of the support [T, S, F] and of the query [T, B, F] in training."""
+    def embed_episodes(
+        self, tasks: Episodes, embed: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of the support [T, S, F] and of the query [T, B, F] in training.
+
+        Args:
+            tasks: the tasks.
+            embed: from examples [T, B, *item] to features [T, B, F]; None: `embed` of the method.
+        """
         self.check(tasks.outputs)
+        embed = embed or self.embed
         if uses_batch_statistics(self.backbone):
-            return self.embed(tasks.support_x), self.embed(tasks.query_x)
-        features = self.embed(torch.cat([tasks.support_x, tasks.query_x], 1))
+            return embed(tasks.support_x), embed(tasks.query_x)
         shots = tasks.support_x.shape[1]
+        with support_first(self.backbone, shots):
+            features = embed(torch.cat([tasks.support_x, tasks.query_x], 1))
         return features[:, :shots], features[:, shots:]
 
     def embed(self, x: Tensor) -> Tensor:

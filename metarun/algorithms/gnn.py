@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
-from metarun.nn.layers import Norm, norm_layer
+from metarun.nn.layers import Norm, norm_layer, without_support
 
 
 class GNN(FeatureMethod):
@@ -32,7 +32,7 @@ class GNN(FeatureMethod):
             the nodes, as in the paper's code.
         norm: the normalisation in the graph networks. The paper uses batch norm over a whole meta-batch; over
             one task, as here, its running averages fit no single task well. "layer" normalises each graph
-            separately.
+            separately. Graphs have no support: "task" is instance norm here, and "task_layer" layer norm.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class GNN(FeatureMethod):
         super().__init__(backbone, most_ways=outputs)
         require(layers >= 0, f"algorithm.layers={layers}: must not be negative")
         require(width >= 2, f"algorithm.width={width}: must be at least 2")
-        self.graph = GraphNetwork(self.features + outputs, outputs, layers, width, norm)
+        self.graph = GraphNetwork(self.features + outputs, outputs, layers, width, without_support(norm))
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
         """{"nodes": support nodes [T, S, F + N], "unknown": the label of a query [N], "ways": N}."""

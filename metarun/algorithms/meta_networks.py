@@ -15,7 +15,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.feature_method import cosines, without_autocast
 from metarun.errors import ConfigError
 from metarun.inner_loops.recurrent import LSTMCell, preprocessed
-from metarun.nn.layers import Residual, uses_batch_statistics
+from metarun.nn.layers import NORMS, Residual, uses_batch_statistics
 from metarun.nn.learner import refuse_running_averages
 from metarun.nn.per_task import AUTO, Params, is_groupable, layers, loops, run_chain, run_on_tasks
 from metarun.tasks.episodes import Episodes
@@ -229,7 +229,6 @@ def augmented_layer(fast: Params, name: str, layer: nn.Module, x: Streams) -> St
 
 
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.Tanh)
-NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
 
 def without_bias(layer: nn.Conv2d | nn.Linear, weight: Tensor, x: Tensor) -> Tensor:

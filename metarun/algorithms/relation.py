@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
-from metarun.nn.layers import Norm, norm_layer
+from metarun.nn.layers import Norm, norm_layer, without_support
 
 
 class RelationNet(FeatureMethod):
@@ -29,7 +29,9 @@ class RelationNet(FeatureMethod):
         backbone, shots: passed by the builder; see `Algorithm`.
         width: channels of the convolutional blocks.
         hidden: units of the first linear layer.
-        norm: the normalisation in the convolutional blocks.
+        norm: the normalisation in the convolutional blocks. The pairs that they compare have no support, so
+            that of TaskNorm only the part of each example alone remains: "task" is instance norm here, and
+            "task_layer" layer norm.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class RelationNet(FeatureMethod):
         self.map_shape: tuple[int, int, int] = getattr(backbone, "map_shape", (self.features, 1, 1))
         channels, *sides = self.map_shape
         layers: list[nn.Module] = []
+        norm = without_support(norm)
         for inputs in (2 * channels, width):
             # Instance norm of a single pixel would always be zero.
             norms = "none" if norm == "instance" and max(sides) == 1 else norm

@@ -90,7 +90,7 @@ class AdaptedModel:
         classes: the classes, in the order of the outputs; empty for a regression.
         state: the task-specific state that the algorithm made of the support.
         support_x: the support examples [1, S, *item] that each query is predicted beside, if the network
-            normalises by batch statistics.
+            normalises by statistics of the batch or of the support.
         ink: of drawings, as for `Model.adapt`.
         preparation: how the images of the support were prepared; None for other examples.
     """
@@ -156,9 +156,9 @@ class AdaptedModel:
     def save(self, path: str | Path) -> None:
         """Write the adapted model to a file, which `metarun.load_adapted` and `metarun predict` read."""
         model = self.model
+        support = self.support_x if model.algorithm.predicts_beside_support else self.support_x[:, :0]
         kept = ("config", "choices", "algorithm", "files")
         copied = {key: model.content[key] for key in kept if key in model.content}
-        beside = model.algorithm.normalises_batches and not model.algorithm.transductive
         checkpoint.save(
             user_path(str(path)),
             copied
@@ -168,7 +168,7 @@ class AdaptedModel:
                 "trained_classes": model.content["classes"],
                 "description": model.content.get("description"),
                 "transductive": model.algorithm.transductive,
-                "support": self.support_x.cpu() if beside else self.support_x[:, :0].cpu(),
+                "support": support.cpu(),
                 "ink": self.ink,
                 "preparation": asdict(self.preparation) if self.preparation else None,
             },

@@ -14,8 +14,9 @@ from metarun.algorithms.feature_method import FeatureMethod
 from metarun.errors import ConfigError, first_line
 from metarun.inference.adapted import AdaptedModel, on_device
 from metarun.inference.model import Model
-from metarun.nn.layers import StepNorm, replace_layers, uses_batch_statistics
+from metarun.nn.layers import StepNorm, relates_examples, replace_layers
 from metarun.nn.per_task import TaskBatching
+from metarun.nn.task_norm import task_norms
 
 PLAIN = TaskBatching("loop", channels_last=False)
 CLOSE = 1e-4  # the largest difference of a probability, or of a feature
@@ -55,7 +56,7 @@ class Classifier(nn.Module):
     """Examples [B, *item] to the probabilities of an adapted model's classes [B, N], or values [B, V].
 
     Each example is predicted independently of the others: where the network normalises by batch statistics,
-    beside the support alone, as `metarun adapt` does.
+    beside the support alone, as `metarun adapt` does; where by TaskNorm, all are beside one support.
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
@@ -63,12 +64,17 @@ class Classifier(nn.Module):
         self.ended = ending(adapted)
         self.algorithm, self.groups = plain_copy(adapted.model.algorithm)
         self.state = to_cpu(adapted.state)
-        beside = adapted.model.algorithm.normalises_batches
-        self.support = adapted.support_x[0].cpu().float() if beside else None
+        by_batch, by_support = self.algorithm.normalises_batches, self.algorithm.normalises_by_support
+        self.support = adapted.support_x[0].cpu().float() if by_batch or by_support else None
+        self.shares_support = by_support
+        for norm in task_norms(self.algorithm):
+            norm.support = adapted.support_x.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.support is None:
             return self.ended(self.predict(x))
+        if self.shares_support:
+            return self.ended(self.predict(torch.cat([self.support, x]))[len(self.support) :])
         count = x.shape[0]  # not len(x), which a trace takes for a constant
         self.groups[0] = count
         support = self.support.unsqueeze(0).expand(count, *self.support.shape)
@@ -100,7 +106,7 @@ class Embedding(nn.Module):
         backbone = model.algorithm.own_backbone()
         if backbone is None:
             raise ConfigError(f"{model.path}: {model.name} has no backbone to export; export adapted=FILE")
-        if uses_batch_statistics(backbone):
+        if relates_examples(backbone):
             raise ConfigError(
                 f"{model.path}: its backbone normalises an example by the others of its batch, so it has no "
                 "features of an example alone; export adapted=FILE, or train with norm=running"

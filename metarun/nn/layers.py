@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from metarun.errors import ConfigError
 from metarun.nn import double_backward
+from metarun.nn.task_norm import TaskNorm, task_norms
 
-Norm = Literal["batch", "running", "group", "layer", "instance", "none"]
+Norm = Literal["batch", "running", "group", "layer", "instance", "task", "task_layer", "none"]
+NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, TaskNorm)
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
@@ -21,7 +23,8 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
     Args:
         norm: "batch": the statistics of the current batch, also in evaluation; predictions are transductive.
             "running": running averages in evaluation (not for weights adapted per task).
-            "group" (8 groups), "layer", "instance": the statistics of each image. "none": the identity.
+            "group" (8 groups), "layer", "instance": the statistics of each image. "task", "task_layer":
+            TaskNorm-I and TaskNorm-L, those of the support and of each image. "none": the identity.
         channels: C.
 
     Raises:
@@ -40,14 +43,24 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
             return nn.GroupNorm(1, channels)
         case "instance":
             return nn.GroupNorm(channels, channels)
+        case "task":
+            return TaskNorm(channels, "instance")
+        case "task_layer":
+            return TaskNorm(channels, "layer")
         case "none":
             return nn.Identity()
 
 
+def without_support(norm: Norm) -> Norm:
+    """The norm of layers whose batches have no support: of TaskNorm, the part of each example alone."""
+    return {"task": "instance", "task_layer": "layer"}.get(norm, norm)  # type: ignore[return-value]
+
+
 def normalises_batches(module: nn.Module) -> bool:
-    """Whether training normalises by the batch's statistics: batch norm of any kind."""
+    """Whether training normalises by statistics of the batch: batch norm of any kind, or TaskNorm."""
     return any(
-        getattr(part, "uses_batch_statistics", False) or isinstance(part, nn.modules.batchnorm._BatchNorm)
+        getattr(part, "uses_batch_statistics", False)
+        or isinstance(part, (nn.modules.batchnorm._BatchNorm, TaskNorm))
         for part in module.modules()
     )
 
@@ -59,6 +72,11 @@ def uses_batch_statistics(network: nn.Module) -> bool:
         or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None)
         for module in network.modules()
     )
+
+
+def relates_examples(network: nn.Module) -> bool:
+    """Whether evaluation normalises an example by others of its batch, queries or the support."""
+    return uses_batch_statistics(network) or bool(task_norms(network))
 
 
 def require_images(name: str, item_shape: tuple[int, ...], least: int = 1) -> tuple[int, int, int]:

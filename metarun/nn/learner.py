@@ -108,5 +108,5 @@ def refuse_running_averages(backbone: nn.Module) -> None:
         if getattr(module, "running_mean", None) is not None and id(module) not in fixed:
             raise ConfigError(
                 "norm=running keeps averages over tasks, which weights adapted per task cannot use; "
-                "choose norm=batch, group, layer, instance or none (backbone=timm: backbone.frozen=true)"
+                "choose norm=batch, task, group, layer, instance or none (timm: backbone.frozen=true)"
             )

@@ -16,8 +16,9 @@ from typing import TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.nn.layers import move_average, normalises_batches, uses_batch_statistics
+from metarun.nn.layers import move_average, normalises_batches, relates_examples
 from metarun.nn.per_task import AUTO, OnTasks, TaskBatching, is_groupable, leaves, run_chain
+from metarun.nn.task_norm import TaskNorm
 
 
 def runs_at_once(module: nn.Module, x: Tensor, batching: TaskBatching = AUTO) -> bool:
@@ -28,10 +29,13 @@ def runs_at_once(module: nn.Module, x: Tensor, batching: TaskBatching = AUTO) ->
     """
     if batching.how == "loop" or (x.dim() == 5 and batching.is_channels_last(x.device)):
         return False
-    if not uses_batch_statistics(module) and not (module.training and normalises_batches(module)):
+    if not relates_examples(module) and not (module.training and normalises_batches(module)):
         return True
     every = leaves(module)
-    known = all(is_batch_norm(layer) or not normalises_batches(layer) for layer in every)
+    known = all(
+        is_batch_norm(layer) or isinstance(layer, TaskNorm) or not normalises_batches(layer)
+        for layer in every
+    )
     # The averages of a layer that is used twice would be updated in another order than task by task.
     once = len({id(layer) for layer in every}) == len(every)
     return known and once
@@ -59,7 +63,7 @@ def run_shared(module: nn.Module, x: Tensor, batching: TaskBatching = AUTO) -> T
     y = x.transpose(0, 1).flatten(0, 1)
     if y.dim() == 4 and is_groupable(module):  # other layers may expect contiguous maps, for .view()
         y = batching.laid_out(y)
-    examples_are_independent = not module.training and not uses_batch_statistics(module)
+    examples_are_independent = not module.training and not relates_examples(module)
     if examples_are_independent or tasks == 1:
         y = module(y)
     else:

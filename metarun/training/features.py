@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.nn.frozen import Frozen, frozen_part
-from metarun.nn.layers import uses_batch_statistics
+from metarun.nn.layers import relates_examples
 from metarun.reporting.console import Bar
 from metarun.storage.cached_arrays import memmap_cached
 from metarun.tasks.class_store import ClassStore, unchanged
@@ -39,7 +39,7 @@ def on_features(source: EpisodeSource, algorithm: Algorithm, hardware: Hardware)
         one draw to the next.
     """
     network = frozen_part(algorithm.own_backbone())
-    if network is None or not algorithm.embeds_first or uses_batch_statistics(network):
+    if network is None or not algorithm.embeds_first or relates_examples(network):
         return source
     if not isinstance(source, ClassStore) or source.spec.kind != "images" or source.augment is not None:
         return source
