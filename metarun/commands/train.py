@@ -258,6 +258,11 @@ def build_trainer(
             )
         train.augment = instantiate(settings.augment, "augment")
     train = with_training_tasks(train, settings, hardware)
+    if settings.fixed_labels:
+        if not isinstance(train, ClassStore):
+            name = record["choices"]["dataset"]
+            raise ConfigError(f"fixed_labels=true: dataset={name} has no classes with labels; leave it out")
+        train.fixed_labels = True
     if dataset.decided:
         settings.dataset = OmegaConf.to_container(OmegaConf.merge(settings.dataset, dataset.decided))
     spec = task_spec(dataset, train)

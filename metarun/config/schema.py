@@ -106,6 +106,7 @@ class TrainConfig:
     ways: int = whole(1)
     shots: int = whole(0)
     queries: int = whole(1)
+    fixed_labels: bool = False
     meta_batch: int = whole(1)
     iterations: int = whole(0)
     inner_rate: float = positive(shared="inner_loop.rate")

@@ -15,7 +15,7 @@ from torch import Tensor
 from metarun.datasets.base import Dataset, Split, at_least
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, naming_part
-from metarun.tasks.choice import different
+from metarun.tasks.choice import different, one_of_each
 from metarun.tasks.class_store import MANY_CLASSES, ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.spec import TaskSpec
@@ -216,13 +216,16 @@ class MixtureStore(ClassStore):
     def draw_classes(self, tasks: int, ways: int, generator: torch.Generator) -> Tensor:
         """The classes of tasks [T, N]: the dataset of each task is drawn, and its ways from that one."""
         device, keys = generator.device, None
-        if len(self.names) <= MANY_CLASSES:
+        if len(self.names) <= MANY_CLASSES and not self.fixed_labels:
             keys = torch.rand(tasks, len(self.names), generator=generator, device=device)
         part = torch.multinomial(self.weights.to(device), tasks, replacement=True, generator=generator)
         if keys is not None:
             return keys.masked_fill(self.owners.to(device) != part[:, None], -1.0).topk(ways).indices
         counts = self.owners.bincount(minlength=len(self.weights)).to(device)
-        own = different(counts[part], ways, len(self.names), MANY_CLASSES, generator)
+        if self.fixed_labels:
+            own = one_of_each(counts[part], ways, generator)
+        else:
+            own = different(counts[part], ways, len(self.names), MANY_CLASSES, generator)
         return own + (counts.cumsum(0) - counts)[part, None]
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from metarun.datasets.base import Dataset, Split, number_rows
-from metarun.errors import DataError
+from metarun.datasets.base import Dataset, Split, at_least, number_rows
+from metarun.errors import ConfigError, DataError
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import REGRESSION
 from metarun.tasks.source import Draw, EpisodeSource
@@ -25,9 +26,19 @@ class Sinusoid(Dataset):
     The loss is the mean squared error. There are infinitely many tasks, so splits differ only in their
     random numbers.
 
+    With `amplitudes`, one function of the inputs solves all training tasks, so that a method may memorise it
+    instead of learning from the support (Yin et al. 2020, section 6.1): training tasks have one of so many
+    amplitudes, spaced equally over their range, and its one-hot vector follows x in the input. In validation
+    and test, amplitudes are drawn uniformly and the one-hot vector of a task is random, so that it says
+    nothing.
+
     Args:
         amplitude, phase, x, frequency: the least and the largest value of each; values are drawn uniformly.
+        amplitudes: the number of training amplitudes, at least 2; None: they are drawn uniformly, too.
+        noise: the standard deviation of normal noise that is added to y, at least 0.
     """
+
+    of_model = ("amplitudes",)
 
     def __init__(
         self,
@@ -36,19 +47,26 @@ class Sinusoid(Dataset):
         phase: Range = (0.0, math.pi),
         x: Range = (-5.0, 5.0),
         frequency: Range = (1.0, 1.0),
+        amplitudes: int | None = None,
+        noise: float = 0.0,
     ) -> None:
+        if amplitudes is not None:
+            at_least(2, amplitudes=amplitudes)
+        if noise < 0:
+            raise ConfigError(f"dataset.noise={noise}: choose a number of at least 0")
         self.amplitude, self.phase, self.x, self.frequency = amplitude, phase, x, frequency
+        self.amplitudes, self.noise = amplitudes, noise
 
     @property
     def spec(self) -> TaskSpec:
-        return TaskSpec(item_shape=(1,), objective=REGRESSION, outputs=1)
+        return TaskSpec(item_shape=(1 + (self.amplitudes or 0),), objective=REGRESSION, outputs=1)
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> SinusoidSource:
         return SinusoidSource(self, name, device)
 
     def examples(self, items: Sequence[Any]) -> Tensor:
-        """The points x, a number each."""
-        return number_rows(items, "examples", 1).float()
+        """The points x, a number each, before the one-hot vector if there is one."""
+        return number_rows(items, "examples", *self.spec.item_shape).float()
 
 
 class SinusoidSource(EpisodeSource):
@@ -60,6 +78,9 @@ class SinusoidSource(EpisodeSource):
         self.fingerprint = f"sinusoid {split} {settings.amplitude} {settings.phase} {settings.x}"
         if self.varies:
             self.fingerprint += f" {settings.frequency}"
+        if settings.amplitudes or settings.noise:
+            self.fingerprint += f" {settings.amplitudes} {settings.noise}"
+        self.memorable = settings.amplitudes if split == "train" else None
 
     @property
     def varies(self) -> bool:
@@ -72,24 +93,39 @@ class SinusoidSource(EpisodeSource):
             raise DataError(f"ways={shape.ways}: a regression task has one way; set ways=1")
 
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
-        """Amplitudes and phases [T, 1, 1], points [T, K+Q, 1], and frequencies [T, 1, 1] if they vary."""
+        """Amplitudes and phases [T, 1, 1] and points [T, K+Q, 1].
+
+        With settings that ask for them, also frequencies [T, 1, 1], the places of the ones in one-hot vectors
+        [T, 1] and noise [T, K+Q, 1], in this order.
+        """
+        device, points = generator.device, shape.shots + shape.queries
 
         def uniform(bounds: Range, points: int) -> Tensor:
             low, high = bounds
-            numbers = torch.rand(tasks, points, 1, generator=generator, device=generator.device)
+            numbers = torch.rand(tasks, points, 1, generator=generator, device=device)
             return low + (high - low) * numbers
 
-        points = shape.shots + shape.queries
-        drawn = (
-            uniform(self.settings.amplitude, 1),
-            uniform(self.settings.phase, 1),
-            uniform(self.settings.x, points),
-        )
-        return (*drawn, uniform(self.settings.frequency, 1)) if self.varies else drawn
+        own = self.settings
+        amplitude, phase, x = uniform(own.amplitude, 1), uniform(own.phase, 1), uniform(own.x, points)
+        more = [uniform(own.frequency, 1)] if self.varies else []
+        if own.amplitudes:
+            place = torch.randint(own.amplitudes, (tasks, 1), generator=generator, device=device)
+            if self.memorable:
+                values = torch.linspace(*own.amplitude, self.memorable, device=device)
+                amplitude = values[place].unsqueeze(-1)
+            more.append(place)
+        if own.noise:
+            more.append(own.noise * torch.randn(x.shape, generator=generator, device=device))
+        return amplitude, phase, x, *more
 
     def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
-        amplitude, phase, x, *frequency = (tensor.to(self.device) for tensor in draw)
-        y = amplitude * torch.sin((frequency[0] * x if frequency else x) + phase)  # [T, K+Q, 1]
+        amplitude, phase, x, *more = (tensor.to(self.device) for tensor in draw)
+        y = amplitude * torch.sin((more.pop(0) * x if self.varies else x) + phase)  # [T, K+Q, 1]
+        if self.settings.noise:
+            y = y + more.pop()
+        if self.settings.amplitudes:
+            known = F.one_hot(more.pop(), self.settings.amplitudes).to(x)  # [T, 1, amplitudes]
+            x = torch.cat([x, known.expand(-1, x.shape[1], -1)], -1)
         sizes = [shape.shots, shape.queries]
         (support_x, query_x), (support_y, query_y) = x.split(sizes, 1), y.split(sizes, 1)
         return Episodes(support_x, support_y, query_x, query_y, objective=self.spec.objective)

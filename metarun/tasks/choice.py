@@ -54,6 +54,23 @@ def by_redrawing(counts: Tensor, wanted: int, generator: torch.Generator) -> Ten
     return found
 
 
+def one_of_each(counts: Tensor, groups: int, generator: torch.Generator) -> Tensor:
+    """Draw one number of each group below each of `counts`; number i is in group i modulo `groups`.
+
+    Args:
+        counts: int64 [T], each at least `groups`.
+        groups: how many groups there are.
+        generator: the only source of randomness.
+
+    Returns:
+        int64 [T, groups]: in column n a number of group n.
+    """
+    group = torch.arange(groups, device=generator.device)
+    sizes = (counts.unsqueeze(1) - group + groups - 1) // groups  # [T, groups]
+    real = torch.rand(sizes.shape, generator=generator, device=generator.device, dtype=torch.float64)
+    return group + groups * (real * sizes).long()
+
+
 def repeated(numbers: Tensor) -> Tensor:
     """Where a number [..., n] is equal to an earlier one of its row."""
     ordered, places = torch.sort(numbers, dim=-1, stable=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metarun.errors import DataError, counted
-from metarun.tasks.choice import different
+from metarun.tasks.choice import different, one_of_each
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.resize import resized
 from metarun.tasks.source import Draw, EpisodeSource, Fetched
@@ -128,6 +128,7 @@ class ClassStore(EpisodeSource):
         self.counts = torch.tensor(counts, device=device)
         self.starts = self.counts.cumsum(0) - self.counts
         self.augment: Augmentation | None = None  # of training items
+        self.fixed_labels = False  # in training: class i is always way i modulo the number of ways
         self.parts: dict[str, ClassStore] = {}  # type: ignore[assignment]
 
     @property
@@ -219,6 +220,8 @@ class ClassStore(EpisodeSource):
     def draw_classes(self, tasks: int, ways: int, generator: torch.Generator) -> Tensor:
         """The classes of tasks [T, N], without replacement."""
         counts = torch.full((tasks,), len(self.names), device=generator.device)
+        if self.fixed_labels:
+            return one_of_each(counts, ways, generator)
         return different(counts, ways, len(self.names), MANY_CLASSES, generator)
 
     def draw_items(self, classes: Tensor, shape: EpisodeShape, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from helpers import adaptive_references as adaptive
 from helpers import embedded_references as embedded
 from helpers import references, search_references
+from helpers import regularised_references as regularised
 from helpers.engines import engine_of
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.baseline import Baseline, SimpleShot
@@ -25,6 +27,7 @@ from metarun.algorithms.matching import MatchingNet
 from metarun.algorithms.meta_nas import MetaNAS
 from metarun.algorithms.meta_networks import MetaNet
 from metarun.algorithms.metaoptnet import MetaOptNet
+from metarun.algorithms.mr_maml import MRMAML
 from metarun.algorithms.pmf import PMF
 from metarun.algorithms.pretrain import Pretrain
 from metarun.algorithms.protonet import ProtoNet
@@ -40,6 +43,7 @@ from metarun.backbones.mlp import MLP
 from metarun.backbones.omniglot_cnn import OmniglotCNN
 from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.architecture_adam import ArchitectureAdam
+from metarun.inner_loops.alfa import ALFA
 from metarun.inner_loops.base import InnerLoop, PerWeight
 from metarun.inner_loops.layer_rates import LayerRates
 from metarun.inner_loops.meta_curvature import MetaCurvature
@@ -135,6 +139,7 @@ def protonet_reference(algorithm: ProtoNet, episodes: Episodes, steps: int) -> G
 INNER_LOOPS: dict[str, Callable[[int], InnerLoop]] = {
     "meta_sgd": lambda steps: MetaSGD(steps=steps),
     "layer_rates": lambda steps: LayerRates(RATE, steps),
+    "alfa": lambda steps: ALFA(RATE, 0.2, steps),
     "meta_curvature": lambda steps: MetaCurvature(RATE, steps),
     "lstm": lambda steps: MetaLSTM(3, steps),
     "learned_optimizer": lambda steps: LearnedOptimizer(3, steps=steps),
@@ -190,6 +195,10 @@ def meta_sgd_rule(algorithm: MAML):
 def layer_rates_rule(algorithm: MAML):
     places = of_weight(algorithm.inner_loop.rates, "rates")
     return lambda meta: lambda w, g, loss, step: {n: w[n] - meta[places[n]][step] * g[n] for n in w}
+
+
+def alfa_rule(algorithm: MAML):
+    return adaptive.alfa_rule(of_weight(algorithm.inner_loop.rates, "rates"))
 
 
 def meta_curvature_rule(algorithm: MAML):
@@ -383,6 +392,24 @@ def meta_nas(backbone: nn.Module, steps: int) -> MetaNAS:
     return MetaNAS(cells, ArchitectureAdam(0.01, 0.02, steps), outputs=3, test_share=1.0)
 
 
+def mr_maml(on: str, **settings) -> Callable[[nn.Module, int], MRMAML]:
+    """With the same noise for all tasks and examples, so that chunks of tasks meet the same."""
+
+    def build(backbone: nn.Module, steps: int) -> MRMAML:
+        algorithm = MRMAML(
+            backbone, SGD(RATE, steps), 3, regularises=on, weight=0.1, deviation=0.1, **settings
+        )
+        shared = 1 if on == "weights" else 2
+        algorithm.noise = lambda like: regularised.wave(like.shape[shared:]).expand_as(like)
+        return algorithm
+
+    return build
+
+
+def mr_maml_reference(algorithm: MRMAML, episodes: Episodes, steps: int) -> Gradient:
+    return regularised.mr_maml(algorithm, episodes, steps, RATE)
+
+
 METHODS = {
     "maml": Method(maml(), maml_reference(), any_order=False),
     "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False, any_order=False),
@@ -407,6 +434,7 @@ METHODS = {
     ),
     "meta_sgd": Method(learned("meta_sgd"), unrolled_reference(meta_sgd_rule), any_order=False),
     "layer_rates": Method(learned("layer_rates"), unrolled_reference(layer_rates_rule), any_order=False),
+    "alfa": Method(learned("alfa"), unrolled_reference(alfa_rule), any_order=False),
     "meta_curvature": Method(
         learned("meta_curvature"), unrolled_reference(meta_curvature_rule), any_order=False
     ),
@@ -444,6 +472,9 @@ METHODS = {
         tolerance=1e-7,  # as for reptile-adam
         any_network=False,
         any_order=False,
+    "mr_maml-weights": Method(mr_maml("weights"), mr_maml_reference, any_order=False),
+    "mr_maml-activations": Method(
+        mr_maml("activations", bottleneck=4, decoder=[5]), mr_maml_reference, any_order=False
     ),
     "pretrain": Method(
         lambda backbone, steps: Pretrain(backbone, SGD(RATE, steps), outputs=3, classes=11),

@@ -37,6 +37,7 @@ VARIANTS = {
     ("maml_plus_plus", "maml"),
     ("cavia", "maml"),
     ("imaml", "maml"),
+    ("mr_maml", "maml"),
     ("pretrain", "maml"),
 }
 VARIANTS |= {("reptile", "maml"), ("meta_nas", "reptile"), ("metaoptnet", "r2d2"), ("memories", "snail")}

@@ -21,6 +21,7 @@ from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.errors import ConfigError
 from metarun.inner_loops.adam import Adam
+from metarun.inner_loops.alfa import ALFA
 from metarun.inner_loops.base import InnerLoop
 from metarun.inner_loops.layer_rates import LayerRates
 from metarun.inner_loops.meta_curvature import MetaCurvature
@@ -38,6 +39,7 @@ INNER_LOOPS: dict[str, Callable[[], InnerLoop]] = {
     "adam": lambda: Adam(0.01, 2, order=2),
     "meta_sgd": lambda: MetaSGD(steps=2),
     "layer_rates": lambda: LayerRates(0.1, 2),
+    "alfa": lambda: ALFA(0.1, steps=2),
     "meta_curvature": lambda: MetaCurvature(0.1, 2),
     "lstm": lambda: MetaLSTM(3, 2),
     "learned_optimizer": lambda: LearnedOptimizer(3, steps=2),
@@ -192,6 +194,29 @@ def test_annealed_runs_are_the_same_however_a_step_is_run(how: str, monkeypatch:
         losses.append(run)
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-9, atol=1e-12)
     assert len(given) == (3 if how == "graph" else 0)  # first order, second order, the last loss alone
+
+
+def test_alfa_with_constant_rates_and_no_decay_is_learned_layer_rates():
+    """And a decay that is generated shrinks the weights, of each task by its own factor."""
+    episodes = vectors()
+    alfa = MAML(MLP((6,), hidden=(8,)), ALFA(0.1, decay=0.5, steps=2), 3)
+    layer_rates = MAML(MLP((6,), hidden=(8,)), LayerRates(0.1, 2), 3)
+    layer_rates.learner.load_state_dict(alfa.learner.state_dict())
+    last = alfa.inner_loop.generator[-1]
+    with torch.no_grad():
+        free = alfa.adapt(episodes)["params"]["head.weight"]
+        last.weight.zero_()
+        alphas, betas = last.bias.chunk(2)
+        alphas.fill_(1)
+        betas.zero_()
+        found, expected = (each.adapt(episodes)["params"] for each in (alfa, layer_rates))
+        torch.testing.assert_close(found, expected)
+        betas.fill_(2)
+        alphas.zero_()
+        shrunk = alfa.adapt(episodes)["params"]["head.weight"]
+    torch.testing.assert_close(shrunk, 0.9**2 * alfa.learner.head.weight.expand_as(shrunk))
+    shift = (free - alfa.learner.head.weight).flatten(1)
+    assert not torch.allclose(*(row / row.norm() for row in shift[:2]))
 
 
 def test_a_run_that_begins_later_is_in_its_phase():
