@@ -42,8 +42,8 @@ from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.backbones.omniglot_cnn import OmniglotCNN
 from metarun.inner_loops.adam import Adam
-from metarun.inner_loops.architecture_adam import ArchitectureAdam
 from metarun.inner_loops.alfa import ALFA
+from metarun.inner_loops.architecture_adam import ArchitectureAdam
 from metarun.inner_loops.base import InnerLoop, PerWeight
 from metarun.inner_loops.layer_rates import LayerRates
 from metarun.inner_loops.meta_curvature import MetaCurvature
@@ -472,6 +472,7 @@ METHODS = {
         tolerance=1e-7,  # as for reptile-adam
         any_network=False,
         any_order=False,
+    ),
     "mr_maml-weights": Method(mr_maml("weights"), mr_maml_reference, any_order=False),
     "mr_maml-activations": Method(
         mr_maml("activations", bottleneck=4, decoder=[5]), mr_maml_reference, any_order=False
