@@ -53,6 +53,8 @@ class Algorithm(nn.Module, ABC):
     trains_critic: ClassVar[bool] = False
     #: Whether a task is learned by steps of `inner_loop`, whose number can be chosen at test time.
     takes_steps: ClassVar[bool] = False
+    #: Whether it trains one classifier over all training classes, which interpolated tasks do not have.
+    classifies_training_classes: ClassVar[bool] = False
     #: Whether it has `by_instance`, the accuracy at each appearance of a class (`metarun eval instances=N`).
     sees_examples_in_turn: ClassVar[bool] = False
     #: Whether it gives examples to its backbone alone, and as they are. Features of a frozen network may then
@@ -181,6 +183,12 @@ class Algorithm(nn.Module, ABC):
         """Hook called once at the start of a new run, to set buffers by the training data.
 
         A network, or another part of an algorithm, may have a method of this name, too.
+        """
+
+    def on_validation(self, train: EpisodeSource) -> None:
+        """Hook called before every validation, to set buffers by the training data and the current weights.
+
+        The start of a run is a validation, too, also with iterations=0.
         """
 
     def on_step_start(self, iteration: int) -> bool:

@@ -36,6 +36,8 @@ class Classifier(FeatureMethod):
         scale: multiplies the cosines.
     """
 
+    classifies_training_classes = True
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -29,6 +29,7 @@ class Pretrain(MAML):
         transductive: see `MAML`.
     """
 
+    classifies_training_classes = True
     # Steps are only taken in evaluation, without a gradient through them.
     unread: ClassVar = {"inner_loop.order": "", "inner_loop.steps": "test_steps!=null"}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from hydra.utils import get_class
 from torch import Tensor
 
+from metarun.algorithms.base import Algorithm
 from metarun.config.build import instantiate, training_shape
 from metarun.config.schema import TrainConfig
 from metarun.datasets.training_tasks import TrainingTasks
@@ -28,15 +30,26 @@ def with_training_tasks(train: EpisodeSource, settings: TrainConfig, hardware: H
     if "_target_" not in (settings.train_tasks or {}):
         return train
     maker: TrainingTasks = instantiate(settings.train_tasks, "train_tasks")
-    if not isinstance(train, ClassStore) or train.spec.kind != "images":
+    algorithm: type[Algorithm] = get_class(settings.algorithm["_target_"])
+    if maker.mixes_classes and algorithm.classifies_training_classes and train.names:
+        raise ConfigError(
+            f"train_tasks: algorithm={algorithm.__name__} learns to tell all training classes apart, and an "
+            "interpolated task has other classes; choose train_tasks=rotations, or algorithm=protonet"
+        )
+    images = train if isinstance(train, ClassStore) and train.spec.kind == "images" else None
+    if maker.of_images and images is None:
         raise ConfigError(
             "train_tasks: makes tasks of images, and this dataset has none; choose train_tasks=labels"
         )
-    source = maker.source(
-        train, training_shape(settings), lambda run: embedded(train, run, settings, hardware)
-    )
+
+    def embed(run: str) -> Tensor:
+        assert images is not None
+        return embedded(images, run, settings, hardware)
+
+    source = maker.source(train, training_shape(settings), embed)  # type: ignore[arg-type]
     labels = "" if maker.labelled else ", without their labels"
-    inform(f"training tasks: {len(source.names):,} classes of {len(train.items):,} images{labels}")
+    if isinstance(source, ClassStore):
+        inform(f"training tasks: {len(source.names):,} classes of {len(source.items):,} images{labels}")
     return source
 
 

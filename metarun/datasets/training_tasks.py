@@ -19,6 +19,7 @@ from metarun.tasks.class_store import HASHED, ClassStore
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.pseudo_classes import PseudoClasses, by_content
 from metarun.tasks.sampling import seeded
+from metarun.tasks.source import EpisodeSource
 
 #: The features [items, F] of the items of a split, by a reference to a trained run.
 Embed = Callable[[str], Tensor]
@@ -33,13 +34,17 @@ class TrainingTasks(ABC):
 
     #: Whether the labels of the training split are read.
     labelled = False
+    #: Whether they are made of images.
+    of_images = True
+    #: Whether the classes of a task are mixtures of training classes.
+    mixes_classes = False
 
     @abstractmethod
-    def source(self, train: ClassStore, shape: EpisodeShape, embed: Embed) -> ClassStore:
+    def source(self, train: ClassStore, shape: EpisodeShape, embed: Embed) -> EpisodeSource:
         """The training split with the classes that tasks are drawn from.
 
         Args:
-            train: the training split, a store of images.
+            train: the training split, a store of images (any, if not `of_images`).
             shape: of the training tasks.
             embed: the features of its images, by the reference to a run.
 

@@ -60,6 +60,11 @@ class EpisodeSource(ABC):
     host_for: torch.device | None = None
     readable: bool = False
 
+    @property
+    def undisturbed(self) -> EpisodeSource:
+        """The source of the same classes whose tasks are not made of others (`train_tasks`)."""
+        return self
+
     @abstractmethod
     def check(self, shape: EpisodeShape) -> None:
         """Raise DataError where the split cannot give tasks of this shape."""

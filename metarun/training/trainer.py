@@ -334,6 +334,7 @@ class Trainer:
             refused: whether a loss that is not finite raises TrainingError.
         """
         validation = self.settings.validation
+        self.algorithm.on_validation(self.train_source.undisturbed)
         result = evaluate(self.algorithm, self.validation_source, validation, self.hardware, advance)
         if refused and not math.isfinite(result.loss):
             raise TrainingError(self.not_finite("the validation loss"))

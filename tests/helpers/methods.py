@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from helpers import adaptive_references as adaptive
 from helpers import embedded_references as embedded
+from helpers import generation_methods as generation
 from helpers import references, search_references
 from helpers import regularised_references as regularised
 from helpers.engines import engine_of
@@ -568,6 +569,8 @@ METHODS = {
         embedded.classifier,
     ),
     "simpleshot": Method(lambda backbone, steps: SimpleShot(backbone, classes=11), embedded.classifier),
+    "hallucination": Method(generation.hallucination, generation.hallucination_reference),
+    "distribution_calibration": Method(generation.distribution_calibration, embedded.classifier),
 }
 
 

@@ -39,9 +39,11 @@ VARIANTS = {
     ("imaml", "maml"),
     ("mr_maml", "maml"),
     ("pretrain", "maml"),
+    ("distribution_calibration", "baseline"),
+    ("hallucination", "protonet"),
 }
 VARIANTS |= {("reptile", "maml"), ("meta_nas", "reptile"), ("metaoptnet", "r2d2"), ("memories", "snail")}
-SHARED = {"base", "feature_method", "memories", "sequences", "svm"}
+SHARED = {"base", "feature_method", "memories", "multinomial", "sequences", "svm"}
 
 
 def names_in(nodes: Iterable[ast.AST]) -> set[str]:

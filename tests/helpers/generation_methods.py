@@ -1,0 +1,32 @@
+"""Methods that generate examples, built for the rows of METHODS with the same numbers for all tasks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from helpers import generation_references as references
+from helpers.embedded_references import gradient_of
+from metarun.algorithms.distribution_calibration import DistributionCalibration
+from metarun.algorithms.hallucination import Hallucination
+
+
+def hallucination(backbone: nn.Module, steps: int) -> Hallucination:
+    """With weights that are no longer the identity."""
+    algorithm = Hallucination(backbone, generated=2, noise=3)
+    with torch.no_grad():
+        for p in algorithm.hallucinator.parameters():
+            p += 0.1 * torch.randn_like(p)
+    fixed = torch.randn(2, 3)
+    algorithm.noise = lambda like: fixed
+    return algorithm
+
+
+hallucination_reference = gradient_of(references.hallucination)
+
+
+def distribution_calibration(backbone: nn.Module, steps: int) -> DistributionCalibration:
+    """With statistics of training classes, as a validation would have measured them."""
+    algorithm = DistributionCalibration(backbone, classes=11, generated=8, steps=3)
+    algorithm.means, algorithm.factors = (torch.rand(11, *size, algorithm.features) for size in ((), (3,)))
+    return algorithm
