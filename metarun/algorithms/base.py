@@ -63,7 +63,9 @@ class Algorithm(nn.Module, ABC):
     #: Settings of the algorithm, or of another group as in "inner_loop.order", that nothing reads while
     #: another setting of the same group has a value ("head=svm", "test_steps!=null"; "": always). They are
     #: refused if they are typed. An inner loop, a backbone or a dataset may have this attribute too.
-    unread: ClassVar[Mapping[str, str]] = {}
+    unread: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    #: Whether the meta-loss compares the tasks of a meta-batch, so that they have to be run at once.
+    couples_tasks: bool = False
     #: Whether the backbone keeps the weights that it starts with.
     frozen: bool = False
     #: Whether evaluation normalises a query by the statistics of the batch that it is in (batch norm).

@@ -21,6 +21,7 @@ from metarun.tasks.source import Draw
 from metarun.training.parallel import Ranks
 
 if TYPE_CHECKING:
+    from metarun.algorithms.base import Algorithm
     from metarun.training.step import OuterStep
 
 
@@ -63,8 +64,13 @@ class OuterLoop(ABC):
         """Change the weights of `outer.algorithm` by the tasks of a draw."""
 
 
-def require_sum(outer_loop: OuterLoop, ranks: Ranks) -> None:
-    """Raise ConfigError if ranks share the tasks, and the rule needs more than the sum of their gradients."""
+def require_sum(outer_loop: OuterLoop, ranks: Ranks, algorithm: Algorithm) -> None:
+    """Raise ConfigError if ranks share the tasks, and more is needed than the sum of their gradients."""
+    if ranks.count > 1 and algorithm.couples_tasks:
+        raise ConfigError(
+            f"algorithm={type(algorithm).__name__}: its loss compares all tasks of a meta-batch in one "
+            "process; start it without torchrun"
+        )
     if ranks.count > 1 and not outer_loop.adds_up:
         raise ConfigError(
             f"outer_loop={type(outer_loop).__name__.lower()}: needs the trajectories of all tasks in one "

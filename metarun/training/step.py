@@ -91,7 +91,7 @@ class OuterStep:
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
         self.running_totals = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=hardware.device)
         self.ranks, self.share = hardware.ranks, hardware.ranks.share(meta_batch)
-        require_sum(self.outer_loop, self.ranks)
+        require_sum(self.outer_loop, self.ranks, algorithm)
         self.shared = SharedGradient(self.ranks, algorithm, self.params, meta_batch)
         self.generator: torch.Generator | None = None  # of the numbers of tasks, if there are ranks
         self.numbers: TaskNumbers | None = None
@@ -114,19 +114,19 @@ class OuterStep:
             start: the next iteration.
             say: called with a message for each decision that a user should know.
         """
-        self.say, self.iteration = say, start
+        self.say, self.iteration, self.capturing = say, start, False
         self.generator = self.generator or self.ranks.generator()
-        self.algorithm.on_step_start(start)
+        algorithm = self.algorithm
+        algorithm.on_step_start(start)
         self.traced.clear()
         # Release an earlier graph before memory is measured: it holds memory.
         self.graph, self.static_draw, self.static_share, self.numbers = None, (), None, None
         self.optimizer.zero_grad()
         self.draws = self.draws_from(start)
-        bytes_of_one = functools.cache(self.bytes_of_one_task)
-        on_gpu = self.hardware.device.type == "cuda"
+        bytes_of_one, on_gpu = functools.cache(self.bytes_of_one_task), self.hardware.device.type == "cuda"
         static = self.source.spec.static and not self.sampler  # which has to know the score of each task
-        self.at_once = self.ranks.least(self.hardware.tasks_at_once(self.most_at_once, bytes_of_one))
-        self.capturing = False
+        if not algorithm.couples_tasks:
+            self.at_once = self.ranks.least(self.hardware.tasks_at_once(self.most_at_once, bytes_of_one))
         on_host = self.host_store() is not None
         wants_graph = self.hardware.graph and on_gpu and static and not on_host
         if on_gpu and on_host:  # capture is not possible while another thread copies to the device
@@ -135,8 +135,7 @@ class OuterStep:
         if self.at_once < self.shared.own:
             say(f"{self.at_once} of {self.shared.own} tasks at once")
         if static and (
-            self.hardware.compile is True
-            or (can_trace(self.algorithm) and self.hardware.traces(bytes_of_one))
+            self.hardware.compile is True or (can_trace(algorithm) and self.hardware.traces(bytes_of_one))
         ):
             self.trace(compiles=self.hardware.compile is True)
 
@@ -255,11 +254,12 @@ class OuterStep:
             self.clip.apply(self.params)
 
     def halve(self, reason: str) -> None:
-        """Halve the tasks at once. Raises TrainingError if a single task does not fit."""
-        if self.at_once == 1:
+        """Halve the tasks at once. Raises TrainingError if a single task does not fit, or all have to."""
+        together = self.algorithm.couples_tasks and self.at_once > 1
+        if self.at_once == 1 or together:
+            how, advice = ("all tasks", "meta_batch, ") if together else ("one task at a time", "")
             raise TrainingError(
-                f"out of memory with one task at a time ({reason}); "
-                "lower shots, queries, ways or inner_loop.steps"
+                f"out of memory with {how} ({reason}); lower {advice}shots, queries, ways or inner_loop.steps"
             )
         self.at_once = self.most_at_once = (self.at_once + 1) // 2
         if self.hardware.device.type == "cuda":

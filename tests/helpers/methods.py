@@ -36,6 +36,7 @@ from metarun.algorithms.r2d2 import R2D2
 from metarun.algorithms.relation import RelationNet
 from metarun.algorithms.reptile import Reptile
 from metarun.algorithms.snail import SNAIL
+from metarun.algorithms.taml import TAML
 from metarun.algorithms.versa import Versa
 from metarun.algorithms.zero_shot import ZeroShot
 from metarun.backbones.cells import Cells
@@ -411,6 +412,14 @@ def mr_maml_reference(algorithm: MRMAML, episodes: Episodes, steps: int) -> Grad
     return regularised.mr_maml(algorithm, episodes, steps, RATE)
 
 
+def taml(measure: str) -> Callable[[nn.Module, int], TAML]:
+    return lambda backbone, steps: TAML(backbone, SGD(RATE, steps), 3, measure=measure, weight=0.7)
+
+
+def taml_reference(algorithm: TAML, episodes: Episodes, steps: int) -> Gradient:
+    return regularised.taml(algorithm, episodes, steps, RATE)
+
+
 METHODS = {
     "maml": Method(maml(), maml_reference(), any_order=False),
     "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False, any_order=False),
@@ -478,6 +487,8 @@ METHODS = {
     "mr_maml-activations": Method(
         mr_maml("activations", bottleneck=4, decoder=[5]), mr_maml_reference, any_order=False
     ),
+    "taml-entropy": Method(taml("entropy"), taml_reference, any_order=False),
+    "taml-theil": Method(taml("theil"), taml_reference, any_order=False),
     "pretrain": Method(
         lambda backbone, steps: Pretrain(backbone, SGD(RATE, steps), outputs=3, classes=11),
         pretrain_reference,

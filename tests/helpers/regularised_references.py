@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Categorical, Normal, kl_divergence
 from torch.func import functional_call
 
 from helpers.references import loss_of, support_loss_of
@@ -74,3 +74,31 @@ def mr_maml(algorithm: nn.Module, episodes: Episodes, steps: int, rate: float) -
             total = total + algorithm.weight * kl_divergence(Normal(p, spread), Normal(0.0, 1.0)).sum()
     grads = torch.autograd.grad(total, list(theta.values()))
     return dict(zip(theta, grads, strict=True))
+
+
+def taml(algorithm: nn.Module, episodes: Episodes, steps: int, rate: float) -> Weights:
+    """Jamal and Qi 2019: MAML's loss plus the change of entropy, or Theil's index of the losses before."""
+    net = nn.Sequential(copy.deepcopy(algorithm.learner.backbone), copy.deepcopy(algorithm.learner.head))
+    theta = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    adapted, before, entropies = [], [], []
+    for t in range(len(episodes)):
+        weights = theta
+        for _ in range(steps):
+            outputs = functional_call(net, weights, (episodes.support_x[t],))
+            support = support_loss_of(outputs, episodes.support_y[t])
+            grads = torch.autograd.grad(support, list(weights.values()), create_graph=True)
+            weights = {n: p - rate * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+        start, end = (functional_call(net, each, (episodes.query_x[t],)) for each in (theta, weights))
+        adapted.append(loss_of(end, episodes.query_y[t]))
+        before.append(loss_of(start, episodes.query_y[t]))
+        first, last = (Categorical(logits=each).entropy().mean() for each in (start, end))
+        entropies.append(last - first)
+    if algorithm.measure == "entropy":
+        penalty = sum(entropies) / len(entropies)
+    else:
+        mean = sum(before) / len(before)
+        penalty = sum(each / mean * torch.log(each / mean) for each in before) / len(before)
+    total = sum(adapted) / len(adapted) + algorithm.weight * penalty
+    grads = torch.autograd.grad(total, list(theta.values()))
+    names = {"0": "learner.backbone", "1": "learner.head"}
+    return {names[name[0]] + name[1:]: g for name, g in zip(theta, grads, strict=True)}

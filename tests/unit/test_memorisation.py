@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
+from helpers.engines import engine_of
 
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.mr_maml import MRMAML
+from metarun.algorithms.taml import TAML, inequality
 from metarun.backbones.mlp import MLP
 from metarun.datasets.mixture import MixtureStore
 from metarun.datasets.sinusoid import Sinusoid
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, TrainingError
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.training.outer_loops import Gradient, require_sum
+from metarun.training.parallel import Ranks
 
 pytestmark = pytest.mark.quick
 
@@ -103,3 +110,46 @@ def test_mr_maml_says_what_it_cannot_do():
         MRMAML(MLP((5,)), SGD(0.1, 1), 3, regularises="activations")
     with pytest.raises(ConfigError, match=r"algorithm\.weight=-1: must be at least 0"):
         MRMAML(MLP((5,)), SGD(0.1, 1), 3, weight=-1)
+
+
+def test_measures_of_inequality_are_those_of_economists():
+    """Against sums over tasks; equal losses have none, and a factor of all changes nothing."""
+    losses = [0.5, 1.0, 1.0, 3.5, 4.0]
+    count, total = len(losses), sum(losses)
+    mean = total / count
+    geometric = math.prod(losses) ** (1 / count)
+    pairs = itertools.product(losses, losses)
+    expected = {
+        ("theil", 0.0): sum(x / total * math.log(x / total * count) for x in losses),
+        ("generalised_entropy", 1.0): sum(x / total * math.log(x / total * count) for x in losses),
+        ("generalised_entropy", 0.0): math.log(mean / geometric),
+        ("generalised_entropy", 2.0): sum((x - mean) ** 2 for x in losses) / count / (2 * mean**2),
+        ("atkinson", 1.0): 1 - geometric / mean,
+        ("atkinson", 0.5): 1 - (sum(x**0.5 for x in losses) / count) ** 2 / mean,
+        ("gini", 0.0): sum(abs(x - y) for x, y in pairs) / (2 * count * total),
+        ("variance_of_logarithms", 0.0): sum(math.log(x / geometric) ** 2 for x in losses) / count,
+    }
+    for (measure, parameter), value in expected.items():
+        found = [
+            inequality(torch.tensor(each, dtype=torch.float64), measure, parameter).item()
+            for each in (losses, [7 * x for x in losses], [2.0] * 3)
+        ]
+        assert found == pytest.approx([value, value, 0.0], rel=1e-12, abs=1e-14), measure
+
+
+def test_taml_without_a_weight_is_maml_and_compares_whole_meta_batches(float64: None):
+    tasks = vectors()
+    plain = MAML(MLP((5,), (6,)), SGD(0.1, 2), 3)
+    for measure in ("entropy", "gini"):
+        taml = TAML(MLP((5,), (6,)), SGD(0.1, 2), 3, measure=measure, weight=0.0)
+        taml.load_state_dict(plain.state_dict())
+        assert torch.equal(taml.meta_loss(tasks).loss, plain.meta_loss(tasks).loss)
+        assert not taml.couples_tasks
+    engine = engine_of(TAML(MLP((5,), (6,)), SGD(0.1, 2), 3, measure="gini"), tasks, tasks_at_once=2)
+    assert engine.at_once == 4
+    with pytest.raises(TrainingError, match=r"out of memory with all tasks \(full\); lower meta_batch"):
+        engine.halve("full")
+    with pytest.raises(ConfigError, match=r"TAML: its loss compares all tasks .* start it without torchrun"):
+        require_sum(Gradient(), Ranks(0, 2), engine.algorithm)
+    with pytest.raises(ConfigError, match=r"measure=entropy: needs tasks with classes.*measure=theil"):
+        TAML(MLP((1,)), SGD(0.1, 1), 1).check_source(Sinusoid().split("train"), EpisodeShape(1, 1, 1))
