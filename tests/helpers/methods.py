@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from helpers import adaptive_references as adaptive
+from helpers import contrastive_references as contrastive
 from helpers import embedded_references as embedded
 from helpers import generation_methods as generation
+from helpers import online_references as online
 from helpers import references, search_references
 from helpers import regularised_references as regularised
 from helpers.engines import engine_of
@@ -19,6 +21,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.baseline import Baseline, SimpleShot
 from metarun.algorithms.cavia import CAVIA
 from metarun.algorithms.cnaps import CNAPs
+from metarun.algorithms.contrastive import Contrastive
 from metarun.algorithms.gnn import GNN
 from metarun.algorithms.imaml import IMAML
 from metarun.algorithms.maml import MAML
@@ -29,6 +32,7 @@ from metarun.algorithms.meta_nas import MetaNAS
 from metarun.algorithms.meta_networks import MetaNet
 from metarun.algorithms.metaoptnet import MetaOptNet
 from metarun.algorithms.mr_maml import MRMAML
+from metarun.algorithms.oml import OML
 from metarun.algorithms.pmf import PMF
 from metarun.algorithms.pretrain import Pretrain
 from metarun.algorithms.protonet import ProtoNet
@@ -495,6 +499,9 @@ METHODS = {
     ),
     "protonet": Method(lambda backbone, steps: ProtoNet(backbone), protonet_reference),
     "zero_shot": Method(zero_shot, embedded.zero_shot, equal_classes=False),  # a description is an example
+    "supcon": Method(
+        lambda backbone, steps: Contrastive(backbone, temperature=0.2, projection=3), contrastive.contrastive
+    ),
     "meta_baseline": Method(
         lambda backbone, steps: ProtoNet(backbone, distance="cosine", scale=10.0, learn_scale=True),
         embedded.gradient_of(embedded.cosine_protonet),
@@ -567,6 +574,12 @@ METHODS = {
         equal_classes=False,
     ),
     "versa": Method(versa, embedded.gradient_of(embedded.versa)),
+    "oml": Method(
+        lambda backbone, steps: OML(backbone, SGD(RATE, steps), classes=11, trajectory=2),
+        online.oml,
+        any_order=False,
+        equal_classes=False,
+    ),
     "cnaps": Method(
         lambda backbone, steps: CNAPs(backbone, SHAPE, width=4, penalty=0.1, norm="batch"),
         embedded.cnaps,
