@@ -30,7 +30,7 @@ from metarun.config.paths import CONF
 from metarun.config.published import Published, published_in
 from metarun.config.schema import register_frames, typed
 from metarun.errors import ConfigError
-from metarun.tasks.objectives import CLASSIFICATION, REGRESSION, Metric
+from metarun.tasks.objectives import CLASSIFICATION, DISTRIBUTIONS, REGRESSION, Metric
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["backbone.width=8", "dataset.size=16", "hardware=cpu"]
@@ -38,6 +38,7 @@ FAMILIES = {
     "gradient": "gradient-based ([compared](docs/gradient_based.md))",
     "features": "feature-based ([compared](docs/feature_based.md))",
     "memory": "with a memory, for environments ([explained](docs/reinforcement.md))",
+    "process": "neural processes, for regression ([explained](docs/regression.md))",
 }
 
 
@@ -121,6 +122,13 @@ def memory_methods() -> str:
     return markdown(headings, rows)
 
 
+def neural_processes() -> str:
+    facts = ("deterministic path", "latent path", "trained by", "predictions", "likelihood", "paper")
+    own = methods("process").items()
+    rows = [[f"`{name}`", *(stated[fact] for fact in facts)] for name, stated in own]
+    return markdown(["`algorithm=`", *facts], rows)
+
+
 def ways_of(algorithm: Algorithm) -> str:
     try:
         algorithm.check(6)  # one more than it was built for
@@ -147,11 +155,16 @@ def datasets() -> str:
 
 
 def metrics() -> str:
-    kinds = {"classification": CLASSIFICATION, "regression": REGRESSION}
+    known = {metric.name for metric in REGRESSION.available}
+    kinds = {
+        "classification": CLASSIFICATION.available,
+        "regression": REGRESSION.available,
+        "regression, distributions": [m for m in DISTRIBUTIONS.available if m.name not in known],
+    }
     rows = [
         [f"`{metric.name}`", kind, metric.title, *described(metric)]
-        for kind, objective in kinds.items()
-        for metric in objective.available
+        for kind, available in kinds.items()
+        for metric in available
     ]
     return markdown(["name", "tasks", "title", "what it is", "better", "shown as"], rows)
 
@@ -159,7 +172,10 @@ def metrics() -> str:
 def described(metric: Metric) -> list[str]:
     """What it is, by the first line of its function's docstring; its direction; how a score is shown."""
     meaning = (metric.score.__doc__ or "").splitlines()[0].replace(", [T]", "").rstrip(".")
-    return [meaning, "higher" if metric.higher_is_better else "lower", metric.show(0.5)]
+    better = "higher" if metric.higher_is_better else "lower"
+    if metric.aim is not None:
+        better = f"nearest to {metric.show(metric.aim)}"
+    return [meaning, better, metric.show(0.5)]
 
 
 def all_options() -> str:
@@ -246,6 +262,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "gradient-based methods": ("docs/gradient_based.md", gradient_methods),
     "feature-based methods": ("docs/feature_based.md", feature_methods),
     "methods with a memory": ("docs/reinforcement.md", memory_methods),
+    "neural processes": ("docs/regression.md", neural_processes),
     "metrics": ("docs/metrics.md", metrics),
     "published results": ("docs/published.md", published),
     "reproduced results": ("docs/published.md", reproduced),

@@ -43,6 +43,8 @@ class Algorithm(nn.Module, ABC):
     needs: ClassVar[type[Tasks]] = Tasks  # type: ignore[type-abstract]
     #: Whether the method needs tasks with classes.
     needs_classes: ClassVar[bool] = False
+    #: Whether it can predict distributions of values (`metarun.tasks.gaussians`), or only values.
+    predicts_distributions: ClassVar[bool] = True
     #: Whether it learns from descriptions of classes (`Episodes.about`), so that tasks may have no support.
     reads_descriptions: ClassVar[bool] = False
     #: Whether it can learn from environments (`metarun.tasks.rollouts`).
@@ -104,6 +106,11 @@ class Algorithm(nn.Module, ABC):
             raise ConfigError(
                 f"algorithm={cls.__name__}: needs tasks with classes, which this dataset does not have; "
                 "choose algorithm=maml, reptile or r2d2"
+            )
+        if spec.objective.numbers > 1 and not cls.predicts_distributions:
+            raise ConfigError(
+                f"algorithm={cls.__name__}: predicts values without an uncertainty; set "
+                "dataset.likelihood=null, or choose algorithm=maml"
             )
         if cls.reads_descriptions and spec.kind == "texts":
             raise ConfigError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, cosines, one_hot, require
+from metarun.tasks.episodes import Episodes
 from metarun.tasks.objectives import class_weights
 
 
@@ -33,6 +34,7 @@ class MatchingNet(FeatureMethod):
 
     unread: ClassVar = {"reads": "full_context=false"}
     needs_classes = False
+    predicts_distributions = False
 
     def __init__(
         self,
@@ -51,10 +53,14 @@ class MatchingNet(FeatureMethod):
         )
         self.query_context = nn.LSTMCell(2 * size, size) if full_context else None
 
+    def fit_tasks(self, tasks: Episodes, features: Tensor) -> dict[str, Any]:
+        adapted = super().fit_tasks(tasks, features)
+        return adapted if tasks.classes is not None else {**adapted, "there": tasks.there}
+
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
         """The support embeddings [T, S, F], their one-hot classes [T, S, N] and the logarithms of their
         weights [T, S], which are zero if all classes have the same number of shots. In a regression, the
-        support embeddings and their values [T, S, V].
+        support embeddings, their values [T, S, V], and which of them there are [T, S].
         """
         if self.support_context is not None:
             forward, backward = self.support_context(features)[0].chunk(2, -1)
@@ -71,6 +77,7 @@ class MatchingNet(FeatureMethod):
             features = self.read(support, features)
         logits = self.scale * cosines(features, support)  # [T, B, S]
         if "values" in adapted:
+            logits = logits.masked_fill(~adapted["there"].unsqueeze(1), -torch.inf)
             return logits.softmax(-1) @ adapted["values"]
         classes, logits = adapted["classes"], logits + adapted["log weights"].unsqueeze(1)
         outside = (classes == 0).mT.unsqueeze(1)  # [T, 1, N, S]

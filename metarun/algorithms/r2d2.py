@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, precise, require, without_autocast
+from metarun.tasks.episodes import Episodes
 from metarun.tasks.objectives import class_weights
 from metarun.tasks.source import EpisodeSource
 
@@ -38,6 +39,7 @@ class R2D2(FeatureMethod):
 
     unread: ClassVar = {"steps": "solver=ridge"}
     needs_classes = False
+    predicts_distributions = False
 
     def __init__(
         self,
@@ -61,14 +63,18 @@ class R2D2(FeatureMethod):
             "algorithm.solver=ridge",
         )
 
+    def fit_tasks(self, tasks: Episodes, features: Tensor) -> dict[str, Any]:
+        if tasks.classes is not None:
+            return self.fit(features, tasks.support_y, tasks.outputs)
+        features = with_constant(features)
+        with without_autocast(features):
+            y, there = (each.to(features.dtype) for each in (tasks.support_y, tasks.there))
+            return {"values": ridge_regression(features, y, self.log_ridge.exp(), there)}
+
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
-        """{"weights": weights of the classifiers, [T, F+1, N]}, or {"values": those of a regression}."""
+        """{"weights": weights of the classifiers, [T, F+1, N]}; `fit_tasks`: {"values": of a regression}."""
         features = with_constant(features)
         ridge = self.log_ridge.exp()
-        if targets.is_floating_point():
-            with without_autocast(features):
-                equal = torch.ones_like(features[..., 0])
-                return {"values": ridge_regression(features, targets.to(features.dtype), ridge, equal)}
         wanted = one_hot(targets, ways, features)
         balance = class_weights(targets, ways).to(features.dtype)
         with without_autocast(features):

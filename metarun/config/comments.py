@@ -20,6 +20,7 @@ DATASET_FACTS = ("classes", "items", "from", "licence")
 ALGORITHM_FACTS = (
     *("family", "inner step", "meta-gradient", "memory in steps", "support", "query", "paper"),
     *("memory", "reads", "task", "trained by", "critic"),
+    *("deterministic path", "latent path", "predictions", "likelihood"),
 )
 NOTE = "note"  # of any option: a few words in the table of options
 PAIRING = "pairing"  # of a dataset: the file in conf/pairing with the settings that it needs in other groups

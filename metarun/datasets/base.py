@@ -212,7 +212,8 @@ class Dataset(ABC):
         Raises:
             DataError: they are not finite numbers, or not V of them.
         """
-        return number_rows(values, "labels", self.spec.outputs or 1).float()
+        width = (self.spec.outputs or 1) // self.spec.objective.numbers
+        return number_rows(values, "labels", width).float()
 
     def own_queries(self, query: str, classes: Sequence[str]) -> OwnQueries:
         """The queries in a user's files, for a model that was adapted before (`metarun predict query=`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from metarun.datasets.base import Dataset, Split, at_least, number_rows
 from metarun.errors import ConfigError, DataError
 from metarun.tasks.episodes import Episodes, EpisodeShape
-from metarun.tasks.objectives import REGRESSION
+from metarun.tasks.objectives import DISTRIBUTIONS, REGRESSION
 from metarun.tasks.source import Draw, EpisodeSource
 from metarun.tasks.spec import TaskSpec
 
@@ -36,6 +36,8 @@ class Sinusoid(Dataset):
         amplitude, phase, x, frequency: the least and the largest value of each; values are drawn uniformly.
         amplitudes: the number of training amplitudes, at least 2; None: they are drawn uniformly, too.
         noise: the standard deviation of normal noise that is added to y, at least 0.
+        likelihood: "gaussian": a distribution of y is predicted, see `metarun.tasks.objectives`; None: its
+            value, with the mean squared error.
     """
 
     of_model = ("amplitudes",)
@@ -49,17 +51,20 @@ class Sinusoid(Dataset):
         frequency: Range = (1.0, 1.0),
         amplitudes: int | None = None,
         noise: float = 0.0,
+        likelihood: Literal["gaussian"] | None = None,
     ) -> None:
         if amplitudes is not None:
             at_least(2, amplitudes=amplitudes)
         if noise < 0:
             raise ConfigError(f"dataset.noise={noise}: choose a number of at least 0")
         self.amplitude, self.phase, self.x, self.frequency = amplitude, phase, x, frequency
-        self.amplitudes, self.noise = amplitudes, noise
+        self.amplitudes, self.noise, self.likelihood = amplitudes, noise, likelihood
 
     @property
     def spec(self) -> TaskSpec:
-        return TaskSpec(item_shape=(1 + (self.amplitudes or 0),), objective=REGRESSION, outputs=1)
+        shape = (1 + (self.amplitudes or 0),)
+        objective = DISTRIBUTIONS if self.likelihood else REGRESSION
+        return TaskSpec(item_shape=shape, objective=objective, outputs=objective.numbers)
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> SinusoidSource:
         return SinusoidSource(self, name, device)

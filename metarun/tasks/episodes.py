@@ -115,8 +115,9 @@ class Episodes(Tasks):
         query_y: [T, B] or [T, B, V].
         classes: [T, N] int64, the classes of the split that a task's ways are; None for a regression.
         objective: the loss and the metrics.
-        support_weights: the weights of the support examples in the support loss, [T, S]; None: all equal. See
-            `balanced`.
+        support_weights: the weights of the support examples in the support loss, [T, S], whose mean is 1;
+            None: all equal. See `balanced`. A weight of 0 leaves an example out, so that tasks of one shape
+            may have different numbers of shots.
         about: the description of each way, [T, N, *description]; None where classes have none. With it, a
             task may have no support examples.
     """
@@ -135,7 +136,9 @@ class Episodes(Tasks):
 
     @property
     def outputs(self) -> int:
-        return self.support_y.shape[-1] if self.classes is None else self.classes.shape[1]
+        if self.classes is None:
+            return self.support_y.shape[-1] * self.objective.numbers
+        return self.classes.shape[1]
 
     @property
     def ways(self) -> int:
@@ -143,6 +146,13 @@ class Episodes(Tasks):
         if self.classes is None:
             raise ValueError("these tasks have no classes")
         return self.classes.shape[1]
+
+    @property
+    def there(self) -> Tensor:
+        """Which support examples there are, bool [T, S]; `support_weights` leaves some out."""
+        if self.support_weights is not None:
+            return self.support_weights > 0
+        return torch.ones(self.support_x.shape[:2], dtype=torch.bool, device=self.support_x.device)
 
     def support_loss(self, model: Model, step: int) -> Tensor:
         outputs = model(self.support_x)
@@ -169,7 +179,7 @@ class Episodes(Tasks):
     def joined(self) -> Episodes:
         """The same tasks with support and query examples together as their support."""
         x, y = torch.cat([self.support_x, self.query_x], 1), torch.cat([self.support_y, self.query_y], 1)
-        whole = replace(self, support_x=x, support_y=y)
+        whole = replace(self, support_x=x, support_y=y, support_weights=None)
         return whole if self.support_weights is None else whole.balanced()
 
     def balanced(self) -> Episodes:
@@ -192,7 +202,7 @@ class Episodes(Tasks):
         Classes are filled up to at most `MOST_COPIES` times the mean size of a class, so that one very large
         class does not multiply the memory. All T tasks must have classes of the same sizes, in any order.
         """
-        if self.support_weights is None:
+        if self.support_weights is None or self.classes is None:
             return self
         tasks, shots = self.support_y.shape
         ways = torch.arange(self.ways, device=self.support_y.device)

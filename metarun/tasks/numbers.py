@@ -68,3 +68,10 @@ def uniform(tasks: int, length: int, device: torch.device) -> Tensor:
     if _current is None or device.type != "cpu":
         return torch.rand(tasks, length, device=device)
     return _current.next(tasks, length)
+
+
+def normal(tasks: int, length: int, device: torch.device) -> Tensor:
+    """Standard normal random numbers [T, L] for the T tasks that are run; see `uniform`."""
+    least = 2.0**-25  # half of the smallest positive uniform number in float32
+    numbers = uniform(tasks, length, device)
+    return torch.special.ndtri(numbers.double().clamp(least, 1 - least)).to(numbers.dtype)

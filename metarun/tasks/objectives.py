@@ -4,7 +4,8 @@ T tasks, B examples of each, N classes. Every function here maps outputs and tar
 number for each task, [T]:
 
 - classification: outputs are logits [T, B, N], targets class numbers [T, B] in [0, N);
-- regression: outputs and targets are both [T, B, V], V numbers an example.
+- regression: outputs and targets are both [T, B, V], V numbers an example; where distributions are
+  predicted, outputs are as in `metarun.tasks.gaussians`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metarun.errors import ConfigError
+from metarun.tasks import gaussians
 
 PerTask = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> [T]
 CALIBRATION_BINS = 15
@@ -39,6 +42,7 @@ class Metric:
         chance: the score of guessing among N classes, where there is one to draw beside results.
         bounds: the lowest and the highest possible score, where it is not a percentage.
         before: the name of the metric that is the same score before adaptation, where there is one.
+        aim: the best score, where that is neither the highest nor the lowest.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Metric:
     chance: Callable[[int], float] | None = field(default=None, compare=False)
     bounds: tuple[float, float] = (-math.inf, math.inf)
     before: str = ""
+    aim: float | None = None
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -69,6 +74,8 @@ class Metric:
         """Whether one score is better than another; any number is better than NaN."""
         if math.isnan(than):
             return not math.isnan(score)
+        if self.aim is not None:
+            return abs(score - self.aim) < abs(than - self.aim)
         return score > than if self.higher_is_better else score < than
 
     def show(self, score: float, digits: int | None = None) -> str:
@@ -98,6 +105,9 @@ class Objective:
         progress: metrics that training reports besides, unless metrics are chosen.
         units: outputs and targets of a regression [..., V] to the values that people read, such as degrees;
             None: they are these values.
+        numbers: how many numbers a network predicts for each value of a regression.
+        spread: outputs to the standard deviations [..., V] of the values that people read; None: outputs are
+            values without an uncertainty.
     """
 
     loss: PerTask
@@ -105,6 +115,8 @@ class Objective:
     available: tuple[Metric, ...]
     progress: tuple[Metric, ...] = ()
     units: Callable[[Tensor], Tensor] | None = None
+    numbers: int = 1
+    spread: Callable[[Tensor], Tensor] | None = None
 
     def in_units(self, units: Callable[[Tensor], Tensor]) -> Objective:
         """The same objective of a regression on standardised values, with metrics of the original values.
@@ -144,6 +156,11 @@ class Objective:
             raise ConfigError(f"metrics: these tasks have no {unknown[0]!r}; choose from {', '.join(known)}")
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"metrics={list(names)}: name at least one metric, and each only once")
+        if (first := known[names[0]]).aim is not None:
+            raise ConfigError(
+                f"metrics={list(names)}: the first metric decides which checkpoint is best, which "
+                f"{first.name} cannot; put another one first"
+            )
         return replace(self, metrics=tuple(known[name] for name in names))
 
 
@@ -318,6 +335,46 @@ REGRESSION = Objective(
 )
 
 
+def _of_mean(metric: Metric, values: int) -> Metric:
+    """A metric of values, of the means of predicted distributions."""
+    return replace(
+        metric, score=lambda outputs, targets: metric.score(gaussians.point(outputs, values), targets)
+    )
+
+
+def _coverage(percent: int) -> Metric:
+    def score(outputs: Tensor, targets: Tensor) -> Tensor:
+        return gaussians.coverage(outputs, targets, percent / 100)
+
+    score.__doc__ = f"The share of the values in their predicted {percent} % interval"
+    return Metric(
+        f"coverage_{percent}", score, f"values in the {percent} % interval", True, True, aim=percent / 100
+    )
+
+
+LOG_LIKELIHOOD = Metric("log_likelihood", gaussians.log_likelihood, "log-likelihood of a query")
+COVERAGES = tuple(map(_coverage, (50, 90, 95)))
+
+
+def distributions(values: int = 1) -> Objective:
+    """The objective of predicted distributions (`metarun.tasks.gaussians`) of V values of an example.
+
+    The loss is the negative log-likelihood. People read the means.
+    """
+    mse, *others = (_of_mean(metric, values) for metric in REGRESSION.available)
+    return Objective(
+        gaussians.negative_log_likelihood,
+        metrics=(LOG_LIKELIHOOD, mse, *COVERAGES),
+        available=(LOG_LIKELIHOOD, *COVERAGES, mse, *others),
+        units=partial(gaussians.point, values=values),
+        numbers=gaussians.NUMBERS,
+        spread=partial(gaussians.deviation, values=values),
+    )
+
+
+DISTRIBUTIONS = distributions()
+
+
 def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     raise TypeError("the loss of environments is a policy gradient, see metarun.tasks.rollouts")
 
@@ -352,6 +409,8 @@ SUCCESSES = replace(
 def metric_named(name: str) -> Metric | None:
     """A metric by its name in a result file, for showing its scores; None for one of a dataset's own."""
     known = {
-        metric.name: metric for each in (CLASSIFICATION, REGRESSION, SUCCESSES) for metric in each.available
+        metric.name: metric
+        for each in (CLASSIFICATION, DISTRIBUTIONS, REGRESSION, SUCCESSES)
+        for metric in each.available
     }
     return known.get(name)

@@ -24,10 +24,11 @@ from metarun.training import checkpoint, trainer
 
 # A run of every algorithm needs no more than a validation, a checkpoint and what follows them.
 FOUR = "iterations=4 validation.every=2 validation.episodes=9 test.episodes=9 checkpoint.every=2 log.every=2"
+FAMILIES = ("gradient", "features")
 FILES = {"best.pt", "last.pt", "metrics.jsonl", "result.json"}
 ALGORITHMS = sorted(
-    path.stem for path in (CONF / "algorithm").glob("*.yaml") if facts(path)["family"] != "memory"
-)  # without those for environments alone
+    path.stem for path in (CONF / "algorithm").glob("*.yaml") if facts(path)["family"] in FAMILIES
+)  # without those for environments or distributions alone
 REGRESSES = ("matching", "r2d2")  # of the methods on features
 CLASSIFIERS = [
     name

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from helpers.methods import METHODS
+from helpers.neural_processes import PROCESSES
 
 from metarun.config.paths import CONF
 from metarun.tasks.episodes import Episodes
@@ -44,14 +45,15 @@ def test_the_tables_are_up_to_date(tables, tmp_path: Path, capsys: pytest.Captur
     assert page.read_text("utf-8") == right
     assert tables.main(["--check"], tmp_path) == 0
     # Every algorithm is in one of the tables of families.
-    names = ("gradient_based", "feature_based", "reinforcement")
+    names = ("gradient_based", "feature_based", "reinforcement", "regression")
     pages = [(ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in names]
     rows = re.findall(r"^\| `(\w+)` \|(?:[^|\n]*\|){6}$", "\n".join(pages), re.MULTILINE)
     assert sorted(rows) == sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
 
 
 def test_every_algorithm_has_a_row_with_an_independent_reference():
-    tested = {name.split("-")[0] for name in METHODS}  # `reptile-sgd` and `reptile-adam` are both Reptile
+    # `reptile-sgd` and `reptile-adam` are both Reptile. Neural processes are in test_neural_processes.py.
+    tested = {name.split("-")[0] for name in METHODS} | PROCESSES.keys()
     files = [
         path for path in (CONF / "algorithm").glob("*.yaml") if "# family: memory\n" not in path.read_text()
     ]
