@@ -144,9 +144,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
         if start is not None:
             inform(f"initialised from the {start_from(trainer.algorithm, *start)}")
         elif (where := frozen_by(trainer.algorithm, settings)) and not pretrained_by(settings):
-            raise ConfigError(
-                f"{where}.frozen=true: needs a pretrained backbone; add init=RUN or backbone.weights=FILE"
-            )
+            raise ConfigError(f"{where}: needs a pretrained backbone; add init=RUN or backbone.weights=FILE")
     shape = dataset.spec.task_name(training_shape(settings))
     name = f"{choices['algorithm']} on {choices['dataset']}, {shape}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
@@ -328,13 +326,19 @@ def build_test_source(
 
 
 def frozen_by(algorithm: Algorithm, settings: TrainConfig) -> str:
-    """The group whose setting `frozen` keeps the backbone as it is; "" if it is trained.
+    """The setting that keeps the backbone as it is, as it is typed; "" if it is trained.
 
     A network that is not metarun's own gets its weights in its own way.
     """
     of_metarun = in_metarun(get_class(settings.backbone["_target_"]))
     frozen = of_metarun and settings.backbone.get("frozen")
-    return "algorithm" if algorithm.frozen else "backbone" if frozen else ""
+    if algorithm.frozen:
+        return (
+            "algorithm.frozen=true"
+            if "frozen" in settings.algorithm
+            else f"algorithm={type(algorithm).__name__}"
+        )
+    return "backbone.frozen=true" if frozen else ""
 
 
 def check_trains(algorithm: Algorithm, settings: TrainConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import adaptive_references as adaptive
+from helpers import conditioned_references as conditioned
 from helpers import contrastive_references as contrastive
 from helpers import embedded_references as embedded
 from helpers import generation_methods as generation
@@ -24,6 +25,7 @@ from metarun.algorithms.cnaps import CNAPs
 from metarun.algorithms.contrastive import Contrastive
 from metarun.algorithms.gnn import GNN
 from metarun.algorithms.imaml import IMAML
+from metarun.algorithms.leo import LEO
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.maml_plus_plus import MAMLPlusPlus
 from metarun.algorithms.mann import MANN
@@ -40,6 +42,7 @@ from metarun.algorithms.r2d2 import R2D2
 from metarun.algorithms.relation import RelationNet
 from metarun.algorithms.reptile import Reptile
 from metarun.algorithms.snail import SNAIL
+from metarun.algorithms.tadam import TADAM
 from metarun.algorithms.taml import TAML
 from metarun.algorithms.versa import Versa
 from metarun.algorithms.zero_shot import ZeroShot
@@ -385,6 +388,21 @@ def versa(backbone: nn.Module, steps: int) -> Versa:
     return algorithm
 
 
+def tadam(backbone: nn.Module, steps: int) -> TADAM:
+    algorithm = TADAM(backbone, classes=11, scale=0.7, layers=2, penalty=0.3, auxiliary=40)
+    for condition in algorithm.conditions:
+        nn.init.normal_(condition.multipliers, std=0.3)
+    return algorithm
+
+
+def leo(backbone: nn.Module, steps: int) -> LEO:
+    """Samples that are the means, as in evaluation; another test samples."""
+    algorithm = LEO(backbone, latents=3, steps=2, tuning_steps=2, rate=0.3, tuning_rate=0.2, dropout=0.0)
+    algorithm.divergence, algorithm.distance, algorithm.decay, algorithm.orthogonality = 0.3, 0.4, 0.05, 0.6
+    algorithm.noise = torch.zeros_like
+    return algorithm
+
+
 def zero_shot(backbone: nn.Module, steps: int) -> ZeroShot:
     algorithm = ZeroShot(backbone, (2, 3), hidden=(5,))
     algorithm.mean.uniform_()
@@ -585,6 +603,8 @@ METHODS = {
         embedded.cnaps,
         finite_differences=False,  # kinks of the set encoder
     ),
+    "leo": Method(leo, conditioned.leo, finite_differences=False),  # distances to codes that are constants
+    "tadam": Method(tadam, conditioned.tadam),
     "baseline": Method(
         lambda backbone, steps: Baseline(backbone, SGD(RATE, steps), classes=11), embedded.classifier
     ),

@@ -44,7 +44,7 @@ VARIANTS = {
     ("hallucination", "protonet"),
 }
 VARIANTS |= {("reptile", "maml"), ("meta_nas", "reptile"), ("metaoptnet", "r2d2"), ("memories", "snail")}
-SHARED = {"base", "feature_method", "memories", "multinomial", "sequences", "svm"}
+SHARED = {"base", "feature_method", "memories", "modulation", "multinomial", "sequences", "svm"}
 
 
 def names_in(nodes: Iterable[ast.AST]) -> set[str]:

@@ -1,0 +1,72 @@
+"""Methods that make parts of a network for each task: their limits and schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.methods import METHODS, SHAPE, Smooth, episodes_of, gradient, leo, relative_error, tadam
+from torch import nn
+
+from metarun.algorithms.tadam import TADAM, probability
+from metarun.backbones.resnet12 import ResNet12
+from metarun.nn.frozen import Frozen, frozen_part
+from metarun.nn.layers import Residual
+
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("float64")]
+
+
+def test_tadam_starts_as_prototypical_networks_with_a_scaled_distance():
+    """With multipliers of 0 the task changes nothing; with others it does."""
+    algorithm, episodes = tadam(Smooth(), 0).eval(), episodes_of()
+    moved = algorithm.predict(algorithm.adapt(episodes), episodes.query_x)
+    for condition in algorithm.conditions:
+        nn.init.zeros_(condition.multipliers)
+    found = algorithm.predict(algorithm.adapt(episodes), episodes.query_x)
+    for t in range(3):
+        support, query = algorithm.backbone(episodes.support_x[t]), algorithm.backbone(episodes.query_x[t])
+        means = torch.stack([support[episodes.support_y[t] == k].mean(0) for k in range(3)])
+        torch.testing.assert_close(found[t], -0.7 * torch.cdist(query, means))
+    assert (moved - found).abs().max() > 1e-3
+
+
+def test_tadams_auxiliary_task_becomes_rare():
+    """0.9 at first, 20 factors of 0.9 at last; drawn by the iteration, and never without a decay."""
+    assert probability(0, 1000) == 0.9 and probability(999, 1000) == pytest.approx(0.9**20)
+    algorithm, drawn = tadam(Smooth(), 0), []
+    algorithm.auxiliary = 2000
+    for iteration in range(2000):
+        assert not algorithm.on_step_start(iteration)
+        drawn.append(algorithm.share.item())
+    expected = sum(probability(i, 2000) for i in range(2000))
+    assert sum(drawn) == pytest.approx(expected, rel=0.1) and sum(drawn[:200]) > 2 * sum(drawn[-200:])
+    assert TADAM(Smooth()).classifier is None
+
+
+def test_tadam_conditions_every_convolution_but_those_of_shortcuts():
+    backbone = ResNet12(SHAPE, widths=(4, 4, 4, 4), drop_rate=0.0)
+    algorithm = TADAM(backbone)
+    assert len(algorithm.modulations) == 12
+    shortcuts = [block.shortcut for block in backbone.modules() if isinstance(block, Residual)]
+    assert not any(layer in algorithm.modulations for each in shortcuts for layer in each.modules())
+    assert METHODS["tadam"].equal_classes
+
+
+def test_leos_samples_are_averaged_over_the_shots_of_a_class():
+    """The gradient with two samples for each class, that of evaluation with one sample and no noise."""
+    algorithm, episodes = leo(Smooth(), 0), episodes_of()
+    fixed = torch.randn(1, 3, 2, 1)
+    algorithm.noise = lambda like: fixed.expand_as(like)
+    expected = METHODS["leo"].reference(algorithm, episodes, 0)
+    assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
+    algorithm.noise = torch.zeros_like
+    with torch.no_grad():
+        sampled, means = (algorithm.train(mode).adapt(episodes) for mode in (True, False))
+    torch.testing.assert_close(sampled, means)
+    algorithm.dropout = 0.5
+    assert not torch.equal(algorithm.train().adapt(episodes), algorithm.adapt(episodes))
+
+
+def test_leo_keeps_its_backbone_and_its_features_are_computed_once():
+    algorithm = leo(Smooth(), 0)
+    assert not any(p.requires_grad for p in algorithm.own_backbone().parameters())
+    assert isinstance(frozen_part(algorithm.own_backbone()), Frozen) and algorithm.frozen
