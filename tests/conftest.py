@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import sys
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 
 from metarun.cli.main import main
+from metarun.config.paths import CONF
 
 # Before torch is imported: small tensors gain nothing from threads, and test processes share cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +42,34 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("METARUN_CACHE", str(cache))
         patch.setenv("METARUN_DATA", str(cache / "data"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def yaml_files_are_read_once() -> Iterator[None]:
+    """Parsing metarun's and Hydra's own YAML files is a quarter of the time of composing a config.
+
+    Each composition gets a copy. Files of other folders, which tests write, are read each time.
+    """
+    Plugins.instance()  # registers the sources
+    with pytest.MonkeyPatch.context() as patch:
+        for source in map(SourcesRegistry.instance().resolve, ("file", "pkg")):
+            patch.setattr(source, "load_config", reading_once(source.load_config))
+        yield
+
+
+def reading_once(load: Callable[..., object]) -> Callable[..., object]:
+    """`load` of one of Hydra's sources of configs, which reads a file of metarun or of Hydra once."""
+    results: dict[tuple[str, str, str], object] = {}
+
+    def load_config(source, config_path: str) -> object:
+        key = (source.provider, source.path, config_path)
+        if source.path != str(CONF) and not source.path.startswith("hydra"):
+            return load(source, config_path)
+        if key not in results:
+            results[key] = load(source, config_path)
+        return copy.deepcopy(results[key])
+
+    return load_config
 
 
 @pytest.fixture(autouse=True)

@@ -264,7 +264,8 @@ def register_frames() -> None:
     OmegaConf.register_new_resolver("metarun.options", options_help, replace=True)
     store = ConfigStore.instance()
     for name, frame in FRAMES.items():
-        store.store(name=f"{name}_frame", node=frame)
+        if f"{name}_frame.yaml" not in store.repo:  # several commands may run in one process
+            store.store(name=f"{name}_frame", node=frame)
 
 
 def typed(cfg: DictConfig) -> Any:

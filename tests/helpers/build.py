@@ -1,14 +1,40 @@
-"""An algorithm built from a composed config, as the commands build it."""
+"""Configs as a command line gives them, and an algorithm built from one, as the commands build it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from omegaconf import DictConfig
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, open_dict
 
 from metarun.algorithms.base import Algorithm
+from metarun.cli.overrides import arrange
 from metarun.config.build import build_algorithm, build_dataset, instantiate
-from metarun.config.schema import typed
+from metarun.config.comments import facts
+from metarun.config.paths import CONF
+from metarun.config.schema import register_frames, typed
+
+#: The algorithms, without those for environments or distributions alone.
+ALGORITHMS = sorted(
+    path.stem
+    for path in (CONF / "algorithm").glob("*.yaml")
+    if facts(path)["family"] in ("gradient", "features")
+)
+
+
+def composed(command: str, *words: str) -> DictConfig:
+    return composed_with_choices(command, *words)[0]
+
+
+def composed_with_choices(command: str, *words: str) -> tuple[DictConfig, dict[str, str]]:
+    """The config of a command line, and which option each group has in it."""
+    register_frames()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(command, arrange(command, list(words)), return_hydra_config=True)
+    choices = dict(cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg.hydra
+    return cfg, choices
 
 
 def built(cfg: DictConfig, classes: int = 11) -> Algorithm:

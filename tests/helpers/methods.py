@@ -620,10 +620,27 @@ METHODS = {
 
 #: Methods that learn from features, in whose training nothing is random here.
 EMBEDDED = list(METHODS)[list(METHODS).index("protonet") :]
-#: Inner steps in training; learning from features takes none.
-STEPS = [(name, steps) for name in METHODS for steps in ((1,) if name in EMBEDDED else (1, 5))]
+#: Several inner steps in training; learning from features takes none.
+STEPS = {name: 1 if name in EMBEDDED else 3 for name in METHODS}
 #: What runs a network with weights of each task's own.
 PER_TASK = [name for name in METHODS if name not in EMBEDDED or name == "meta_networks"]
+
+
+def one_of_each_network() -> list[str]:
+    """Of `PER_TASK`, one method for each class and kinds of layers.
+
+    Methods that differ in their inner loop alone run the network in the same way.
+    """
+    chosen: dict[object, str] = {}
+    for name in PER_TASK:
+        algorithm = METHODS[name].build(BACKBONES["conv4"](), 1)
+        layers = {type(m) for key, m in algorithm.named_modules() if not key.startswith("inner_loop")}
+        chosen.setdefault((getattr(algorithm, "adapts", None), frozenset(layers)), name)
+    return list(chosen.values())
+
+
+#: What is run in every batching of tasks.
+EVERY_BATCHING = one_of_each_network()
 
 
 def episodes_of(tasks: int = 3, ways: int = 3, shots: int = 2, queries: int = 2) -> Episodes:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.build import built
-from hydra import compose, initialize_config_dir
+from helpers.build import built, composed, composed_with_choices
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from metarun.cli.overrides import Failed, arrange
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.paths import CONF
-from metarun.config.schema import register_frames
 from metarun.errors import ConfigError
 
 GROUPS = ("dataset", "algorithm", "backbone", "inner_loop", "hardware")
@@ -37,21 +37,6 @@ REFUSED = {
 }
 #: One of each way in which an algorithm uses its network.
 KINDS = ("maml", "maml_plus_plus", "cavia", "protonet", "cnaps", "meta_networks")
-
-
-def composed(command: str, *words: str) -> DictConfig:
-    return composed_with_choices(command, *words)[0]
-
-
-def composed_with_choices(command: str, *words: str) -> tuple[DictConfig, dict[str, str]]:
-    """The config of a command line, and which option each group has in it."""
-    register_frames()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(command, arrange(command, list(words)), return_hydra_config=True)
-    choices = dict(cfg.hydra.runtime.choices)
-    with open_dict(cfg):
-        del cfg.hydra
-    return cfg, choices
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
@@ -205,17 +190,31 @@ def test_a_sweep_has_the_settings_that_its_options_need():
         assert f"{words[-1]}: these need different settings of other groups" in raised.value.message
 
 
+@pytest.fixture(scope="module")
+def composed_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DictConfig]:
+    """`composed_once("maml")`, `composed_once("mlp")`: the config of an algorithm, of a small backbone."""
+    vectors = tmp_path_factory.mktemp("vectors") / "words.txt"
+    vectors.write_text("the 1 0 2 0 3 0 4 0")
+
+    @cache
+    def of(option: str) -> DictConfig:
+        if option in KINDS:
+            return composed("train", f"algorithm={option}", "hardware=cpu")
+        words = [f"backbone={option}", *SMALL.get(option, [])]
+        words += ["dataset=clinc150"] * (option in FOR_TEXTS)
+        words += [f"dataset.vectors={vectors}"] * (option == "adapter")
+        return composed("train", *words)
+
+    return of
+
+
 @pytest.mark.parametrize("algorithm", KINDS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_kind_of_algorithm_builds_on_every_backbone(algorithm: str, backbone: str, tmp_path: Path):
+def test_every_kind_of_algorithm_builds_on_every_backbone(composed_once, algorithm: str, backbone: str):
     """Every algorithm on conv4 is in tests/commands/test_train.py."""
-    words = [f"algorithm={algorithm}", f"backbone={backbone}", "hardware=cpu", *SMALL.get(backbone, [])]
-    if backbone in FOR_TEXTS:
-        words.append("dataset=clinc150")
-    if backbone == "adapter":
-        (tmp_path / "words.txt").write_text("the 1 0 2 0 3 0 4 0")
-        words.append(f"dataset.vectors={tmp_path / 'words.txt'}")
-    cfg = composed("train", *words)
+    cfg = composed_once(algorithm).copy()
+    for group in ("backbone", "dataset"):
+        cfg[group] = composed_once(backbone)[group]
     if backbone in REFUSED.get(algorithm, ()):
         with pytest.raises(
             ConfigError,

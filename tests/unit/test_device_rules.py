@@ -12,7 +12,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers.methods import BACKBONES, METHODS, episodes_of
+from helpers.methods import BACKBONES, EVERY_BATCHING, METHODS, episodes_of
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
@@ -25,7 +25,10 @@ from metarun.training.hardware import Hardware
 
 pytestmark = pytest.mark.quick
 
-CASES = [(name, how) for name in METHODS for how in ("grouped", "unfold", "vmap", "loop")]
+#: "unfold" is what hardware.batching=auto is on a GPU.
+CASES = [(name, "unfold") for name in METHODS] + [
+    (name, how) for name in EVERY_BATCHING for how in ("grouped", "vmap", "loop")
+]
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def algorithms(name: str) -> Algorithm:
     if name == "reptile":
         return Reptile(Conv4(SHAPE, 4), SGD(0.1, 2, order=1), 3, batch=4).double()
     if name == "tiny":
-        return MAML(MLP(SHAPE, hidden=(4,)), SGD(0.1, 1), 3).double()
+        return ProtoNet(MLP(SHAPE, hidden=(4,))).double()
     return MAML(Conv4(SHAPE, 4), SGD(0.1, 2), 3).double()
 
 
@@ -104,7 +104,7 @@ def test_gradients_have_the_memory_layout_of_their_weights():
     ["tiny", *(pytest.param(name, marks=pytest.mark.long) for name in ("maml", "protonet", "reptile"))],
 )
 def test_the_compiled_gradient_gives_the_same_losses(name: str):
-    """The small network here; with `long`, running averages and random numbers too."""
+    """A small network here; with `long`, second derivatives, running averages and random numbers too."""
     expected = losses(name, tasks_at_once=5)
     assert losses(name, tasks_at_once=5, compile=True) == pytest.approx(expected, rel=1e-9)
 
