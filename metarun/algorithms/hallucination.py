@@ -14,7 +14,7 @@ class Hallucination(ProtoNet):
 
     "Low-Shot Learning from Imaginary Data", CVPR 2018, section 4. The hallucinator G(x, z) is a network of
     three layers with ReLUs, which maps the feature x of an example and noise z to another feature of its
-    class, and starts as the identity of x (section 5.1). The support and what is made of it become
+    class, and starts as the identity of x. The support and what is made of it become
     prototypes, and the loss of the queries trains G and the backbone together. Features are meant to be
     non-negative, as after a ReLU; negative ones are cut off in what is generated.
 

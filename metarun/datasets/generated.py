@@ -18,7 +18,7 @@ from metarun.tasks.source import Draw, EpisodeSource
 class Rotations(TrainingTasks):
     """The images of each class, rotated by 90, 180 and 270 degrees, are three further classes.
 
-    Santoro et al. 2016 (section 4.1) on Omniglot; Liu, Chao and Lin 2020, "Task Augmentation by Rotating for
+    Santoro et al. 2016 on Omniglot; Liu, Chao and Lin 2020, "Task Augmentation by Rotating for
     Meta-Learning", on photographs. The images are copied: the split takes four times its memory.
     """
 
@@ -61,11 +61,11 @@ def turned(store: ClassStore) -> ClassStore:
 class Interpolation(TrainingTasks):
     """Training tasks that are each an interpolation of two tasks (MLTI).
 
-    Yao, Zhang and Finn 2022, "Meta-Learning with Fewer Tasks through Task Interpolation", equations 6 to 8:
-    examples are lambda * those of one task + (1 - lambda) * those of another, with one lambda from
-    Beta(alpha, alpha) for the support and the queries of a task. Each way of the new task is made of a way
-    of both, and is a class of its own (tasks that do not share labels, equation 8); the values of a
-    regression are interpolated like the examples (equation 6). With lambda 1, a task is itself.
+    Yao, Zhang and Finn 2022, "Meta-Learning with Fewer Tasks through Task Interpolation", section 4: examples
+    are lambda * those of one task + (1 - lambda) * those of another, with one lambda from Beta(alpha, alpha)
+    for the support and the queries of a task. Each way of the new task is made of a way of both, and is a
+    class of its own (tasks that do not share labels); the values of a regression are interpolated like the
+    examples (tasks that share labels). With lambda 1, a task is itself.
 
     Departures: the paper interpolates the outputs of a random layer; here it is always layer 0, the examples,
     so that any method and any network can be trained on them. The authors' code for images does the same,

@@ -511,6 +511,12 @@ METHODS = {
     ),
     "taml-entropy": Method(taml("entropy"), taml_reference, any_order=False),
     "taml-theil": Method(taml("theil"), taml_reference, any_order=False),
+    "metagan_maml": Method(
+        generation.metagan_maml,
+        generation.references.metagan_maml,
+        finite_differences=False,  # two losses
+        any_order=False,
+    ),
     "pretrain": Method(
         lambda backbone, steps: Pretrain(backbone, SGD(RATE, steps), outputs=3, classes=11),
         pretrain_reference,
@@ -613,6 +619,11 @@ METHODS = {
         embedded.classifier,
     ),
     "simpleshot": Method(lambda backbone, steps: SimpleShot(backbone, classes=11), embedded.classifier),
+    "metagan": Method(
+        generation.metagan,
+        generation.references.metagan,
+        finite_differences=False,  # two losses
+    ),
     "hallucination": Method(generation.hallucination, generation.hallucination_reference),
     "distribution_calibration": Method(generation.distribution_calibration, embedded.classifier),
 }

@@ -42,6 +42,8 @@ VARIANTS = {
     ("pretrain", "maml"),
     ("distribution_calibration", "baseline"),
     ("hallucination", "protonet"),
+    ("metagan", "maml"),
+    ("metagan", "relation"),
 }
 VARIANTS |= {("reptile", "maml"), ("meta_nas", "reptile"), ("metaoptnet", "r2d2"), ("memories", "snail")}
 SHARED = {"base", "feature_method", "memories", "modulation", "multinomial", "sequences", "svm"}

@@ -9,13 +9,19 @@ from helpers.methods import SHAPE, Smooth, episodes_of
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from metarun.algorithms.base import Algorithm
 from metarun.algorithms.distribution_calibration import DistributionCalibration
 from metarun.algorithms.hallucination import Hallucination
+from metarun.algorithms.maml import MAML
+from metarun.algorithms.metagan import Generator, MetaGANMAML, MetaGANRelation
 from metarun.algorithms.multinomial import multinomial_regression
 from metarun.algorithms.protonet import ProtoNet
+from metarun.algorithms.relation import RelationNet
+from metarun.backbones.conv4 import Conv4
 from metarun.datasets.generated import Interpolation, Rotations
 from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError
+from metarun.inner_loops.sgd import SGD
 from metarun.tasks.class_store import ClassStore, tokens
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.source import EpisodeSource
@@ -237,3 +243,56 @@ def test_examples_that_cannot_be_interpolated_are_refused(settings, source, mess
 def test_images_that_are_not_square_are_not_rotated():
     with pytest.raises(ConfigError, match="needs square images, not 4x6"):
         rotated(ClassStore(torch.zeros(4, 1, 4, 6, dtype=torch.uint8), [2, 2], ["a", "b"], "x"))
+
+
+# MetaGAN
+
+
+def relation(cls: type[RelationNet], **settings) -> RelationNet:
+    torch.manual_seed(0)
+    backbone = Conv4(SHAPE, width=4, norm="running")
+    return cls(backbone, width=4, hidden=5, norm="running", shots=2, **settings)
+
+
+def copied(algorithm: Algorithm, into: Algorithm) -> Algorithm:
+    """`into`, with the weights of the other."""
+    into.load_state_dict(algorithm.state_dict(), strict=False)
+    return into
+
+
+def test_without_a_generator_metagan_is_its_base():
+    tasks = episodes_of()
+    base, maml = relation(RelationNet), MAML(Smooth(), SGD(0.1, 2), outputs=3)
+    pairs = [
+        (base, copied(base, relation(MetaGANRelation, item_shape=SHAPE, generated=0))),
+        (maml, copied(maml, MetaGANMAML(Smooth(), SGD(0.1, 2), 3, SHAPE, generated=0))),
+    ]
+    for expected, found in pairs:
+        outcomes = [each.meta_loss(tasks) for each in (expected, found)]
+        assert torch.equal(outcomes[0].outputs, outcomes[1].outputs)
+        assert torch.equal(outcomes[0].loss, outcomes[1].loss)
+        outcomes = [each.eval().outcome(each.adapt(tasks), tasks) for each in (expected, found)]
+        assert torch.equal(outcomes[0].loss, outcomes[1].loss)
+
+
+def test_generated_images_do_not_move_running_averages():
+    base, tasks = relation(RelationNet), episodes_of()
+    found = copied(base, relation(MetaGANRelation, item_shape=SHAPE, generated=7))
+    for each in (base, found):
+        each.meta_loss(tasks)
+    moved = dict(base.named_buffers())
+    for name, average in found.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(average, moved[name])
+    assert all(norm.momentum == 0.1 for norm in found.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 28, 21)])
+def test_images_have_the_shape_and_the_range_of_the_dataset(shape: tuple[int, ...]):
+    generator = Generator(shape, noise=3, width=4)
+    support, noise = torch.rand(2, 6, *shape), torch.randn(2, 5, 3)
+    images = generator(support, torch.ones(2, 6), noise)
+    assert images.shape == (2, 5, *shape) and images.min() > 0 and images.max() < 1
+    alone = generator(support[1:], torch.ones(1, 6), noise[1:])
+    torch.testing.assert_close(images[1:], alone)  # a task's images depend on its support alone
+    assert not torch.allclose(images[0, 0], generator(support, torch.ones(2, 6), noise.flip(1))[0, 0])
