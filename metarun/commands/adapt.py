@@ -88,7 +88,8 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     shape = EpisodeShape(ways, shots, max(queries, CURVE) if drawn_anew else queries)
     source.check(shape)
     model.algorithm.check_source(source, shape)
-    episode = source.gather(next(fixed_draws(source, shape, 1, command.seed)), shape)
+    draw = next(fixed_draws(source, shape, 1, command.seed))
+    episode = source.gather(draw, shape)
     if not isinstance(episode, Episodes):
         raise ConfigError(
             f"dataset={source.name}: has no labelled support and query examples, which adapt needs; "
@@ -96,7 +97,11 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
         )
     classes = [] if episode.classes is None else [source.names[i] for i in episode.classes[0].tolist()]
     names = [f"query {i}" for i in range(episode.query_x.shape[1])]
-    return Task(episode, True, classes, names)
+    references: dict[str, Tensor] = {}
+    if drawn_anew:
+        outcomes = {name: score(draw, shape) for name, score in source.references(shape, {}).items()}
+        references = {name: each.outputs for name, each in outcomes.items() if each.outputs is not None}
+    return Task(episode, True, classes, names, references=references)
 
 
 def report(
@@ -160,15 +165,18 @@ def step_table(
 
 @torch.no_grad()
 def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
-    """Write the figure of the predicted curve before and after the inner steps."""
+    """Write the figure of the predicted curve before and after the inner steps, and of the references."""
     episode = task.episode
     trajectory = list(algorithm.trajectory(episode))
     shown = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
-    names = {i: "before adapting" if i == 0 else f"after step {i}" for i in shown}
-    curves = {
-        names[i]: task.objective.to_units(algorithm.predictor(trajectory[i], episode)(episode.query_x))
-        for i in shown
-    }
+    names = {i: f"after step {i}" if i else "before adapting" for i in shown}
+    if len(trajectory) == 1:
+        names = {0: "prediction"}
+    outputs = {names[i]: algorithm.predictor(trajectory[i], episode)(episode.query_x) for i in shown}
+    outputs |= task.references
+    curves = {name: task.objective.to_units(each) for name, each in outputs.items()}
+    spread = task.objective.spread
+    bands = {name: spread(each) for name, each in outputs.items()} if spread else {}
     support = episode.support_x, task.objective.to_units(episode.support_y)
     query = episode.query_x, task.objective.to_units(episode.query_y)
-    plots.regression_curves(support, query, curves, path)
+    plots.regression_curves(support, query, curves, path, bands)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Task:
         classes: the names of the ways; empty for a regression.
         query_names: the names of the queries.
         preparation: how the images of the support were prepared.
+        references: outputs for the queries that figures show beside those of the model, by name.
     """
 
     episode: Episodes
@@ -45,6 +46,7 @@ class Task:
     classes: Sequence[str]
     query_names: Sequence[str]
     preparation: Preparation | None = None
+    references: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def objective(self) -> Objective:

@@ -53,7 +53,8 @@ def report_queries(
         The names of the files.
     """
     if not classes:
-        rows = value_rows(queries.names, objective.to_units(outputs), objective.to_units(queries.y))
+        spread = objective.spread(outputs) if objective.spread else None
+        rows = value_rows(queries.names, objective.to_units(outputs), objective.to_units(queries.y), spread)
         console.print(value_table(rows))
         write_csv(folder / "predictions.csv", rows)
         return ["predictions.csv"]
@@ -126,21 +127,26 @@ def class_rows(
     return rows
 
 
-def value_rows(names: Sequence[str], outputs: Tensor, values: Tensor) -> list[dict[str, Any]]:
+def value_rows(
+    names: Sequence[str], outputs: Tensor, values: Tensor, spread: Tensor | None = None
+) -> list[dict[str, Any]]:
     """One row for each query of a regression: the prediction, and the true value if known.
 
     Args:
         names: of the queries.
         outputs: predicted values [1, B, V], in the units that are shown.
         values: the true ones, [1, B, V]; NaN where unknown.
+        spread: the predicted standard deviations, [1, B, V]; None: there are none.
     """
     number = [""] if outputs.shape[-1] == 1 else [f" {i}" for i in range(1, outputs.shape[-1] + 1)]
     rows = []
-    for name, own, true in zip(names, outputs[0].tolist(), values[0].tolist(), strict=True):
+    deviations = [[]] * len(names) if spread is None else spread[0].tolist()
+    for name, own, true, wide in zip(names, outputs[0].tolist(), values[0].tolist(), deviations, strict=True):
         shown = ["" if math.isnan(value) else value for value in true]
         rows.append(
             {"query": name}
             | {f"prediction{i}": value for i, value in zip(number, own, strict=True)}
+            | {f"deviation{i}": value for i, value in zip(number, wide, strict=False)}
             | {f"value{i}": value for i, value in zip(number, shown, strict=True)}
         )
     return rows

@@ -189,7 +189,7 @@ class GaussianProcessSource(EpisodeSource):
         y = self.gather(draw, shape).query_y.double()
         joint = torch.distributions.MultivariateNormal(mean.squeeze(-1), covariance).log_prob(y.squeeze(-1))
         score = (joint / shape.queries).to(outcome.loss.dtype)
-        return Outcome(-score, {**outcome.scores, LOG_LIKELIHOOD.name: score}, outcome.outputs)
+        return Outcome(-score, {**outcome.scores, LOG_LIKELIHOOD.name: score})
 
     def posterior(self, draw: Draw, shape: EpisodeShape) -> tuple[Tensor, Tensor]:
         """The mean [T, Q, 1] and the covariance [T, Q, Q] of the queries given the support, in float64.

@@ -344,23 +344,43 @@ def step_panel(axis: Axes, rows: Rows, models: Sequence[str], metric: Metric, li
 
 
 def regression_curves(
-    support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor], curves: Mapping[str, Tensor], path: Path
+    support: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor],
+    curves: Mapping[str, Tensor],
+    path: Path,
+    bands: Mapping[str, Tensor],
 ) -> None:
-    """Plot a regression task: support points, the true curve, and the predicted curves by name."""
+    """Plot a regression task: support points, the true curve, and the predicted curves by name.
+
+    Args:
+        support, query: x and y of the examples.
+        curves: predictions for the queries.
+        path: of the PNG file.
+        bands: their standard deviations, if there are some; each curve then has a panel with a band of 1.96
+            standard deviations on both sides.
+    """
     x, truth = (tensor.flatten().numpy(force=True) for tensor in query)
     order = x.argsort()
-    figure, (axis,) = panels(1, 1, (6, 4))
-    axis.plot(x[order], truth[order], "k-", label="truth")
+    figure, axes = panels(len(curves), 3, (4, 3.4), sharey=True) if bands else panels(1, 1, (6, 4))
+    for axis in axes:
+        axis.plot(x[order], truth[order], "k-", label="truth", linewidth=1)
     for i, (name, y) in enumerate(curves.items()):
-        look: dict[str, Any] = {"color": COLOURS[i % 6], "linestyle": ("--", "-.", ":")[i % 3]}
-        axis.plot(x[order], y.flatten().numpy(force=True)[order], **look, label=name)
+        axis, mean = axes[i % len(axes)], y.flatten().numpy(force=True)[order]
+        colour = COLOURS[i % 6]
+        axis.plot(x[order], mean, color=colour, linestyle=("--", "-.", ":")[i % 3], label=name)
+        if name in bands:
+            half = 1.96 * bands[name].flatten().numpy(force=True)[order]
+            axis.fill_between(x[order], mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+            axis.set_title(f"{name}, ±1.96 deviations")
     points_x, points_y = (tensor.flatten().numpy(force=True) for tensor in support)
-    axis.plot(points_x, points_y, "k^", label="support")
-    axis.set_xlabel("x")
-    axis.set_ylabel("y")
-    axis.set_title("one task, before and after adapting")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    for axis in axes:
+        axis.plot(points_x, points_y, "k^", label="support")
+        axis.set_xlabel("x")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("y")
+    if not bands:
+        axes[0].set_title("one task, before and after adapting" if len(curves) > 1 else "one task")
     drawing.save(figure, path)
 
 

@@ -69,12 +69,17 @@ def test_regression_trains_evaluates_and_adapts(metarun, tmp_path: Path, algorit
 
 @pytest.mark.pictures
 def test_a_run_and_an_adaptation_leave_pictures(metarun, tmp_path: Path):
-    words = ["train", "dataset=sinusoid", "algorithm=maml", "iterations=4", "test.episodes=2"]
+    words = ["train", "dataset=gp", "algorithm=cnp", "algorithm.width=8", "iterations=4", "test.episodes=2"]
     words += ["validation.every=2", "validation.episodes=5"]
     metarun(*words, "log.tensorboard=false", "hydra.run.dir=run")
     metarun("adapt", "checkpoint=run", "hydra.run.dir=adapted")
     for name in ("run/learning_curve.png", "adapted/curves.png"):
         assert (tmp_path / name).stat().st_size > 5000
+    metarun("eval", "checkpoint=run", "episodes=20", "hydra.run.dir=seen")
+    rows = json.loads((tmp_path / "seen/results.json").read_text())["results"]
+    assert [row["model"] for row in rows] == ["cnp", "exact GP", "exact GP, joint"]
+    with (tmp_path / "adapted/predictions.csv").open() as file:
+        assert all(float(row["deviation"]) > 0.1 for row in csv.DictReader(file))
 
 
 def test_a_method_that_classifies_says_so(metarun):
