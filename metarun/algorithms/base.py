@@ -154,6 +154,16 @@ class Algorithm(nn.Module, ABC):
         self.check_shots(source, shape.shots)
         self.check(shape.ways)
         self.check_norms(shape)
+        if shape.varied and not source.varies:
+            raise ConfigError(
+                f"varied=true: {source.name} has no tasks of different ways and shots; choose a dataset with "
+                "classes of images, such as omniglot, or leave it out"
+            )
+        if shape.varied and self.couples_tasks and self.training:
+            raise ConfigError(
+                f"varied=true: algorithm={type(self).__name__} compares the tasks of a meta-batch, which here run "
+                "one after another; leave it out"
+            )
         environment = issubclass(source.spec.tasks, Rollouts)
         if environment and not shape.shots and self.takes_steps and self.inner_loop.step_count():  # type: ignore[operator, union-attr]
             raise ConfigError(

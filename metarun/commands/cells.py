@@ -114,7 +114,9 @@ def shapes_for(model: Model, models: Sequence[Model], command: EvalConfig) -> li
         own = validation_shape(each.settings)
         ways = values_of(command.ways or own.ways)
         shots = values_of(own.shots if command.shots is None else command.shots)
-        shapes += [EpisodeShape(w, s, queries_of(command, each)) for w, s in itertools.product(ways, shots)]
+        varied = own.varied if command.varied is None else command.varied
+        queries = queries_of(command, each)
+        shapes += [EpisodeShape(w, s, queries, varied) for w, s in itertools.product(ways, shots)]
     return list(dict.fromkeys(shapes))
 
 

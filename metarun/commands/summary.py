@@ -52,7 +52,7 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         lines += [("", test.shape.chance)] * bool(test.shape.chance)
         for part, own in test.parts.items():
             lines.append(("", f"{metric.show_interval(own.mean, own.interval)}  {part}"))
-    if test is not None:
+    if test is not None and not test.shape.varied:
         record = trainer.record
         here = outcome_of(test, metric, record["choices"], record["overrides"], record["config"])
         result["verdicts"] = report_verdicts(verdicts(published_in(record["config"]), [here]))

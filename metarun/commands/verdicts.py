@@ -51,7 +51,7 @@ def verdicts_of(cells: Sequence[Cell], command: EvalConfig) -> list[Verdict]:
     found = []
     models = {id(cell.model): cell.model for cell in cells if isinstance(cell.model, Model)}
     for model in models.values():
-        own = [cell for cell in cells if cell.model is model and cell.result]
+        own = [cell for cell in cells if cell.model is model and cell.result and not cell.shape.varied]
         outcomes = [
             outcome_of(
                 cell.result,  # type: ignore[arg-type]

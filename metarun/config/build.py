@@ -271,7 +271,7 @@ def is_required(parameter: inspect.Parameter) -> bool:
 
 def training_shape(settings: TrainConfig) -> EpisodeShape:
     """The shape of a training task."""
-    return EpisodeShape(settings.ways, settings.shots, settings.queries)
+    return EpisodeShape(settings.ways, settings.shots, settings.queries, settings.varied)
 
 
 def validation_shape(settings: TrainConfig) -> EpisodeShape:
@@ -281,6 +281,7 @@ def validation_shape(settings: TrainConfig) -> EpisodeShape:
         own.ways or settings.ways,
         settings.shots if own.shots is None else own.shots,
         own.queries or settings.queries,
+        settings.varied,
     )
 
 

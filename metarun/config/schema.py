@@ -107,6 +107,7 @@ class TrainConfig:
     shots: int = whole(0)
     queries: int = whole(1)
     fixed_labels: bool = False
+    varied: bool = False
     meta_batch: int = whole(1)
     iterations: int = whole(0)
     inner_rate: float = positive(shared="inner_loop.rate")
@@ -142,6 +143,7 @@ class EvalConfig:
     ways: OneOrMore = whole(1, None, **OF_DRAWN)  # noqa: RUF009
     shots: OneOrMore = whole(0, None, **OF_DRAWN)  # noqa: RUF009
     queries: int | None = whole(1, None, **OF_DRAWN)
+    varied: bool | None = setting(None, **OF_DRAWN)
     episodes: int = whole(2, **OF_DRAWN)
     split: str = setting(**OF_DRAWN)
     trained_classes: str = setting(**OF_DRAWN)

@@ -120,7 +120,7 @@ class Dataset(ABC):
         if len(known) == len(sizes):
             names, counts = zip(*known, strict=True)
             name = names[0] if len(names) == 1 else f"{names[0].rpartition(' ')[0]} all"
-            check_classes(name, sum(counts), shape.ways)
+            check_classes(name, sum(counts), shape.least.ways)
 
     def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> EpisodeSource:
         """One split, or the classes of all splits. Raises what `split` raises, and ConfigError."""

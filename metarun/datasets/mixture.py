@@ -213,6 +213,10 @@ class MixtureStore(ClassStore):
                 twin.weights[number] = self.weights[number]
         return twin
 
+    def classes_beside(self, classes: Tensor) -> Tensor:
+        owners = self.owners.to(classes.device)
+        return owners.bincount(minlength=len(self.weights))[owners[classes]]
+
     def draw_classes(self, tasks: int, ways: int, generator: torch.Generator) -> Tensor:
         """The classes of tasks [T, N]: the dataset of each task is drawn, and its ways from that one."""
         device, keys = generator.device, None

@@ -81,14 +81,14 @@ class SinusoidSource(EpisodeSource):
         self.settings, self.device = settings, device
         self.spec, self.name = settings.spec, f"sinusoid {split}"
         self.fingerprint = f"sinusoid {split} {settings.amplitude} {settings.phase} {settings.x}"
-        if self.varies:
+        if self.other_frequency:
             self.fingerprint += f" {settings.frequency}"
         if settings.amplitudes or settings.noise:
             self.fingerprint += f" {settings.amplitudes} {settings.noise}"
         self.memorable = settings.amplitudes if split == "train" else None
 
     @property
-    def varies(self) -> bool:
+    def other_frequency(self) -> bool:
         """Whether the frequency is another one than the 1 of Finn et al."""
         return tuple(self.settings.frequency) != (1.0, 1.0)
 
@@ -112,7 +112,7 @@ class SinusoidSource(EpisodeSource):
 
         own = self.settings
         amplitude, phase, x = uniform(own.amplitude, 1), uniform(own.phase, 1), uniform(own.x, points)
-        more = [uniform(own.frequency, 1)] if self.varies else []
+        more = [uniform(own.frequency, 1)] if self.other_frequency else []
         if own.amplitudes:
             place = torch.randint(own.amplitudes, (tasks, 1), generator=generator, device=device)
             if self.memorable:
@@ -125,7 +125,7 @@ class SinusoidSource(EpisodeSource):
 
     def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
         amplitude, phase, x, *more = (tensor.to(self.device) for tensor in draw)
-        y = amplitude * torch.sin((more.pop(0) * x if self.varies else x) + phase)  # [T, K+Q, 1]
+        y = amplitude * torch.sin((more.pop(0) * x if self.other_frequency else x) + phase)  # [T, K+Q, 1]
         if self.settings.noise:
             y = y + more.pop()
         if self.settings.amplitudes:

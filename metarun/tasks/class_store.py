@@ -16,10 +16,11 @@ from torch import Tensor
 
 from metarun.errors import DataError, counted
 from metarun.tasks.choice import different, one_of_each
-from metarun.tasks.episodes import Episodes, EpisodeShape
+from metarun.tasks.episodes import Episodes, EpisodeShape, Tasks
 from metarun.tasks.resize import resized
-from metarun.tasks.source import Draw, EpisodeSource, Fetched
+from metarun.tasks.source import Draw, Fetched
 from metarun.tasks.spec import TaskSpec
+from metarun.tasks.varied import VariedTasks
 
 MARKS = 8  # hashes kept of each class
 NO_MARK = -(1 << 63)  # in place of a hash, of classes with fewer items
@@ -70,7 +71,7 @@ def padding_mask(ids: Tensor) -> Tensor:
     return ids != PADDING
 
 
-class ClassStore(EpisodeSource):
+class ClassStore(VariedTasks):
     """The items of one split, of any type and shape, grouped by class and kept on a device.
 
     An episode batch is index arithmetic on the device, without worker processes and without Python code for
@@ -152,8 +153,8 @@ class ClassStore(EpisodeSource):
 
     def check(self, shape: EpisodeShape) -> None:
         self.check_shots(shape.shots)
-        self.check_ways(shape.ways)
         smallest = f"class {self.names[int(self.counts.argmin())]!r}"
+        self.check_ways(shape.least.ways)
         check_examples(self.name, smallest, self.smallest_class, shape)
 
     def check_ways(self, ways: int) -> None:
@@ -231,6 +232,8 @@ class ClassStore(EpisodeSource):
 
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
         """Classes [T, N], items [T, N, K+Q] and, for an augmentation, random numbers."""
+        if shape.varied:
+            return self.draw_varied(tasks, shape, generator)
         classes = self.draw_classes(tasks, shape.ways, generator)
         items = self.draw_items(classes, shape, generator)
         if self.augment is None:
@@ -238,7 +241,13 @@ class ClassStore(EpisodeSource):
         size = *items.shape, self.augment.numbers
         return classes, items, torch.rand(*size, generator=generator, device=generator.device)
 
-    def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
+    def gather(self, draw: Draw, shape: EpisodeShape) -> Tasks:
+        if shape.varied:
+            return self.gather_varied(draw)
+        return self.gather_equal(draw, shape)
+
+    def gather_equal(self, draw: Draw, shape: EpisodeShape) -> Episodes:
+        """The tasks of a draw, all of one shape."""
         classes, items, *random = draw if isinstance(draw, Fetched) else self.fetch(draw)
         x = self.decode(items)  # [T, N, K+Q, *item]
         if self.augment is not None:
@@ -292,9 +301,10 @@ def check_classes(name: str, classes: int, ways: int) -> None:
 
 def check_examples(name: str, smallest: str, examples: int, shape: EpisodeShape) -> None:
     """Raise DataError if the smallest class of a split has too few examples for tasks of this shape."""
-    if (wanted := shape.shots + shape.queries) > examples:
+    least = shape.least
+    if (wanted := least.shots + least.queries) > examples:
         raise DataError(
-            f"shots={shape.shots} and queries={shape.queries} need {counted(wanted, 'example')} a class: "
+            f"shots={least.shots} and queries={least.queries} need {counted(wanted, 'example')} a class: "
             f"{smallest} of {name} has {examples}; lower shots or queries"
         )
 

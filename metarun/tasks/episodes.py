@@ -20,18 +20,30 @@ from metarun.tasks.objectives import CLASSIFICATION, Objective, PerTask, class_w
 #: T tasks' examples [T, B, *item] to outputs [T, B, N], each task by its own weights.
 Model = Callable[[Tensor], Tensor]
 MOST_COPIES = 4  # see `Episodes.repeated`
+FEWEST_WAYS = 5  # of varied tasks
 
 
 @dataclass(frozen=True)
 class EpisodeShape:
-    """The size of a task: N ways, K shots and Q queries a class. A regression task has one way."""
+    """The size of a task: N ways, K shots and Q queries a class. A regression task has one way.
+
+    If tasks are `varied`, each has its own size, and these are bounds (metarun/tasks/varied.py).
+    """
 
     ways: int
     shots: int
     queries: int
+    varied: bool = False
 
     def __str__(self) -> str:
+        if self.varied:
+            return f"varied, up to {self.ways}-way"
         return f"{self.ways}-way {self.shots}-shot"
+
+    @property
+    def least(self) -> EpisodeShape:
+        """The smallest task: this one, unless tasks are varied."""
+        return EpisodeShape(min(self.ways, FEWEST_WAYS), 1, 1) if self.varied else self
 
     @property
     def chance(self) -> str:

@@ -48,6 +48,7 @@ class EpisodeSource(ABC):
         described: whether a class is known without examples of it, so that tasks may have 0 shots.
         host_for: the device that fetched items are copied to, where items stay in host memory; else None.
         readable: whether `examples` shows examples in words.
+        varies: whether it has tasks of different ways and shots (`EpisodeShape.varied`).
     """
 
     spec: TaskSpec
@@ -59,6 +60,7 @@ class EpisodeSource(ABC):
     described: bool = False
     host_for: torch.device | None = None
     readable: bool = False
+    varies: bool = False
 
     @property
     def undisturbed(self) -> EpisodeSource:

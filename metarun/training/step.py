@@ -84,6 +84,7 @@ class OuterStep:
     ) -> None:
         self.algorithm, self.optimizer, self.source = algorithm, optimizer, source
         self.shape, self.meta_batch, self.seed = shape, meta_batch, seed
+        self.static = source.spec.static and not shape.varied  # the same operations and shapes in every step
         self.hardware, self.clip, self.outer_loop = hardware, clip, outer_loop or GradientStep()
         self.sampler = sampler
         self.task_scores: list[Tensor] = []  # of the current step, for the sampler
@@ -96,7 +97,7 @@ class OuterStep:
         self.generator: torch.Generator | None = None  # of the numbers of tasks, if there are ranks
         self.numbers: TaskNumbers | None = None
         self.place = 0  # of the tasks that are run, in the meta-batch
-        self.at_once = self.most_at_once = self.shared.own  # `most_at_once` is lowered when memory runs out
+        self.at_once = self.most_at_once = 1 if shape.varied else self.shared.own  # lowered without memory
         self.traced: dict[int, GradientOfDraw] = {}  # by number of tasks; other numbers run eagerly
         self.say: Callable[[str], object] = lambda text: None
         self.iteration = 0
@@ -124,7 +125,7 @@ class OuterStep:
         self.optimizer.zero_grad()
         self.draws = self.draws_from(start)
         bytes_of_one, on_gpu = functools.cache(self.bytes_of_one_task), self.hardware.device.type == "cuda"
-        static = self.source.spec.static and not self.sampler  # which has to know the score of each task
+        static = self.static and not self.sampler  # which has to know the score of each task
         if not algorithm.couples_tasks:
             self.at_once = self.ranks.least(self.hardware.tasks_at_once(self.most_at_once, bytes_of_one))
         on_host = self.host_store() is not None
@@ -132,7 +133,7 @@ class OuterStep:
         if on_gpu and on_host:  # capture is not possible while another thread copies to the device
             say("images are kept in host memory, each meta-batch is copied ahead of its step; no CUDA graph")
         self.eager_steps_left = WARM_UP if wants_graph else None
-        if self.at_once < self.shared.own:
+        if self.at_once < self.shared.own and not self.shape.varied:
             say(f"{self.at_once} of {self.shared.own} tasks at once")
         if static and (
             self.hardware.compile is True or (can_trace(algorithm) and self.hardware.traces(bytes_of_one))
@@ -147,7 +148,7 @@ class OuterStep:
             return map(self.part_of, whole)
         store = self.host_store()
         # The random numbers of environments are drawn by the CPU, from the seeds of their tasks.
-        device = "cpu" if store or not self.source.spec.static else self.hardware.device
+        device = "cpu" if store or not self.static else self.hardware.device
         every = training_draws(self.source, self.meta_batch, self.shape, self.seed, start, device)
         draws = map(self.part_of, every)
         return fetched_ahead(draws, store) if store else draws
@@ -161,8 +162,8 @@ class OuterStep:
         return torch.get_rng_state() if self.generator is None else self.generator.get_state()
 
     def host_store(self) -> ClassStore | None:
-        """The source if its items are kept in host memory, else None."""
-        if self.source.host_for is None:
+        """The source if its items are kept in host memory and fetched for all tasks at once, else None."""
+        if self.source.host_for is None or self.shape.varied:
             return None
         assert isinstance(self.source, ClassStore)
         return self.source

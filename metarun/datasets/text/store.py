@@ -108,6 +108,7 @@ class TextStore(ClassStore):
 
     readable = True
     described = True
+    varies = False
 
     def __init__(
         self,
@@ -258,7 +259,7 @@ class TextStore(ClassStore):
         return first[at].unsqueeze(-1) + chosen
 
     def gather(self, draw: Draw, shape: EpisodeShape) -> Episodes:
-        episodes = super().gather(draw, shape)
+        episodes = self.gather_equal(draw, shape)
         if shape.shots and not self.names_as_shots:
             return episodes
         assert episodes.classes is not None
