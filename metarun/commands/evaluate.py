@@ -16,8 +16,8 @@ from torch import Tensor
 from metarun.commands import benchmarks
 from metarun.commands.cells import Cell, cells_of, check_before_loading, shapes_for
 from metarun.commands.differences import best_models, comparisons, difference_rows, plain_pair, report_pairs
+from metarun.commands.grids import report_grids
 from metarun.commands.instances import instance_cells, instance_rows, report_instances
-from metarun.commands.languages import report_languages
 from metarun.commands.models import TestData, load_models
 from metarun.commands.rates import choose_rates
 from metarun.commands.references import with_references
@@ -148,7 +148,7 @@ def report(cells: Sequence[Cell], command: EvalConfig, folder: Path) -> None:
     )
     write_csv(folder / "results.csv", rows)
     names = ["results.json", "results.csv", *draw(cells, rows, comparisons(cells, references=True), folder)]
-    names += report_languages(cells, folder)
+    names += report_grids(cells, folder)
     if command.confusion:
         names += report_classes(matrices_of(cells), folder)
     inform(f"saved {', '.join(names[:-1])} and {names[-1]} in {relative(folder)}")
@@ -278,9 +278,7 @@ def row_of(cell: Cell, command: EvalConfig) -> dict[str, Any]:
         "classes": len(cell.source.names) or None,
         "cell": cell.task,
         "task": cell.shape_name,
-        "ways": cell.shape.ways,
-        "shots": cell.shape.shots,
-        "queries": cell.shape.queries,
+        **{n: None if cell.shape.varied else getattr(cell.shape, n) for n in ("ways", "shots", "queries")},
         "steps": cell.steps,
         "rate": cell.rate,
         "episodes_seen": cell.episodes_seen,

@@ -60,11 +60,12 @@ def score_grid(
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
     columns: Sequence[str],
+    axes: tuple[str, str],
     metric: Metric,
     title: str,
     path: Path,
 ) -> None:
-    """Plot scores by the language of the support (rows) and of the queries (columns); NaN: not evaluated."""
+    """Plot scores by what rows and columns are (`axes`); NaN: not evaluated."""
     shown = metric.scale * np.asarray(values)
     width, height = (max(2.0, min(0.5 * len(names), 12)) for names in (columns, rows))
     figure, (axis,) = panels(1, 1, (width + 2.5, height + 1.5))
@@ -75,8 +76,8 @@ def score_grid(
         axis.text(j, i, f"{shown[i, j]:.3g}", ha="center", va="center", fontsize=7, color=colour)
     class_ticks(axis.xaxis, columns, width / len(columns), rotation=90)
     class_ticks(axis.yaxis, rows, height / len(rows))
-    axis.set_xlabel("language of the queries")
-    axis.set_ylabel("language of the support")
+    axis.set_ylabel(axes[0])
+    axis.set_xlabel(axes[1])
     headline(figure, title)
     # As high as the grid, whatever its shape.
     bar = figure.colorbar(

@@ -129,7 +129,8 @@ def evaluation_grid(results: Results, path: Path, note: str = "") -> None:
         if metric.chance:
             for cell, axis in own.items():
                 ways = next(row["ways"] for row in rows if row["cell"] == cell)
-                axis.axvline(metric.scale * metric.chance(ways), color="k", linestyle=":", linewidth=1)
+                if ways is not None:  # of tasks of different ways
+                    axis.axvline(metric.scale * metric.chance(ways), color="k", linestyle=":", linewidth=1)
     headline(figure, subject(results, note))
     drawing.save(figure, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -71,24 +72,32 @@ def test_another_dataset_is_converted_to_the_models_images(metarun, two: list[st
     mixed = [*two, *WORDS, "dataset.size=16", "test.episodes=0", "hardware.compile=auto"]
     metarun("train", *mixed, "hydra.run.dir=mixed")
     own = ["dataset.train_classes=12", "dataset.validation_classes=6", "dataset.test_classes=6", "ways=2"]
-    metarun("train", *own, *WORDS, "test.episodes=0", "hydra.run.dir=own")
+    metarun("train", *own, *WORDS, "test.episodes=0", "hydra.run.dir=glyphs")
     glyphs = ["dataset=glyphs", "dataset.test_classes=6", "episodes=10", "queries=2"]
-    done = metarun("eval", "checkpoint=[mixed,own]", *glyphs, "hydra.run.dir=out")
+    done = metarun("eval", "checkpoint=[mixed,glyphs]", *glyphs, "hydra.run.dir=out")
     assert "glyphs test: images converted from 1x28x28 to the model's 3x16x16" in done.stderr
     content = json.loads((tmp_path / "out/results.json").read_text())
     # In a mixture that is larger than the model, glyphs are what they are alone.
     larger = ["dataset=mixture", "dataset.parts={glyphs:1}", "dataset.size=35", "episodes=10", "queries=2"]
     done = metarun(
-        "eval", "checkpoint=own", *larger, "dataset.settings.glyphs.test_classes=6", "hydra.run.dir=in"
+        "eval", "checkpoint=glyphs", *larger, "dataset.settings.glyphs.test_classes=6", "hydra.run.dir=in"
     )
     assert "mixture: images converted from 1x35x35 to the model's 1x28x28" in done.stderr
     (row,) = results(tmp_path / "in")
-    same = next(each for each in content["results"] if each["model"].endswith("own"))
+    same = next(each for each in content["results"] if each["model"].endswith("glyphs"))
     assert [row[key] for key in ("episodes_hash", "mean")] == [same[key] for key in ("episodes_hash", "mean")]
     # The same episodes at two sizes, so that the two are compared.
     assert len({row["episodes_hash"] for row in content["results"]}) == 1
     assert len(content["comparisons"]) == 1
     assert "images converted" in metarun("adapt", "checkpoint=mixed", *glyphs[:2], "queries=2").stderr
+    # Several models on several datasets are a grid, too.
+    parts = [*two[:5], "dataset.settings.glyphs.test_classes=6", "ways=2", "episodes=4", "queries=2"]
+    done = metarun("eval", "checkpoint=[mixed,glyphs]", *parts, "hydra.run.dir=grid")
+    assert "accuracy by the trained model (rows) and the dataset of the test" in done.stdout
+    with (tmp_path / "grid/domains.csv").open(newline="") as file:
+        grid = [float(row[name]) for row in csv.DictReader(file) for name in ("glyphs", "image_folder")]
+    assert grid == [row["mean"] for row in results(tmp_path / "grid")]
+    assert not (tmp_path / "in/domains.csv").exists()
     done = metarun("eval", "checkpoint=mixed", "dataset=sinusoid", status=1)
     assert "has vectors, and the model was trained on images; choose a dataset of images" in done.stderr
 
