@@ -31,6 +31,8 @@ class PseudoClasses(ClassStore):
         plain: how many examples of a class, the first ones, are not augmented.
     """
 
+    varies = False
+
     def __init__(
         self,
         store: ClassStore,
