@@ -161,8 +161,8 @@ class Algorithm(nn.Module, ABC):
             )
         if shape.varied and self.couples_tasks and self.training:
             raise ConfigError(
-                f"varied=true: algorithm={type(self).__name__} compares the tasks of a meta-batch, and varied "
-                "tasks run one after another; leave it out"
+                f"varied=true: algorithm={type(self).__name__} compares the tasks of a meta-batch, and tasks "
+                "of different sizes run one after another; leave it out"
             )
         environment = issubclass(source.spec.tasks, Rollouts)
         if environment and not shape.shots and self.takes_steps and self.inner_loop.step_count():  # type: ignore[operator, union-attr]
