@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.embedded_references import Scaled, cosine, mean_cross_entropy, mean_of, run_with, tasks_of
@@ -113,3 +114,29 @@ def mlp(network: nn.Sequential, x: Tensor) -> Tensor:
     for layer in network:
         x = torch.relu(x) if isinstance(layer, nn.ReLU) else layer.weight @ x
     return x
+
+
+def lgm_net(net: Algorithm, support: Tensor, y: Tensor, query: Tensor, query_y: Tensor) -> Tensor:
+    """One filter at a time; a context of `net.fixed` deviations from its mean, if there is such a thing."""
+    maps, queries = (x.reshape(-1, *net.map_shape) for x in (support, query))
+    encoded = net.context(maps)
+    context = torch.stack([mean_of(encoded, y, k) for k in range(3)]).mean(0)
+    half, fixed = len(context) // 2, getattr(net, "fixed", torch.zeros(2, 1, 1))
+    layers = []
+    for i, channels in enumerate((net.map_shape[0], 4)):
+        sample = context[:half] + context[half:].exp().sqrt() * fixed[i, 0]
+        made = net.generators[i].weight @ sample + net.generators[i].bias
+        filters = made[: 4 * channels * 9].view(4, channels, 3, 3)
+        layers.append((torch.stack([f / f.pow(2).sum().sqrt() for f in filters]), made[4 * channels * 9 :]))
+
+    def transformed(x: Tensor) -> Tensor:
+        x = torch.relu(F.conv2d(x, *layers[0], padding=1))
+        return F.conv2d(F.max_pool2d(x, 2, ceil_mode=True), *layers[1], padding=1).flatten(1)
+
+    rows = []
+    known = transformed(maps)
+    for q in transformed(queries):
+        attention = torch.stack([net.scale * cosine(q, s) for s in known]).softmax(0)
+        votes = [sum(a for a, label in zip(attention, y, strict=True) if label == k) for k in range(3)]
+        rows.append(torch.stack(votes).log())
+    return mean_cross_entropy(rows, query_y)

@@ -26,6 +26,7 @@ from metarun.algorithms.contrastive import Contrastive
 from metarun.algorithms.gnn import GNN
 from metarun.algorithms.imaml import IMAML
 from metarun.algorithms.leo import LEO
+from metarun.algorithms.lgm_net import LGMNet
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.maml_plus_plus import MAMLPlusPlus
 from metarun.algorithms.mann import MANN
@@ -395,6 +396,13 @@ def tadam(backbone: nn.Module, steps: int) -> TADAM:
     return algorithm
 
 
+def lgm_net(backbone: nn.Module, steps: int) -> LGMNet:
+    """A context that is the mean, as in evaluation; another test samples."""
+    algorithm = LGMNet(backbone, width=4, scale=2.0, norm="batch")
+    algorithm.noise = torch.zeros_like
+    return algorithm
+
+
 def leo(backbone: nn.Module, steps: int) -> LEO:
     """Samples that are the means, as in evaluation; another test samples."""
     algorithm = LEO(backbone, latents=3, steps=2, tuning_steps=2, rate=0.3, tuning_rate=0.2, dropout=0.0)
@@ -608,6 +616,11 @@ METHODS = {
         lambda backbone, steps: CNAPs(backbone, SHAPE, width=4, penalty=0.1, norm="batch"),
         embedded.cnaps,
         finite_differences=False,  # kinks of the set encoder
+    ),
+    "lgm_net": Method(
+        lgm_net,
+        embedded.gradient_of(conditioned.lgm_net),
+        finite_differences=False,  # kinks of its networks
     ),
     "leo": Method(leo, conditioned.leo, finite_differences=False),  # distances to codes that are constants
     "tadam": Method(tadam, conditioned.tadam),

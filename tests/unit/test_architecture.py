@@ -46,6 +46,7 @@ VARIANTS = {
     ("metagan", "relation"),
 }
 VARIANTS |= {("reptile", "maml"), ("meta_nas", "reptile"), ("metaoptnet", "r2d2"), ("memories", "snail")}
+VARIANTS |= {("lgm_net", "matching")}
 SHARED = {"base", "feature_method", "memories", "modulation", "multinomial", "sequences", "svm"}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.methods import METHODS, SHAPE, Smooth, episodes_of, gradient, leo, relative_error, tadam
+from helpers.methods import METHODS, SHAPE, Smooth, episodes_of, gradient, leo, lgm_net, relative_error, tadam
 from torch import nn
 
 from metarun.algorithms.tadam import TADAM, probability
+from metarun.backbones.conv4 import Conv4
 from metarun.backbones.resnet12 import ResNet12
 from metarun.nn.frozen import Frozen, frozen_part
 from metarun.nn.layers import Residual
@@ -70,3 +71,36 @@ def test_leo_keeps_its_backbone_and_its_features_are_computed_once():
     algorithm = leo(Smooth(), 0)
     assert not any(p.requires_grad for p in algorithm.own_backbone().parameters())
     assert isinstance(frozen_part(algorithm.own_backbone()), Frozen) and algorithm.frozen
+
+
+def test_lgm_nets_context_is_sampled_once_for_each_layer():
+    algorithm, episodes = lgm_net(Conv4(SHAPE, width=8, halvings=2), 0), episodes_of()
+    numbers = torch.randn(2, 1, 2)
+    given: list[torch.Tensor] = []
+
+    def noise(like: torch.Tensor) -> torch.Tensor:
+        given.append(numbers[len(given) % 2])
+        return given[-1].expand_as(like)
+
+    algorithm.noise = noise
+    algorithm.fixed = numbers
+    expected = METHODS["lgm_net"].reference(algorithm, episodes, 0)
+    del algorithm.fixed
+    assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
+    assert len(given) == 2  # all tasks at once
+
+
+def test_lgm_nets_weights_are_made_of_the_support_and_of_length_one():
+    algorithm, episodes = lgm_net(Conv4(SHAPE, width=8, halvings=2), 0).eval(), episodes_of()
+    weights = algorithm.adapt(episodes)["weights"]
+    assert {name: tuple(p.shape) for name, p in weights.items()} == {
+        "0.weight": (3, 4, 8, 3, 3),
+        "0.bias": (3, 4),
+        "3.weight": (3, 4, 4, 3, 3),
+        "3.bias": (3, 4),
+    }
+    lengths = weights["3.weight"].flatten(2).norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+    assert (weights["0.weight"][0] - weights["0.weight"][1]).abs().max() > 1e-6
+    own = {name.split(".")[0] for name, _ in algorithm.named_parameters()}
+    assert own == {"backbone", "context", "generators"}
