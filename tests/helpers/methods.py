@@ -15,6 +15,7 @@ from helpers import contrastive_references as contrastive
 from helpers import embedded_references as embedded
 from helpers import generation_methods as generation
 from helpers import online_references as online
+from helpers import probabilistic_references as probabilistic
 from helpers import references, search_references
 from helpers import regularised_references as regularised
 from helpers.engines import engine_of
@@ -36,6 +37,7 @@ from metarun.algorithms.meta_networks import MetaNet
 from metarun.algorithms.metaoptnet import MetaOptNet
 from metarun.algorithms.mr_maml import MRMAML
 from metarun.algorithms.oml import OML
+from metarun.algorithms.platipus import PLATIPUS
 from metarun.algorithms.pmf import PMF
 from metarun.algorithms.pretrain import Pretrain
 from metarun.algorithms.protonet import ProtoNet
@@ -418,6 +420,21 @@ def zero_shot(backbone: nn.Module, steps: int) -> ZeroShot:
     return algorithm
 
 
+def platipus(backbone: nn.Module, steps: int) -> PLATIPUS:
+    """With the same noise for all tasks, so that chunks of tasks meet the same."""
+    algorithm = PLATIPUS(backbone, SGD(RATE, steps), 3, classes=11, deviation=0.05, rate=RATE, samples=2)
+    for p in algorithm.prior_deviations.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    algorithm.draws = lambda tasks, samples, like: regularised.wave(
+        torch.Size((samples, like.shape[-1]))
+    ).expand(tasks, -1, -1)
+    return algorithm
+
+
+def platipus_reference(algorithm: PLATIPUS, episodes: Episodes, steps: int) -> Gradient:
+    return probabilistic.platipus(algorithm, episodes, steps, RATE)
+
+
 def meta_nas(backbone: nn.Module, steps: int) -> MetaNAS:
     """On cells of its own, which any method may use but no other backbone replaces."""
     cells = Cells(SHAPE, width=2, cells=1, nodes=1, reductions=(0,), drop_path=0.0)
@@ -513,6 +530,7 @@ METHODS = {
         any_network=False,
         any_order=False,
     ),
+    "platipus": Method(platipus, platipus_reference, any_order=False),
     "mr_maml-weights": Method(mr_maml("weights"), mr_maml_reference, any_order=False),
     "mr_maml-activations": Method(
         mr_maml("activations", bottleneck=4, decoder=[5]), mr_maml_reference, any_order=False

@@ -38,6 +38,7 @@ VARIANTS = {
     ("cavia", "maml"),
     ("imaml", "maml"),
     ("mr_maml", "maml"),
+    ("platipus", "maml"),
     ("taml", "maml"),
     ("pretrain", "maml"),
     ("distribution_calibration", "baseline"),

@@ -25,7 +25,10 @@ CLASSIFIERS = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in (*CLASSIFIERS, "meta_nas")])
+VALUES = [name for name in ALGORITHMS if name not in (*CLASSIFIERS, "meta_nas", "platipus")]
+
+
+@pytest.mark.parametrize("name", VALUES)
 def test_an_algorithm_learns_values(name: str):
     """An outer step, an evaluation and an adaptation; tests/commands/test_train.py has the command line."""
     torch.manual_seed(0)
@@ -43,6 +46,28 @@ def test_an_algorithm_learns_values(name: str):
     expected = (outputs - tasks.query_y[:1]).square().mean().item()  # one value of each example
     for found in (outcome.loss[0].item(), outcome.scores["mse"][0].item(), rows[-1]["query mse"]):
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*VALUES, "platipus"])
+def test_an_algorithm_learns_distributions(name: str):
+    """On functions of Gaussian processes, where some of the support is left out; or says that it cannot."""
+    torch.manual_seed(0)
+    words = ("train", "dataset=gp", f"algorithm={name}", "shots=4", "queries=3", "hardware=cpu")
+    settings = composed(*words)
+    if name in REGRESS:
+        with pytest.raises(ConfigError, match="predicts values without an uncertainty"):
+            built(settings)
+        settings = composed(*words, "dataset.likelihood=null")
+    algorithm = built(settings)
+    source = build_dataset(typed(settings).dataset).load("train", torch.device("cpu"))
+    tasks = sample(source, 3, EpisodeShape(1, 4, 3), torch.Generator().manual_seed(0))
+    assert not tasks.there.all()
+    engine_of(algorithm, tasks, precision="float32").step()
+    with torch.no_grad():
+        outcome = adapted_outcome(algorithm.eval(), tasks, torch.float32)
+    means = source.spec.objective.to_units(outcome.outputs)
+    expected = (means - tasks.query_y).square().mean((1, 2))
+    torch.testing.assert_close(outcome.scores["mse"], expected)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
