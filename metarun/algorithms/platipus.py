@@ -79,12 +79,12 @@ class PLATIPUS(MAML):
                 "dataset=gp, or set dataset.likelihood=gaussian"
             )
 
-    def adapt(self, tasks: Episodes) -> dict[str, Any]:
+    def adapt(self, tasks: Any) -> dict[str, Any]:
         """Samples of the adapted weights by name, {"params": [T, L, *shape] each}."""
         *_, last = self.trajectory(tasks)
         return last
 
-    def trajectory(self, tasks: Episodes) -> Iterator[dict[str, Any]]:
+    def trajectory(self, tasks: Any) -> Iterator[dict[str, Any]]:
         loss, _, start = self.inner_problem(tasks)
         mean = self.stepped(loss, start, self.prior_rate).unsqueeze(1)
         noise = self.draws(len(tasks), self.samples, mean)
