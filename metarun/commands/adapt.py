@@ -24,19 +24,18 @@ from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
 from metarun.config.targets import trusted_modules
 from metarun.datasets.base import OwnQueries
+from metarun.datasets.pixels import Pixels, image_of
 from metarun.errors import ConfigError, counted
 from metarun.inference.adapted import AdaptedModel, check_reject
 from metarun.inference.images import check_ink
 from metarun.inference.model import Model, find, restore, set_transductive
-from metarun.reporting import plots
+from metarun.reporting import pictures, plots
 from metarun.reporting.console import console, inform, relative
 from metarun.storage.files import write_json
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import Metric
 from metarun.tasks.sampling import fixed_draws
 from metarun.training.hardware import Hardware
-
-CURVE = 200  # the least number of queries of a regression task, so that its curve can be drawn
 
 
 def run(cfg: DictConfig) -> float:
@@ -84,8 +83,7 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     queries, data = queries_of(command, model), TestData(command, hardware, [model])
     data.dataset(model).check_shape(command.split, EpisodeShape(ways, shots, queries))  # type: ignore[arg-type]
     source = data.source(model)
-    drawn_anew = not (source.names or source.item_counts())
-    shape = EpisodeShape(ways, shots, max(queries, CURVE) if drawn_anew else queries)
+    shape = source.pictured(EpisodeShape(ways, shots, queries))
     source.check(shape)
     model.algorithm.check_source(source, shape)
     draw = next(fixed_draws(source, shape, 1, command.seed))
@@ -98,7 +96,7 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     classes = [] if episode.classes is None else [source.names[i] for i in episode.classes[0].tolist()]
     names = [f"query {i}" for i in range(episode.query_x.shape[1])]
     references: dict[str, Tensor] = {}
-    if drawn_anew:
+    if not (source.names or source.item_counts()):
         outcomes = {name: score(draw, shape) for name, score in source.references(shape, {}).items()}
         references = {name: each.outputs for name, each in outcomes.items() if each.outputs is not None}
     return Task(episode, True, classes, names, references=references)
@@ -130,6 +128,9 @@ def report(
         elif task.episode.query_x.shape[2:] == (1,):
             draw_regression(model.algorithm, task, folder / "curves.png")
             saved.append("curves.png")
+        elif isinstance(model.dataset, Pixels):
+            draw_completion(task, outputs, model.dataset.size, folder / "completion.png")
+            saved.append("completion.png")
     inform(f"saved {', '.join(saved)} in {relative(folder)}")
 
 
@@ -161,6 +162,27 @@ def step_table(
         ]
         table.add_row(str(row["step"]), *cells)
     return table
+
+
+def draw_completion(task: Task, outputs: Tensor, size: int, path: Path) -> None:
+    """Write the figure of an image: the support, the predicted values, their deviations, and the truth."""
+    episode, objective = task.episode, task.objective
+    x = torch.cat([episode.support_x[0], episode.query_x[0]])
+
+    def whole(queries: Tensor, support: Tensor) -> Tensor:
+        return image_of(x, torch.cat([support, queries]), size)[None, None]
+
+    known, values = episode.support_y[0], objective.to_units(outputs)[0]
+    rows = {
+        "support": whole(torch.zeros_like(values), known) + 0.5,
+        "prediction": whole(values, known) + 0.5,
+        "truth": whole(episode.query_y[0], known) + 0.5,
+    }
+    if objective.spread:
+        spread = objective.spread(outputs)[0]
+        rows["deviation"] = whole(spread / spread.max(), torch.zeros_like(known))
+    shown = {name: image.clamp(0, 1).float() for name, image in rows.items()}
+    pictures.contact_sheet(shown, f"{len(known)} of {len(x)} pixels", path)
 
 
 @torch.no_grad()

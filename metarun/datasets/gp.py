@@ -142,8 +142,7 @@ class GaussianProcessSource(EpisodeSource):
         (support_x, query_x), (support_y, query_y) = x.split(sizes, 1), y.split(sizes, 1)
         weights = None
         if self.split == "train" and self.settings.fewest is not None:
-            there = torch.arange(shape.shots, device=counts.device) < counts
-            weights = there * (shape.shots / counts).to(x.dtype)
+            weights = left_out(counts, shape.shots).to(x.dtype)
         return Episodes(
             support_x, support_y, query_x, query_y, objective=self.spec.objective, support_weights=weights
         )
@@ -203,3 +202,8 @@ class GaussianProcessSource(EpisodeSource):
         solved = torch.linalg.solve_triangular(root, whole[:, :known, known:], upper=False)
         mean = solved.mT @ torch.linalg.solve_triangular(root, y, upper=False)
         return mean, whole[:, known:, known:] - solved.mT @ solved
+
+
+def left_out(counts: Tensor, shots: int) -> Tensor:
+    """Support weights [T, S] with which tasks have `counts` [T, 1] of the shots, the first ones."""
+    return (torch.arange(shots, device=counts.device) < counts) * (shots / counts)

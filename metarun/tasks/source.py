@@ -17,6 +17,7 @@ from metarun.tasks.episodes import EpisodeShape, Outcome, Tasks
 from metarun.tasks.objectives import Objective
 from metarun.tasks.spec import TaskSpec
 
+CURVE = 200  # the least number of queries of a regression task, so that its curve can be drawn
 SPLITS = ("train", "validation", "test")
 
 #: The random choices that name a batch of tasks: small tensors, whose first dimension is T.
@@ -82,6 +83,11 @@ class EpisodeSource(ABC):
     def usual_ways(self, ways: int) -> int:
         """The ways of a sample task for which nobody chose a number; `ways` is the default."""
         return ways
+
+    def pictured(self, shape: EpisodeShape) -> EpisodeShape:
+        """The shape of a sample task for a figure: with queries for a curve, if tasks are drawn anew."""
+        drawn_anew = not (self.names or self.item_counts())
+        return replace(shape, queries=max(shape.queries, CURVE)) if drawn_anew else shape
 
     @abstractmethod
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
