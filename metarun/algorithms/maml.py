@@ -102,9 +102,13 @@ class MAML(Algorithm):
     def predict(self, adapted: dict[str, Any], query_x: Tensor) -> Tensor:
         return self.learner(adapted["params"], query_x)
 
+    def start(self, tasks: Tasks) -> Params:
+        """The weights of each task before the first step, [T, *shape] each."""
+        return self.learner.task_params(len(tasks), tasks.outputs)
+
     def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
         """The support loss of the tasks, the constant weights, and the adapted weights, [T, *shape] each."""
-        params = self.learner.task_params(len(tasks), tasks.outputs)
+        params = self.start(tasks)
         fast = {name: p for name, p in params.items() if self.is_fast(name)}
         slow = {name: p for name, p in params.items() if name not in fast}
         model = self.learner

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod
 from metarun.errors import ConfigError
-from metarun.nn.layers import NORMS, Residual, is_called, replace_layers
+from metarun.nn.modulation import add_after_norms
 from metarun.nn.per_task import Params, is_groupable, plain_attention
 from metarun.nn.shared_weights import run_shared, runs_at_once
 
@@ -71,19 +69,6 @@ class Modulation(nn.Module):
         return x * scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
 
 
-class Modulated(nn.Sequential):
-    """A layer and its modulation, which can be loaded from the weights of the layer alone.
-
-    A network that loads its weights from a file does so by the names that its layers had before.
-    """
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
-        for name in self[0].state_dict():
-            if (weights := state.pop(prefix + name, None)) is not None:
-                state[f"{prefix}0.{name}"] = weights
-        super()._load_from_state_dict(state, prefix, *others)
-
-
 def add_modulations(backbone: nn.Module, name: str, shortcuts: bool = True) -> list[Modulation]:
     """Insert a Modulation after every normalisation layer; without these, after every weight layer.
 
@@ -92,24 +77,9 @@ def add_modulations(backbone: nn.Module, name: str, shortcuts: bool = True) -> l
         name: of the algorithm, for messages.
         shortcuts: whether layers of shortcuts are modulated, too.
     """
-    kinds = NORMS if any(isinstance(m, NORMS) for m in backbone.modules()) else (nn.Conv2d, nn.Linear)
-    branches = [block.shortcut for block in backbone.modules() if isinstance(block, Residual)]
-    left_out = set() if shortcuts else {id(layer) for branch in branches for layer in branch.modules()}
-    added: list[Modulation] = []
-
-    def modulated(layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, kinds) or not is_called(layer) or id(layer) in left_out:
-            return None
-        channels = next(getattr(layer, n) for n in CHANNELS if hasattr(layer, n))
-        added.append(Modulation(channels, last=isinstance(layer, nn.Linear)))
-        return Modulated(layer, added[-1])
-
-    replace_layers(backbone, modulated)
+    added = add_after_norms(backbone, Modulation, shortcuts)
     if not added:
         raise ConfigError(
             f"algorithm={name}: the backbone has no layer with channels to modulate; choose backbone=conv4"
         )
-    return added
-
-
-CHANNELS = ("num_features", "num_channels", "out_channels", "out_features")
+    return added  # type: ignore[return-value]

@@ -81,8 +81,7 @@ class TAML(MAML):
         outcome = super().meta_loss(tasks)
         if not self.weight:
             return outcome
-        start = self.learner.task_params(len(tasks), tasks.outputs)
-        before = self.outcome({"params": start}, tasks)
+        before = self.outcome({"params": self.start(tasks)}, tasks)
         if self.measure != "entropy":
             penalty = inequality(before.loss, self.measure, self.parameter)
         else:

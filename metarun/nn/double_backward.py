@@ -44,6 +44,9 @@ def batch_norm(
         eps: added to the variance.
         statistics: two tensors [C] that are filled with the mean and the unbiased variance of x.
     """
+    # The kernel for channels-last maps reads weights as contiguous: those of tasks that share one, with one
+    # channel each, have stride 0, and it would read beyond them.
+    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
     return _BatchNorm.apply(x, weight, bias, eps, statistics)
 
 

@@ -85,7 +85,7 @@ def test_bad_usage_exits_with_2(tmp_path: Path, words: list[str], message: str):
 
 
 BAD_VALUES = {
-    "algorithm=mmaml": "algorithm=mmaml: no such algorithm; did you mean 'maml'?",
+    "algorithm=protonett": "algorithm=protonett: no such algorithm; did you mean 'protonet'?",
     "wayz=3": "wayz: there is no such setting; did you mean 'ways'?",
     "validation.evry=3": "did you mean 'every'?",
     "backbone.widht=3": "did you mean 'width'?",

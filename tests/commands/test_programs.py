@@ -242,7 +242,7 @@ def test_train_returns_what_the_command_does(metarun, tmp_path: Path):
     assert run.score == run.result["validation"]["mean"]
     assert api.load(run.folder).name == "protonet"
     for words, message in [
-        (["algorithm=mmaml"], "algorithm=mmaml: no such algorithm; did you mean 'maml'?"),
+        (["algorithm=protonett"], "algorithm=protonett: no such algorithm; did you mean 'protonet'?"),
         (["ways="], "ways= is empty"),
         ([*TINY, "hydra.run.dir=here"], "this folder already contains a run"),
         (["-m", "seed=1,2"], "flags are for the command line"),

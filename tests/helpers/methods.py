@@ -35,6 +35,7 @@ from metarun.algorithms.matching import MatchingNet
 from metarun.algorithms.meta_nas import MetaNAS
 from metarun.algorithms.meta_networks import MetaNet
 from metarun.algorithms.metaoptnet import MetaOptNet
+from metarun.algorithms.mmaml import MMAML
 from metarun.algorithms.mr_maml import MRMAML
 from metarun.algorithms.oml import OML
 from metarun.algorithms.platipus import PLATIPUS
@@ -467,6 +468,14 @@ def taml_reference(algorithm: TAML, episodes: Episodes, steps: int) -> Gradient:
     return regularised.taml(algorithm, episodes, steps, RATE)
 
 
+def mmaml(backbone: nn.Module, steps: int) -> MMAML:
+    return MMAML(backbone, SGD(RATE, steps), 3, SHAPE, classes=11, hidden=5, width=1)
+
+
+def mmaml_reference(algorithm: MMAML, episodes: Episodes, steps: int) -> Gradient:
+    return adaptive.mmaml(algorithm, episodes, steps, RATE)
+
+
 METHODS = {
     "maml": Method(maml(), maml_reference(), any_order=False),
     "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False, any_order=False),
@@ -541,6 +550,12 @@ METHODS = {
         generation.metagan_maml,
         generation.references.metagan_maml,
         finite_differences=False,  # two losses
+        any_order=False,
+    ),
+    "mmaml": Method(
+        mmaml,
+        mmaml_reference,
+        finite_differences=False,  # kinks of the encoder
         any_order=False,
     ),
     "pretrain": Method(

@@ -51,6 +51,18 @@ def test_batch_norm_and_its_first_and_second_derivatives(layout: str, affine: bo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_norm_of_tasks_that_share_a_weight_for_their_one_channel(layout: str):
+    """The weight has stride 0, beyond which PyTorch's kernel for channels-last maps would read."""
+    x = images(layout)
+    shared = [vector(seed, 1).expand(3) for seed in (1, 2)]
+    found, expected = (
+        torch.autograd.grad(double_backward.batch_norm(x, *each, 1e-5).pow(3).sum(), x)[0]
+        for each in (shared, [p.clone() for p in shared])
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_batch_norm_fills_in_the_statistics_of_its_input(layout: str):
     x, w, b = images(layout), vector(1), vector(2)
     mean, variance = torch.full((3,), 7.0).double(), torch.full((3,), 7.0).double()

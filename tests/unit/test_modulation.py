@@ -1,0 +1,89 @@
+"""Tasks of several families, and methods that look at a task before they adapt to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metarun.algorithms.maml import MAML
+from metarun.algorithms.mmaml import MMAML
+from metarun.backbones.mlp import MLP
+from metarun.datasets.functions import Functions
+from metarun.errors import ConfigError
+from metarun.inner_loops.sgd import SGD
+from metarun.tasks.episodes import EpisodeShape
+
+pytestmark = pytest.mark.quick
+
+SHAPE = EpisodeShape(1, 6, 4)
+# What a family is linear in, so that least squares fits each of its functions if the centre is 0.
+BASES = {
+    "sinusoid": lambda x: [x.sin(), x.cos()],
+    "line": lambda x: [x, x**0],
+    "quadratic": lambda x: [x**2, x, x**0],
+}
+
+
+def tasks_of(*families: str, count: int = 2000, noise: float = 0.0, generator: int = 0):
+    source = Functions(families=families, noise=noise).split("train")
+    return source.gather(source.draw(count, SHAPE, torch.Generator().manual_seed(generator)), SHAPE)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_family_is_what_its_name_says(family: str):
+    tasks = tasks_of(family, noise=0.0)
+    x, y = tasks.query_x.double(), tasks.query_y.double()
+    basis = torch.cat(BASES[family](x), -1)  # [T, B, terms]
+    solution = torch.linalg.lstsq(basis, y).solution
+    assert (basis @ solution - y).abs().max() < 1e-3
+    if family == "line":
+        assert solution.amin((0, 2)).tolist() == pytest.approx([-3, -3], abs=0.05)
+        assert solution.amax((0, 2)).tolist() == pytest.approx([3, 3], abs=0.05)
+    if family == "sinusoid":
+        assert 0.1 < solution.norm(dim=1).min() < 0.2
+        assert 4.9 < solution.norm(dim=1).max() < 5.0
+        assert (solution[:, 1] < 1e-3).all()  # sin(x - phase), phase in [0, pi]
+
+
+def test_families_are_mixed_and_noise_is_added():
+    """Two bends of |x| and tanh are told apart by what they do far from their centre."""
+    plain, noisy = tasks_of("transformed_l1", "tanh"), tasks_of("transformed_l1", "tanh", noise=0.3)
+    noise = noisy.query_y - plain.query_y
+    assert noise.std().item() == pytest.approx(0.3, rel=0.03)
+    steep = (plain.query_y.abs() > 6.1).any(1).float().mean()  # a tanh stays within 6
+    assert 0.2 < steep < 0.5
+    with pytest.raises(ConfigError, match=r"families=.*choose one or more different families"):
+        Functions(families=["line", "line"])
+
+
+def test_mmaml_without_a_modulation_is_maml_and_its_encoder_reads_x_and_y(float64: None):
+    torch.manual_seed(0)
+    tasks = tasks_of("line", "tanh", count=3).to(torch.float64)
+    mmaml = MMAML(MLP((1,), (6, 5)), SGD(0.01, 2), 1, (1,), hidden=4)
+    maml = MAML(MLP((1,), (6, 5)), SGD(0.01, 2), 1)
+    weights = [p for name, p in mmaml.learner.named_parameters() if "task_s" not in name]
+    with torch.no_grad():
+        for own, other in zip(maml.learner.parameters(), weights, strict=True):
+            own.copy_(other)
+    assert len(mmaml.names) == 2
+    before = mmaml.meta_loss(tasks).loss
+    for modulator in mmaml.modulators:
+        torch.nn.init.zeros_(modulator.weight)
+        torch.nn.init.zeros_(modulator.bias)
+    expected = maml.meta_loss(tasks).loss
+    torch.testing.assert_close(mmaml.meta_loss(tasks).loss, expected)
+    assert not torch.allclose(before, expected)
+    states = list(mmaml.trajectory(tasks))
+    for name in ("task_scale", "task_shift"):
+        first, last = (each["params"][f"{mmaml.names[0]}.{name}"] for each in (states[0], states[-1]))
+        assert torch.equal(first, last)
+    with torch.no_grad():
+        embedding = mmaml.encoder(tasks)
+        lstm, pairs = mmaml.encoder.lstm, torch.cat([tasks.support_x, tasks.support_y], 2)
+        _, (ends, _) = lstm(pairs[1:2])  # the last states of the second layer, forward and backward
+    torch.testing.assert_close(embedding[1], ends[2:, 0].flatten())
+
+
+def test_mmaml_says_what_it_cannot_encode():
+    with pytest.raises(ConfigError, match=r"with classes it encodes images.*choose algorithm=maml"):
+        MMAML(MLP((4,)), SGD(0.1, 1), 3, (4,), classes=5)
