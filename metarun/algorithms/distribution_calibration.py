@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metarun.algorithms.baseline import Classifier
 from metarun.algorithms.feature_method import one_hot, precise, require, without_autocast
 from metarun.algorithms.multinomial import multinomial_regression
+from metarun.nn.layers import relates_examples
 from metarun.nn.per_task import Params
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import class_weights
@@ -95,6 +96,11 @@ class DistributionCalibration(Classifier):
     @torch.no_grad()
     def on_validation(self, train: EpisodeSource) -> None:
         assert isinstance(train, ClassStore)
+        require(
+            not relates_examples(self.backbone),
+            "norm: a feature depends on the other examples of its batch, so that a class has no statistics; "
+            "choose norm=running, layer, group, instance or none",
+        )
         was_training = self.training
         self.eval()
         measured = [

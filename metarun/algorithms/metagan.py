@@ -190,9 +190,7 @@ class MetaGANRelation(Adversarial, RelationNet):
         adapted = self.fit_tasks(tasks, support)
         outcome = tasks.outcome(self.score(adapted, query), self.loss)
         with without_moving_averages(self):
-            return self.against_generator(
-                outcome, self.fakes(tasks), lambda x: self.score(adapted, self.embed(x))
-            )
+            return self.against_generator(outcome, self.fakes(tasks), self.predictor(adapted, tasks))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The cross entropy [T]; without generated images, the squared error of the relation scores."""
@@ -261,10 +259,12 @@ class MetaGANMAML(Adversarial, MAML):
         fakes, balance = self.fakes(tasks).detach(), class_weights(tasks.support_y, tasks.ways)
 
         def with_fakes(params: Params, step: int) -> Tensor:
-            classify = partial(self.learner, slow | params)
+            classify: Classify = partial(self.learner, slow | params)
             outputs = classify(tasks.support_x)
             labelled = tasks.support_loss(lambda x: outputs, step)
             real = real_loss(outputs, balance.to(outputs.dtype))
+            if self.normalises_by_support:
+                classify = self.predictor({"params": slow | params}, tasks)
             return labelled + real + fake_loss(classify(fakes))
 
         return with_fakes, slow, fast
@@ -274,4 +274,4 @@ class MetaGANMAML(Adversarial, MAML):
         outcome = self.outcome(adapted, tasks)
         if not self.generated:
             return outcome
-        return self.against_generator(outcome, self.fakes(tasks), partial(self.predict, adapted))
+        return self.against_generator(outcome, self.fakes(tasks), self.predictor(adapted, tasks))

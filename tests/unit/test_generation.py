@@ -13,7 +13,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.distribution_calibration import DistributionCalibration
 from metarun.algorithms.hallucination import Hallucination
 from metarun.algorithms.maml import MAML
-from metarun.algorithms.metagan import Generator, MetaGANMAML, MetaGANRelation
+from metarun.algorithms.metagan import Generator, MetaGANMAML, MetaGANRelation, fake_loss, real_loss
 from metarun.algorithms.multinomial import multinomial_regression
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.relation import RelationNet
@@ -125,6 +125,26 @@ def test_statistics_are_measured_in_evaluation_mode_and_leave_the_mode():
     with torch.no_grad():
         alone = torch.cat([algorithm.eval().backbone(x[None].double() / 255) for x in store.items])
     torch.testing.assert_close(algorithm.means[1], alone[4:].mean(0))
+
+
+def test_features_that_depend_on_a_batch_have_no_statistics():
+    store = ClassStore(torch.zeros(4, *SHAPE, dtype=torch.uint8), [2, 2], ["a", "b"], "x")
+    with pytest.raises(ConfigError, match="norm: a feature depends on the other examples"):
+        DistributionCalibration(Smooth(), classes=2).on_validation(store)
+
+
+@pytest.mark.parametrize("norm", ["task", "batch"])
+def test_generated_images_are_normalised_by_the_support_where_queries_are(norm: str):
+    """One after the other is the same as together, with TaskNorm; with batch norm it is not."""
+    net = Conv4(SHAPE, width=4, norm=norm)
+    algorithm, tasks = MetaGANMAML(net, SGD(0.1, 1), 3, SHAPE, generated=4).eval(), episodes_of()
+    loss, slow, fast = algorithm.inner_problem(tasks)
+    images = algorithm.fakes(tasks)
+    outputs = algorithm.learner(slow | fast, tasks.support_x)
+    predict = algorithm.predictor({"params": slow | fast}, tasks)
+    alone = torch.stack([fake_loss(predict(image)) for image in images.split(1, dim=1)]).mean(0)
+    expected = tasks.support_loss(lambda x: outputs, 0) + real_loss(outputs) + alone
+    assert torch.allclose(loss(fast, 0), expected) == (norm == "task")
 
 
 @pytest.mark.parametrize("setting", [{"nearest": 6}, {"nearest": 0}, {"spread": -1.0}, {"generated": -1}])
