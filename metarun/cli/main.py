@@ -38,6 +38,7 @@ COMMANDS = {
     "runs": "metarun.commands.runs",
     "report": "metarun.commands.report",
     "data": "metarun.commands.data",
+    "online": "metarun.commands.online",
 }
 
 OUT_OF_TIME = 75  # the exit status that sysexits.h calls a temporary failure: try again
@@ -61,6 +62,8 @@ metarun {version}: meta-learning experiments from the command line
                    [RUN ...]
   metarun data     list datasets; prepare one and show examples
                    [dataset=NAME]
+  metarun online   follow a stream of tasks, beside other learners
+                   [dataset=NAME tasks=28]
 
 A first result in two minutes, without any download:
   metarun train

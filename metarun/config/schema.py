@@ -239,6 +239,28 @@ class DataConfig:
     seed: int = whole(0, **OF_ONE_DATASET)
 
 
+@dataclass
+class OnlineConfig:
+    dataset: Node = MISSING
+    backbone: Node = MISSING
+    hardware: Node = MISSING
+    learners: list[str] = MISSING
+    classes: int = whole(2)
+    tasks: int = whole(1)
+    images: int = whole(1)
+    test_images: int = whole(1)
+    batch: int = whole(1)
+    steps: int = whole(0)
+    rate: float = positive()
+    meta_steps: int = whole(1)
+    meta_batch: int = whole(1)
+    minibatch: int = whole(1)
+    lr: float = positive()
+    threshold: float = positive()
+    norm: str = setting(shared="backbone.norm")
+    seed: int = whole(0)
+
+
 FRAMES: dict[str, Any] = {
     "train": TrainConfig,
     "eval": EvalConfig,
@@ -248,6 +270,7 @@ FRAMES: dict[str, Any] = {
     "runs": RunsConfig,
     "report": ReportConfig,
     "data": DataConfig,
+    "online": OnlineConfig,
 }
 
 
