@@ -27,7 +27,7 @@ PAIRING = "pairing"  # of a dataset: the file in conf/pairing with the settings 
 FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE, PAIRING))}): (.*)")
 # The groups of the commands other than `train`.
 OTHERS = {"dataset", "hardware"}
-OF_TESTING = {"predict": {"hardware"}}
+OF_COMMAND = {"predict": {"hardware"}, "online": {*OTHERS, "backbone"}}
 HIDDEN = {"pairing"}  # groups that only the command line chooses options of
 SETTING = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(?:\s# (?P<comment>.*))?")
 
@@ -114,7 +114,7 @@ def options_help(command: str, sources: Sequence[Mapping[str, str]]) -> str:
     found: dict[str, set[str]] = {}
     for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
         found.setdefault(path.parent.name, set()).add(path.stem)
-    shown = found.keys() - HIDDEN if command == "train" else found.keys() & OF_TESTING.get(command, OTHERS)
+    shown = found.keys() - HIDDEN if command == "train" else found.keys() & OF_COMMAND.get(command, OTHERS)
     lines = []
     for group in sorted(shown):
         options = f"{group}: {', '.join(sorted(found[group]))}"
