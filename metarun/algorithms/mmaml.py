@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from itertools import pairwise
 from typing import Literal
 
@@ -107,7 +108,11 @@ class PairEncoder(nn.Module):
     def forward(self, tasks: Episodes) -> Tensor:
         """The embeddings of T tasks, [T, size]."""
         pairs = torch.cat([tasks.support_x.flatten(2), tasks.support_y], 2)
-        forward, backward = self.lstm(pairs)[0].chunk(2, 2)  # [T, S, hidden] each
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about settings of Intel GPUs
+            with torch.backends.mkldnn.flags(enabled=False):  # its fused LSTM has no backward in a trace
+                outputs, _ = self.lstm(pairs)
+        forward, backward = outputs.chunk(2, 2)  # [T, S, hidden] each
         return torch.cat([forward[:, -1], backward[:, 0]], 1)
 
 

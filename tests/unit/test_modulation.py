@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.engines import engine_of
 
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.mmaml import MMAML
@@ -82,6 +83,20 @@ def test_mmaml_without_a_modulation_is_maml_and_its_encoder_reads_x_and_y(float6
         lstm, pairs = mmaml.encoder.lstm, torch.cat([tasks.support_x, tasks.support_y], 2)
         _, (ends, _) = lstm(pairs[1:2])  # the last states of the second layer, forward and backward
     torch.testing.assert_close(embedding[1], ends[2:, 0].flatten())
+
+
+def test_mmaml_of_a_regression_is_traced():
+    """As it is by default for tasks this small."""
+    algorithm = MMAML(MLP((1,), (6, 5)), SGD(0.01, 2), 1, (1,), hidden=4)
+    engine = engine_of(algorithm, tasks_of("line", count=3), compile="auto")
+    assert engine.traced
+    found = []
+    for _ in range(2):
+        engine.backward(next(engine.draws))
+        found.append(algorithm.encoder.lstm.weight_ih_l0.grad.clone())
+        engine.traced.clear()
+    assert found[1].abs().max() > 1e-4
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
 
 
 def test_mmaml_says_what_it_cannot_encode():
