@@ -56,7 +56,7 @@ class Algorithm(nn.Module, ABC):
     #: Whether a task is learned by steps of `inner_loop`, whose number can be chosen at test time.
     takes_steps: ClassVar[bool] = False
     #: Whether it trains one classifier over all training classes, which interpolated tasks do not have.
-    classifies_training_classes: ClassVar[bool] = False
+    classifies_training_classes: bool = False
     #: Whether it has `by_instance`, the accuracy at each appearance of a class (`metarun eval instances=N`).
     sees_examples_in_turn: ClassVar[bool] = False
     #: Whether it gives examples to its backbone alone, and as they are. Features of a frozen network may then
@@ -154,10 +154,16 @@ class Algorithm(nn.Module, ABC):
         self.check_shots(source, shape.shots)
         self.check(shape.ways)
         self.check_norms(shape)
+        if self.classifies_training_classes and not source.has_fixed_classes:
+            raise ConfigError(
+                f"train_tasks: algorithm={type(self).__name__} learns to tell all training classes apart, "
+                "and an image would be in several of them; choose train_tasks=labels, cactus with "
+                "train_tasks.partitions=1, or algorithm=protonet"
+            )
         if shape.varied and not source.varies:
             raise ConfigError(
                 f"varied=true: {source.name} has no tasks of different ways and shots; choose a dataset with "
-                "classes of images, such as omniglot, or leave it out"
+                "classes of images, such as omniglot, and train_tasks=labels, or leave varied out"
             )
         if shape.varied and self.couples_tasks and self.training:
             raise ConfigError(
@@ -291,9 +297,8 @@ class Algorithm(nn.Module, ABC):
         return after_support if self.normalises_by_support else one_by_one
 
     def balanced(self, tasks: Any) -> Any:
-        """Tasks for evaluation: if statistics of the support normalise, with copies (`Episodes.repeated`)."""
-        normalises = self.normalises_batches or self.normalises_by_support
-        return tasks.repeated() if normalises and isinstance(tasks, Episodes) else tasks
+        """Tasks for evaluation: if the method normalises batches, with copies (`Episodes.repeated`)."""
+        return tasks.repeated() if self.normalises_batches and isinstance(tasks, Episodes) else tasks
 
     def meta_loss(self, tasks: Any) -> Outcome:
         """The outcome whose mean loss over tasks is minimised by training.

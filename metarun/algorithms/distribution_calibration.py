@@ -40,8 +40,8 @@ class DistributionCalibration(Classifier):
     combinations of the centred features of the training classes with normal coefficients, which have
     exactly these covariances without a factorisation of each. The same coefficients are used for every
     support feature and task, so that a result depends neither on the order of the classes nor on other tasks.
-    Negative features keep their sign in Tukey's transform. Every class counts equally, whatever its number
-    of shots.
+    Negative features keep their sign in Tukey's transform (but for the power 0). Every class counts equally,
+    whatever its number of shots.
 
     Args:
         backbone, classes: passed by the builder; see `Algorithm`.
@@ -71,6 +71,11 @@ class DistributionCalibration(Classifier):
     ) -> None:
         super().__init__(backbone, classes)
         count = classes or 1
+        require(
+            not relates_examples(backbone),
+            "norm: features of the training classes must not depend on the batch that they are in; choose "
+            "norm=running, layer or group",
+        )
         require(power >= 0, f"algorithm.power={power}: must be at least 0")
         require(base_power >= 0, f"algorithm.base_power={base_power}: must be at least 0")
         require(
@@ -131,7 +136,8 @@ class DistributionCalibration(Classifier):
         support = self.transformed(features).detach()
         balance = class_weights(targets, ways).to(support.dtype)
         with torch.no_grad(), without_autocast(support):
-            drawn = self.drawn(support, self.generated * ways // support.shape[1])  # [T, S, M, F]
+            count = -(-self.generated * ways // support.shape[1])  # rounded up: 0 for generated=0 alone
+            drawn = self.drawn(support, count)  # [T, S, M, F]
             each = drawn.shape[2]
             x = torch.cat([support, drawn.flatten(1, 2)], 1)
             y, balance = (torch.cat([row, row.repeat_interleave(each, 1)], 1) for row in (targets, balance))
@@ -154,7 +160,7 @@ class DistributionCalibration(Classifier):
         along = torch.einsum("mkr,tskrf->tsmf", noise[:, :, 1:], factors[near]) / math.sqrt(self.nearest)
         everywhere = noise[:, :1, 0] * math.sqrt(
             self.spread
-        )  # [M, 1]: `spread` is the covariance of all pairs
+        )  # [M, 1]: the covariance of all pairs of features
         return mean.unsqueeze(2) + along + everywhere
 
     def coefficients(self, count: int, like: Tensor) -> Tensor:

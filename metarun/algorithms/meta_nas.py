@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.reptile import Reptile
 from metarun.backbones.cells import ARCHITECTURE
 from metarun.errors import ConfigError
+from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.nn.per_task import Params
 from metarun.tasks.episodes import Tasks
@@ -24,6 +26,9 @@ class MetaNAS(Reptile):
     of a task the softmax over operations and inputs becomes sharp: its temperature falls linearly from
     `temperature` to `last_temperature` (section 3.3), so that the adapted network is almost discrete and is
     not trained again. Predictions use the last temperature.
+
+    In training before `warm_up` is over, and in evaluation of such a checkpoint, the architecture is not
+    adapted, and the first temperature is kept.
 
     Departures: the outer step of the architecture is `architecture_lr` times that of the weights, with one
     optimizer for both; the rates of the inner loop: see `ArchitectureAdam`.
@@ -44,6 +49,7 @@ class MetaNAS(Reptile):
     """
 
     plays = False
+    has_searched: Tensor
 
     def __init__(
         self,
@@ -76,7 +82,13 @@ class MetaNAS(Reptile):
             raise ConfigError("algorithm=meta_nas: the backbone has no architecture; choose backbone=cells")
         self.warm_up, self.test_share, self.architecture_lr = warm_up, test_share, architecture_lr
         self.temperature, self.last_temperature = temperature, last_temperature
+        if test_share < 1 and isinstance(inner_loop, Adam) and inner_loop.beta1:
+            raise ConfigError(
+                f"inner_loop.beta1={inner_loop.beta1}: momentum would move the architecture after the steps "
+                "that adapt it; set inner_loop.beta1=0, or algorithm.test_share=1"
+            )
         self.searches = warm_up == 0
+        self.register_buffer("has_searched", torch.tensor(self.searches))  # `searches` in a checkpoint
 
     @staticmethod
     def is_architecture(name: str) -> bool:
@@ -85,19 +97,25 @@ class MetaNAS(Reptile):
 
     def on_step_start(self, iteration: int) -> bool:
         before, self.searches = self.searches, iteration >= self.warm_up
+        self.has_searched.fill_(self.searches)
         return self.searches != before
+
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*args, **named)
+        self.searches = bool(self.has_searched)
 
     def search_steps(self) -> int:
         """The number of inner steps that adapt the architecture in the current mode."""
-        steps = self.inner_loop.step_count()
-        if self.training:
-            return steps if self.searches else 0
-        return int(steps * self.test_share)
+        steps = self.inner_loop.step_count() if self.searches else 0
+        return steps if self.training else int(steps * self.test_share)
 
     def temperature_at(self, step: int) -> float:
-        """The temperature of the softmax at an inner step, from 0; it stays at that of the last one."""
-        last = max(self.search_steps() - 1, 0)
-        done = min(step, last) / max(last, 1)
+        """The temperature of the softmax at an inner step, from 0; it stays at that of the last one.
+
+        If the architecture is adapted once, this is the last temperature; if never, the first one.
+        """
+        steps = self.search_steps()
+        done = min(step / (steps - 1), 1) if steps > 1 else steps
         return self.temperature - done * (self.temperature - self.last_temperature)
 
     def sharpened(self, params: Params, temperature: float) -> Params:

@@ -16,6 +16,7 @@ from metarun.algorithms.maml import MAML
 from metarun.errors import ConfigError, check_above_0, check_least
 from metarun.inner_loops.base import InnerLoop, Loss, PerWeight
 from metarun.nn.per_task import Params, run_on_tasks
+from metarun.nn.task_norm import support_first
 from metarun.tasks.episodes import Episodes, Outcome
 
 
@@ -108,11 +109,20 @@ class MRMAML(MAML):
         if self.regularises == "weights":
             outcome, divergence = self.outcome(adapted, tasks), self.divergence_of_weights()
         else:
-            mean, deviation = self.distribution(adapted["params"], tasks.query_x)
+            mean, deviation = self.distribution_of_queries(adapted["params"], tasks)
             codes = mean + deviation * self.noise(mean)
             outcome = tasks.outcome(self.decode(adapted["params"], codes), self.loss)
             divergence = divergence_from_standard(mean, deviation).mean((1, 2))
         return replace(outcome, loss=outcome.loss + self.weight * divergence)
+
+    def distribution_of_queries(self, params: Params, tasks: Episodes) -> tuple[Tensor, Tensor]:
+        """The `distribution` of queries, in one batch with the support if that normalises them (TaskNorm)."""
+        if not self.normalises_by_support:
+            return self.distribution(params, tasks.query_x)
+        shots = tasks.support_x.shape[1]
+        with support_first(self, shots):
+            both = self.distribution(params, torch.cat([tasks.support_x, tasks.query_x], 1))
+        return both[0][:, shots:], both[1][:, shots:]
 
     def drawn(self, slow: Params) -> Params:
         """The constant weights of T tasks, with those of the encoder drawn for each."""

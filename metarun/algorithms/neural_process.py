@@ -35,8 +35,9 @@ class NeuralProcess(Algorithm):
     Without the latent path, the loss is the negative log-likelihood of the targets. With it, the loss is the
     negative evidence lower bound, -E_q(z | targets) log p(y | x, context, z) + KL(q(z | targets) || q(z |
     context)) (Kim et al. 2019, equation 3), with one sample of z. Both are divided by the number of targets,
-    which are the context and the queries. Layers, bounds of standard deviations and initial weights are those
-    of the papers' code, github.com/deepmind/neural-processes.
+    which are the queries and all support points, also those that are left out of the context. Layers, bounds
+    of standard deviations and initial weights are those of the papers' code,
+    github.com/deepmind/neural-processes.
 
     Predictions are scored by the Monte Carlo estimate log 1/L sum_l prod_i p(y_i | x_i, context, z_l) with
     samples z_l of q(z | context), in expectation a lower bound. They belong to the adapted state, so that all

@@ -38,6 +38,7 @@ class OML(FeatureMethod):
     """
 
     takes_steps = True
+    classifies_training_classes = True
 
     def __init__(
         self, backbone: nn.Module, inner_loop: InnerLoop, classes: int | None = None, trajectory: int = 3

@@ -62,6 +62,7 @@ class TADAM(ModulatedMethod):
         require(penalty >= 0, f"algorithm.penalty={penalty}: must not be negative")
         require(auxiliary >= 0, f"algorithm.auxiliary={auxiliary}: must be a number of iterations, or 0")
         self.penalty, self.auxiliary = penalty, auxiliary
+        self.classifies_training_classes = auxiliary > 0
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.modulations = add_modulations(backbone, "tadam", shortcuts=False)
         self.conditions = nn.ModuleList(
@@ -87,8 +88,7 @@ class TADAM(ModulatedMethod):
 
     def meta_loss(self, tasks: Episodes) -> Outcome:
         """The loss of the queries, the penalty, and in some iterations the loss of the auxiliary task."""
-        plain = self.embed_episodes(tasks) if self.auxiliary else (self.embed(tasks.support_x),)
-        film = self.film_of(plain[0], tasks)
+        film = self.film_of(self.embed(tasks.support_x), tasks)  # apart from queries, which it must not see
         support, query = self.embed_episodes(tasks, partial(self.embed_with, film))
         logits = self.score(self.fit(support, tasks.support_y, tasks.ways), query)
         loss = self.loss_of(tasks)(logits, tasks.query_y).mean()
@@ -97,7 +97,8 @@ class TADAM(ModulatedMethod):
         if self.classifier is not None:
             assert tasks.classes is not None
             labels = tasks.classes.gather(1, torch.cat([tasks.support_y, tasks.query_y], 1))
-            others = cross_entropy(self.classifier(torch.cat(plain, 1)), labels).mean()
+            plain = torch.cat(self.embed_episodes(tasks), 1)
+            others = cross_entropy(self.classifier(plain), labels).mean()
             loss = loss + self.share * others
         return tasks.outcome(logits, loss)
 

@@ -17,7 +17,7 @@ Measure = Literal["entropy", "theil", "generalised_entropy", "atkinson", "gini",
 
 
 class TAML(MAML):
-    """MAML whose initial weights prefer no task, which a penalty of the meta-loss sees to.
+    """MAML with a penalty of the meta-loss for initial weights that favour some tasks or classes.
 
     - `measure: entropy` (entropy-maximisation/reduction, algorithm 1): the penalty of a task is the entropy
       of the predicted classes of its queries after adaptation minus that before, each the mean over queries.
@@ -70,6 +70,11 @@ class TAML(MAML):
 
     def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
         super().check_source(source, shape)
+        if self.measure != "entropy" and source.spec.objective.numbers > 1:
+            raise ConfigError(
+                f"algorithm.measure={self.measure}: compares positive losses, and a log-likelihood may have "
+                "any sign; choose dataset.likelihood=null, or algorithm=maml"
+            )
         if self.measure == "entropy" and source.spec.outputs is not None:
             raise ConfigError(
                 "algorithm.measure=entropy: needs tasks with classes, which this dataset does not have; "

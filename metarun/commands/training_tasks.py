@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from hydra.utils import get_class
 from torch import Tensor
 
-from metarun.algorithms.base import Algorithm
 from metarun.config.build import instantiate, training_shape
 from metarun.config.schema import TrainConfig
 from metarun.datasets.training_tasks import TrainingTasks
 from metarun.errors import ConfigError
 from metarun.inference.model import restore
 from metarun.nn.frozen import Frozen
-from metarun.nn.layers import uses_batch_statistics
+from metarun.nn.layers import relates_examples
 from metarun.reporting.console import inform
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.source import EpisodeSource
@@ -30,11 +28,10 @@ def with_training_tasks(train: EpisodeSource, settings: TrainConfig, hardware: H
     if "_target_" not in (settings.train_tasks or {}):
         return train
     maker: TrainingTasks = instantiate(settings.train_tasks, "train_tasks")
-    algorithm: type[Algorithm] = get_class(settings.algorithm["_target_"])
-    if maker.mixes_classes and algorithm.classifies_training_classes and train.names:
+    if settings.fixed_labels:
         raise ConfigError(
-            f"train_tasks: algorithm={algorithm.__name__} learns to tell all training classes apart, and an "
-            "interpolated task has other classes; choose train_tasks=rotations, or algorithm=protonet"
+            "fixed_labels=true: is for the labelled classes of a dataset; choose train_tasks=labels, or "
+            "leave it out"
         )
     images = train if isinstance(train, ClassStore) and train.spec.kind == "images" else None
     if maker.of_images and images is None:
@@ -68,9 +65,9 @@ def embedded(train: ClassStore, reference: str, settings: TrainConfig, hardware:
     backbone = model.algorithm.own_backbone()
     if backbone is None or not model.algorithm.embeds_first or model.spec.kind != "images":
         raise ConfigError(f"{where}: {model.name} embeds no images alone; choose a run of simclr or protonet")
-    if uses_batch_statistics(backbone):
+    if relates_examples(backbone):
         raise ConfigError(
-            f"{where}: embeds images with the statistics of a batch; choose a run with norm=running"
+            f"{where}: normalises an image by the others of its batch; choose a run with norm=running"
         )
     images = train if model.spec.item_shape == train.item_shape else train.resized(model.spec.item_shape)
     return cached_features(images, Frozen(backbone), hardware)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metarun.datasets.mixture import MixtureStore
 from metarun.datasets.training_tasks import Embed, TrainingTasks
 from metarun.errors import ConfigError, check_least
 from metarun.tasks.class_store import ClassStore
@@ -29,6 +30,15 @@ class Rotations(TrainingTasks):
         if height != width:
             raise ConfigError(
                 f"train_tasks=rotations: needs square images, not {height}x{width}; leave train_tasks out"
+            )
+        if isinstance(train, MixtureStore):
+            raise ConfigError(
+                "train_tasks=rotations: makes classes of one dataset, not of a mixture; leave train_tasks out"
+            )
+        if any(name.endswith("@90") for name in train.names):
+            raise ConfigError(
+                f"train_tasks=rotations: rotated images of {train.name} are classes already "
+                "(dataset.rotations); leave train_tasks out, or set dataset.rotations=none"
             )
         return turned(train)
 
@@ -70,7 +80,9 @@ class Interpolation(TrainingTasks):
     Departures: the paper interpolates the outputs of a random layer; here it is always layer 0, the examples,
     so that any method and any network can be trained on them. The authors' code for images does the same,
     and pastes a rectangle with a share of 1 - lambda of the area instead of mixing pixels (CutMix): `how`.
-    The rectangle is that of a task; theirs differ between support and queries. `alpha` is a whole number.
+    The rectangle is that of a task; theirs differ between support and queries. There, the other half of the
+    tasks is mixed with the same task in another order of its classes; here, it stays as it is drawn.
+    `alpha` is a whole number.
 
     Args:
         alpha: of the Beta distribution, at least 1; the authors' code has 2.
@@ -86,7 +98,6 @@ class Interpolation(TrainingTasks):
 
     labelled = True
     of_images = False
-    mixes_classes = True
 
     def source(self, train: EpisodeSource, shape: EpisodeShape, embed: Embed) -> Interpolated:  # type: ignore[override]
         spec = train.spec
@@ -111,7 +122,7 @@ class Interpolated(EpisodeSource):
     def __init__(self, base: EpisodeSource, rule: Interpolation) -> None:
         self.base, self.rule = base, rule
         self.spec, self.name, self.names = base.spec, base.name, base.names
-        self.described = base.described
+        self.described, self.has_fixed_classes = base.described, not base.names
         self.fingerprint = f"{base.fingerprint} interpolated {rule.alpha} {rule.share} {rule.how}"
 
     @property

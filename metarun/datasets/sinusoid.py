@@ -26,11 +26,11 @@ class Sinusoid(Dataset):
     The loss is the mean squared error. There are infinitely many tasks, so splits differ only in their
     random numbers.
 
-    With `amplitudes`, one function of the inputs solves all training tasks, so that a method may memorise it
-    instead of learning from the support (Yin et al. 2020, section 6.1): training tasks have one of so many
-    amplitudes, spaced equally over their range, and its one-hot vector follows x in the input. In validation
-    and test, amplitudes are drawn uniformly and the one-hot vector of a task is random, so that it says
-    nothing.
+    With `amplitudes`, and one phase and frequency, one function of the inputs solves all training tasks, so
+    that a method may memorise it instead of learning from the support (Yin et al. 2020, section 6.1).
+    Training tasks have one of so many amplitudes, spaced equally over their range, and its one-hot vector
+    follows x in the input. In validation and test, amplitudes are drawn uniformly and the one-hot vector of a task is
+    random, so that it says nothing.
 
     Args:
         amplitude, phase, x, frequency: the least and the largest value of each; values are drawn uniformly.
@@ -55,6 +55,12 @@ class Sinusoid(Dataset):
     ) -> None:
         if amplitudes is not None:
             at_least(2, amplitudes=amplitudes)
+            for name, (low, high) in {"phase": phase, "frequency": frequency}.items():
+                if low != high:
+                    raise ConfigError(
+                        f"dataset.amplitudes={amplitudes}: tasks can be memorised only if all have the same "
+                        f"{name}; set dataset.{name}=[{low:g},{low:g}]"
+                    )
         if noise < 0:
             raise ConfigError(f"dataset.noise={noise}: choose a number of at least 0")
         self.amplitude, self.phase, self.x, self.frequency = amplitude, phase, x, frequency

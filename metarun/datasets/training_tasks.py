@@ -36,8 +36,6 @@ class TrainingTasks(ABC):
     labelled = False
     #: Whether they are made of images.
     of_images = True
-    #: Whether the classes of a task are mixtures of training classes.
-    mixes_classes = False
 
     @abstractmethod
     def source(self, train: ClassStore, shape: EpisodeShape, embed: Embed) -> EpisodeSource:

@@ -10,7 +10,7 @@ class ArchitectureAdam(Adam):
 
     Both are moved by the gradient at the same point (Elsken et al. 2020, section 3.2). The paper's code moves
     the architecture first, and takes the gradient of the other weights at the new architecture. Its weight
-    decay of the architecture in a task (0.001) is left out.
+    decay of the architecture (0.001) and its bound of the gradient are left out.
 
     Args:
         rate: the learning rate of weights.

@@ -21,13 +21,15 @@ class TaskNumbers:
     Args:
         tasks: the number of all tasks.
         generator: the same in all processes, on the CPU.
+        on_gpu: whether they are also the numbers of tasks on a GPU, to which they are copied. If not, tasks
+            on a GPU have numbers of its generator, which depend on how many tasks run at once.
 
     Attributes:
         drawn: the numbers of all tasks, one entry for each time that a task asks for some.
     """
 
-    def __init__(self, tasks: int, generator: torch.Generator) -> None:
-        self.tasks, self.generator = tasks, generator
+    def __init__(self, tasks: int, generator: torch.Generator, on_gpu: bool = False) -> None:
+        self.tasks, self.generator, self.on_gpu = tasks, generator, on_gpu
         self.drawn: list[Tensor] = []
         self.first = self.calls = 0
 
@@ -64,10 +66,10 @@ def drawn_from(numbers: TaskNumbers | None, first: int, tasks: Tasks) -> Iterato
 
 
 def uniform(tasks: int, length: int, device: torch.device) -> Tensor:
-    """Uniform random numbers [T, L] in [0, 1) for the T tasks that are run; on a GPU, from its generator."""
-    if _current is None or device.type != "cpu":
+    """Uniform random numbers [T, L] in [0, 1) for the T tasks that are run."""
+    if _current is None or (device.type != "cpu" and not _current.on_gpu):
         return torch.rand(tasks, length, device=device)
-    return _current.next(tasks, length)
+    return _current.next(tasks, length).to(device)
 
 
 def normal(tasks: int, length: int, device: torch.device) -> Tensor:

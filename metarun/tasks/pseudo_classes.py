@@ -51,6 +51,7 @@ class PseudoClasses(ClassStore):
         self.smallest_class, self.largest_class = min(counts), max(counts)
         self.names = [f"class {i}" for i in range(len(counts))]
         self.sizes = torch.tensor(sizes or [len(counts)])
+        self.has_fixed_classes = len(self.sizes) == 1
         self.spec = replace(store.spec, classes=len(counts), description=None)
 
     def check(self, shape: EpisodeShape) -> None:

@@ -49,6 +49,7 @@ class EpisodeSource(ABC):
         described: whether a class is known without examples of it, so that tasks may have 0 shots.
         host_for: the device that fetched items are copied to, where items stay in host memory; else None.
         readable: whether `examples` shows examples in words.
+        has_fixed_classes: whether an example has the same class in all tasks that contain it.
         varies: whether it has tasks of different ways and shots (`EpisodeShape.varied`).
     """
 
@@ -61,6 +62,7 @@ class EpisodeSource(ABC):
     described: bool = False
     host_for: torch.device | None = None
     readable: bool = False
+    has_fixed_classes: bool = True
     varies: bool = False
 
     @property

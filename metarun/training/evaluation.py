@@ -192,7 +192,9 @@ def evaluate(
     digest = hashlib.sha256(f"{source.fingerprint} {shape}".encode())
     counts = ClassCounts(len(source.names), hardware.device) if confusion and source.names else None
     generator = torch.Generator().manual_seed(settings.seed)
-    numbers = TaskNumbers(settings.episodes, generator) if hardware.ranks.joined else None
+    on_gpu = hardware.device.type != "cpu"  # whose own numbers depend on how many tasks run at once
+    shared = hardware.ranks.joined or on_gpu
+    numbers = TaskNumbers(settings.episodes, generator, on_gpu) if shared else None
 
     def judge(place: int, draw: Draw, counts: ClassCounts | None = None) -> Outcome:
         tasks = source.gather(draw, shape).to(hardware.dtype)

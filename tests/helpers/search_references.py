@@ -54,7 +54,7 @@ def update(algorithm: MetaNAS, episodes: Episodes, steps: int) -> dict[str, Tens
         adam = torch.optim.Adam(groups, betas=(0.0, 0.999))
         x = torch.cat([episodes.support_x[t], episodes.query_x[t]])
         y = torch.cat([episodes.support_y[t], episodes.query_y[t]])
-        for temperature in torch.linspace(1.0, 0.05, steps).tolist() if steps > 1 else [1.0]:
+        for temperature in torch.linspace(1.0, 0.05, steps).tolist() if steps > 1 else [0.05]:
             adam.zero_grad()
             support_loss_of(own["head"](features(own["backbone"], x, temperature)), y).backward()
             adam.step()
