@@ -71,11 +71,6 @@ class DistributionCalibration(Classifier):
     ) -> None:
         super().__init__(backbone, classes)
         count = classes or 1
-        require(
-            not relates_examples(backbone),
-            "norm: features of the training classes must not depend on the batch that they are in; choose "
-            "norm=running, layer or group",
-        )
         require(power >= 0, f"algorithm.power={power}: must be at least 0")
         require(base_power >= 0, f"algorithm.base_power={base_power}: must be at least 0")
         require(

@@ -95,11 +95,6 @@ class Adversarial(nn.Module):
             min(noise, width) >= 1,
             f"algorithm.noise={noise}, algorithm.generator_width={width}: must be at least 1",
         )
-        if generated and (self.normalises_by_support or not self.transductive):  # type: ignore[attr-defined]
-            raise ConfigError(
-                "algorithm=metagan: real and generated images must be normalised alike, each as a batch of "
-                "their own; choose norm=batch with algorithm.transductive=true, running or layer"
-            )
         self.generated, self.noise_size = generated, noise
         self.generator = Generator(item_shape, noise, width)
 

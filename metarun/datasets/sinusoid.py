@@ -29,8 +29,8 @@ class Sinusoid(Dataset):
     With `amplitudes`, and one phase and frequency, one function of the inputs solves all training tasks, so
     that a method may memorise it instead of learning from the support (Yin et al. 2020, section 6.1).
     Training tasks have one of so many amplitudes, spaced equally over their range, and its one-hot vector
-    follows x in the input. In validation and test, amplitudes are drawn uniformly and the one-hot vector of a task is
-    random, so that it says nothing.
+    follows x in the input. In validation and test, amplitudes are drawn uniformly and the one-hot vector of
+    a task is random, so that it says nothing.
 
     Args:
         amplitude, phase, x, frequency: the least and the largest value of each; values are drawn uniformly.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers.methods import SHAPE, episodes_of, gradient, relative_error
@@ -66,7 +68,13 @@ def test_the_architecture_waits_for_the_warm_up_and_stays_in_the_second_half_of_
     moved = method.adapt(tasks)["params"]
     assert all((moved[name] == method.learner.get_parameter(name)).all() for name in names)
     assert not torch.equal(moved["backbone.stem.0.weight"][0], method.learner.backbone.stem[0].weight)
-    assert method.on_step_start(5)  # the graph changes
+    before = copy.deepcopy(method.eval()).adapt(tasks)["params"]  # a checkpoint of the warm-up
+    assert all((before[name] == method.learner.get_parameter(name)).all() for name in names)
+    assert method.temperature_at(4) == 1.0
+    assert method.train().on_step_start(5)  # the graph changes
+    twin = MetaNAS(cells(), ArchitectureAdam(0.01, 0.02, 2, test_steps=4), outputs=3, warm_up=5)
+    twin.load_state_dict(method.state_dict())
+    assert twin.searches
     assert [method.temperature_at(step) for step in range(3)] == pytest.approx([1.0, 0.05, 0.05])
     states = [state["params"] for state in method.eval().trajectory(tasks)]
     last = method.adapt(tasks)["params"]
@@ -86,6 +94,10 @@ def test_the_architecture_waits_for_the_warm_up_and_stays_in_the_second_half_of_
         (lambda: nas(cells(), last_temperature=0.0), "algorithm.last_temperature=0.0: must be above 0"),
         (lambda: nas(cells(), test_share=1.5), "algorithm.test_share=1.5: must be between 0 and 1"),
         (lambda: nas(cells(), warm_up=-1), "algorithm.warm_up=-1: must be at least 0"),
+        (
+            lambda: MetaNAS(cells(), ArchitectureAdam(steps=1, beta1=0.9), outputs=3),
+            "inner_loop.beta1=0.9: momentum would move the architecture",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(build, message: str):

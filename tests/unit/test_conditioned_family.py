@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.methods import METHODS, SHAPE, Smooth, episodes_of, gradient, leo, lgm_net, relative_error, tadam
@@ -41,6 +43,18 @@ def test_tadams_auxiliary_task_becomes_rare():
     expected = sum(probability(i, 2000) for i in range(2000))
     assert sum(drawn) == pytest.approx(expected, rel=0.1) and sum(drawn[:200]) > 2 * sum(drawn[-200:])
     assert TADAM(Smooth()).classifier is None
+
+
+@pytest.mark.parametrize("auxiliary", [0, 10])
+def test_the_task_embedding_of_training_does_not_depend_on_queries(auxiliary: int):
+    algorithm = TADAM(Conv4(SHAPE, width=4), classes=11, auxiliary=auxiliary)
+    seen, episodes = [], episodes_of()
+    algorithm.film_of = lambda support, tasks: (
+        seen.append(support) or TADAM.film_of(algorithm, support, tasks)
+    )
+    for tasks in (episodes, replace(episodes, query_x=episodes.query_x**2)):
+        algorithm.meta_loss(tasks)
+    torch.testing.assert_close(*seen)
 
 
 def test_tadam_conditions_every_convolution_but_those_of_shortcuts():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.methods import SHAPE, Smooth, episodes_of
+from helpers.methods import METHODS, SHAPE, Smooth, episodes_of
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
@@ -17,8 +17,10 @@ from metarun.algorithms.metagan import Generator, MetaGANMAML, MetaGANRelation, 
 from metarun.algorithms.multinomial import multinomial_regression
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.relation import RelationNet
+from metarun.algorithms.tadam import TADAM
 from metarun.backbones.conv4 import Conv4
 from metarun.datasets.generated import Interpolation, Rotations
+from metarun.datasets.mixture import MixtureStore
 from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
@@ -260,9 +262,24 @@ def test_examples_that_cannot_be_interpolated_are_refused(settings, source, mess
         interpolated(source(), **settings)
 
 
-def test_images_that_are_not_square_are_not_rotated():
+def test_what_is_not_rotated():
     with pytest.raises(ConfigError, match="needs square images, not 4x6"):
         rotated(ClassStore(torch.zeros(4, 1, 4, 6, dtype=torch.uint8), [2, 2], ["a", "b"], "x"))
+    with pytest.raises(ConfigError, match="are classes already"):
+        rotated(rotated(store_of()))
+    with pytest.raises(ConfigError, match="not of a mixture"):
+        rotated(MixtureStore({"a": store_of(), "b": store_of()}, [1.0, 1.0], "both", "cpu"))
+
+
+@pytest.mark.parametrize("name", ["baseline", "simpleshot", "pretrain", "oml", "tadam"])
+def test_methods_that_classify_training_classes_need_one_class_for_each_image(name: str):
+    algorithm, made = METHODS[name].build(Smooth(), 1), interpolated(store_of())
+    if name == "tadam":
+        algorithm = TADAM(Smooth(), classes=6, auxiliary=10)
+    algorithm.check_source(store_of(), SHAPE_3)
+    with pytest.raises(ConfigError, match="would be in several of them"):
+        algorithm.check_source(made, SHAPE_3)
+    ProtoNet(Smooth()).check_source(made, SHAPE_3)
 
 
 # MetaGAN

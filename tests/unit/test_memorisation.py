@@ -74,6 +74,8 @@ def test_the_amplitude_is_in_the_input_of_training_tasks_alone():
     assert len(plain) == 3
     with pytest.raises(ConfigError, match=r"dataset\.amplitudes=1: choose a whole number of at least 2"):
         Sinusoid(amplitudes=1)
+    with pytest.raises(ConfigError, match=r"dataset\.amplitudes=20: tasks can be memorised only .* phase"):
+        Sinusoid(amplitudes=20)  # whose phases are unknown
 
 
 @pytest.mark.parametrize("on", ["weights", "activations"])
