@@ -15,10 +15,12 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from metarun.commands.described import describe_tasks
 from metarun.config.build import build_dataset, build_source, instantiate
 from metarun.config.check import check
 from metarun.config.comments import DATASET_FACTS, description, facts
 from metarun.config.schema import DataConfig, typed
+from metarun.config.targets import trusted_modules
 from metarun.errors import ConfigError, DataError, counted
 from metarun.reporting import pictures
 from metarun.reporting.console import Bar, console, inform, print_line, relative
@@ -52,7 +54,11 @@ def run(cfg: DictConfig) -> None:
     else:
         if path := option_files().get(name):
             describe(path)
-        prepare(command, name)
+        if command.describe:
+            hardware = instantiate(command.hardware, "hardware")
+            describe_tasks(command, hardware, trusted_modules(cfg), name)
+        else:
+            prepare(command, name)
     return None
 
 

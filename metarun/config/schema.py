@@ -237,6 +237,11 @@ class DataConfig:
     shots: int = whole(0, **OF_ONE_DATASET)
     queries: int = whole(1, **OF_ONE_DATASET)
     seed: int = whole(0, **OF_ONE_DATASET)
+    describe: bool = setting(False, **OF_ONE_DATASET)
+    tasks: int = whole(1, needs="describe")
+    checkpoint: str | None = setting(None, path="path", needs="describe")
+    probe: str | None = setting(None, path="path", needs="describe")
+    trust: list[str] | None = setting(None, needs=("checkpoint", "probe"))  # noqa: RUF009
 
 
 @dataclass

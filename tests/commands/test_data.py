@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +39,28 @@ def test_one_is_prepared_and_drawn(metarun, tmp_path: Path):
         assert np.asarray(Image.open(tmp_path / "seen" / name)).std() > 10
     done = metarun(*words, "dataset.test_classes=6", "split=validation", "ways=6", status=1)
     assert "validation has 5 classes" in done.stderr
+
+
+@pytest.mark.pictures
+def test_tasks_are_described_and_drawn_as_a_map(metarun, trained, tmp_path: Path):
+    """With a model's scores of the same tasks as `eval` has them; with batch statistics there is no map."""
+    words = ["data", "dataset=glyphs", "describe=true", "dataset.test_classes=20", "dataset.size=16"]
+    words += ["dataset.train_classes=40", "dataset.validation_classes=10", "split=test", "tasks=6"]
+    run = trained("algorithm=protonet", "norm=running", *UNTESTED)
+    done = metarun(*words, f"checkpoint={run}", "hydra.run.dir=seen")
+    assert "Task2Vec norm" in done.stdout and "the hardest and the easiest tasks by accuracy" in done.stdout
+    assert np.asarray(Image.open(tmp_path / "seen/task_map.png")).std() > 10
+    with (tmp_path / "seen/tasks.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    metarun("eval", f"checkpoint={run}", "episodes=6", "queries=5", "shots=1", "hydra.run.dir=evaluated")
+    mean = json.loads((tmp_path / "evaluated/results.json").read_text())["results"][0]["mean"]
+    scores = [float(row["accuracy of protonet"]) for row in rows]
+    assert len(scores) == 6 and np.mean(scores) == pytest.approx(mean)
+    assert "nothing reads it without describe" in metarun("data", "tasks=3", status=1).stderr
+    other = trained("algorithm=maml", *UNTESTED)
+    done = metarun(*words, f"probe={other}", status=1)
+    assert "normalises an example by the others of its batch; name a run" in done.stderr
+    assert "are no numbers" in metarun("data", "dataset=phrases", "describe=true", status=1).stderr
 
 
 @pytest.mark.pictures
