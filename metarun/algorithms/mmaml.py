@@ -51,6 +51,8 @@ class MMAML(MAML):
     plays = False
     embeds_first = False
 
+    predicts_distributions = False  # its encoder reads as many values as there are outputs
+
     def __init__(
         self,
         backbone: nn.Module,
