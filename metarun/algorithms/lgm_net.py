@@ -28,7 +28,7 @@ class LGMNet(MatchingNet):
       the feature maps of the support and the queries. Cosine attention to the support classifies them
       (section 3.4), as in matching networks.
 
-    Sizes, the order of the layers and the missing factor of the cosines are those of the authors' code.
+    Sizes and the order of the layers are those of the authors' code, which has no factor of the cosines.
     Departures: evaluation takes the mean of the context (the code: one sample, or a vote of several); every
     class counts equally in the context if classes have different numbers of shots; batch norm takes the
     statistics of one task, in the paper those of all tasks of a batch ("intertask normalization").

@@ -150,7 +150,7 @@ REFUSED = ("versa", "meta_networks")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "leo"])  # which needs `init=`
 def test_every_method_is_one_network_or_says_why_not(trained, name: str):
     run = trained(f"algorithm={name}", *TINY, "ways=3", "iterations=1", "test.episodes=0")
     model = api.load(run, device="cpu")

@@ -19,7 +19,7 @@ pytestmark = [
 SMALL = [
     word for word in TINY if not word.startswith(("hardware", "iterations", "checkpoint", "valid", "test"))
 ]
-NAMES = sorted({path.stem for path in (CONF / "algorithm").glob("*.yaml")} - {"rl2", "zero_shot"})
+NAMES = sorted({path.stem for path in (CONF / "algorithm").glob("*.yaml")} - {"leo", "rl2", "zero_shot"})
 RUNS = {name: [f"algorithm={name}", *SMALL] for name in NAMES} | {
     "zero_shot": ["algorithm=zero_shot", "shots=0", *SMALL],
     "dropblock": ["algorithm=protonet", "backbone=resnet12", "backbone.widths=[8,8,8,8]", *SMALL[:4]],

@@ -58,7 +58,7 @@ def test_a_backbone_that_does_not_fit_is_refused_before_data_is_drawn(metarun, p
     assert "does not fit this one" in done.stderr and "draw glyphs" not in done.stderr
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "cnaps", "relation", "meta_networks", "r2d2"])
+@pytest.mark.parametrize("algorithm", ["maml", "cnaps", "relation", "meta_networks", "r2d2", "leo"])
 def test_any_method_starts_with_a_backbone(metarun, pretrained: Path, tmp_path: Path, algorithm: str):
     """Its weights are the checkpoint's, with running averages where both have them."""
     words = [f"algorithm={algorithm}", *SMALL, "iterations=1", "optimizer.lr=1e-30", "meta_batch=1"]

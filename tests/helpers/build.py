@@ -14,11 +14,11 @@ from metarun.config.comments import facts
 from metarun.config.paths import CONF
 from metarun.config.schema import register_frames, typed
 
-#: The algorithms, without those for environments or distributions alone.
+#: The algorithms, without those for environments or distributions alone, and that which needs `init=`.
 ALGORITHMS = sorted(
     path.stem
     for path in (CONF / "algorithm").glob("*.yaml")
-    if facts(path)["family"] in ("gradient", "features")
+    if facts(path)["family"] in ("gradient", "features") and path.stem != "leo"
 )
 
 
