@@ -54,6 +54,7 @@ def test_the_tables_are_up_to_date(tables, tmp_path: Path, capsys: pytest.Captur
 def test_every_algorithm_has_a_row_with_an_independent_reference():
     # `reptile-sgd` and `reptile-adam` are both Reptile. Neural processes are in test_neural_processes.py.
     tested = {name.split("-")[0] for name in METHODS} | PROCESSES.keys()
+    tested |= {"simclr"}  # `supcon` on other tasks
     files = [
         path for path in (CONF / "algorithm").glob("*.yaml") if "# family: memory\n" not in path.read_text()
     ]
