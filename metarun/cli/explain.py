@@ -264,7 +264,8 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
     if not of and "did you mean" not in hint:  # such as a setting of an option that is not the default
         of = [f"metarun {o}" for o, own in others.items() if parent and parent.partition(".")[0] in own]
     if of:
-        return f"{key}: is a setting of {' and '.join(of)}, not of metarun {command}; leave it out"
+        where = " and ".join([", ".join(of[:-1]), of[-1]] if of[1:] else of)
+        return f"{key}: is a setting of {where}, not of metarun {command}; leave it out"
     return f"{key}: there is no such setting{hint}{everything}"
 
 
