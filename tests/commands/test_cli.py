@@ -397,7 +397,7 @@ def test_paths_with_spaces_and_brackets_need_no_quotes(metarun, tmp_path: Path):
 
 
 COMPLETED = {
-    "metarun ": "train eval adapt predict export runs report data",
+    "metarun ": "train eval adapt predict export runs report data online",
     "metarun ev": "eval",
     "metarun train algorithm=fo": "algorithm=fomaml",
     "metarun train pa": "",  # conf/pairing is not for users

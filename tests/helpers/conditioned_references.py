@@ -64,7 +64,8 @@ def leo(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[str, Tenso
 
 
 def leo_loss(net: Algorithm, support: Tensor, y: Tensor, query: Tensor, query_y: Tensor) -> Tensor:
-    noise = net.noise(torch.zeros(1, 3, 2, 1))[0]
+    shots = len(y) // 3  # as many samples for each class
+    noise = net.noise(torch.zeros(1, 3, shots, 1))[0]
     related = []
     for one in support:
         pairs = [torch.cat([net.encoder.weight @ one, net.encoder.weight @ other]) for other in support]
@@ -72,10 +73,10 @@ def leo_loss(net: Algorithm, support: Tensor, y: Tensor, query: Tensor, query_y:
     centres = [mean_of(torch.stack(related), y, k) for k in range(3)]
     mean, deviation = (torch.stack([c[part] for c in centres]) for part in (slice(3), slice(3, 6)))
     deviation = torch.clamp(deviation.exp() - 1, min=1e-10)
-    start = torch.stack([mean[k] + deviation[k] * noise[k, s] for k in range(3) for s in range(2)])
-    each = [(k, i) for k in range(3) for i in range(2)]
+    start = torch.stack([mean[k] + deviation[k] * noise[k, s] for k in range(3) for s in range(shots)])
+    each = [(k, i) for k in range(3) for i in range(shots)]
     # log q - log p, with log q of a sample that is `noise` deviations from its mean
-    logs = [-torch.log(deviation[k]) - noise[k, i] ** 2 / 2 + start[2 * k + i] ** 2 / 2 for k, i in each]
+    logs = [-torch.log(deviation[k]) - noise[k, i] ** 2 / 2 + start[shots * k + i] ** 2 / 2 for k, i in each]
     divergence = torch.stack(logs).mean()
     codes, features = start, support.shape[1]
 
@@ -84,7 +85,7 @@ def leo_loss(net: Algorithm, support: Tensor, y: Tensor, query: Tensor, query_y:
         for i, code in enumerate(codes):
             both = net.decoder.weight @ code
             wide = both[features:].exp() - (1 - (2 / (features + 3)) ** 0.5)
-            made.append(both[:features] + torch.clamp(wide, min=1e-10) * noise[i // 2, i % 2])
+            made.append(both[:features] + torch.clamp(wide, min=1e-10) * noise[i // shots, i % shots])
         return torch.stack(made)
 
     def support_sum(weights: Tensor) -> Tensor:
@@ -102,8 +103,9 @@ def leo_loss(net: Algorithm, support: Tensor, y: Tensor, query: Tensor, query_y:
 
 
 def logits_of(weights: Tensor, x: Tensor) -> list[Tensor]:
-    """Two samples of the weights of each class; their logits are averaged."""
-    return [torch.stack([(weights[2 * k] @ q + weights[2 * k + 1] @ q) / 2 for k in range(3)]) for q in x]
+    """Several samples of the weights of each class; their logits are averaged."""
+    samples = weights.split(len(weights) // 3)
+    return [torch.stack([torch.stack([w @ q for w in own]).mean() for own in samples]) for q in x]
 
 
 def unit(features: Tensor) -> Tensor:

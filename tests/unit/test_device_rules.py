@@ -47,7 +47,8 @@ def no_autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_values(algorithm: Algorithm, batching: str) -> Algorithm:
     """The algorithm on the meta device, its networks run in one way."""
     Hardware("cpu", batching=batching).place(algorithm)
-    vars(algorithm).pop("noise", None)  # VERSA's samples are fixed for the references, on the CPU
+    for name in ("noise", "draws"):
+        vars(algorithm).pop(name, None)  # random numbers are fixed for the references, on the CPU
     return algorithm.to("meta")
 
 
