@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from helpers.embedded_references import mean_of
 from helpers.references import loss_of, support_loss_of
 from metarun.tasks.episodes import Episodes
 
@@ -52,7 +53,7 @@ class Given(nn.Module):
 
 
 def mmaml(algorithm: nn.Module, episodes: Episodes, steps: int, rate: float) -> Weights:
-    """Vuorio et al. 2019, algorithm 1, with the encoder of images and classes of equal sizes."""
+    """Vuorio et al. 2019, algorithm 1, with the encoder of images; classes count equally."""
     net = nn.Sequential(copy.deepcopy(algorithm.learner.backbone), copy.deepcopy(algorithm.learner.head))
     encoder, modulators = copy.deepcopy(algorithm.encoder), copy.deepcopy(algorithm.modulators)
     given = {}
@@ -65,7 +66,8 @@ def mmaml(algorithm: nn.Module, episodes: Episodes, steps: int, rate: float) -> 
     losses = []
     for t in range(len(episodes)):
         maps = encoder.convolutions(episodes.support_x[t])
-        embedding = torch.relu(maps @ encoder.linear.weight.T + encoder.linear.bias).mean(0)
+        encoded = torch.relu(maps @ encoder.linear.weight.T + encoder.linear.bias)
+        embedding = torch.stack([mean_of(encoded, episodes.support_y[t], k) for k in range(3)]).mean(0)
         for place, modulator in zip(given.values(), modulators, strict=True):
             made = modulator.weight @ embedding + modulator.bias
             place.scale, place.shift = made[: len(made) // 2], made[len(made) // 2 :]

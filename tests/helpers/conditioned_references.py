@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.embedded_references import Scaled, cosine, mean_cross_entropy, mean_of, run_with, tasks_of
+from helpers.embedded_references import (
+    Scaled,
+    balance_of,
+    cosine,
+    mean_cross_entropy,
+    mean_of,
+    run_with,
+    tasks_of,
+)
 from metarun.algorithms.base import Algorithm
 from metarun.tasks.episodes import Episodes
 
@@ -69,7 +77,8 @@ def leo_loss(net: Algorithm, support: Tensor, y: Tensor, query: Tensor, query_y:
     related = []
     for one in support:
         pairs = [torch.cat([net.encoder.weight @ one, net.encoder.weight @ other]) for other in support]
-        related.append(torch.stack([mlp(net.relation, pair) for pair in pairs]).mean(0))
+        found = torch.stack([mlp(net.relation, pair) for pair in pairs])
+        related.append(torch.stack([mean_of(found, y, k) for k in range(3)]).mean(0))
     centres = [mean_of(torch.stack(related), y, k) for k in range(3)]
     mean, deviation = (torch.stack([c[part] for c in centres]) for part in (slice(3), slice(3, 6)))
     deviation = torch.clamp(deviation.exp() - 1, min=1e-10)
@@ -89,7 +98,9 @@ def leo_loss(net: Algorithm, support: Tensor, y: Tensor, query: Tensor, query_y:
         return torch.stack(made)
 
     def support_sum(weights: Tensor) -> Tensor:
-        return len(y) * mean_cross_entropy(logits_of(weights, support), y)
+        rows = logits_of(weights, support)
+        each = [mean_cross_entropy([row], y[i : i + 1]) for i, row in enumerate(rows)]
+        return 3 * shots * (balance_of(y) * torch.stack(each)).mean()
 
     for _ in range(2):
         (slope,) = torch.autograd.grad(support_sum(weights_of(codes)), codes, create_graph=True)
@@ -138,7 +149,6 @@ def lgm_net(net: Algorithm, support: Tensor, y: Tensor, query: Tensor, query_y: 
     rows = []
     known = transformed(maps)
     for q in transformed(queries):
-        attention = torch.stack([net.scale * cosine(q, s) for s in known]).softmax(0)
-        votes = [sum(a for a, label in zip(attention, y, strict=True) if label == k) for k in range(3)]
-        rows.append(torch.stack(votes).log())
+        attention = torch.stack([net.scale * cosine(q, s) for s in known]).exp()
+        rows.append(torch.stack([attention[y == k].mean() for k in range(3)]).log())
     return mean_cross_entropy(rows, query_y)

@@ -210,7 +210,7 @@ def test_what_cannot_be_shared_is_refused(metarun, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         ConfigError, match="outer_loop=ppo: needs the trajectories of all tasks in one process"
     ):
-        require_sum(PPO(), Ranks(0, 2))
+        require_sum(PPO(), Ranks(0, 2), ProtoNet(Conv4((1, 16, 16), width=4)))
     monkeypatch.setenv("RANK", "0")
     missing = metarun("train", status=1).stderr
     assert "the environment sets RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in missing
