@@ -70,10 +70,10 @@ class TAML(MAML):
 
     def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
         super().check_source(source, shape)
-        if self.measure != "entropy" and source.spec.objective.numbers > 1:
+        if source.spec.objective.numbers > 1:
             raise ConfigError(
-                f"algorithm.measure={self.measure}: compares positive losses, and a log-likelihood may have "
-                "any sign; choose dataset.likelihood=null, or algorithm=maml"
+                "algorithm=taml: compares positive losses, and a log-likelihood may have any sign; choose "
+                "dataset.likelihood=null with algorithm.measure=theil, or algorithm=maml"
             )
         if self.measure == "entropy" and source.spec.outputs is not None:
             raise ConfigError(

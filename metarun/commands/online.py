@@ -23,10 +23,12 @@ from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
 from metarun.reporting.console import Bar, console, inform, relative
 from metarun.reporting.online import stream_curves
-from metarun.storage.files import write_json, write_text
+from metarun.storage.files import write_json
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.spec import TaskSpec
 from metarun.training.online import LEARNERS, OnlineSettings, Row, follow
+
+ROWS = "online.jsonl"
 
 
 def run(cfg: DictConfig) -> None:
@@ -37,6 +39,12 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError(f"batch={command.batch}: a task has images={command.images}; lower batch")
     if not 0 < command.threshold < 1:
         raise ConfigError(f"threshold={command.threshold}: must be between 0 and 1")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if (folder / ROWS).exists():
+        raise ConfigError(
+            f"{relative(folder / ROWS)}: this folder already has the rows of a stream; choose another "
+            "hydra.run.dir"
+        )
     hardware = instantiate(command.hardware, "hardware")
     source = build_source(build_dataset(command.dataset), "train", hardware)
     if not isinstance(source, ClassStore) or source.spec.kind != "images":
@@ -57,16 +65,19 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError(f"learners={learners}: choose some of {', '.join(LEARNERS)}")
     trained = len({LEARNERS[name][0] for name in learners})
     batches = trained * len(stream) * (command.images // command.batch)
-    with Bar("online", batches, "batches") as bar, hardware.compute():
-        rows = list(follow(learners, algorithm, stream, command.classes, settings, bar.advance))
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    rows = []
+    with Bar("online", batches, "batches") as bar, hardware.compute(), (folder / ROWS).open("w") as file:
+        for row in follow(learners, algorithm, stream, command.classes, settings, bar.advance):
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()  # the rows so far are left if the command is interrupted
     report(rows, learners, command, folder, HydraConfig.get().runtime.choices["dataset"])
 
 
 def report(
     rows: Sequence[Row], learners: Sequence[str], command: OnlineConfig, folder: Path, dataset: str
 ) -> None:
-    """Print the table of learners, and write the rows, the summary and the figure."""
+    """Print the table of learners, and write the summary and the figure."""
     title = f"{len({row['task'] for row in rows})} tasks made of {dataset}, {command.classes} classes"
     table = Table(title=title)
     for heading in ("learner", "accuracy", "second half", f"images until {command.threshold:.0%}", "reached"):
@@ -93,10 +104,9 @@ def report(
         shown = f"{100 * summary[name]['accuracy']:.1f} %", f"{100 * summary[name]['second half']:.1f} %"
         table.add_row(name, *shown, "-" if mean is None else f"{mean:.0f}", f"{len(reached)} of {count}")
     console.print(table)
-    write_text(folder / "online.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(folder / "results.json", {"config": plain(command), "learners": summary})
     stream_curves(final, needed, command.threshold, title, folder / "online.png")
-    inform(f"saved online.jsonl, results.json and online.png in {relative(folder)}")
+    inform(f"saved {ROWS}, results.json and online.png in {relative(folder)}")
 
 
 def images_until(curve: Sequence[Row], threshold: float) -> float:

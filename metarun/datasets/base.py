@@ -262,6 +262,15 @@ class ImageDataset(Dataset):
         return Preparation(self.resize)
 
 
+def check_ranges(**ranges: tuple[float, float]) -> None:
+    """Raise ConfigError if a setting of the dataset that is a range, [low, high], does not start with low."""
+    for name, bounds in ranges.items():
+        if len(bounds) != 2 or bounds[0] > bounds[1]:
+            raise ConfigError(
+                f"dataset.{name}={list(bounds)}: must be two numbers, the second not below the first"
+            )
+
+
 def at_least(least: int, **settings: int | Sequence[int]) -> None:
     """Raise ConfigError for a setting that is not a whole number of at least `least`, or a list of those."""
     for name, value in settings.items():

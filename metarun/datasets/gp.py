@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset, Split, at_least, number_rows
+from metarun.datasets.base import Dataset, Split, at_least, check_ranges, number_rows
 from metarun.errors import ConfigError, DataError
 from metarun.tasks import gaussians
 from metarun.tasks.episodes import Episodes, EpisodeShape, Outcome
@@ -71,6 +71,7 @@ class GaussianProcess(Dataset):
         fewest: int | None = 3,
         likelihood: Literal["gaussian"] | None = "gaussian",
     ) -> None:
+        check_ranges(length=length, scale=scale, noise=noise, period=period, x=x)
         lowest = {"length": length[0], "scale": scale[0], "period": period[0]}
         for name, low in lowest.items():
             if low <= 0:
@@ -116,6 +117,9 @@ class GaussianProcessSource(EpisodeSource):
         self.check_shots(shape.shots)
         if shape.ways != 1:
             raise DataError(f"ways={shape.ways}: a regression task has one way; set ways=1")
+        fewest = self.settings.fewest or 0
+        if self.split == "train" and shape.shots and fewest > shape.shots:
+            raise DataError(f"dataset.fewest={fewest}: must be at most shots={shape.shots}")
 
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
         """The parameters of the kernel [T, 1, 1], the points [T, K+Q, 1], as many standard normal numbers

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metarun.datasets.base import Dataset, Split, at_least, number_rows
+from metarun.datasets.base import Dataset, Split, at_least, check_ranges, number_rows
 from metarun.errors import ConfigError, DataError
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import DISTRIBUTIONS, REGRESSION
@@ -53,6 +53,7 @@ class Sinusoid(Dataset):
         noise: float = 0.0,
         likelihood: Literal["gaussian"] | None = None,
     ) -> None:
+        check_ranges(amplitude=amplitude, phase=phase, x=x, frequency=frequency)
         if amplitudes is not None:
             at_least(2, amplitudes=amplitudes)
             for name, (low, high) in {"phase": phase, "frequency": frequency}.items():

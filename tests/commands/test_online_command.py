@@ -20,6 +20,9 @@ def test_learners_follow_a_stream(metarun, tmp_path: Path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     last = [row["accuracy"] for row in rows if row["learner"] == "ftml" and row["images"] == 8]
     assert results["learners"]["ftml"]["accuracy"] == sum(last) / 3
+    again = metarun("online", *SMALL, status=1)  # does not overwrite it
+    assert "out/online.jsonl: this folder already has the rows of a stream" in again.stderr
+    assert len((tmp_path / "out" / "online.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_mistakes(metarun):

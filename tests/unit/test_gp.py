@@ -146,6 +146,7 @@ def test_a_coverage_is_best_at_its_level_and_does_not_choose_a_checkpoint():
     ("settings", "message"),
     [
         ({"length": (0.0, 1.0)}, "dataset.length: starts at 0.0"),
+        ({"length": (0.6, 0.1)}, r"dataset.length=\[0.6, 0.1\]: must be two numbers"),
         ({"noise": (0.0, 0.1)}, "dataset.noise: starts at 0.0; choose a range from 0.001 on"),
         ({"fewest": 0}, "dataset.fewest=0"),
     ],
