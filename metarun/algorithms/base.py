@@ -272,7 +272,10 @@ class Algorithm(nn.Module, ABC):
         Raises:
             ConfigError: the tasks have no support examples, which are needed if `transductive` is False.
         """
-        predict = partial(self.predict, adapted)
+        return self.beside_support(partial(self.predict, adapted), tasks)
+
+    def beside_support(self, predict: Callable[[Tensor], Tensor], tasks: Any) -> Callable[[Tensor], Tensor]:
+        """A function of examples [T, B, *item] as one that predicts queries; see `predictor`."""
         if not self.predicts_beside_support:
             return predict
         if not isinstance(tasks, Episodes):

@@ -108,7 +108,8 @@ class PLATIPUS(MAML):
         loss, _, start = self.inner_problem(tasks)
 
         def query_loss(params: Params, step: int) -> Tensor:
-            return self.loss_of(tasks)(self.learner(params, tasks.query_x), tasks.query_y)
+            outputs = self.beside_support(partial(self.learner, params), tasks)(tasks.query_x)
+            return self.loss_of(tasks)(outputs, tasks.query_y)
 
         prior = self.stepped(loss, start, self.prior_rate), logs_of(self.prior_deviations, start)
         posterior = (
@@ -117,7 +118,8 @@ class PLATIPUS(MAML):
         )
         noise = self.draws(len(tasks), 1, posterior[0]).squeeze(1)
         theta = unflatten(posterior[0] + posterior[1].exp() * noise, start)
-        outcome = tasks.query(partial(self.learner, self.inner_loop(loss, theta)), self.loss)
+        phi = self.inner_loop(loss, theta)
+        outcome = tasks.query(self.beside_support(partial(self.learner, phi), tasks), self.loss)
         divergence = kl_divergence(*posterior, *prior)
         return replace(outcome, loss=outcome.loss + divergence / tasks.query_x.shape[1])
 

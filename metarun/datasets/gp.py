@@ -49,7 +49,8 @@ class GaussianProcess(Dataset):
         noise: the least and the largest standard deviation of the noise, at least 0.001.
         period: the least and the largest period of the periodic kernel, above 0.
         x: the least and the largest input.
-        fewest: training tasks have from this many to `shots` support points; None: always `shots`.
+        fewest: training tasks have from this many to `shots` support points, or `shots` if
+            that is less; None: always `shots`.
         likelihood: "gaussian": a distribution of y is predicted, see `metarun.tasks.objectives`; None: its
             value, with the mean squared error.
 
@@ -117,9 +118,6 @@ class GaussianProcessSource(EpisodeSource):
         self.check_shots(shape.shots)
         if shape.ways != 1:
             raise DataError(f"ways={shape.ways}: a regression task has one way; set ways=1")
-        fewest = self.settings.fewest or 0
-        if self.split == "train" and shape.shots and fewest > shape.shots:
-            raise DataError(f"dataset.fewest={fewest}: must be at most shots={shape.shots}")
 
     def draw(self, tasks: int, shape: EpisodeShape, generator: torch.Generator) -> Draw:
         """The parameters of the kernel [T, 1, 1], the points [T, K+Q, 1], as many standard normal numbers

@@ -30,7 +30,8 @@ class Pixels(Dataset):
         images: "glyphs" or "omniglot".
         root: the files of Omniglot; see `Omniglot`.
         size: pixels a side, at least 8.
-        fewest: training tasks have from this many to `shots` support pixels; None: always `shots`.
+        fewest: training tasks have from this many to `shots` support pixels, or `shots` if that
+            is less; None: always `shots`.
         likelihood: see `metarun.datasets.gp.GaussianProcess`.
     """
 

@@ -23,7 +23,7 @@ def learned_online(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor, rate: flo
 
 
 def oml(algorithm: Algorithm, episodes: Episodes, steps: int) -> dict[str, Tensor]:
-    """Two of three ways are learned online; the queries of all are told apart among 11 classes."""
+    """Two of three ways are learned online; the queries of all are classified among 11 classes."""
     net = copy.deepcopy(algorithm)
     total = torch.zeros(())
     for t, (x, y, query_x, query_y) in enumerate(tasks_of(episodes)):

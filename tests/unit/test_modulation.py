@@ -47,7 +47,7 @@ def test_a_family_is_what_its_name_says(family: str):
 
 
 def test_families_are_mixed_and_noise_is_added():
-    """Two bends of |x| and tanh are told apart by what they do far from their centre."""
+    """Two bends of |x| and tanh differ by what they do far from their centre."""
     plain, noisy = tasks_of("transformed_l1", "tanh"), tasks_of("transformed_l1", "tanh", noise=0.3)
     noise = noisy.query_y - plain.query_y
     assert noise.std().item() == pytest.approx(0.3, rel=0.03)

@@ -133,7 +133,7 @@ def test_principal_components_are_those_of_scikit_learn():
 
 
 def blobs() -> ClassStore:
-    """Images of four kinds that are easily told apart; those of the last are too few for a task."""
+    """Images of four kinds that are easily distinguished; those of the last are too few for a task."""
     kinds = torch.arange(4).repeat_interleave(torch.tensor([20, 30, 8, 2]))[torch.randperm(60)]
     items = torch.nn.functional.one_hot(kinds, 16).float() * 50 + torch.rand(60, 16)
     return ClassStore(items.view(60, 1, 4, 4), [60], ["all"], "blobs train", decode=unchanged)
