@@ -14,6 +14,7 @@ from helpers import conditioned_references as conditioned
 from helpers import contrastive_references as contrastive
 from helpers import embedded_references as embedded
 from helpers import generation_methods as generation
+from helpers import hierarchy_references as hierarchy
 from helpers import online_references as online
 from helpers import probabilistic_references as probabilistic
 from helpers import references, search_references
@@ -25,6 +26,7 @@ from metarun.algorithms.cavia import CAVIA
 from metarun.algorithms.cnaps import CNAPs
 from metarun.algorithms.contrastive import Contrastive
 from metarun.algorithms.gnn import GNN
+from metarun.algorithms.hsml import HSML
 from metarun.algorithms.imaml import IMAML
 from metarun.algorithms.leo import LEO
 from metarun.algorithms.lgm_net import LGMNet
@@ -476,6 +478,19 @@ def mmaml_reference(algorithm: MMAML, episodes: Episodes, steps: int) -> Gradien
     return adaptive.mmaml(algorithm, episodes, steps, RATE)
 
 
+def hsml(aggregator: str) -> Callable[[nn.Module, int], HSML]:
+    def build(backbone: nn.Module, steps: int) -> HSML:
+        loop = SGD(RATE, steps)
+        sizes = {"hidden": 3, "clusters": (3, 2), "reconstruction": 0.7, "width": 2}
+        return HSML(backbone, loop, 3, SHAPE, classes=11, aggregator=aggregator, **sizes)
+
+    return build
+
+
+def hsml_reference(algorithm: HSML, episodes: Episodes, steps: int) -> Gradient:
+    return hierarchy.hsml(algorithm, episodes, steps, RATE)
+
+
 METHODS = {
     "maml": Method(maml(), maml_reference(), any_order=False),
     "fomaml": Method(maml(order=1), maml_reference(order=1), finite_differences=False, any_order=False),
@@ -557,6 +572,19 @@ METHODS = {
         mmaml_reference,
         finite_differences=False,  # kinks of the encoder
         any_order=False,
+    ),
+    "hsml-pooling": Method(
+        hsml("pooling"),
+        hsml_reference,
+        finite_differences=False,  # kinks of the autoencoder
+        any_order=False,
+    ),
+    "hsml-recurrent": Method(
+        hsml("recurrent"),
+        hsml_reference,
+        finite_differences=False,
+        any_order=False,
+        equal_classes=False,
     ),
     "pretrain": Method(
         lambda backbone, steps: Pretrain(backbone, SGD(RATE, steps), outputs=3, classes=11),

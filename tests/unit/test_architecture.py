@@ -37,6 +37,7 @@ VARIANTS = {
     ("maml_plus_plus", "maml"),
     ("cavia", "maml"),
     ("imaml", "maml"),
+    ("hsml", "maml"),
     ("mmaml", "maml"),
     ("mr_maml", "maml"),
     ("platipus", "maml"),

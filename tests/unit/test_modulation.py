@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.engines import engine_of
 
+from metarun.algorithms.hsml import HSML
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.mmaml import MMAML
 from metarun.backbones.mlp import MLP
@@ -102,3 +105,40 @@ def test_mmaml_of_a_regression_is_traced():
 def test_mmaml_says_what_it_cannot_encode():
     with pytest.raises(ConfigError, match=r"with classes it encodes images.*choose algorithm=maml"):
         MMAML(MLP((4,)), SGD(0.1, 1), 3, (4,), classes=5)
+
+
+@pytest.mark.parametrize("aggregator", ["recurrent", "pooling"])
+def test_hsml_with_one_cluster_and_an_open_gate_is_maml(float64: None, aggregator: str):
+    """And its reconstruction error is a part of the loss."""
+    torch.manual_seed(0)
+    tasks = tasks_of("line", "tanh", count=3).to(torch.float64)
+    hsml = HSML(MLP((1,), (6, 5)), SGD(0.01, 2), 1, (1,), hidden=4, clusters=(1,), aggregator=aggregator)
+    maml = MAML(MLP((1,), (6, 5)), SGD(0.01, 2), 1)
+    maml.load_state_dict(hsml.state_dict(), strict=False)
+    closed = hsml.meta_loss(tasks).loss
+    for gate in hsml.gates.values():
+        torch.nn.init.zeros_(gate.weight)
+        torch.nn.init.constant_(gate.bias, 50)  # the sigmoid is 1
+    error = hsml.represented(tasks)[1]
+    assert error.min() > 0.01
+    expected = maml.meta_loss(tasks).loss
+    torch.testing.assert_close(hsml.meta_loss(tasks).loss, expected + 0.01 * error)
+    assert not torch.allclose(closed, expected, rtol=0.01)
+
+
+def test_hsml_leaves_missing_points_out_and_shares_tasks_among_clusters():
+    torch.manual_seed(0)
+    whole = tasks_of("line", count=2)
+    fewer = replace(whole, support_x=whole.support_x[:, :4], support_y=whole.support_y[:, :4])
+    padded = replace(whole, support_weights=torch.tensor([1.5] * 4 + [0.0] * 2).expand(2, -1))
+    for aggregator in ("recurrent", "pooling"):
+        hsml = HSML(MLP((1,), (6, 5)), SGD(0.01, 2), 1, (1,), hidden=4, aggregator=aggregator)
+        for found, expected in zip(hsml.represented(padded), hsml.represented(fewer), strict=True):
+            torch.testing.assert_close(found, expected)
+    level = hsml.levels[0]
+    near = level.assignments(level.centres.detach().unsqueeze(0) * 100)[0]  # of nodes that are far apart
+    torch.testing.assert_close(near, torch.eye(4))
+    with pytest.raises(ConfigError, match=r"clusters=\[2, 0\]: each level needs at least 1 cluster"):
+        HSML(MLP((1,), (6, 5)), SGD(0.01, 2), 1, (1,), clusters=(2, 0))
+    with pytest.raises(ConfigError, match=r"with classes it embeds images.*choose algorithm=maml"):
+        HSML(MLP((4,)), SGD(0.1, 1), 3, (4,), classes=5)

@@ -54,7 +54,7 @@ def test_an_algorithm_learns_distributions(name: str):
     torch.manual_seed(0)
     words = ("train", "dataset=gp", f"algorithm={name}", "shots=4", "queries=3", "hardware=cpu")
     settings = composed(*words)
-    if name in (*REGRESS, "mmaml"):
+    if name in (*REGRESS, "hsml", "mmaml"):
         with pytest.raises(ConfigError, match="predicts values without an uncertainty"):
             built(settings)
         settings = composed(*words, "dataset.likelihood=null")
