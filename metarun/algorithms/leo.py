@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, precise, prototypes, require, without_autocast
 from metarun.nn.frozen import Frozen
+from metarun.tasks import numbers
 from metarun.tasks.episodes import Episodes, Outcome
 from metarun.tasks.objectives import class_weights, cross_entropy, weighted
 
@@ -170,14 +171,14 @@ class LEO(FeatureMethod):
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal numbers of the shape of `like` [T, N, samples, D]."""
-        return torch.randn_like(like)
+        return numbers.noise_like(like)
 
     def support_loss(self, weights: Tensor, x: Tensor, targets: Tensor, balance: Tensor) -> Tensor:
         """The mean cross entropy [T] of the support x [T, S, F], in which every class counts equally."""
         return weighted(cross_entropy, self.dropped(x) @ weights.mT, targets, balance)
 
     def dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return numbers.dropped(x, self.dropout) if self.training and self.dropout else x
 
 
 @dataclass(frozen=True)

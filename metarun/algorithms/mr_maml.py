@@ -18,6 +18,7 @@ from metarun.inner_loops.base import InnerLoop, Loss, PerWeight
 from metarun.nn.per_task import Params, run_on_tasks
 from metarun.nn.task_norm import support_first
 from metarun.tasks.episodes import Episodes, Outcome
+from metarun.tasks.numbers import noise_like
 
 
 class MRMAML(MAML):
@@ -170,7 +171,7 @@ class MRMAML(MAML):
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal numbers in training, zeros in evaluation."""
-        return torch.randn_like(like) if self.training else torch.zeros_like(like)
+        return noise_like(like) if self.training else torch.zeros_like(like)
 
 
 def divergence_from_standard(mean: Tensor, deviation: Tensor) -> Tensor:

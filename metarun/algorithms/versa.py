@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, prototypes, require
+from metarun.tasks.numbers import noise_like
 
 
 class Versa(FeatureMethod):
@@ -57,7 +58,7 @@ class Versa(FeatureMethod):
         Those of evaluation are fixed; `bias` [T, N] decides which class gets which.
         """
         if self.training:
-            return torch.randn(self.samples, *like.shape, dtype=like.dtype, device=like.device)
+            return noise_like(like.unsqueeze(1).expand(-1, self.samples, -1, -1)).transpose(0, 1)
         generator = torch.Generator().manual_seed(0)
         same = torch.randn(self.samples, like.shape[-1], generator=generator, dtype=like.dtype)
         ranks = bias.argsort(-1).argsort(-1)

@@ -189,7 +189,7 @@ class OuterStep:
         if self.generator is not None:
             # Numbers that belong to no task, as of dropout, depend on the iteration and the rank alone.
             torch.manual_seed(seed_of(f"step {self.seed} {self.iteration} {self.ranks.rank}"))
-            self.numbers = TaskNumbers(self.meta_batch, self.generator)
+        self.numbers = TaskNumbers(self.meta_batch, self.generator)
         self.iteration += 1
         self.task_scores.clear()
         draw = next(self.draws)
@@ -382,19 +382,27 @@ class OuterStep:
         """Trace, and optionally compile, the gradient for each size of chunk; if that fails, run eagerly."""
         began = time.perf_counter()
         draw = next(self.draws_from(0))
-        self.numbers = TaskNumbers(self.meta_batch, torch.Generator()) if self.ranks.joined else None
+        draws_numbers = False
         try:
             for chunk in split_draw(draw, self.at_once):
                 if len(chunk[0]) not in self.traced:
+                    generator = torch.Generator() if self.ranks.joined else None
+                    self.numbers = TaskNumbers(self.meta_batch, generator)
                     self.traced[len(chunk[0])] = traced_gradient(
                         self.algorithm, self.meta_gradient, chunk, self.hardware, compiles
                     )
+                    draws_numbers = draws_numbers or bool(self.numbers.drawn)
         except Exception as error:
             self.traced.clear()
             if compiles:
                 self.say(f"compilation failed, continuing without: {first_line(error)}")
         else:
-            if self.numbers is not None and self.numbers.drawn:
-                self.traced.clear()  # a trace would hold the numbers of this rank's tasks as constants
+            if draws_numbers and (self.ranks.joined or self.at_once < self.meta_batch):
+                # The trace of a part would draw the numbers of all tasks once more, or hold them as constants.
+                self.traced.clear()
+                if compiles:
+                    self.say("random numbers of tasks that run in parts: continuing without compilation")
             elif compiles:
                 self.say(f"compiled in {time.perf_counter() - began:.0f} s")
+        finally:
+            self.numbers = None

@@ -66,6 +66,33 @@ def test_gradient_is_the_references(name: str):
     assert relative_error(gradient(algorithm, episodes, tasks_at_once=2), expected) < method.tolerance
 
 
+#: Settings of the methods that draw random numbers in training, which the rows of METHODS leave out.
+AT_RANDOM = {"shuffles": True, "dropout": 0.5, "batch": 2}
+#: What stands in the rows for the random numbers of a method.
+STAND_INS = ("noise", "draws")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_random_numbers_of_a_task_do_not_depend_on_how_many_run_at_once(name: str):
+    algorithm = METHODS[name].build(BACKBONES["mlp"](), 1)
+    given = {
+        key
+        for key, value in AT_RANDOM.items()
+        if hasattr(algorithm, key) and not setattr(algorithm, key, value)
+    }
+    given |= {key for key in STAND_INS if vars(algorithm).pop(key, None) is not None}
+    episodes, found = episodes_of(tasks=4), []
+    for at_once in (4, 1):
+        torch.manual_seed(0)
+        still = torch.optim.SGD(algorithm.parameters(), lr=0.0)
+        engine = engine_of(algorithm, episodes, still, tasks_at_once=at_once)
+        engine.step()
+        assert bool(engine.numbers.drawn) == bool(given)
+        found.append({n: p.grad for n, p in algorithm.named_parameters() if p.requires_grad})
+        found[-1]["loss"] = engine.running_totals
+    assert relative_error(*found) < 1e-7
+
+
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [
