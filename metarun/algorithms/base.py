@@ -143,6 +143,10 @@ class Algorithm(nn.Module, ABC):
         """The network that `init=RUN` fills with another run's weights; None: there is none."""
         return None
 
+    def own_heads(self) -> Sequence[nn.Module]:
+        """What maps its features to outputs, and starts as `initial_weights=` says, too."""
+        return ()
+
     def check(self, ways: int) -> None:
         """Raise ConfigError if the method does not support tasks with this number of ways."""
 

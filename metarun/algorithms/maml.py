@@ -6,7 +6,7 @@ Networks", algorithms 1 and 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -79,6 +79,9 @@ class MAML(Algorithm):
 
     def own_backbone(self) -> nn.Module:
         return self.learner.backbone
+
+    def own_heads(self) -> Sequence[nn.Module]:
+        return [self.learner.head]
 
     def is_fast(self, name: str) -> bool:
         """Whether the inner loop adapts the weight of this name."""

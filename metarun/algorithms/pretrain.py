@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -58,6 +59,9 @@ class Pretrain(MAML):
             self.classifier = nn.Linear(self.learner.backbone.features, classes)  # type: ignore[arg-type]
             for p in self.learner.head.parameters():
                 nn.init.zeros_(p).requires_grad_(False)
+
+    def own_heads(self) -> Sequence[nn.Module]:
+        return [] if self.classifier is not None else super().own_heads()  # a new head starts at zero
 
     def meta_loss(self, tasks: Episodes | Rollouts) -> Outcome:
         """The loss of all examples; the scores are those of the queries, restricted to the task's ways.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,6 +63,9 @@ class RelationNet(FeatureMethod):
         self.relation = nn.Sequential(
             *layers, nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), nn.Linear(hidden, 1)
         )
+
+    def own_heads(self) -> Sequence[nn.Module]:
+        return [self.relation]
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
         """The sum of the features of each class, scaled to the trained number of shots, [T, N, F]."""

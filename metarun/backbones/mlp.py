@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import nn
 
+from metarun.nn.initial import InitialWeights
+
 
 class MLP(nn.Sequential):
     """Hidden layers of linear units. With a linear head, (40, 40) is MAML's sinusoid network (section 5.1).
@@ -33,6 +35,4 @@ class MLP(nn.Sequential):
         super().__init__(nn.Flatten(), *(layer for pair in layers for layer in pair))
         self.features = widths[-1]
         if init == "xavier":
-            for layer, _ in layers:
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            InitialWeights("xavier")(self)

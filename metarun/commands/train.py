@@ -290,7 +290,7 @@ def build_trainer(
     algorithm.check_source(train, plan.shape)
     algorithm.check_source(validation, plan.validation.shape)
     if not resumed:
-        start_run(algorithm, train.undisturbed)
+        start_run(algorithm, train.undisturbed, settings.initial_weights)
     about = list(spec.description) if spec.description else None
     record = {"config": plain(settings), "classes": spec.classes, "description": about, **record}
     record |= {"files": dataset.files} if dataset.files else {}

@@ -15,6 +15,7 @@ from hydra.utils import get_class
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
+from metarun.backbones.input_norm import normalise_inputs
 from metarun.config.schema import Node, TrainConfig
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, first_line, naming_part
@@ -101,7 +102,7 @@ def build_algorithm(settings: TrainConfig, spec: TaskSpec, hardware: Hardware) -
     cls: type[Algorithm] = get_class(settings.algorithm["_target_"])
     cls.check_tasks(spec)
     offered: dict[str, Any] = {
-        "backbone": build_backbone(settings.backbone, spec),
+        "backbone": build_backbone(settings.backbone, spec, settings.normalise),
         "item_shape": spec.item_shape,
         "outputs": settings.ways if spec.outputs is None else spec.outputs,
         "classes": spec.classes,
@@ -153,10 +154,15 @@ def build_outer_loop(settings: TrainConfig, spec: TaskSpec) -> OuterLoop:
     return rule
 
 
-def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
+def build_backbone(node: Node, spec: TaskSpec, normalise: Node = None) -> nn.Module:
     """Build the network, and check by a forward pass that it maps examples to vectors.
 
     The networks of metarun are not checked: tests do that, and it would take a second for a large one.
+
+    Args:
+        node: the class and its settings.
+        spec: the kind of tasks.
+        normalise: the layer before it, if it has a class.
     """
     takes, cls = parameters_of(node), get_class(node["_target_"])
     offered = {"item_shape": spec.item_shape, "vocabulary": spec.vocabulary, "encoder": spec.pretrained}
@@ -169,10 +175,12 @@ def build_backbone(node: Node, spec: TaskSpec) -> nn.Module:
     if not in_metarun(cls):
         where = f"backbone: {cls.__module__}.{cls.__qualname__}"
         set_features(backbone, forward_on_zeros(backbone, spec, where).shape[1], where)
-        if getattr(backbone, "frozen", False) is True:
-            frozen = nn.Sequential(Frozen(backbone, len(spec.item_shape)))
-            frozen.features = backbone.features
-            return frozen
+    if "_target_" in (normalise or {}):
+        normalise_inputs(backbone, instantiate(normalise, "normalise", spec=spec))
+    if not in_metarun(cls) and getattr(backbone, "frozen", False) is True:
+        frozen = nn.Sequential(Frozen(backbone, len(spec.item_shape)))
+        frozen.features = backbone.features
+        return frozen
     return backbone
 
 
@@ -253,11 +261,19 @@ def load_weights(algorithm: Algorithm) -> None:
             load()
 
 
-def start_run(algorithm: Algorithm, train: EpisodeSource) -> None:
-    """Call `on_run_start(train)` of the algorithm and of its parts that have it, in a new run.
+def start_run(algorithm: Algorithm, train: EpisodeSource, initial_weights: Node) -> None:
+    """Draw the initial weights, if they are not PyTorch's, and call `on_run_start(train)`, in a new run.
 
-    The backbone `bag` sets the weights of its tokens by their frequencies in the training texts.
+    It is called of the algorithm and of its parts that have it. The backbone `bag` sets the weights of its
+    tokens by their frequencies in the training texts.
     """
+    if "_target_" in (initial_weights or {}):
+        backbone = algorithm.own_backbone()
+        if backbone is None:
+            raise ConfigError(
+                f"initial_weights: algorithm={type(algorithm).__name__} has no backbone; leave it out"
+            )
+        instantiate(initial_weights, "initial_weights")(backbone, algorithm.own_heads())
     for part in algorithm.modules():
         if callable(start := getattr(part, "on_run_start", None)):
             start(train)

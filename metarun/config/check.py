@@ -39,6 +39,7 @@ SUPPLIED = {
         "constants",
     },
     "backbone": {"item_shape", "vocabulary", "encoder"},
+    "normalise": {"spec"},
     "optimizer": {"params"},
     "tracker": {"folder", "first"},
     "scheduler": {"optimizer"},
@@ -48,6 +49,8 @@ KINDS = {
     "dataset": "metarun.datasets.base.Dataset",
     "algorithm": "metarun.algorithms.base.Algorithm",
     "backbone": "torch.nn.Module",
+    "normalise": "metarun.backbones.input_norm.InputNorm",
+    "initial_weights": "metarun.nn.initial.InitialWeights",
     "augment": "metarun.datasets.augment.Augment",
     "train_tasks": "metarun.datasets.training_tasks.TrainingTasks",
     "inner_loop": "metarun.inner_loops.base.InnerLoop",
@@ -71,7 +74,7 @@ MOST, MOST_OF_PARTS, MOST_SEED = (1 << 31) - 1, 1_000_000, (1 << 63) - 1
 PARTS = ("algorithm", "backbone", "inner_loop", "steps")
 LARGEST = 3.4e38  # the range of float32
 SWITCHES = ("true", "false", "yes", "no", "on", "off", "1", "0", "null")
-NORMS = ("batch", "running", "group", "layer", "instance", "task", "task_layer", "none")
+NORMS = ("batch", "batch_shift", "running", "group", "layer", "instance", "task", "task_layer", "none")
 
 
 def check(

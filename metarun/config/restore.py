@@ -28,7 +28,7 @@ from metarun.training.hardware import Hardware
 from metarun.training.trainer import Trainer
 
 # The groups that evaluation builds; the classes of others are not imported.
-EVALUATED = ("dataset", "backbone", "inner_loop", "algorithm")
+EVALUATED = ("dataset", "backbone", "normalise", "inner_loop", "algorithm")
 
 
 @contextmanager
@@ -204,6 +204,11 @@ def start_from(algorithm: Algorithm, path: Path, content: Mapping[str, Any]) -> 
             f"init={path}: a frozen backbone needs running averages, and the checkpoint ({run}) has none; "
             "choose a run with norm=running"
         )
+    if is_normalised(offered) != is_normalised(wanted):
+        inputs = "normalised images; set normalise=train, which then takes the numbers of that run"
+        if is_normalised(wanted):
+            inputs = "images in [0, 1]; set normalise=none"
+        raise ConfigError(f"init={path}: its backbone ({run}) was trained on {inputs}")
     if has != wants:
         offered, wanted = ({n: x for n, x in d.items() if not is_average(n)} for d in (offered, wanted))
     if [x.shape for x in offered.values()] != [x.shape for x in wanted.values()]:
@@ -225,6 +230,11 @@ def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, own in names.items()
         if own.startswith("backbone.")
     }
+
+
+def is_normalised(state: Mapping[str, Tensor]) -> bool:
+    """Whether the state of a backbone has the numbers of `normalise=`."""
+    return any(name.rpartition(".")[2] == "deviation" for name in state)
 
 
 def is_average(name: str) -> bool:

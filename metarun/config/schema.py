@@ -97,6 +97,8 @@ class TrainConfig:
     dataset: Node = MISSING
     algorithm: Node = MISSING
     backbone: Node = MISSING
+    normalise: Node = None
+    initial_weights: Node = None
     inner_loop: Node = None
     outer_loop: Node = None
     sampler: Node = None

@@ -88,7 +88,8 @@ def conditions(stated: Mapping[str, str | tuple[str, ...]]) -> Iterator[tuple[st
 
 def unused_parts(algorithm: type) -> set[str]:
     """The groups whose objects an algorithm does not take."""
-    return {"backbone", "inner_loop"} - inspect.signature(algorithm).parameters.keys()
+    unused = {"backbone", "inner_loop"} - inspect.signature(algorithm).parameters.keys()
+    return unused | ({"normalise", "initial_weights"} if "backbone" in unused else set())
 
 
 def in_use(cfg: DictConfig) -> DictConfig:

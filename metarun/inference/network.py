@@ -14,7 +14,7 @@ from metarun.algorithms.feature_method import FeatureMethod
 from metarun.errors import ConfigError, first_line
 from metarun.inference.adapted import AdaptedModel, on_device
 from metarun.inference.model import Model
-from metarun.nn.layers import StepNorm, relates_examples, replace_layers
+from metarun.nn.layers import ShiftNorm, StepNorm, relates_examples, replace_layers
 from metarun.nn.per_task import TaskBatching
 from metarun.nn.task_norm import task_norms
 
@@ -34,6 +34,7 @@ class NormBeside(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps, self.groups = layer.weight, layer.bias, layer.eps, groups
         self.row = layer.step if isinstance(layer, StepNorm) else None
+        self.shift = layer.shift if isinstance(layer, ShiftNorm) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [groups * B, C, ...], a group after the other."""
@@ -43,7 +44,7 @@ class NormBeside(nn.Module):
         variance = (y - mean).square().mean(others, keepdim=True)
         y = ((y - mean) / (variance + self.eps).sqrt()).reshape(x.shape)
         if self.weight is None:
-            return y
+            return y if self.shift is None else self.shift(y)
         weight, bias = self.weight, self.bias
         if self.row is not None:
             row = min(self.row, len(weight) - 1)

@@ -45,13 +45,25 @@ class MetaLSTM(InnerLoop):
     Args:
         hidden: units of the LSTM.
         steps, test_steps: see `InnerLoop`; at least one step.
+        forget_bias: the bias of the forget gate starts uniformly between these; 4 and 5 in the paper's code.
     """
 
     learned = True
 
-    def __init__(self, hidden: int = 20, steps: int = 5, test_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        hidden: int = 20,
+        steps: int = 5,
+        test_steps: int | None = None,
+        forget_bias: tuple[float, float] = (4.0, 6.0),
+    ) -> None:
         super().__init__(steps, test_steps, order=1)
         require_steps(steps)
+        if forget_bias[0] > forget_bias[1]:
+            raise ConfigError(
+                f"inner_loop.forget_bias={list(forget_bias)}: must be two numbers, the second not below the "
+                "first"
+            )
         self.cell = LSTMCell(4, hidden)
         self.forget = nn.Linear(hidden + 2, 1)
         self.input = nn.Linear(hidden + 2, 1)
@@ -59,7 +71,7 @@ class MetaLSTM(InnerLoop):
         # descent.
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.01, 0.01)
-        nn.init.uniform_(self.forget.bias, 4, 6)
+        nn.init.uniform_(self.forget.bias, *forget_bias)
         nn.init.uniform_(self.input.bias, -5, -4)
 
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:

@@ -13,7 +13,7 @@ from metarun.errors import ConfigError
 from metarun.nn import double_backward
 from metarun.nn.task_norm import TaskNorm, task_norms
 
-Norm = Literal["batch", "running", "group", "layer", "instance", "task", "task_layer", "none"]
+Norm = Literal["batch", "batch_shift", "running", "group", "layer", "instance", "task", "task_layer", "none"]
 NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, TaskNorm)
 
 
@@ -22,6 +22,7 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
 
     Args:
         norm: "batch": the statistics of the current batch, also in evaluation; predictions are transductive.
+            "batch_shift": the same with a learned shift alone, that of MAML's code (`ShiftNorm`).
             "running": running averages in evaluation (not for weights adapted per task).
             "group" (8 groups), "layer", "instance": the statistics of each image. "task", "task_layer":
             TaskNorm-I and TaskNorm-L, those of the support and of each image. "none": the identity.
@@ -33,6 +34,8 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
     match norm:
         case "batch":
             return nn.BatchNorm2d(channels, track_running_stats=False)
+        case "batch_shift":
+            return ShiftNorm(channels)
         case "running":
             return nn.BatchNorm2d(channels)
         case "group":
@@ -184,6 +187,45 @@ class FiLM(nn.Module):
         if x.dim() == 4:
             return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
         return x * scale.unsqueeze(1) + shift.unsqueeze(1)
+
+
+class ShiftNorm(nn.BatchNorm2d):
+    """Batch norm by batch statistics, without a gain, and with a shift that no task adapts.
+
+    It is `tf.contrib.layers.batch_norm` with its defaults, as in MAML's code (Finn et al. 2017): the shift is
+    a variable beside the adapted weights, so that it is meta-learned. Where the meta-gradient is one of the
+    weights that tasks adapt alone (Reptile, iMAML), it stays 0.
+
+    Args:
+        channels: C.
+        eps: added to variances.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-3) -> None:
+        super().__init__(channels, eps, affine=False, track_running_stats=False)
+        self.shift = Shift(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shift(super().forward(x))
+
+    def on_tasks(self, own: dict[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+        """x [B, T*C, H, W], each task by its own statistics."""
+        return (
+            double_backward.batch_norm(x, None, None, self.eps) + self.shift.bias.repeat(tasks)[:, None, None]
+        )
+
+
+class Shift(nn.Module):
+    """A number for each channel that is added to its maps, the same for all tasks."""
+
+    shared_by_tasks = True
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias[:, None, None]
 
 
 class StepNorm(nn.Module):

@@ -16,7 +16,7 @@ from typing import TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.nn.layers import move_average, normalises_batches, relates_examples
+from metarun.nn.layers import ShiftNorm, move_average, normalises_batches, relates_examples
 from metarun.nn.per_task import AUTO, OnTasks, TaskBatching, is_groupable, leaves, run_chain
 from metarun.nn.task_norm import TaskNorm
 
@@ -33,7 +33,7 @@ def runs_at_once(module: nn.Module, x: Tensor, batching: TaskBatching = AUTO) ->
         return True
     every = leaves(module)
     known = all(
-        is_batch_norm(layer) or isinstance(layer, TaskNorm) or not normalises_batches(layer)
+        is_batch_norm(layer) or isinstance(layer, (TaskNorm, ShiftNorm)) or not normalises_batches(layer)
         for layer in every
     )
     # The averages of a layer that is used twice would be updated in another order than task by task.

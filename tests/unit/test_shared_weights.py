@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("float64")]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "conv4": lambda: Conv4((3, 16, 16), width=4, norm="running"),
     "conv4, batch": lambda: Conv4((3, 16, 16), width=4, norm="batch"),
+    "conv4, shift": lambda: Conv4((3, 16, 16), width=4, norm="batch_shift"),
     "conv4, one channel": lambda: Conv4((1, 16, 16), width=4, downsample="stride", norm="running"),
     "resnet12": lambda: ResNet12((3, 16, 16), widths=(4, 4, 6, 8), drop_rate=0.0, norm="running"),
     "no weights": lambda: nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Flatten()),
