@@ -180,7 +180,17 @@ def described(metric: Metric) -> list[str]:
 
 def all_options() -> str:
     methods = ("algorithm", "dataset", "backbone", "inner_loop", "outer_loop")
-    groups = (*methods, "normalise", "initial_weights", "sampler", "augment", "train_tasks", "hardware", "tracker", "recipe")
+    groups = (
+        *methods,
+        "normalise",
+        "initial_weights",
+        "sampler",
+        "augment",
+        "train_tasks",
+        "hardware",
+        "tracker",
+        "recipe",
+    )
     return markdown(["group", "options"], [[f"`{group}`", row_of(group)] for group in groups])
 
 

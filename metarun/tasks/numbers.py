@@ -1,7 +1,7 @@
 """Random numbers that belong to tasks, such as the order of their examples or noise of their weights.
 
-A task has the same numbers however many tasks run at once, and where processes share the tasks of a step as in
-a single process: those of all tasks are drawn, from the same generator, and each task takes its own.
+A task has the same numbers however many tasks run at once, and where processes share the tasks of a step as
+in a single process: those of all tasks are drawn, from the same generator, and each task takes its own.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def normal(tasks: int, length: int, device: torch.device) -> Tensor:
 
 
 def noise_like(x: Tensor) -> Tensor:
-    """Standard normal random numbers of the shape and the dtype of x [T, ...], for the T tasks that are run."""
+    """Standard normal random numbers of the shape and dtype of x [T, ...], for the T tasks that are run."""
     return normal(len(x), x[0].numel(), x.device).view_as(x).to(x.dtype)
 
 
 def dropped(x: Tensor, share: float) -> Tensor:
-    """Dropout of x [T, ...] of the T tasks that are run: a share of its numbers is 0, the others are scaled."""
+    """Dropout of x [T, ...] of the T tasks that are run: a share of numbers is 0, the others are scaled."""
     kept = uniform(len(x), x[0].numel(), x.device).view_as(x) >= share
     return x * kept / (1 - share)

@@ -398,7 +398,7 @@ class OuterStep:
                 self.say(f"compilation failed, continuing without: {first_line(error)}")
         else:
             if draws_numbers and (self.ranks.joined or self.at_once < self.meta_batch):
-                # The trace of a part would draw the numbers of all tasks once more, or hold them as constants.
+                # The trace of a part would draw the numbers of all tasks again, or hold them as constants.
                 self.traced.clear()
                 if compiles:
                     self.say("random numbers of tasks that run in parts: continuing without compilation")
