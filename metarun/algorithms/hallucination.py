@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import require
 from metarun.algorithms.protonet import ProtoNet
+from metarun.tasks.numbers import noise_like
 
 
 class Hallucination(ProtoNet):
@@ -62,6 +63,6 @@ class Hallucination(ProtoNet):
         """Standard normal numbers for features like [T, S, F]: [T, S, M, Z]; the same in evaluation."""
         size = self.generated, self.noise_size
         if self.training:
-            return torch.randn(*like.shape[:2], *size, dtype=like.dtype, device=like.device)
+            return noise_like(like.new_empty(()).expand(*like.shape[:2], *size))
         generator = torch.Generator().manual_seed(0)
         return torch.randn(size, generator=generator, dtype=torch.float64).to(like)

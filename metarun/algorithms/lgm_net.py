@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from metarun.algorithms.feature_method import precise, require
 from metarun.algorithms.matching import MatchingNet
 from metarun.nn.layers import Norm, norm_layer
 from metarun.nn.per_task import Params, run_on_tasks
+from metarun.tasks.numbers import noise_like
 from metarun.tasks.objectives import class_weights
 
 
@@ -94,7 +94,7 @@ class LGMNet(MatchingNet):
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal numbers of the shape of `like` [T, width / 2]."""
-        return torch.randn_like(like)
+        return noise_like(like)
 
 
 def pooling() -> nn.MaxPool2d:

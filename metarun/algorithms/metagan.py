@@ -21,6 +21,7 @@ from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.nn.layers import Norm
 from metarun.nn.per_task import Params
 from metarun.tasks.episodes import Episodes, Outcome, Tasks
+from metarun.tasks.numbers import noise_like
 from metarun.tasks.objectives import class_weights, cross_entropy
 from metarun.tasks.spec import TaskSpec
 
@@ -108,7 +109,7 @@ class Adversarial(nn.Module):
         """Standard normal numbers [T, M, Z] for T tasks like [T, ...]; the same in evaluation, [1, M, Z]."""
         size = self.generated, self.noise_size
         if self.training:
-            return torch.randn(len(like), *size, dtype=like.dtype, device=like.device)
+            return noise_like(like.new_empty(()).expand(len(like), *size))
         generator = torch.Generator().manual_seed(0)
         return torch.randn(1, *size, generator=generator, dtype=torch.float64)
 

@@ -85,11 +85,11 @@ def normal(tasks: int, length: int, device: torch.device) -> Tensor:
 
 
 def noise_like(x: Tensor) -> Tensor:
-    """Standard normal random numbers of the shape and dtype of x [T, ...], for the T tasks that are run."""
+    """Standard normal random numbers like x [T, ...] of the T tasks that are run."""
     return normal(len(x), x[0].numel(), x.device).view_as(x).to(x.dtype)
 
 
 def dropped(x: Tensor, share: float) -> Tensor:
-    """Dropout of x [T, ...] of the T tasks that are run: a share of numbers is 0, the others are scaled."""
+    """x [T, ...] of the T tasks that are run, with a share of its numbers dropped and the others scaled."""
     kept = uniform(len(x), x[0].numel(), x.device).view_as(x) >= share
     return x * kept / (1 - share)

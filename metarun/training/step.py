@@ -186,8 +186,7 @@ class OuterStep:
         """Run one outer step on the next meta-batch, without copying anything from the device to the host."""
         if self.algorithm.on_step_start(self.iteration):
             self.prepare(self.iteration, self.say)
-        if self.generator is not None:
-            # Numbers that belong to no task, as of dropout, depend on the iteration and the rank alone.
+        if self.generator is not None:  # for numbers of no task, as of dropout: the iteration and the rank
             torch.manual_seed(seed_of(f"step {self.seed} {self.iteration} {self.ranks.rank}"))
         self.numbers = TaskNumbers(self.meta_batch, self.generator)
         self.iteration += 1
@@ -380,29 +379,22 @@ class OuterStep:
 
     def trace(self, compiles: bool) -> None:
         """Trace, and optionally compile, the gradient for each size of chunk; if that fails, run eagerly."""
-        began = time.perf_counter()
-        draw = next(self.draws_from(0))
-        draws_numbers = False
+        began, random = time.perf_counter(), False
         try:
-            for chunk in split_draw(draw, self.at_once):
+            for chunk in split_draw(next(self.draws_from(0)), self.at_once):
                 if len(chunk[0]) not in self.traced:
-                    generator = torch.Generator() if self.ranks.joined else None
-                    self.numbers = TaskNumbers(self.meta_batch, generator)
+                    self.numbers = TaskNumbers(self.meta_batch, self.ranks.generator())
                     self.traced[len(chunk[0])] = traced_gradient(
                         self.algorithm, self.meta_gradient, chunk, self.hardware, compiles
                     )
-                    draws_numbers = draws_numbers or bool(self.numbers.drawn)
+                    random = random or bool(self.numbers.drawn)
         except Exception as error:
             self.traced.clear()
             if compiles:
                 self.say(f"compilation failed, continuing without: {first_line(error)}")
         else:
-            if draws_numbers and (self.ranks.joined or self.at_once < self.meta_batch):
-                # The trace of a part would draw the numbers of all tasks again, or hold them as constants.
-                self.traced.clear()
-                if compiles:
-                    self.say("random numbers of tasks that run in parts: continuing without compilation")
+            if random and (self.ranks.joined or self.at_once < self.meta_batch):
+                self.traced.clear()  # a trace of a part would hold its numbers, or draw those of all again
             elif compiles:
                 self.say(f"compiled in {time.perf_counter() - began:.0f} s")
-        finally:
-            self.numbers = None
+        self.numbers = None

@@ -45,6 +45,7 @@ from metarun.nn.shared_weights import runs_at_once
 from metarun.tasks.episodes import Episodes, EpisodeShape, UnequalEpisodes
 from metarun.tasks.objectives import REGRESSION, mean_squared_error
 from metarun.training.evaluation import adapted_outcome
+from metarun.training.step import OuterStep
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -72,25 +73,49 @@ AT_RANDOM = {"shuffles": True, "dropout": 0.5, "batch": 2}
 STAND_INS = ("noise", "draws")
 
 
+def with_random_numbers(name: str) -> tuple[Algorithm, bool]:
+    """A method that draws as its users' does, and whether it draws."""
+    algorithm = METHODS[name].build(BACKBONES["mlp"](), 1)
+    settings = {key: value for key, value in AT_RANDOM.items() if hasattr(algorithm, key)}
+    vars(algorithm).update(settings)
+    return algorithm, any(vars(algorithm).pop(key, None) for key in STAND_INS) or bool(settings)
+
+
+def two_steps(algorithm: Algorithm, **how) -> tuple[OuterStep, list[Gradient]]:
+    """The gradients and the sums of losses and scores of two steps that leave the weights as they are."""
+    still = torch.optim.SGD(algorithm.parameters(), lr=0.0)
+    engine, found = engine_of(algorithm, episodes_of(tasks=3, shots=2, queries=1), still, **how), []
+    torch.manual_seed(0)
+    for _ in range(2):
+        engine.step()
+        found.append({n: p.grad.clone() for n, p in algorithm.named_parameters() if p.requires_grad})
+    return engine, [*found, {"totals": engine.running_totals}]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_random_numbers_of_a_task_do_not_depend_on_how_many_run_at_once(name: str):
-    algorithm = METHODS[name].build(BACKBONES["mlp"](), 1)
-    given = {
-        key
-        for key, value in AT_RANDOM.items()
-        if hasattr(algorithm, key) and not setattr(algorithm, key, value)
-    }
-    given |= {key for key in STAND_INS if vars(algorithm).pop(key, None) is not None}
-    episodes, found = episodes_of(tasks=4), []
-    for at_once in (4, 1):
-        torch.manual_seed(0)
-        still = torch.optim.SGD(algorithm.parameters(), lr=0.0)
-        engine = engine_of(algorithm, episodes, still, tasks_at_once=at_once)
-        engine.step()
-        assert bool(engine.numbers.drawn) == bool(given)
-        found.append({n: p.grad for n, p in algorithm.named_parameters() if p.requires_grad})
-        found[-1]["loss"] = engine.running_totals
-    assert relative_error(*found) < 1e-7
+    algorithm, random = with_random_numbers(name)
+    state = torch.get_rng_state()
+    engine, expected = two_steps(algorithm)
+    assert bool(engine.numbers.drawn) == random
+    torch.set_rng_state(state)  # of the tasks
+    _, found = two_steps(algorithm, tasks_at_once=1)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["mr_maml-weights", "hallucination"])
+def test_a_trace_draws_the_random_numbers_of_eager_steps(name: str):
+    """New ones at each step; parts of the tasks are not traced, since they share the numbers of all."""
+    algorithm, state = with_random_numbers(name)[0], torch.get_rng_state()
+    _, expected = two_steps(algorithm)
+    torch.set_rng_state(state)
+    engine, found = two_steps(algorithm, compile="auto", precision="float64")
+    assert engine.traced
+    assert relative_error(found[0], found[1]) > 1e-3
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-7
+    assert not engine_of(algorithm, episodes_of(), compile="auto", tasks_at_once=2).traced
 
 
 @pytest.mark.parametrize(
