@@ -26,10 +26,10 @@ class PLATIPUS(MAML):
     Learned are the mean mu and the deviations sigma of initial weights theta, the deviations v of their
     posterior, and two rates (algorithm 1). In training, theta is one sample of
     q = N(mu - gamma_q grad L(mu, queries), v^2), and the inner loop takes it to phi by the support. The loss
-    is L(phi, queries) + KL(q || p) / B with p = N(mu - gamma_p grad L(mu, support), sigma^2), the negative
-    evidence lower bound divided by the number B of queries. A new task is predicted by samples of theta from
-    p, each with inner steps (algorithm 2): by the mean of their probabilities, or the mixture of their
-    Gaussians.
+    is L(phi, queries) + weight * KL(q || p) / B with p = N(mu - gamma_p grad L(mu, support), sigma^2). With a
+    weight of 1 it is the negative evidence lower bound divided by the number B of queries. A new task is
+    predicted by samples of theta from p, each with inner steps (algorithm 2): by the mean of their
+    probabilities, or the mixture of their Gaussians.
 
     Departures: losses are means over examples, as everywhere here, and gamma_p and gamma_q are rates of such
     losses. In regression, the network predicts the standard deviation of a value beside its mean; the noise
@@ -41,6 +41,7 @@ class PLATIPUS(MAML):
         deviation: what sigma and v start from, above 0.
         rate: what gamma_p and gamma_q start from.
         samples: the number of samples of theta in predictions.
+        weight: of the divergence, at least 0; 1 is the bound itself.
 
     Raises:
         ConfigError: if a setting is out of range.
@@ -60,11 +61,13 @@ class PLATIPUS(MAML):
         deviation: float = 0.01,
         rate: float = 0.01,
         samples: int = 10,
+        weight: float = 1.0,
     ) -> None:
         super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
         check_above_0("algorithm", deviation=deviation)
         check_least("algorithm", 1, samples=samples)
-        self.samples, self.classifies = samples, classes is not None
+        check_least("algorithm", 0, weight=weight)
+        self.samples, self.classifies, self.weight = samples, classes is not None, weight
         start = {n: torch.full_like(p, math.log(deviation)) for n, p in self.learner.own_parameters().items()}
         self.prior_deviations = PerWeight(start)  # logarithms
         self.posterior_deviations = PerWeight({name: p.clone() for name, p in start.items()})
@@ -121,7 +124,7 @@ class PLATIPUS(MAML):
         phi = self.inner_loop(loss, theta)
         outcome = tasks.query(self.beside_support(partial(self.learner, phi), tasks), self.loss)
         divergence = kl_divergence(*posterior, *prior)
-        return replace(outcome, loss=outcome.loss + divergence / tasks.query_x.shape[1])
+        return replace(outcome, loss=outcome.loss + self.weight * divergence / tasks.query_x.shape[1])
 
     def stepped(self, loss: Loss, params: Params, rate: Tensor) -> Tensor:
         """Weights after one step of a learned rate, [T, P]."""

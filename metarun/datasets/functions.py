@@ -13,7 +13,7 @@ from metarun.datasets.base import Dataset, Split, number_rows
 from metarun.datasets.sinusoid import Range
 from metarun.errors import ConfigError, DataError
 from metarun.tasks.episodes import Episodes, EpisodeShape
-from metarun.tasks.objectives import REGRESSION
+from metarun.tasks.objectives import DISTRIBUTIONS, REGRESSION
 from metarun.tasks.source import Draw, EpisodeSource
 from metarun.tasks.spec import TaskSpec
 
@@ -51,6 +51,7 @@ class Functions(Dataset):
         families: one or more of `FAMILIES`; the paper uses the first two, three or all five.
         x: the least and the largest x.
         noise: the standard deviation of the noise of y, at least 0.
+        likelihood: see `metarun.datasets.sinusoid.Sinusoid`.
 
     Raises:
         ConfigError: if there is no family, or one twice, or `noise` is negative.
@@ -62,16 +63,18 @@ class Functions(Dataset):
         families: Sequence[Family] = ("sinusoid", "line", "quadratic", "tanh", "transformed_l1"),
         x: Range = (-5.0, 5.0),
         noise: float = 0.3,
+        likelihood: Literal["gaussian"] | None = None,
     ) -> None:
         if not families or len(set(families)) < len(families):
             raise ConfigError(f"dataset.families={list(families)}: choose one or more different families")
         if noise < 0:
             raise ConfigError(f"dataset.noise={noise}: choose a number of at least 0")
-        self.families, self.x, self.noise = tuple(families), x, noise
+        self.families, self.x, self.noise, self.likelihood = tuple(families), x, noise, likelihood
 
     @property
     def spec(self) -> TaskSpec:
-        return TaskSpec(item_shape=(1,), objective=REGRESSION, outputs=1)
+        objective = DISTRIBUTIONS if self.likelihood else REGRESSION
+        return TaskSpec(item_shape=(1,), objective=objective, outputs=objective.numbers)
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> FunctionSource:
         return FunctionSource(self, name, device)

@@ -425,7 +425,8 @@ def zero_shot(backbone: nn.Module, steps: int) -> ZeroShot:
 
 def platipus(backbone: nn.Module, steps: int) -> PLATIPUS:
     """With the same noise for all tasks, so that chunks of tasks meet the same."""
-    algorithm = PLATIPUS(backbone, SGD(RATE, steps), 3, classes=11, deviation=0.05, rate=RATE, samples=2)
+    loop = SGD(RATE, steps)
+    algorithm = PLATIPUS(backbone, loop, 3, classes=11, deviation=0.05, rate=RATE, samples=2, weight=0.3)
     for p in algorithm.prior_deviations.parameters():
         p.data += 0.1 * torch.randn_like(p)
     algorithm.draws = lambda tasks, samples, like: regularised.wave(

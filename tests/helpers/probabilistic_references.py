@@ -47,7 +47,7 @@ def platipus(algorithm: nn.Module, episodes: Episodes, steps: int, rate: float) 
         for _ in range(steps):
             weights = stepped(weights, support_loss_of(functional_call(net, weights, (x,)), y), rate)
         loss = loss_of(functional_call(net, weights, (query_x,)), query_y)
-        losses.append(loss + divergence / len(query_x))
+        losses.append(loss + algorithm.weight * divergence / len(query_x))
     total = torch.stack(losses).mean()
     return dict(zip(learned, torch.autograd.grad(total, list(learned.values())), strict=True))
 

@@ -16,6 +16,7 @@ from metarun.datasets.functions import Functions
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.objectives import DISTRIBUTIONS
 
 pytestmark = pytest.mark.quick
 
@@ -56,6 +57,9 @@ def test_families_are_mixed_and_noise_is_added():
     assert noise.std().item() == pytest.approx(0.3, rel=0.03)
     steep = (plain.query_y.abs() > 6.1).any(1).float().mean()  # a tanh stays within 6
     assert 0.2 < steep < 0.5
+    predicted = Functions(likelihood="gaussian")
+    assert predicted.spec.outputs == 2 and predicted.split("test").spec.objective is DISTRIBUTIONS
+    assert predicted.split("test").fingerprint == Functions().split("test").fingerprint  # the same tasks
     with pytest.raises(ConfigError, match=r"families=.*choose one or more different families"):
         Functions(families=["line", "line"])
 
