@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import require
 from metarun.algorithms.protonet import ProtoNet
+from metarun.nn.frozen import Frozen
 from metarun.tasks.numbers import noise_like
 
 
@@ -19,39 +20,60 @@ class Hallucination(ProtoNet):
     prototypes, and the loss of the queries trains G and the backbone together. Features are meant to be
     non-negative, as after a ReLU; negative ones are cut off in what is generated.
 
-    Departures: in the paper, the features are those of a network that is trained before and then fixed, and
-    another network behind G embeds them; here G is applied to the last features, and the backbone is trained
-    with it (or is fixed, with a frozen backbone). Every support example is a seed equally often; the paper
-    draws the seeds at random. The weights of the noise start from small normal numbers, not from zero.
-    Evaluation always uses the same noise.
+    In the paper (section 5.2), features are those of a network that was trained before and is fixed, and two
+    layers with a ReLU in between embed them and what is made of them: `frozen=True`, with `embedding` units.
+    Without these two, G is applied to the last features, and the backbone is trained with it.
+
+    Departures: every support example is a seed equally often; the paper draws the seeds at random. The
+    weights of the noise start from small normal numbers, not from zero. Evaluation always uses the same
+    noise.
 
     Args:
         backbone: passed by the builder; see `Algorithm`.
         generated: the number of examples made of each support example; 0: prototypical networks.
         noise: the size of z, at least 1.
         spread: the standard deviation of the first weights of the noise.
+        embedding: units of each of the two layers behind G; 0: no such layers.
+        frozen: whether the backbone is not trained.
     """
 
-    def __init__(self, backbone: nn.Module, generated: int = 5, noise: int = 16, spread: float = 0.1) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        generated: int = 5,
+        noise: int = 16,
+        spread: float = 0.1,
+        embedding: int = 0,
+        frozen: bool = False,
+    ) -> None:
+        size: int = backbone.features  # type: ignore[assignment]
+        if frozen:
+            backbone = nn.Sequential(Frozen(backbone))
+            backbone.features = size  # type: ignore[assignment]
         super().__init__(backbone)
         require(generated >= 0, f"algorithm.generated={generated}: must be at least 0")
         require(noise >= 1, f"algorithm.noise={noise}: must be at least 1")
         require(spread >= 0, f"algorithm.spread={spread}: must be at least 0")
-        self.generated, self.noise_size = generated, noise
-        size = self.features
+        require(embedding >= 0, f"algorithm.embedding={embedding}: must be at least 0")
+        self.generated, self.noise_size, self.frozen = generated, noise, frozen
         first, second, third = (nn.Linear(n, size) for n in (size + noise, size, size))
         for layer in (first, second, third):
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)
         nn.init.normal_(first.weight[:, size:], std=spread)
         self.hallucinator = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU())
+        layers = [nn.Linear(size, embedding), nn.ReLU(), nn.Linear(embedding, embedding)] if embedding else []
+        self.embedding = nn.Sequential(*layers)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> Tensor:
         """The prototypes [T, N, F] of the support and of what is made of it."""
         made = self.hallucinated(features).flatten(1, 2)
         x = torch.cat([features, made], 1)
         y = torch.cat([targets, targets.repeat_interleave(self.generated, 1)], 1)
-        return super().fit(x, y, ways)
+        return super().fit(self.embedding(x), y, ways)
+
+    def score(self, adapted: Tensor, features: Tensor) -> Tensor:
+        return super().score(adapted, self.embedding(features))
 
     def hallucinated(self, features: Tensor) -> Tensor:
         """What is made of support features [T, S, F], [T, S, M, F]."""

@@ -34,7 +34,9 @@ class Generator(nn.Module):
     The task's vector is the mean of the vectors that an encoder gives to the support images. Together with
     noise, it is the input of the generator. All classes count equally in the mean. The paper does not give
     the layers: here three convolutions of stride 2 are the encoder, and a linear layer and two upsampled
-    convolutions the generator, without normalisation.
+    convolutions the generator, without normalisation. Weights start with He's variances, so that images
+    differ from each other from the start. Batch norm in the classifier would enlarge the differences of
+    nearly equal images, and the meta-gradient of MAML with them, by orders of magnitude.
 
     Args:
         item_shape: of an image, (C, H, W).
@@ -60,6 +62,10 @@ class Generator(nn.Module):
             nn.Conv2d(width, channels, 3, padding=1),
             nn.Sigmoid(),
         )
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, a=0.2)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, support_x: Tensor, balance: Tensor, noise: Tensor) -> Tensor:
         """Images [T, M, C, H, W].
@@ -114,15 +120,18 @@ class Adversarial(nn.Module):
         return torch.randn(1, *size, generator=generator, dtype=torch.float64)
 
     def against_generator(self, outcome: Outcome, fakes: Tensor, classify: Classify) -> Outcome:
-        """The outcome of the queries, whose loss is that of both players.
+        """The outcome of the queries, whose loss is that of the classifier.
 
-        Each gets the gradient of its own loss: the generator's is added once with its images, and subtracted
-        once with the same images as constants, which leaves the gradient through the images alone.
+        Each player gets the gradient of its own loss from one pass of the classifier, so that both see the
+        same masks of dropout. The images of this pass are constants; the gradient of the generator's loss
+        with respect to them is handed on to the generator by a term whose value is 0.
         """
         assert outcome.outputs is not None
-        constant = classify(fakes.detach())
-        both = real_loss(classify(fakes)) - real_loss(constant)
-        loss = outcome.loss + real_loss(outcome.outputs) + fake_loss(constant) + both
+        images = fakes.detach().requires_grad_()
+        logits = classify(images)
+        (slope,) = torch.autograd.grad(real_loss(logits).sum(), images, retain_graph=True)
+        of_generator = (slope * (fakes - images.detach())).flatten(1).sum(1)
+        loss = outcome.loss + real_loss(outcome.outputs) + fake_loss(logits) + of_generator
         return replace(outcome, loss=loss)
 
 

@@ -15,10 +15,12 @@ from metarun.inner_loops.sgd import SGD
 
 def hallucination(backbone: nn.Module, steps: int) -> Hallucination:
     """With weights that are no longer the identity."""
-    algorithm = Hallucination(backbone, generated=2, noise=3)
+    algorithm = Hallucination(backbone, generated=2, noise=3, embedding=4)
     with torch.no_grad():
         for p in algorithm.hallucinator.parameters():
             p += 0.1 * torch.randn_like(p)
+        for p in algorithm.embedding.parameters():
+            p += torch.randn_like(p)
     fixed = torch.randn(2, 3)
     algorithm.noise = lambda like: fixed
     return algorithm

@@ -23,7 +23,13 @@ def hallucination(net, support: Tensor, y: Tensor, query: Tensor, query_y: Tenso
                 made = (layer.weight @ made + layer.bias).clamp(min=0)
             examples.append(made)
             labels.append(label)
-    x, y = torch.stack(examples), torch.stack(labels)
+    first, second = net.embedding[0], net.embedding[2]
+
+    def embedded(x: Tensor) -> Tensor:
+        return second.weight @ (first.weight @ x + first.bias).clamp(min=0) + second.bias
+
+    x, y = torch.stack([embedded(x) for x in examples]), torch.stack(labels)
+    query = torch.stack([embedded(q) for q in query])
     centres = [mean_of(x, y, k) for k in range(3)]
     rows = [torch.stack([-(q - c).square().sum() for c in centres]) for q in query]
     return mean_cross_entropy(rows, query_y)

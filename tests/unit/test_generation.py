@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers.methods import METHODS, SHAPE, Smooth, episodes_of
 from sklearn.linear_model import LogisticRegression
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import grad
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.distribution_calibration import DistributionCalibration
 from metarun.algorithms.hallucination import Hallucination
 from metarun.algorithms.maml import MAML
-from metarun.algorithms.metagan import Generator, MetaGANMAML, MetaGANRelation, fake_loss, real_loss
+from metarun.algorithms.metagan import Classify, Generator, MetaGANMAML, MetaGANRelation, fake_loss, real_loss
 from metarun.algorithms.multinomial import multinomial_regression
 from metarun.algorithms.protonet import ProtoNet
 from metarun.algorithms.relation import RelationNet
@@ -25,7 +29,7 @@ from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.class_store import ClassStore, tokens
-from metarun.tasks.episodes import EpisodeShape
+from metarun.tasks.episodes import EpisodeShape, Outcome
 from metarun.tasks.source import EpisodeSource
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -173,6 +177,14 @@ def test_the_hallucinator_starts_as_the_identity():
     made = moving.train().hallucinated(features)
     assert (made.std(2) > 0.01).all() and not torch.equal(made, moving.hallucinated(features))
     assert torch.equal(moving.eval().hallucinated(features), moving.hallucinated(features))
+
+
+def test_a_frozen_backbone_is_not_trained():
+    """What is in front of the hallucinator stays, as in the paper; the layers behind it learn."""
+    algorithm = Hallucination(Smooth(), embedding=3, frozen=True).train()
+    algorithm.meta_loss(episodes_of()).loss.sum().backward()
+    for name, p in algorithm.named_parameters():
+        assert (p.grad is None) == name.startswith("backbone."), name
 
 
 # generated tasks
@@ -324,11 +336,46 @@ def test_generated_images_do_not_move_running_averages():
     assert all(norm.momentum == 0.1 for norm in found.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
+class Dropped(Smooth):
+    """Drops half of the features in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), training=self.training)
+
+
+@pytest.mark.parametrize("name", ["metagan", "metagan_maml"])
+def test_both_players_have_the_gradient_of_their_own_loss_with_the_same_dropout(name: str):
+    """A second pass would draw other masks, and the generator's loss would also train the classifier."""
+    algorithm, tasks = METHODS[name].build(Dropped(), 1), episodes_of()
+    params = dict(algorithm.named_parameters())
+
+    def gradients() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return dict(zip(params, grad(algorithm.meta_loss(tasks).loss.sum(), [*params.values()]), strict=True))
+
+    def own(loss: Callable[[Outcome, Tensor, Classify], Tensor]) -> dict[str, Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(algorithm, "against_generator", lambda *given: replace(given[0], loss=loss(*given)))
+            return gradients()
+
+    found = gradients()
+    of_generator = own(lambda outcome, fakes, classify: real_loss(classify(fakes)))
+    of_classifier = own(
+        lambda outcome, fakes, classify: (
+            outcome.loss + real_loss(outcome.outputs) + fake_loss(classify(fakes.detach())) + 0 * fakes.sum()
+        )
+    )
+    for key, value in found.items():
+        expected = of_generator if key.startswith("generator.") else of_classifier
+        torch.testing.assert_close(value, expected[key])
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 28, 21)])
 def test_images_have_the_shape_and_the_range_of_the_dataset(shape: tuple[int, ...]):
     generator = Generator(shape, noise=3, width=4)
     support, noise = torch.rand(2, 6, *shape), torch.randn(2, 5, 3)
     images = generator(support, torch.ones(2, 6), noise)
+    assert images.std(1).mean() > 0.05  # nearly equal images would make batch norm's gradients explode
     assert images.shape == (2, 5, *shape) and images.min() > 0 and images.max() < 1
     alone = generator(support[1:], torch.ones(1, 6), noise[1:])
     torch.testing.assert_close(images[1:], alone)  # a task's images depend on its support alone
