@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import precise, require
 from metarun.algorithms.matching import MatchingNet
-from metarun.nn.layers import Norm, norm_layer
+from metarun.nn.layers import Norm, norm_layer, normalises_batches
 from metarun.nn.per_task import Params, run_on_tasks
 from metarun.tasks.numbers import noise_like
 from metarun.tasks.objectives import class_weights
@@ -28,10 +28,12 @@ class LGMNet(MatchingNet):
       the feature maps of the support and the queries. Cosine attention to the support classifies them
       (section 3.4), as in matching networks.
 
-    Sizes and the order of the layers are those of the authors' code, which has no factor of the cosines.
+    In training, batch norm takes the statistics of all tasks of a meta-batch together ("intertask
+    normalization", section 3.5). Sizes and the order of the layers are those of the authors' code, which has
+    no factor of the cosines.
+
     Departures: evaluation takes the mean of the context (the code: one sample, or a vote of several); every
-    class counts equally in the context if classes have different numbers of shots; batch norm takes the
-    statistics of one task, in the paper those of all tasks of a batch ("intertask normalization").
+    class counts equally in the context if classes have different numbers of shots.
 
     Args:
         backbone: passed by the builder; see `Algorithm`. Features that are not maps are maps of one pixel.
@@ -39,12 +41,18 @@ class LGMNet(MatchingNet):
             context; even.
         scale: see `MatchingNet`.
         norm: the normalisation in the context encoder.
+        intertask: False: batch norm takes the statistics of each task apart, as in other methods.
     """
 
     needs_classes = True
 
     def __init__(
-        self, backbone: nn.Module, width: int = 64, scale: float = 1.0, norm: Norm = "running"
+        self,
+        backbone: nn.Module,
+        width: int = 64,
+        scale: float = 1.0,
+        norm: Norm = "running",
+        intertask: bool = True,
     ) -> None:
         super().__init__(backbone, scale=scale)
         require(width >= 2 and width % 2 == 0, f"algorithm.width={width}: must be even, and at least 2")
@@ -62,6 +70,12 @@ class LGMNet(MatchingNet):
         convolutions = [nn.Conv2d(*pair, 3, padding=1) for pair in pairwise((channels, width, width))]
         # In a tuple, so that its weights, which are never used, do not belong to the method.
         self.target = (nn.Sequential(convolutions[0], nn.ReLU(), pooling(), convolutions[1], nn.Flatten()),)
+        self.couples_tasks = intertask and normalises_batches(self)
+
+    def by_task(self, module: nn.Module, x: Tensor) -> Tensor:
+        if not (self.training and self.couples_tasks):
+            return super().by_task(module, x)
+        return super().by_task(module, x.flatten(0, 1).unsqueeze(0)).squeeze(0).unflatten(0, x.shape[:2])
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
         """The generated weights [T, *shape] by name, and what `MatchingNet` needs of the support."""

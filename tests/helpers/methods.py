@@ -403,7 +403,7 @@ def tadam(backbone: nn.Module, steps: int) -> TADAM:
 
 def lgm_net(backbone: nn.Module, steps: int) -> LGMNet:
     """A context that is the mean, as in evaluation; another test samples."""
-    algorithm = LGMNet(backbone, width=4, scale=2.0, norm="batch")
+    algorithm = LGMNet(backbone, width=4, scale=2.0, norm="batch", intertask=False)
     algorithm.noise = torch.zeros_like
     return algorithm
 

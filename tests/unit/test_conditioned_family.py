@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers.methods import METHODS, SHAPE, Smooth, episodes_of, gradient, leo, lgm_net, relative_error, tadam
 from torch import nn
 
+from metarun.algorithms.lgm_net import LGMNet
 from metarun.algorithms.tadam import TADAM, probability
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.resnet12 import ResNet12
@@ -102,6 +104,22 @@ def test_lgm_nets_context_is_sampled_once_for_each_layer():
     del algorithm.fixed
     assert relative_error(gradient(algorithm, episodes), expected) < 1e-10
     assert len(given) == 2  # all tasks at once
+
+
+def test_lgm_nets_batch_norm_takes_the_statistics_of_all_tasks_in_training():
+    """Intertask normalization: support and queries of all tasks are one batch, but not in evaluation."""
+    algorithm, tasks = LGMNet(Conv4(SHAPE, width=4, norm="running"), width=4).train(), episodes_of()
+    other = copy.deepcopy(algorithm.backbone)
+    together = other(torch.cat([tasks.support_x, tasks.query_x], 1).flatten(0, 1)).unflatten(0, (3, -1))
+    support, query = algorithm.embed_episodes(tasks)
+    torch.testing.assert_close(torch.cat([support, query], 1), together)
+    for average, wanted in zip(algorithm.backbone.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(average, wanted)
+    alone = LGMNet(other, width=4, intertask=False).eval()
+    torch.testing.assert_close(algorithm.eval().embed(tasks.query_x), alone.embed(tasks.query_x))
+    assert not torch.allclose(alone.train().embed_episodes(tasks)[0], support)
+    assert algorithm.couples_tasks and not alone.couples_tasks
+    assert not LGMNet(Conv4(SHAPE, width=4, norm="layer"), width=4, norm="layer").couples_tasks
 
 
 def test_lgm_nets_weights_are_made_of_the_support_and_of_length_one():
