@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from metarun.algorithms.feature_method import require
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.relation import RelationNet
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_least
 from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.nn.layers import Norm
 from metarun.nn.per_task import Params
@@ -232,6 +232,7 @@ class MetaGANMAML(Adversarial, MAML):
         backbone, inner_loop, outputs, item_shape: passed by the builder; see `Algorithm`.
         transductive: see `Algorithm`.
         generated: the number of generated images of a task, M, in the inner loop and in the meta-loss.
+        inner_weight: of the two losses of the extra class in the inner loop; 1 in the paper.
         noise: the size of the generator's noise.
         generator_width: the channels of its first convolution.
     """
@@ -250,10 +251,13 @@ class MetaGANMAML(Adversarial, MAML):
         item_shape: tuple[int, ...],
         transductive: bool = True,
         generated: int = 25,
+        inner_weight: float = 1.0,
         noise: int = 32,
         generator_width: int = 32,
     ) -> None:
+        check_least("algorithm", 0, inner_weight=inner_weight)
         super().__init__(backbone, inner_loop, outputs, transductive=transductive)
+        self.inner_weight = inner_weight
         self.add_generator(item_shape, generated, noise, generator_width)
 
     @classmethod
@@ -264,7 +268,7 @@ class MetaGANMAML(Adversarial, MAML):
     def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
         assert isinstance(tasks, Episodes)
         loss, slow, fast = super().inner_problem(tasks)
-        if not self.generated:
+        if not (self.generated and self.inner_weight):
             return loss, slow, fast
         fakes, balance = self.fakes(tasks).detach(), class_weights(tasks.support_y, tasks.ways)
 
@@ -275,7 +279,7 @@ class MetaGANMAML(Adversarial, MAML):
             real = real_loss(outputs, balance.to(outputs.dtype))
             if self.normalises_by_support:
                 classify = self.predictor({"params": slow | params}, tasks)
-            return labelled + real + fake_loss(classify(fakes))
+            return labelled + self.inner_weight * (real + fake_loss(classify(fakes)))
 
         return with_fakes, slow, fast
 

@@ -44,7 +44,9 @@ def metagan(backbone: nn.Module, steps: int) -> MetaGANRelation:
 
 def metagan_maml(backbone: nn.Module, steps: int) -> MetaGANMAML:
     return with_noise(
-        MetaGANMAML(backbone, SGD(0.1, steps), 3, SHAPE, generated=3, noise=2, generator_width=3)
+        MetaGANMAML(
+            backbone, SGD(0.1, steps), 3, SHAPE, generated=3, inner_weight=0.7, noise=2, generator_width=3
+        )
     )
 
 

@@ -108,8 +108,9 @@ def metagan_maml(algorithm, episodes: Episodes, steps: int) -> dict[str, Tensor]
 
         for _ in range(steps):
             real, made = logits(weights, x), logits(weights, images.detach())
-            own = F.cross_entropy(real, y, reduction="none") - real_share(real).log()
-            loss = (balance * own).mean() - (1 - real_share(made)).log().mean()
+            of_real = -(balance * real_share(real).log()).mean()
+            loss = (balance * F.cross_entropy(real, y, reduction="none")).mean()
+            loss = loss + 0.7 * (of_real - (1 - real_share(made)).log().mean())
             grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             weights = {n: w - 0.1 * g for (n, w), g in zip(weights.items(), grads, strict=True)}
         real, made = logits(weights, query_x), logits(weights, images.detach())

@@ -170,7 +170,7 @@ def test_without_generated_examples_hallucination_is_protonet():
 
 def test_the_hallucinator_starts_as_the_identity():
     """Without noise it repeats its seed, and prototypes are those of the support; with noise it does not."""
-    features, y = torch.rand(2, 6, 4), torch.arange(3).repeat_interleave(2).expand(2, -1)
+    features, y = 2 + torch.rand(2, 6, 4), torch.arange(3).repeat_interleave(2).expand(2, -1)
     still, moving = (Hallucination(Positive(), generated=3, spread=spread) for spread in (0.0, 0.1))
     torch.testing.assert_close(still.hallucinated(features), features.unsqueeze(2).expand(-1, -1, 3, -1))
     torch.testing.assert_close(still.fit(features, y, 3), ProtoNet(Positive()).fit(features, y, 3))
