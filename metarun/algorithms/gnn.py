@@ -32,7 +32,8 @@ class GNN(FeatureMethod):
             the nodes, as in the paper's code.
         norm: the normalisation in the graph networks. The paper uses batch norm over a whole meta-batch; over
             one task, as here, its running averages fit no single task well. "layer" normalises each graph
-            separately. Graphs have no support: "task" is instance norm here, and "task_layer" layer norm.
+            separately. Graphs have no support: "task" is instance norm here, "task_layer" and "support" are
+            layer norm.
     """
 
     def __init__(

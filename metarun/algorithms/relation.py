@@ -32,8 +32,8 @@ class RelationNet(FeatureMethod):
         width: channels of the convolutional blocks.
         hidden: units of the first linear layer.
         norm: the normalisation in the convolutional blocks. The pairs that they compare have no support, so
-            that of TaskNorm only the part of each example alone remains: "task" is instance norm here, and
-            "task_layer" layer norm.
+            that of TaskNorm only the part of each example alone remains: "task" is instance norm here,
+            "task_layer" and "support" are layer norm.
     """
 
     def __init__(

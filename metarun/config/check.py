@@ -74,7 +74,10 @@ MOST, MOST_OF_PARTS, MOST_SEED = (1 << 31) - 1, 1_000_000, (1 << 63) - 1
 PARTS = ("algorithm", "backbone", "inner_loop", "steps")
 LARGEST = 3.4e38  # the range of float32
 SWITCHES = ("true", "false", "yes", "no", "on", "off", "1", "0", "null")
-NORMS = ("batch", "batch_shift", "running", "group", "layer", "instance", "task", "task_layer", "none")
+NORMS = (
+    *("batch", "batch_shift", "running", "group", "layer", "instance"),
+    *("task", "task_layer", "support", "none"),
+)
 
 
 def check(

@@ -13,7 +13,9 @@ from metarun.errors import ConfigError
 from metarun.nn import double_backward
 from metarun.nn.task_norm import TaskNorm, task_norms
 
-Norm = Literal["batch", "batch_shift", "running", "group", "layer", "instance", "task", "task_layer", "none"]
+Norm = Literal[
+    "batch", "batch_shift", "running", "group", "layer", "instance", "task", "task_layer", "support", "none"
+]
 NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, TaskNorm)
 
 
@@ -25,7 +27,8 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
             "batch_shift": the same with a learned shift alone, that of MAML's code (`ShiftNorm`).
             "running": running averages in evaluation (not for weights adapted per task).
             "group" (8 groups), "layer", "instance": the statistics of each image. "task", "task_layer":
-            TaskNorm-I and TaskNorm-L, those of the support and of each image. "none": the identity.
+            TaskNorm-I and TaskNorm-L, those of the support and of each image. "support": MetaBN, those of the
+            support alone. "none": the identity.
         channels: C.
 
     Raises:
@@ -50,13 +53,19 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
             return TaskNorm(channels, "instance")
         case "task_layer":
             return TaskNorm(channels, "layer")
+        case "support":
+            return TaskNorm(channels, None)
         case "none":
             return nn.Identity()
 
 
 def without_support(norm: Norm) -> Norm:
-    """The norm of layers whose batches have no support: of TaskNorm, the part of each example alone."""
-    return {"task": "instance", "task_layer": "layer"}.get(norm, norm)  # type: ignore[return-value]
+    """The norm of layers whose batches have no support: of TaskNorm, the part of each example alone.
+
+    MetaBN has no such part; it becomes layer norm.
+    """
+    alone: dict[Norm, Norm] = {"task": "instance", "task_layer": "layer", "support": "layer"}
+    return alone.get(norm, norm)
 
 
 def normalises_batches(module: nn.Module) -> bool:

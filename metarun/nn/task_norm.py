@@ -23,25 +23,27 @@ class TaskNorm(nn.Module):
     each layer, 0 at the start as in the paper's code. It is meta-learned and no task adapts it. Where the
     meta-gradient is one of the weights that tasks adapt alone (Reptile, iMAML), it stays 1/2.
 
+    MetaBN is the support's moments alone, without a mixture.
+
     Departures: variances are divided by the number of values, as those of batch norm (the paper's code by
     one less, which is undefined for maps of one pixel). After steps of an inner loop, the support's moments
     are those of the adapted weights.
 
     Args:
         channels: C.
-        alone: "instance": TaskNorm-I. "layer": TaskNorm-L.
+        alone: "instance": TaskNorm-I. "layer": TaskNorm-L. None: MetaBN.
         eps: added to variances.
 
     Attributes:
         support: how many of the first examples of a batch are the support; None: all. See `support_first`.
     """
 
-    def __init__(self, channels: int, alone: Literal["instance", "layer"], eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, alone: Literal["instance", "layer"] | None, eps: float = 1e-5) -> None:
         super().__init__()
         self.num_features, self.alone, self.eps = channels, alone, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.share = Share()
+        self.share = Share() if alone else None
         self.support: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,8 +59,11 @@ class TaskNorm(nn.Module):
         support = pooled(mean[: self.support], variance[: self.support], 0)
         if self.alone == "layer":
             mean, variance = pooled(mean, variance, 2)
-        share = self.share(len(x) if self.support is None else self.support)
-        mean, variance = mixed(share, support, (mean, variance))
+        if self.share is None:
+            mean, variance = support
+        else:
+            share = self.share(len(x) if self.support is None else self.support)
+            mean, variance = mixed(share, support, (mean, variance))
         scale = own["weight"] * (variance + self.eps).rsqrt()
         shift = own["bias"] - mean * scale
         return (maps * at_pixels(scale) + at_pixels(shift)).to(x.dtype)

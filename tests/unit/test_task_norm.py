@@ -24,6 +24,7 @@ from metarun.training.evaluation import adapted_outcome
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("float64")]
 KINDS = {"task": (2, 3), "task_layer": (1, 2, 3)}  # over what an example alone is averaged
+ALL = [*KINDS, "support"]
 
 
 def moved(norm: str) -> Conv4:
@@ -38,7 +39,9 @@ def moved(norm: str) -> Conv4:
 def plain_norm(layer: TaskNorm, x: Tensor, shots: int) -> Tensor:
     """The mixture's moments as averages of values and of their squares, from the maps themselves."""
     others = KINDS["task" if layer.alone == "instance" else "task_layer"]
-    share = 1 / (1 + torch.exp(-(layer.share.scale * shots + layer.share.offset)))
+    share = 1.0
+    if layer.share is not None:
+        share = 1 / (1 + torch.exp(-(layer.share.scale * shots + layer.share.offset)))
     first, second = (
         share * y[:shots].mean((0, 2, 3), keepdim=True) + (1 - share) * y.mean(others, keepdim=True)
         for y in (x, x * x)
@@ -75,16 +78,20 @@ def test_the_ends_of_the_mixture_are_norms_of_pytorch(norm: str):
     support = x[:4].transpose(0, 1).flatten(1)
     moments = support.mean(1), support.var(1, correction=0)
     alone = F.group_norm(x, 8 if norm == "task" else 1, layer.weight, layer.bias)
+    metabn = norm_layer("support", 8)
+    metabn.load_state_dict({name: p for name, p in layer.state_dict().items() if "share" not in name})
     by_support = F.batch_norm(x, *moments, layer.weight, layer.bias)
     with support_first(layer, 4):
         for offset, expected in ((-60.0, alone), (60.0, by_support)):
             nn.init.constant_(layer.share.offset, offset)
             torch.testing.assert_close(layer(x), expected)
     assert layer.support is None
+    with support_first(metabn, 4):
+        torch.testing.assert_close(metabn(x), by_support)
 
 
 @pytest.mark.parametrize("batching", ["grouped", "unfold", "vmap", "loop"])
-@pytest.mark.parametrize("norm", KINDS)
+@pytest.mark.parametrize("norm", ALL)
 def test_mamls_gradient_is_that_of_a_plain_loop(norm: str, batching: str):
     """Second order through the moments; the mixture is meta-learned and not adapted."""
     algorithm, episodes = maml()(moved(norm), 2), episodes_of()
