@@ -94,8 +94,8 @@ class Algorithm(nn.Module, ABC):
             )
         if not issubclass(spec.tasks, cls.needs):
             raise ConfigError(
-                f"algorithm={cls.__name__}: needs labelled support and query examples, but the tasks of this "
-                f"dataset are {spec.tasks.__name__}; choose algorithm=maml"
+                f"algorithm={cls.__name__}: needs labelled support and query examples, which the tasks of "
+                "this dataset do not have; choose algorithm=maml"
             )
 
     @classmethod
@@ -285,8 +285,8 @@ class Algorithm(nn.Module, ABC):
         if not isinstance(tasks, Episodes):
             setting = "norm=task" if self.normalises_by_support else "algorithm.transductive=false"
             raise ConfigError(
-                f"{setting}: predicts a query beside the support examples, and these "
-                f"tasks ({type(tasks).__name__}) have none; leave it out"
+                f"{setting}: predicts a query beside the support examples, and {tasks.unit} have none; "
+                "leave it out"
             )
 
         def after_support(query_x: Tensor) -> Tensor:

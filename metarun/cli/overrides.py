@@ -22,6 +22,7 @@ PLAIN = re.compile(r"""[\w.+-]*|\$.*|'[^']*'|"[^"]*\"""")
 TEXTS, TEXT_VECTORS, TEXT_FINETUNE = "texts", "text_vectors", "text_finetune"
 MAKE_VECTORS, FINETUNE = ("dataset.vectors", "dataset.encoder"), "dataset.finetune"
 
+RESUMED = ("train", "online")  # commands with the setting `resume`
 PART = re.compile(r"dataset\.parts\.([\w-]+)")  # one dataset of a mixture
 
 # Settings that Hydra only reads in a sweep, and short names of some.
@@ -88,6 +89,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     # The names of parts are not in the config yet, so Hydra needs `++` to add them.
     overrides = [f"++{a}" if PART.fullmatch(a.partition("=")[0]) else a for a in overrides]
     resume = [a.partition("=")[2].strip("'\"") for a in typed if a.lstrip("+").startswith("resume=")]
+    resume = resume if name in RESUMED else []
     if name == "train" and resume[-1:] == ["auto"]:
         named = any(a.lstrip("+").startswith("hydra.run.dir=") for a in typed)
         if not sweep and not named and {"-cd", "--config-dir"}.isdisjoint(flags):
@@ -96,7 +98,7 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     if name != "train" or resume:
         # `dataset.root=...` adjusts the dataset of the checkpoint, which is not in Hydra's config.
         overrides = [f"++{a}" if a.startswith("dataset.") else a for a in overrides]
-    if name == "train" and resume:
+    if resume:
         if typed_folder := [a for a in typed if a.lstrip("+").startswith("hydra.run.dir=")]:
             fail(f"{typed_folder[0]}: a resumed run stays in its folder; leave hydra.run.dir out", status=1)
         folder = user_path(resume[-1])

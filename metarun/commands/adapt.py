@@ -85,7 +85,7 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     source = data.source(model)
     shape = source.pictured(EpisodeShape(ways, shots, queries))
     source.check(shape)
-    model.algorithm.check_source(source, shape)
+    model.check_source(source, shape)
     draw = next(fixed_draws(source, shape, 1, command.seed))
     episode = source.gather(draw, shape)
     if not isinstance(episode, Episodes):

@@ -70,7 +70,7 @@ def unsupported(model: Model) -> str:
     if model.spec.kind != "images" or model.predicts_values or model.is_policy:
         return "does not take classes of images"
     try:
-        model.algorithm.check(lake_challenge.WAYS)
+        model.check(lake_challenge.WAYS)
     except ConfigError as error:
         return str(error)
     return ""
@@ -107,7 +107,7 @@ def note_other_tasks(tasks: Sequence[tuple[str, Pictures]]) -> None:
 
 def note_trained(model: Model) -> None:
     """Report whether a model was trained on characters of the evaluation set."""
-    note_weights(model.name, model.settings)
+    note_weights(model.name, model.settings, model.content["choices"])
     classes = trained_classes(model.content)
     if classes is None:
         inform(

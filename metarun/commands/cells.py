@@ -149,7 +149,7 @@ def cells_of(model: Model, data: TestData, shapes: Sequence[EpisodeShape], comma
     for cell in cells:
         try:
             cell.source.check(cell.shape)
-            model.algorithm.check_source(cell.source, cell.shape)
+            model.check_source(cell.source, cell.shape)
         except MetarunError as error:
             cell.reason = str(error)
     return cells

@@ -140,7 +140,7 @@ def scores_of(
 ) -> tuple[str, list[float]]:
     """The name of a model's main metric, and its value for each of the same tasks."""
     source = source.reporting(model.objective(None))
-    model.algorithm.check_source(source, shape)
+    model.check_source(source, shape)
     metric = source.spec.objective.metrics[0]
     parts = list((source.parts or {"": source}).values())
     settings = EvalSettings(shape, command.tasks, command.seed)

@@ -67,7 +67,7 @@ def one_task(
         raise ConfigError(f"dataset={source.name}: is not an environment; choose another dataset")
     shape = EpisodeShape(command.ways or 1, shots, queries_of(command, model))
     source.check(shape)
-    model.algorithm.check_source(source, shape)
+    model.check_source(source, shape)
     *drawn, seeds = next(fixed_draws(source, shape, 1, command.seed))
     parameters = dict(zip(source.keys, drawn, strict=True)) | typed_parameters(command.task, source, drawn)
     tasks = source.gather((*parameters.values(), seeds), shape).to(hardware.dtype)

@@ -185,7 +185,7 @@ class TestData:
             if {*(self.command.dataset or {})} <= {"root", "download"}:  # the data of training
                 compare_with([each.content for each in same], self.command.split, source)
             for each in same if source.names else []:
-                note_weights(each.name, each.settings)
+                note_weights(each.name, each.settings, each.content["choices"])
             contents = {each.name: each.content for each in same}
             source = without_trained_tasks(source, contents, self.kept_by)
             trained = {each.name: trained_classes(each.content) for each in same}

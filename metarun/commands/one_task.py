@@ -178,7 +178,7 @@ def adapt_to(task: Task, model: Model, seed: int) -> tuple[list[dict[str, Any]],
         TrainingError: the predictions are not finite.
     """
     model.algorithm.eval()
-    model.algorithm.check(task.episode.outputs)
+    model.check(task.episode.outputs)
     task.episode = task.episode.map(lambda tensor: placed(model, tensor))
     torch.manual_seed(seed)
     with torch.no_grad(), model.hardware.compute():

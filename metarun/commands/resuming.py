@@ -19,6 +19,7 @@ from metarun.config.schema import TrainConfig
 from metarun.config.targets import trust_words, trusted_modules
 from metarun.errors import ConfigError
 from metarun.reporting.console import inform, relative
+from metarun.storage.files import write_text
 from metarun.storage.locks import lock_path, locked
 from metarun.training import checkpoint
 from metarun.training.records import content_of
@@ -28,8 +29,8 @@ AUTO = "auto"  # of `resume`: go on if the output folder has a run, else start o
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """A context that locks the run folder: two processes would overwrite each other's checkpoints.
+def alone_in(folder: Path, command: str = "train") -> Iterator[None]:
+    """A context that locks the folder of a command: two processes would overwrite each other's checkpoints.
 
     Raises:
         ConfigError: if another process trains in the folder.
@@ -38,7 +39,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     with locked(place) as alone:
         if not alone:
             raise ConfigError(
-                f"{folder}: another metarun train is running in this folder; wait for it to end, or "
+                f"{folder}: another metarun {command} is running in this folder; wait for it to end, or "
                 "choose another hydra.run.dir"
             )
         try:
@@ -48,6 +49,13 @@ def alone_in(folder: Path) -> Iterator[None]:
             # there it is deleted when the lock is released.
             with suppress(OSError):
                 lock_path(place).unlink(missing_ok=True)
+
+
+def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
+    """Write the config files that Hydra usually writes to .hydra, now that the folder is locked."""
+    overrides = HydraConfig.get().overrides.task
+    for name, node in {"config": cfg, "overrides": overrides, "hydra": HydraConfig.instance().cfg}.items():
+        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
 
 
 def read_start(settings: TrainConfig) -> tuple[Path, dict[str, Any]] | None:
@@ -137,16 +145,8 @@ def resumed_config(
     cfg = config_of(state, path, trusted_modules(now))
     if automatic:
         check_same(path.parent, state["overrides"], overrides)
-    for override in overrides:
-        key = key_of(override)
-        if not may_change(key):
-            if automatic:
-                continue
-            raise ConfigError(
-                f"{override.lstrip('+')}: a resumed run keeps its settings; only {', '.join(RESUMABLE)} "
-                "may change"
-            )
-        OmegaConf.update(cfg, key, OmegaConf.select(now, key), force_add=True)
+        overrides = [each for each in overrides if may_change(key_of(each))]
+    change(cfg, now, overrides)
     if cfg.iterations < state["iteration"]:
         raise ConfigError(
             f"iterations={cfg.iterations}: the run has already done {state['iteration']}; choose more"
@@ -158,3 +158,21 @@ def resumed_config(
         )
     cfg.resume = cfg.trust = None
     return cfg
+
+
+def change(cfg: DictConfig, now: DictConfig, overrides: Iterable[str]) -> None:
+    """Give the config of what is resumed the typed values. Raises ConfigError for one that must not change.
+
+    Args:
+        cfg: the config of a checkpoint, which is changed.
+        now: the config composed from the command line.
+        overrides: the typed settings.
+    """
+    for override in overrides:
+        key = key_of(override)
+        if not may_change(key):
+            may = [name for name in RESUMABLE if name.partition(".")[0] in cfg]
+            raise ConfigError(
+                f"{override.lstrip('+')}: a resumed run keeps its settings; only {', '.join(may)} may change"
+            )
+        OmegaConf.update(cfg, key, OmegaConf.select(now, key), force_add=True)

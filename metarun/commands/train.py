@@ -23,6 +23,7 @@ from metarun.commands.starting import build_destinations, build_tracker, check_s
 from metarun.commands.summary import report
 from metarun.commands.trained_on import classes_before, load_split, note_weights, pretrained_by
 from metarun.commands.training_tasks import with_training_tasks
+from metarun.config import variants
 from metarun.config.build import (
     build_algorithm,
     build_outer_loop,
@@ -41,6 +42,7 @@ from metarun.config.optimizing import build_optimizer, build_scheduler, try_out
 from metarun.config.restore import rebuild, restore_state, restored_dataset, start_from
 from metarun.config.schema import TrainConfig, plain, typed
 from metarun.config.unread import in_use
+from metarun.config.variants import variant_name
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, RankLost, described
 from metarun.nn.frozen import frozen_part
@@ -48,7 +50,7 @@ from metarun.reporting import plots
 from metarun.reporting.console import Bar, inform, relative
 from metarun.reporting.destinations import flat
 from metarun.reporting.tracker import Row, Tracker
-from metarun.storage.files import remove_temporary, write_json, write_text
+from metarun.storage.files import remove_temporary, write_json
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.objectives import Metric, Objective
 from metarun.tasks.rollouts import Rollouts
@@ -63,7 +65,7 @@ from metarun.training.parallel import Ranks, current
 from metarun.training.records import content_of, write_failure
 from metarun.training.trainer import Best, Trainer, TrainSettings
 
-GROUPS = ("algorithm", "dataset", "backbone", "inner_loop")  # groups whose options are stored in a checkpoint
+GROUPS = ("algorithm", "dataset", "pairing", *variants.GROUPS)  # whose options are stored in a checkpoint
 
 
 def run(cfg: DictConfig) -> float:
@@ -120,7 +122,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
     cfg = in_use(cfg)
     ranks.require_equal(dict(flat(plain(cfg))), "start the same command on all machines")
     if state is None and ranks.first:
-        write_hydra_files(cfg, folder)
+        resuming.write_hydra_files(cfg, folder)
     settings: TrainConfig = typed(cfg)
     start = resuming.read_start(settings) if state is None else None
     hardware, destinations = instantiate(settings.hardware, "hardware"), build_destinations(settings)
@@ -140,13 +142,13 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
         restore_state(trainer, state, resumed)
     else:
         load_weights(trainer.algorithm)
-        note_weights("this run", settings)
+        note_weights("this run", settings, choices)
         if start is not None:
             inform(f"initialised from the {start_from(trainer.algorithm, *start)}")
         elif (where := frozen_by(trainer.algorithm, settings)) and not pretrained_by(settings):
             raise ConfigError(f"{where}: needs a pretrained backbone; add init=RUN or backbone.weights=FILE")
     shape = dataset.spec.task_name(training_shape(settings))
-    name = f"{choices['algorithm']} on {choices['dataset']}, {shape}"
+    name = f"{variant_name(choices, trainer.record['config'])} on {choices['dataset']}, {shape}"
     inform(f"{name}: {hardware.describe()}, {count_parameters(trainer)} parameters")
     if hint := hardware.unused():
         inform(hint)
@@ -182,13 +184,6 @@ def started_in(folder: Path) -> str:
     """When the run was started, by the record of its machine if it is resumed; else now."""
     before = content_of(folder / "machine.json").get("started")
     return before if isinstance(before, str) else f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-
-
-def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
-    """Write the config files that Hydra usually writes to .hydra, now that the folder is locked."""
-    overrides = HydraConfig.get().overrides.task
-    for name, node in {"config": cfg, "overrides": overrides, "hydra": HydraConfig.instance().cfg}.items():
-        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
 
 
 def finish(

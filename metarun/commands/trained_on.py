@@ -9,6 +9,7 @@ from hydra.utils import get_class
 
 from metarun.config.build import build_source, in_metarun
 from metarun.config.schema import TrainConfig
+from metarun.config.targets import in_options
 from metarun.datasets.base import Dataset
 from metarun.datasets.tables.tasks import TableTasks
 from metarun.errors import DataError
@@ -160,10 +161,11 @@ def without_trained_tasks(
     return source.keeping([i for i in range(len(source.tasks)) if i not in known])
 
 
-def note_weights(model: str, settings: TrainConfig) -> None:
+def note_weights(model: str, settings: TrainConfig, choices: Mapping[str, Any]) -> None:
     """Report that a backbone started from other weights, whose training classes have no record."""
     if weights := pretrained_by(settings):
-        inform(f"{model}: the classes that {weights} was trained on are not known, and not left out")
+        named = in_options(weights, {"backbone": settings.backbone}, choices)
+        inform(f"{model}: the classes that {named} was trained on are not known, and not left out")
 
 
 def pretrained_by(settings: TrainConfig) -> str:

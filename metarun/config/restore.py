@@ -17,7 +17,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.config.build import build_algorithm, build_dataset
 from metarun.config.check import check
 from metarun.config.paths import CONF
-from metarun.config.schema import Node, TrainConfig
+from metarun.config.schema import FRAMES, Node, TrainConfig
 from metarun.config.targets import naming_options
 from metarun.datasets.base import Dataset
 from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError, first_line
@@ -25,6 +25,7 @@ from metarun.nn.frozen import frozen_part
 from metarun.tasks.spec import TaskSpec
 from metarun.training.checkpoint import check_weights
 from metarun.training.hardware import Hardware
+from metarun.training.online import Followers
 from metarun.training.trainer import Trainer
 
 # The groups that evaluation builds; the classes of others are not imported.
@@ -46,31 +47,34 @@ def config_of(
     path: Path,
     trusted: Collection[str],
     nodes: Collection[str] | None = None,
+    command: str = "train",
 ) -> DictConfig:
     """The config in a checkpoint, checked like one from the command line, but with less trust.
 
-    Settings that were introduced after it was written have the values of conf/train.yaml.
+    Settings that were introduced after it was written have the values of the command's YAML file.
 
     Args:
         content: the content of the checkpoint file.
         path: of the file, for messages.
         trusted: the modules that its classes may be from (`trusted_modules`).
         nodes: the groups whose classes are imported and checked; None: all.
+        command: that wrote it, a key of `FRAMES`.
 
     Raises:
         CheckpointError: if a setting is unknown or invalid, or names a class of a module that is not trusted.
     """
-    config, known = content["config"], [field.name for field in fields(TrainConfig)]
+    config, frame = content["config"], FRAMES[command]
+    known = [field.name for field in fields(frame)]
     with naming(path, content):
         if unknown := [key for key in config if key not in known]:
             raise ConfigError(f"its config has an unknown setting {unknown[0]!r}; use another checkpoint")
         try:
-            defaults = OmegaConf.load(CONF / "train.yaml")
+            defaults = OmegaConf.load(CONF / f"{command}.yaml")
             newer = {key: value for key, value in defaults.items() if key in known and key not in config}
-            cfg: Any = OmegaConf.merge(OmegaConf.structured(TrainConfig), newer, as_data(config))
+            cfg: Any = OmegaConf.merge(OmegaConf.structured(frame), newer, as_data(config))
         except OmegaConfBaseException as error:
             raise ConfigError(f"its config is not usable: {first_line(error)} ({error.full_key})") from None
-        check(cfg, "train", trusted=trusted, nodes=nodes)
+        check(cfg, command, trusted=trusted, nodes=nodes)
     return cfg
 
 
@@ -164,8 +168,8 @@ class Limited(TorchFunctionMode):
         return made
 
 
-def restore_state(trainer: Trainer, state: dict[str, Any], path: Path | None) -> None:
-    """Restore the training state. Raises CheckpointError if it does not fit the config of the checkpoint."""
+def restore_state(trainer: Trainer | Followers, state: dict[str, Any], path: Path | None) -> None:
+    """Restore the state of a training. Raises CheckpointError if it does not fit the checkpoint's config."""
     try:
         trainer.load_state(state)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -266,6 +266,8 @@ class OnlineConfig:
     threshold: float = positive()
     norm: str = setting(shared="backbone.norm")
     seed: int = whole(0)
+    resume: str | None = setting(None, path="path")
+    trust: list[str] | None = setting(None, needs="resume")  # noqa: RUF009
 
 
 FRAMES: dict[str, Any] = {

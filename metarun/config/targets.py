@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,15 +58,20 @@ def naming_options(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Ite
     try:
         yield
     except MetarunError as error:
-        text = str(error)
-        for group, option in ((str(name), option) for name, option in choices.items()):
-            node = config.get(group) if "@" not in group else None
-            target = str(node.get("_target_")) if isinstance(node, (Mapping, DictConfig)) else ""
-            if target and option:
-                text = text.replace(f"{group}={target.rpartition('.')[2]}", f"{group}={option}")
-        if text == str(error):
+        if (text := in_options(str(error), config, choices)) == str(error):
             raise
         raise type(error)(text) from error
+
+
+def in_options(text: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
+    """A text with the options of groups in place of the names of their classes, see `naming_options`."""
+    for group, option in ((str(name), option) for name, option in choices.items()):
+        node = config.get(group) if "@" not in group else None
+        target = str(node.get("_target_")) if isinstance(node, (Mapping, DictConfig)) else ""
+        if target and option:
+            name = re.escape(target.rpartition(".")[2])
+            text = re.sub(rf"\b{group}={name}\b", f"{group}={option}", text)
+    return text
 
 
 def is_in(name: str, modules: Collection[str]) -> bool:

@@ -290,7 +290,7 @@ def adapt(
     seed: int = 0,
 ) -> AdaptedModel:
     """Adapt to the support of an episode with T = 1. Raises ConfigError if its ways do not fit."""
-    model.algorithm.check(episode.outputs)
+    model.check(episode.outputs)
     with model.computing(seed):
         balanced = model.algorithm.balanced(episode.map(lambda tensor: placed(model, tensor)))
         state = deque(model.algorithm.trajectory(balanced), maxlen=1).pop()

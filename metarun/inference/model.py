@@ -13,12 +13,15 @@ import torch
 from metarun.algorithms.base import Algorithm
 from metarun.config.restore import EVALUATED, config_of, rebuild
 from metarun.config.schema import TrainConfig, typed
-from metarun.config.targets import targets_in
+from metarun.config.targets import naming_options, targets_in
+from metarun.config.variants import variant_name
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError
 from metarun.reporting.console import inform
+from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Objective
 from metarun.tasks.rollouts import Rollouts
+from metarun.tasks.source import EpisodeSource
 from metarun.tasks.spec import TaskSpec
 from metarun.training import checkpoint
 from metarun.training.hardware import Hardware
@@ -55,6 +58,16 @@ class Model:
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.spec.item_shape))
         return f"<{self.name} model for {self.spec.kind} {shape}, from {self.path}>"
+
+    def check(self, ways: int) -> None:
+        """Raise ConfigError if the method, as it was trained, does not support tasks of so many ways."""
+        with naming_options(self.content["config"], self.content["choices"]):
+            self.algorithm.check(ways)
+
+    def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
+        """Raise ConfigError if the method does not support tasks of this shape from this source."""
+        with naming_options(self.content["config"], self.content["choices"]):
+            self.algorithm.check_source(source, shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How it is pickled: by the content of its checkpoint, from which it is restored."""
@@ -191,6 +204,7 @@ def restore(
     set_steps(settings, steps, name, alone)
     algorithm, dataset, spec = rebuild(content, settings, hardware, path)
     set_transductive(algorithm, transductive, name, alone)
+    name = variant_name(content["choices"], content["config"])
     return Model(name, path, settings, dataset, spec, algorithm, content, hardware)
 
 

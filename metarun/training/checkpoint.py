@@ -58,10 +58,11 @@ ADAPTED: dict[str, Any] = {
     "ink": str,
     "preparation": (dict, NoneType),
 }
+STREAM: dict[str, Any] = {"done": int, "learners": dict, "random": Tensor, "data": str}
 # Entries without tensors, and the most values in one and their depth: no real config comes near.
 PLAIN = (
     *("config", "choices", "classes", "description", "best", "overrides", "iteration", "seconds", "tasks"),
-    *("trained_classes", "ink", "preparation"),
+    *("trained_classes", "ink", "preparation", "done", "data"),
 )
 MOST_VALUES, MOST_LEVELS = 100_000, 30
 MOST_TEXT = 10_000_000  # characters; the means of vectors in 17 languages (`dataset.learned`) have 200,000
@@ -107,7 +108,9 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: a PyTorch file, but not a metarun checkpoint; name a run folder or its .pt file"
         )
-    needed = ENTRIES | ({"run": TRAINING, "adapted": ADAPTED}[kind] if kind == content.get("kind") else {})
+    needed = ENTRIES | (
+        {"run": TRAINING, "adapted": ADAPTED, "stream": STREAM}[kind] if kind == content.get("kind") else {}
+    )
     wrong = sorted(key for key, of in needed.items() if not isinstance(content.get(key), of))
     wrong += [key for key in PLAIN if not is_plain(content.get(key))]
     if not wrong and any(type(size) is not int for size in content.get("description") or []):
@@ -205,10 +208,19 @@ def check_bytes(path: Path) -> None:
             raise zipfile.BadZipFile(member)
 
 
-KINDS = {"run": "a checkpoint of a training run", "adapted": "an adapted model"}
+KINDS = {
+    "run": "a checkpoint of a training run",
+    "adapted": "an adapted model",
+    "stream": "a checkpoint of metarun online",
+}
 INSTEAD = {
     "run": "use another of the run's files or train again",
     "adapted": "adapt again, or name another adapted file",
+    "stream": "start the stream again",
+}
+FOLDERS = {  # by the file that is looked for
+    "adapted.pt": "an output folder of metarun adapt",
+    "stream.pt": "an output folder of metarun online",
 }
 USE_OF_ADAPTED = ", or predict with it: metarun predict adapted={} query=..."
 
@@ -228,7 +240,7 @@ def find(
     """
     path = user_path(reference)
     of_run = not set(names).isdisjoint(("best.pt", "last.pt"))
-    folder = "a run folder" if of_run else "an output folder of metarun adapt"
+    folder = FOLDERS.get(names[0], "a run folder")
     if not path.exists():
         raise CheckpointError(f"{setting}={reference}: no such checkpoint; name {folder} or a .pt file")
     if not path.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from metarun.algorithms.maml import MAML
 from metarun.datasets.rainbow import StreamTask
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.sampling import seeded
+from metarun.training.checkpoint import load_optimizer
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,20 @@ class OnlineLearner:
         """Start with the first weights."""
         self.algorithm = copy.deepcopy(self.start)
         self.optimizer = torch.optim.Adam(self.algorithm.parameters(), lr=self.settings.lr)
+
+    def state(self) -> dict[str, Any]:
+        """What it goes on from: its weights, its optimizer and its random choices."""
+        return {
+            "weights": self.algorithm.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "choices": self.generator.get_state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.algorithm.load_state_dict(state["weights"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.generator.set_state(state["choices"])
 
     def learn(self, tasks: Sequence[StreamTask], arrived: int) -> None:
         """Take the steps after a batch of examples.
@@ -143,39 +158,69 @@ LEARNERS = {
 }
 
 
-def follow(
-    kinds: Sequence[str],
-    algorithm: MAML,
-    stream: Sequence[StreamTask],
-    outputs: int,
-    settings: OnlineSettings,
-    advance: Callable[[int], object] = lambda count: None,
-) -> Iterator[Row]:
-    """Let learners follow a stream of tasks.
+class Followers:
+    """Learners that follow a stream of tasks side by side.
 
     Args:
         kinds: names of learners.
         algorithm: MAML with the first weights.
-        stream: the tasks.
         outputs: the number of classes.
         settings: how learners are trained.
-        advance: called with 1 after each batch of examples of each learner.
-
-    Yields:
-        After each batch: the learner, the number of the task, the images that have arrived, and the accuracy
-        on the test examples.
     """
-    trained = {LEARNERS[kind][0]: None for kind in kinds}
-    learners = {kind: OnlineLearner(kind, algorithm, outputs, settings) for kind in trained}
-    for number, task in enumerate(stream):
-        for arrived in range(settings.batch, len(task.x) + 1, settings.batch):
-            for learner in learners.values():
-                if learner.kind == "scratch" and arrived == settings.batch:
+
+    def __init__(self, kinds: Sequence[str], algorithm: MAML, outputs: int, settings: OnlineSettings) -> None:
+        self.kinds, self.settings = kinds, settings
+        trained = dict.fromkeys(LEARNERS[kind][0] for kind in kinds)
+        self.learners = {kind: OnlineLearner(kind, algorithm, outputs, settings) for kind in trained}
+        self.done = 0  # tasks
+
+    def next_task(
+        self, stream: Sequence[StreamTask], advance: Callable[[int], object] = lambda count: None
+    ) -> Iterator[Row]:
+        """Let all learners follow the next task of a stream.
+
+        Args:
+            stream: all tasks.
+            advance: called with 1 after each batch of examples of each learner.
+
+        Yields:
+            After each batch: the learner, the number of the task, the images that have arrived, and the
+            accuracy on the test examples.
+        """
+        task, batch = stream[self.done], self.settings.batch
+        for arrived in range(batch, len(task.x) + 1, batch):
+            for learner in self.learners.values():
+                if learner.kind == "scratch" and arrived == batch:
                     learner.begin()
-                learner.learn(stream[: number + 1], arrived)
+                learner.learn(stream[: self.done + 1], arrived)
                 advance(1)
-            for kind in kinds:
+            for kind in self.kinds:
                 learned, adapts = LEARNERS[kind]
-                logits = learners[learned].predict(task, arrived, adapts)
+                logits = self.learners[learned].predict(task, arrived, adapts)
                 accuracy = (logits.argmax(-1) == task.test_y).double().mean().item()
-                yield {"learner": kind, "task": number, "images": arrived, "accuracy": accuracy}
+                yield {"learner": kind, "task": self.done, "images": arrived, "accuracy": accuracy}
+        self.done += 1
+
+    def state(self) -> dict[str, Any]:
+        """What all go on from after a task, as entries of a checkpoint of the kind "stream"."""
+        states = {kind: learner.state() for kind, learner in self.learners.items()}
+        return {
+            "done": self.done,
+            "algorithm": {
+                f"{k}.{name}": x for k, s in states.items() for name, x in s.pop("weights").items()
+            },
+            "learners": states,
+            "random": torch.get_rng_state(),  # of dropout
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        for kind, learner in self.learners.items():
+            own = {
+                k.removeprefix(f"{kind}."): x
+                for k, x in state["algorithm"].items()
+                if k.startswith(f"{kind}.")
+            }
+            learner.load_state({**state["learners"][kind], "weights": own})
+        torch.set_rng_state(state["random"])
+        self.done = state["done"]

@@ -190,5 +190,5 @@ def choices_of(folder: Path, result: dict[str, Any]) -> dict[str, str]:
         if found := CHOICES.search(text):
             pairs = (line.strip().partition(": ") for line in found[1].splitlines())
             return {name: printable(option) for name, _, option in pairs if option and option != "null"}
-    named = re.match(r"(\S+) on ([^,]+),", str(result.get("name", "")))
+    named = re.match(r"(\S+)(?: \S+=\S+)* on ([^,]+),", str(result.get("name", "")))
     return dict(zip(("algorithm", "dataset"), map(printable, named.groups()), strict=True)) if named else {}

@@ -84,7 +84,7 @@ def test_a_frozen_network_is_tested_without_training_and_embeds_each_image_once(
     assert "iterations=4: the backbone is frozen" in done.stderr
     assert "set iterations=0 to test it as it is" in done.stderr
     done = metarun("train", *words, "iterations=0", "queries=15", "test.episodes=20")
-    assert "backbone=Fixed was trained on are not known" in done.stderr
+    assert "backbone=fixed was trained on are not known" in done.stderr
     assert [done.stderr.count(f"{n}/{n} ") for n in (400, 200)] == [0, 2]  # the training split is left out
     test = json.loads((own_folder / "run" / "result.json").read_text())["test"]
     done = metarun("eval", "checkpoint=run", "trust=[my_package]", "episodes=20", "hydra.run.dir=tested")

@@ -17,6 +17,7 @@ from metarun.cli.overrides import Failed, arrange
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.paths import CONF
+from metarun.config.variants import variant_name
 from metarun.errors import ConfigError
 
 GROUPS = ("dataset", "algorithm", "backbone", "inner_loop", "hardware")
@@ -39,6 +40,21 @@ REFUSED = {
 KINDS = ("maml", "maml_plus_plus", "cavia", "protonet", "cnaps", "meta_networks")
 
 
+def test_what_is_not_a_default_is_named():
+    typed = ["inner_loop=meta_sgd", "train_tasks=umtra", "augment=drawings", "norm=task", "varied=true"]
+    cfg, choices = composed_with_choices("train", "algorithm=anil", "fixed_labels=true", *typed)
+    name = (
+        "anil inner_loop=meta_sgd augment=drawings train_tasks=umtra norm=task fixed_labels=true varied=true"
+    )
+    assert variant_name(choices, cfg) == name
+    cfg, choices = composed_with_choices("train", "dataset=phrases", "algorithm=simclr", "augment=none")
+    assert variant_name(choices, {"norm": "running"}) == "simclr augment=none norm=running"  # of texts: layer
+    own = {"algorithm": "mine", "inner_loop": "none", "train_tasks": "umtra"}
+    assert variant_name(own, {"norm": "none"}) == "mine train_tasks=umtra"
+    old = {"algorithm": "../maml", "dataset": "glyphs"}  # of an older checkpoint, or of somebody else's
+    assert variant_name(old, {}) == "../maml"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_yaml_opens_with_its_command_which_composes_and_checks(path: Path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
@@ -58,6 +74,8 @@ def test_every_yaml_opens_with_its_command_which_composes_and_checks(path: Path)
     group = path.parent.name
     if group in GROUPS:
         assert choices[group] == path.stem, "its command does not choose it"
+    if command == "train" and {word.partition("=")[0] for word in words} <= {"algorithm", "dataset"}:
+        assert variant_name(choices, cfg) == choices["algorithm"], "its defaults are not named"
     if group in GROUPS and "_target_" in (cfg[group] or {}):
         expected = "metarun.training.hardware." if group == "hardware" else f"metarun.{group}s."
         assert cfg[group]._target_.startswith(expected)

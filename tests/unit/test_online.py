@@ -16,7 +16,7 @@ from metarun.errors import ConfigError, DataError
 from metarun.inner_loops.sgd import SGD
 from metarun.reporting.online import smoothed
 from metarun.tasks.class_store import ClassStore
-from metarun.training.online import OnlineLearner, OnlineSettings, follow
+from metarun.training.online import Followers, OnlineLearner, OnlineSettings
 
 pytestmark = pytest.mark.quick
 
@@ -92,15 +92,20 @@ def test_minibatches_are_of_what_has_arrived(kind: str):
     assert seen == (of_last if kind == "scratch" else of_last | {(t, i) for t in (0, 1) for i in range(8)})
 
 
+def follow(names: list[str], tasks: list[StreamTask]) -> list[dict]:
+    followers = Followers(names, maml(), 3, SETTINGS)
+    return [row for _ in tasks for row in followers.next_task(tasks)]
+
+
 def test_a_stream_is_followed():
     names = ["ftml", "joint", "everything", "scratch"]
-    rows = list(follow(names, maml(), stream(), 3, SETTINGS))
+    rows = follow(names, stream())
     assert [(row["task"], row["images"], row["learner"]) for row in rows] == [
         (task, images, name) for task in range(3) for images in (4, 8) for name in names
     ]
-    alone = list(follow(["scratch"], maml(), stream()[2:], 3, SETTINGS))
+    alone = follow(["scratch"], stream()[2:])
     assert len(alone) == 2 and {row["task"] for row in alone} == {0}
-    again = list(follow(["everything", "ftml"], maml(), stream(), 3, SETTINGS))
+    again = follow(["everything", "ftml"], stream())
     assert [row for row in rows if row["learner"] == "ftml"] == [
         row for row in again if row["learner"] == "ftml"
     ]

@@ -19,6 +19,7 @@ from metarun.datasets.glyphs import DESCRIPTION, Glyphs, describe, sample_types
 from metarun.datasets.mixture import MixtureStore
 from metarun.datasets.sinusoid import Sinusoid
 from metarun.errors import ConfigError, DataError
+from metarun.inference.model import Model
 from metarun.tasks.class_store import ClassStore, joined
 from metarun.tasks.episodes import Episodes, EpisodeShape
 from metarun.tasks.objectives import CLASSIFICATION
@@ -82,6 +83,13 @@ def test_who_needs_examples_and_who_descriptions():
     protonet, zero_shot = ProtoNet(Smooth()), ZeroShot(Smooth(), (2, 3))
     with pytest.raises(ConfigError, match=r"^shots=0: algorithm=ProtoNet needs support examples; choose al"):
         protonet.check_source(source, NONE)
+    content = {
+        "config": {"algorithm": {"_target_": "metarun.algorithms.protonet.ProtoNet"}},
+        "choices": {"algorithm": "meta_baseline"},
+    }
+    model = Model("", Path(), None, None, source.spec, protonet, content, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="^shots=0: algorithm=meta_baseline needs support examples"):
+        model.check_source(source, NONE)  # as `eval` and `adapt` ask: the option, not its class
     protonet.check_source(source, EpisodeShape(3, 1, 2))
     zero_shot.check_source(source, NONE)
     for other in (store(about=False), Glyphs(train_classes=2).split("train")):
