@@ -196,6 +196,9 @@ class Algorithm(nn.Module, ABC):
                 "batch; choose algorithm.norm=running or layer"
             )
 
+    def check_training(self, shape: EpisodeShape) -> None:
+        """Raise ConfigError if the method, as it is set, cannot be trained on tasks of this shape."""
+
     @classmethod
     def check_shots(cls, source: EpisodeSource, shots: int) -> None:
         """Raise ConfigError for tasks without support examples, if the method needs some.

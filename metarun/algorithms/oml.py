@@ -12,7 +12,7 @@ from metarun.algorithms.feature_method import FeatureMethod, precise, require
 from metarun.inner_loops.base import InnerLoop
 from metarun.inner_loops.sgd import SGD
 from metarun.nn.per_task import Params
-from metarun.tasks.episodes import Episodes, Outcome
+from metarun.tasks.episodes import Episodes, EpisodeShape, Outcome
 
 
 class OML(FeatureMethod):
@@ -53,6 +53,13 @@ class OML(FeatureMethod):
         self.inner_loop = inner_loop
         self.ways_online = trajectory
         self.classifier = nn.Linear(self.features, classes or 1)
+
+    def check_training(self, shape: EpisodeShape) -> None:
+        require(
+            self.ways_online < shape.ways,
+            f"algorithm.trajectory={self.ways_online}: leaves none of ways={shape.ways} to be remembered; "
+            "lower it, or raise ways",
+        )
 
     def meta_loss(self, tasks: Episodes) -> Outcome:
         assert tasks.classes is not None

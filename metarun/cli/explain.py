@@ -201,7 +201,8 @@ def explain_value(key: str, message: str, command: str, arguments: list[str]) ->
         command, arguments: see `explain`.
     """
     pairs = [argument.lstrip("+").partition("=") for argument in reversed(arguments)]
-    value = next((value.strip("'\"") for name, _, value in pairs if name == key), None)
+    values = [value.strip("'\"") for name, _, value in pairs if name == key]  # the last one first
+    value = next((each for each in values if f"'{each}'" in message), next(iter(values), None))
     where = key if value is None else f"{key}={value}"
     for text, expected in EXPECTED.items():
         if text in message:
@@ -253,6 +254,9 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
     everything = f" (metarun {command} --cfg job shows all)"
     if same := [name for name in names if name.rpartition(".")[2] == last]:
         return f"{key}: there is no such setting; did you mean {quoted_names(same, key)}?{everything}"
+    if known and (CONF / parent).is_dir():
+        chosen = [a for a in arguments if a.startswith(f"{parent}=")] or [parent]
+        return f"{key}: {chosen[-1]} has no setting {last!r}{did_you_mean(last, known)}"
     others = {other: setting_names(other, []) for other in FRAMES if other != command}
     if meant := OTHER_NAMES.get((command, parent.partition(".")[0] or last)):
         value = next((a.partition("=")[2] for a in arguments if a.partition("=")[0] == key), "NAME")

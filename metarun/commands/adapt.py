@@ -96,10 +96,10 @@ def dataset_task(command: AdaptConfig, model: Model, hardware: Hardware) -> Task
     classes = [] if episode.classes is None else [source.names[i] for i in episode.classes[0].tolist()]
     names = [f"query {i}" for i in range(episode.query_x.shape[1])]
     references: dict[str, Tensor] = {}
-    if not (source.names or source.item_counts()):
+    if of_function := not (source.names or source.item_counts()):
         outcomes = {name: score(draw, shape) for name, score in source.references(shape, {}).items()}
         references = {name: each.outputs for name, each in outcomes.items() if each.outputs is not None}
-    return Task(episode, True, classes, names, references=references)
+    return Task(episode, True, classes, names, references=references, of_function=of_function)
 
 
 def report(
@@ -122,7 +122,8 @@ def report(
     write_json(folder / "steps.json", steps)
     if outputs is not None:
         queries = OwnQueries(task.episode.query_x, task.episode.query_y, task.query_names)
-        saved += report_queries(queries, task.classes, outputs, task.objective, folder, reject)
+        points = task.episode.query_x if task.of_function else None
+        saved += report_queries(queries, task.classes, outputs, task.objective, folder, reject, points)
         if task.classes:
             note_dependence(model.algorithm)
         elif task.episode.query_x.shape[2:] == (1,):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -168,7 +169,9 @@ def report(rows: Sequence[Row], vectors: Tensor | None, score: str, title: str) 
     print_features(rows, score, title)
     print_extremes(rows, hardness)
     if "linear" not in rows[0]:
-        inform('no landmarkers: they need two examples of each class, and pip install "metarun[sklearn]"')
+        installed = find_spec("sklearn") is not None
+        why = "a class has a single example; raise queries" if installed else 'pip install "metarun[sklearn]"'
+        inform(f"no landmarkers, which are accuracies of simple classifiers: {why}")
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_csv(folder / "tasks.csv", [{"task": i, **row} for i, row in enumerate(rows)])
     saved = "tasks.csv"

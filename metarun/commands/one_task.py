@@ -39,6 +39,7 @@ class Task:
         query_names: the names of the queries.
         preparation: how the images of the support were prepared.
         references: outputs for the queries that figures show beside those of the model, by name.
+        of_function: whether examples are points of a function that was drawn, which nothing else names.
     """
 
     episode: Episodes
@@ -47,6 +48,7 @@ class Task:
     query_names: Sequence[str]
     preparation: Preparation | None = None
     references: Mapping[str, Tensor] = field(default_factory=dict)
+    of_function: bool = False
 
     @property
     def objective(self) -> Objective:

@@ -38,6 +38,7 @@ def report_queries(
     objective: Objective,
     folder: Path,
     reject: float | None = None,
+    points: Tensor | None = None,
 ) -> list[str]:
     """Print the predictions of queries, and write predictions.csv and figures to the folder.
 
@@ -48,13 +49,15 @@ def report_queries(
         objective: of the task.
         folder: the output folder.
         reject: see `class_rows`.
+        points: see `value_rows`.
 
     Returns:
         The names of the files.
     """
     if not classes:
         spread = objective.spread(outputs) if objective.spread else None
-        rows = value_rows(queries.names, objective.to_units(outputs), objective.to_units(queries.y), spread)
+        values = objective.to_units(queries.y)
+        rows = value_rows(queries.names, objective.to_units(outputs), values, spread, points)
         console.print(value_table(rows))
         write_csv(folder / "predictions.csv", rows)
         return ["predictions.csv"]
@@ -128,7 +131,11 @@ def class_rows(
 
 
 def value_rows(
-    names: Sequence[str], outputs: Tensor, values: Tensor, spread: Tensor | None = None
+    names: Sequence[str],
+    outputs: Tensor,
+    values: Tensor,
+    spread: Tensor | None = None,
+    points: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each query of a regression: the prediction, and the true value if known.
 
@@ -137,18 +144,18 @@ def value_rows(
         outputs: predicted values [1, B, V], in the units that are shown.
         values: the true ones, [1, B, V]; NaN where unknown.
         spread: the predicted standard deviations, [1, B, V]; None: there are none.
+        points: where the function was asked, [1, B, D]; None: not in the rows.
     """
-    number = [""] if outputs.shape[-1] == 1 else [f" {i}" for i in range(1, outputs.shape[-1] + 1)]
-    rows = []
-    deviations = [[]] * len(names) if spread is None else spread[0].tolist()
-    for name, own, true, wide in zip(names, outputs[0].tolist(), values[0].tolist(), deviations, strict=True):
-        shown = ["" if math.isnan(value) else value for value in true]
-        rows.append(
-            {"query": name}
-            | {f"prediction{i}": value for i, value in zip(number, own, strict=True)}
-            | {f"deviation{i}": value for i, value in zip(number, wide, strict=False)}
-            | {f"value{i}": value for i, value in zip(number, shown, strict=True)}
-        )
+    columns = {
+        "x": None if points is None else points[0].tolist(),
+        "prediction": outputs[0].tolist(),
+        "deviation": None if spread is None else spread[0].tolist(),
+        "value": [["" if math.isnan(value) else value for value in row] for row in values[0].tolist()],
+    }
+    rows: list[dict[str, Any]] = [{"query": name} for name in names]
+    for column, numbers in columns.items():
+        for row, own in zip(rows, numbers or [], strict=numbers is not None):
+            row |= {column: own[0]} if len(own) == 1 else {f"{column} {i}": x for i, x in enumerate(own, 1)}
     return rows
 
 

@@ -283,6 +283,8 @@ def build_trainer(
     train.check(plan.shape)
     check_shape(validation.check, "validation", settings)
     algorithm.check_source(train, plan.shape)
+    if plan.iterations:
+        algorithm.check_training(plan.shape)
     algorithm.check_source(validation, plan.validation.shape)
     if not resumed:
         start_run(algorithm, train.undisturbed, settings.initial_weights)

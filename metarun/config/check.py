@@ -426,7 +426,8 @@ def describe(hint: Any) -> str:
         return words[hint]
     if origin is dict:
         return f"names, each with {describe(arguments[1])}: 'KEY={{a:1,b:2}}', in quotes"
-    kinds = " and ".join(sorted({describe(a) for a in arguments if a is not Ellipsis}))
+    plurals = {int: "whole numbers", float: "numbers", Any: "values"}
+    kinds = " and ".join(sorted({plurals.get(a) or describe(a) for a in arguments if a is not Ellipsis}))
     return f"a list of {kinds}" if arguments else str(hint)
 
 

@@ -29,6 +29,10 @@ FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE, PAIRI
 OTHERS = {"dataset", "hardware"}
 OF_COMMAND = {"predict": {"hardware"}, "online": {*OTHERS, "backbone"}}
 HIDDEN = {"pairing"}  # groups that only the command line chooses options of
+NOT_EXPLAINED = {*HIDDEN, "recipe", "search"}  # groups whose options set other groups' settings
+# A line of an option's file: what it includes from its own group, and a setting or a group of settings.
+INCLUDED = re.compile(r"  - (?:/algorithm/)?(\w+)(?:@\w+)?")
+NODE = re.compile(r"(?P<indent> *)(?P<name>\w+):(?P<value>(?: (?!# )\S+)*) *(?:# (?P<comment>.*))?")
 SETTING = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(?:\s# (?P<comment>.*))?")
 
 
@@ -101,6 +105,47 @@ def settings_help(command: str) -> str:
         indent = " " * (column if setting.name else 2)
         lines += textwrap.wrap(setting.comment, width, initial_indent=first, subsequent_indent=indent)
     return "\n".join(lines).replace("$", "$$")
+
+
+def chosen_help(choices: Mapping[str, str | None], sources: Sequence[Mapping[str, str]]) -> str:
+    """The settings of the chosen options, for the `--help` of a command: name, default and explanation.
+
+    Args:
+        choices: the option of each group.
+        sources: Hydra's config sources, which include the folder of --config-dir.
+    """
+    folders = [Path(each["path"]) for each in sources if each["schema"] == "file"]
+    lines: list[str] = []
+    for group, option in sorted(choices.items()):
+        paths = [path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()]
+        if group in NOT_EXPLAINED or not paths:
+            continue
+        own = [each for each in option_settings(paths[0]) if each[0] not in ("defaults", "hydra")]
+        lines += [f"{group}={option}:"] * bool(own)
+        for key, value, comment in own:
+            explained = f"  {key}={value}" + (f"  {comment}" if comment else "")
+            lines += textwrap.wrap(explained, help_width(), subsequent_indent=" " * 6, break_on_hyphens=False)
+    return "\n".join(lines).replace("$", "$$")
+
+
+def option_settings(path: Path) -> Iterator[tuple[str, str, str]]:
+    """The settings in an option's file and in the options that it includes: name, default, explanation."""
+    lines = path.read_text("utf-8").splitlines()
+    found = {}
+    for each in (match[1] for line in lines if (match := INCLUDED.fullmatch(line))):
+        if (included := path.parent / f"{each}.yaml").is_file():
+            found |= {key: (value, comment) for key, value, comment in option_settings(included)}
+    above = [(-1, "" if "# @package _global_" in lines else f"{path.parent.name}.")]
+    for match in filter(None, map(NODE.fullmatch, lines)):
+        indent, value = len(match["indent"]), match["value"].strip()
+        while above[-1][0] >= indent:
+            above.pop()
+        key = f"{above[-1][1]}{match['name']}"
+        if not value:
+            above.append((indent, f"{key}."))
+        elif match["name"] != "_target_":
+            found[key] = value, match["comment"] or found.get(key, ("", ""))[1]
+    return ((key, *rest) for key, rest in found.items())
 
 
 def options_help(command: str, sources: Sequence[Mapping[str, str]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from metarun.config.comments import options_help, settings_help
+from metarun.config.comments import chosen_help, options_help, settings_help
 
 # The settings of nodes that are paths, and Hydra's folders, in which `${...}` may occur.
 PATHS = re.compile(
@@ -296,6 +296,7 @@ def register_frames() -> None:
     """Register what conf/*.yaml refers to: the frames, and the resolvers in help texts."""
     OmegaConf.register_new_resolver("metarun.settings", settings_help, replace=True)
     OmegaConf.register_new_resolver("metarun.options", options_help, replace=True)
+    OmegaConf.register_new_resolver("metarun.chosen", chosen_help, replace=True)
     store = ConfigStore.instance()
     for name, frame in FRAMES.items():
         if f"{name}_frame.yaml" not in store.repo:  # several commands may run in one process

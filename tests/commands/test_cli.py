@@ -172,6 +172,8 @@ BAD_VALUES = {
     "lr=0.1": "lr: there is no such setting; did you mean 'optimizer.lr'?",
     "test.ways=3": "did you mean 'ways' or 'validation.ways'?",
     "steps=5": "steps: is a setting of metarun eval, metarun adapt and metarun online, not of metarun train",
+    "ways=abc ways=5": "error: ways=abc: must be a whole number",
+    "backbone=mlp backbone.width=8": "backbone.width: backbone=mlp has no setting 'width'",
     "inner_loop.rate=0.1": "inner_loop.rate: no option of inner_loop is chosen, so it has no settings",
     "optimizer.weight_decay=0.1": "needs a plus: +optimizer.weight_decay=VALUE",
     "log.tensorboard=2": "log.tensorboard=2: must be true or false",

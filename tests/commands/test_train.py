@@ -79,7 +79,9 @@ def test_a_run_and_an_adaptation_leave_pictures(metarun, tmp_path: Path):
     rows = json.loads((tmp_path / "seen/results.json").read_text())["results"]
     assert [row["model"] for row in rows] == ["cnp", "exact GP", "exact GP, joint"]
     with (tmp_path / "adapted/predictions.csv").open() as file:
-        assert all(float(row["deviation"]) > 0.1 for row in csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    assert all(float(row["deviation"]) > 0.1 for row in rows)
+    assert all(-2 <= float(row["x"]) <= 2 for row in rows) and len({row["x"] for row in rows}) == len(rows)
 
 
 def test_a_method_that_classifies_says_so(metarun):

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
-from metarun.config.comments import description, facts, settings, settings_help
+from metarun.config.comments import (
+    NOT_EXPLAINED,
+    chosen_help,
+    description,
+    facts,
+    option_settings,
+    settings,
+    settings_help,
+)
 from metarun.config.paths import CONF
 from metarun.config.schema import FRAMES
 
@@ -34,6 +45,47 @@ def test_every_setting_of_the_frame_is_in_the_help_with_its_explanation(
         else:
             assert len(explained[each.name]) > 5, each.name
     assert "Examples:" in text
+    if command not in ("export", "report", "runs"):  # which have no groups
+        assert re.search(r"^  hardware.precision=float32  float32 \| tf32 \|", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS - NOT_EXPLAINED))
+def test_every_setting_of_an_option_is_in_its_help(group: str):
+    for path in (CONF / group).glob("*.yaml"):
+        found = {key: value for key, value, _ in option_settings(path)}
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        prefix = "" if "# @package _global_" in path.read_text() else f"{group}."
+        leaves = {f"{prefix}{key}": value for key, value in flat(content).items() if key != "defaults"}
+        for key, value in leaves.items():
+            name = next((each for each in found if f"{key}.".startswith(f"{each}.")), None)
+            assert key.endswith("_target_") or name, f"{path}: {key}"
+            assert name != key or yaml.safe_load(found[name]) == value, f"{path}: {key}"
+
+
+def flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """The values in nested mappings, by their dotted keys."""
+    found = {}
+    for key, value in (content or {}).items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def test_the_help_of_an_option_includes_what_it_is_made_of(tmp_path):
+    folder = tmp_path / "algorithm"
+    folder.mkdir()
+    (folder / "base.yaml").write_text("# Base.\n_target_: a.B\nrate: 1  # of steps\nsize: 2\n")
+    (folder / "own.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /algorithm/base@algorithm\n  - override /inner_loop: none\n"
+        "algorithm:\n  rate: ${inner_rate}\n  part: {a: 1}  # a part\nnorm: none  # no # norm\n"
+    )
+    assert list(option_settings(folder / "own.yaml")) == [
+        ("algorithm.rate", "${inner_rate}", "of steps"),
+        ("algorithm.size", "2", ""),
+        ("algorithm.part", "{a: 1}", "a part"),
+        ("norm", "none", "no # norm"),
+    ]
+    text = chosen_help({"algorithm": "own", "recipe": None}, [{"path": str(tmp_path), "schema": "file"}])
+    assert text.splitlines()[:2] == ["algorithm=own:", "  algorithm.rate=$${inner_rate}  of steps"]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 90, 200])

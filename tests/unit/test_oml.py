@@ -11,6 +11,7 @@ from metarun.backbones.mlp import MLP
 from metarun.errors import ConfigError
 from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.sgd import SGD
+from metarun.tasks.episodes import EpisodeShape
 
 pytestmark = pytest.mark.quick
 
@@ -37,5 +38,8 @@ def test_a_new_sequence_of_classes_is_learned_example_by_example(passes: int):
 def test_what_cannot_be():
     with pytest.raises(ConfigError, match=r"^algorithm\.trajectory=0: must be at least 1"):
         built(trajectory=0)
+    built(trajectory=3).check_training(EpisodeShape(4, 1, 1))
+    with pytest.raises(ConfigError, match=r"^algorithm\.trajectory=3: leaves none of ways=3"):
+        built(trajectory=3).check_training(EpisodeShape(3, 1, 1))
     with pytest.raises(ConfigError, match=r"^inner_loop: OML learns online by plain gradient descent"):
         OML(MLP((6,), hidden=(5,)), Adam(0.1, 1))

@@ -165,7 +165,7 @@ def test_impossible_schedules_are_refused_in_one_line(name: str, own: dict, mess
             {"schedulers": [{**COSINE, "T_mx": 1}], "milestones": [3]},
             r"schedulers\.0\.T_mx.*did you mean 'T_max'",
         ),
-        ({"schedulers": [COSINE], "milestones": ["x"]}, "milestones=.*: must be a list of a whole number"),
+        ({"schedulers": [COSINE], "milestones": ["x"]}, "milestones=.*: must be a list of whole numbers"),
     ],
 )
 def test_nested_schedulers_are_checked(own: dict, message: str):

@@ -88,7 +88,7 @@ def test_who_needs_examples_and_who_descriptions():
         "choices": {"algorithm": "meta_baseline"},
     }
     model = Model("", Path(), None, None, source.spec, protonet, content, None)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="^shots=0: algorithm=meta_baseline needs support examples"):
+    with pytest.raises(ConfigError, match=r"^shots=0: algorithm=meta_baseline needs support examples"):
         model.check_source(source, NONE)  # as `eval` and `adapt` ask: the option, not its class
     protonet.check_source(source, EpisodeShape(3, 1, 2))
     zero_shot.check_source(source, NONE)
