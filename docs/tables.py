@@ -18,22 +18,36 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.baseline import Classifier
 from metarun.algorithms.maml import MAML
-from metarun.config.build import build_algorithm, build_dataset, instantiate
+from metarun.config.build import build_algorithm, build_dataset
 from metarun.config.comments import facts
 from metarun.config.paths import CONF
 from metarun.config.published import Published, published_in
-from metarun.config.schema import register_frames, typed
+from metarun.config.schema import Node, TrainConfig, register_frames, typed
 from metarun.errors import ConfigError
+from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import CLASSIFICATION, DISTRIBUTIONS, REGRESSION, Metric
+from metarun.tasks.rollouts import Rollouts
+from metarun.training.hardware import Hardware
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["backbone.width=8", "dataset.size=16", "hardware=cpu"]
+SMALL = ("backbone.width=8", "dataset.size=16")
+CPU = Hardware("cpu")
+RULES = ("sgd", "adam", "meta_sgd", "layer_rates", "alfa", "meta_curvature", "lstm", "learned_optimizer")
+#: The kinds of tasks by their headings, each with an example.
+KINDS = {
+    "images": ("dataset=glyphs",),
+    "texts": ("dataset=phrases", "backbone=text_cnn", "backbone.width=8"),
+    "values of functions": ("dataset=sinusoid", "backbone=mlp"),
+    "their distributions": ("dataset=sinusoid", "backbone=mlp", "dataset.likelihood=gaussian"),
+    "environments": ("dataset=navigation2d", "backbone=mlp_policy"),
+}
 FAMILIES = {
     "gradient": "gradient-based ([compared](docs/gradient_based.md))",
     "features": "feature-based ([compared](docs/feature_based.md))",
@@ -59,14 +73,22 @@ def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def built(name: str, *words: str) -> Algorithm:
-    """A small network with the method of this name, for ten training classes."""
+@cache
+def settings_of(*words: str) -> TrainConfig:
+    """The settings of a run of `metarun train` with these words, on a CPU."""
     register_frames()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"algorithm={name}", *SMALL, *words])
-    settings = typed(cfg)
-    spec = replace(build_dataset(settings.dataset).spec, classes=10)
-    return build_algorithm(settings, spec, instantiate(settings.hardware))
+        return typed(compose("train", [*words, "hardware=cpu"]))
+
+
+def built(name: str, **other: Node) -> Algorithm:
+    """A small network with the method of this name, for ten training classes; `other`: nodes of groups."""
+    settings = replace(settings_of(f"algorithm={name}", *SMALL), **other)
+    spec = build_dataset(settings.dataset).spec
+    spec = replace(
+        spec, classes=10 if spec.outputs is None and not issubclass(spec.tasks, Rollouts) else None
+    )
+    return build_algorithm(settings, spec, CPU)
 
 
 def trained_names(algorithm: Algorithm, *besides: str) -> list[str]:
@@ -99,6 +121,54 @@ def adapts(algorithm: MAML) -> str:
     if len(heads) == 2:
         return "all" if len(fast) == len(names) else "all but the norms"
     return "the head" if heads == {True} else "the body"
+
+
+def update_rules() -> str:
+    """The inner loops that each gradient-based method can be built with."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(methods("gradient")):
+        own = OmegaConf.load(CONF / "algorithm" / f"{name}.yaml").get("inner_loop", {})
+        known = [rule for rule in RULES if takes_rule(name, rule, own)]
+        found.setdefault(", ".join(f"`{rule}`" for rule in known), []).append(f"`{name}`")
+    rows = sorted(([", ".join(names), rules] for rules, names in found.items()), key=lambda row: -len(row[1]))
+    return markdown(["`algorithm=`", "`inner_loop=`"], rows)
+
+
+def takes_rule(name: str, rule: str, own: Node) -> bool:
+    node = settings_of(f"inner_loop={rule}", "algorithm=maml").inner_loop
+    if not set(own) <= set(node):  # such as `order`, which not every rule has
+        return False
+    try:
+        built(name, inner_loop={**node, **own})
+    except ConfigError:
+        return False
+    return True
+
+
+def kinds_of_tasks() -> str:
+    """The kinds of tasks that each method takes, of all families."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in sorted(options("algorithm")):
+        cells = tuple("yes" if takes_tasks(name, *words) else "no" for words in KINDS.values())
+        found.setdefault(cells, []).append(f"`{name}`")
+    rows = [[", ".join(names), *cells] for cells, names in sorted(found.items(), reverse=True)]
+    return markdown(["`algorithm=`", *KINDS], rows)
+
+
+def takes_tasks(name: str, *words: str) -> bool:
+    other = settings_of(*words)
+    nodes = {"dataset": other.dataset} | ({"backbone": other.backbone} if len(words) > 1 else {})
+    dataset = build_dataset(other.dataset)
+    if settings_of(f"algorithm={name}", *SMALL).augment and dataset.spec.kind != "images":
+        return False
+    try:
+        algorithm = built(name, **nodes)
+        if dataset.spec.outputs is not None:  # functions, which are drawn as they are needed
+            source = dataset.load("train", torch.device("cpu"))
+            algorithm.check_source(source, EpisodeShape(1, 5, 5))
+    except ConfigError:
+        return False
+    return True
 
 
 def feature_methods() -> str:
@@ -273,6 +343,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "feature-based methods": ("docs/feature_based.md", feature_methods),
     "methods with a memory": ("docs/reinforcement.md", memory_methods),
     "neural processes": ("docs/regression.md", neural_processes),
+    "update rules": ("docs/gradient_based.md", update_rules),
+    "kinds of tasks": ("docs/data.md", kinds_of_tasks),
     "metrics": ("docs/metrics.md", metrics),
     "published results": ("docs/published.md", published),
     "reproduced results": ("docs/published.md", reproduced),
@@ -288,7 +360,7 @@ def with_tables(file: str, text: str) -> str:
     """The text of a file with its tables as they should be. ValueError where their markers are missing."""
     for name in (name for name, (own, _) in TABLES.items() if own == file):
         begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
-        if not 0 <= text.find(begin) < text.find(end):
+        if not (begin in text and end in text.partition(begin)[2]):
             raise ValueError(f"{file}: needs one table between {begin.strip()} and {end.strip()}")
         before, _, rest = text.partition(begin)
         text = before + begin + table(name) + end + rest.partition(end)[2]

@@ -51,6 +51,20 @@ def test_the_tables_are_up_to_date(tables, tmp_path: Path, capsys: pytest.Captur
     assert sorted(rows) == sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
 
 
+def test_what_the_documents_say_of_all_methods(tables):
+    own = [
+        (name, tables.settings_of(f"algorithm={name}", *tables.SMALL)) for name in tables.methods("features")
+    ]
+    norms = {name: settings.norm for name, settings in own}
+    assert norms == {name: "none" if name == "meta_networks" else "running" for name in norms}
+    page = (ROOT / "docs" / "feature_based.md").read_text("utf-8")
+    assert "the default for all methods\nexcept Meta Networks (`none`)" in page
+    row = next(row for row in tables.table("kinds of tasks").splitlines() if "`maml`" in row)
+    assert "`fomaml`" in row and "`taml`" not in row and "`metagan_maml`" not in row
+    row = next(row for row in tables.table("update rules").splitlines() if "`reptile`" in row)
+    assert "`meta_nas`" in row and row.endswith("| `sgd`, `adam` |")
+
+
 def test_every_algorithm_has_a_row_with_an_independent_reference():
     # `reptile-sgd` and `reptile-adam` are both Reptile. Neural processes are in test_neural_processes.py.
     tested = {name.split("-")[0] for name in METHODS} | PROCESSES.keys()
