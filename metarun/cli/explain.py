@@ -227,7 +227,7 @@ PLUGINS = {
 
 def explain_choice(name: str, whole: str) -> str:
     """The message for an option of a group, `group/option`, that does not exist."""
-    from metarun.config.check import did_you_mean
+    from metarun.config.hints import did_you_mean
 
     group, _, option = name.rpartition("/")
     options = list(dict.fromkeys(re.findall(r"^\t(\S+)$", whole, re.MULTILINE)))  # one may be found twice
@@ -241,7 +241,8 @@ def explain_choice(name: str, whole: str) -> str:
 
 def explain_key(key: str, command: str, arguments: list[str]) -> str:
     """The message for a setting that does not exist, with the one that is probably meant."""
-    from metarun.config.check import CLASSES_OF_TORCH, did_you_mean
+    from metarun.config.check import CLASSES_OF_TORCH
+    from metarun.config.hints import did_you_mean
     from metarun.config.schema import FRAMES
 
     parent, _, last = key.rpartition(".")

@@ -29,7 +29,7 @@ from metarun.errors import ConfigError, counted
 from metarun.inference.adapted import AdaptedModel, check_reject
 from metarun.inference.images import check_ink
 from metarun.inference.model import Model, find, restore, set_transductive
-from metarun.reporting import pictures, plots
+from metarun.reporting import pictures, task_plots
 from metarun.reporting.console import console, inform, relative
 from metarun.storage.files import write_json
 from metarun.tasks.episodes import Episodes, EpisodeShape
@@ -202,4 +202,4 @@ def draw_regression(algorithm: Algorithm, task: Task, path: Path) -> None:
     bands = {name: spread(each) for name, each in outputs.items()} if spread else {}
     support = episode.support_x, task.objective.to_units(episode.support_y)
     query = episode.query_x, task.objective.to_units(episode.query_y)
-    plots.regression_curves(support, query, curves, path, bands)
+    task_plots.regression_curves(support, query, curves, path, bands)

@@ -21,7 +21,7 @@ from metarun.datasets.environments.camera import Camera
 from metarun.errors import ConfigError, TrainingError, counted
 from metarun.inference.adapted import AdaptedModel
 from metarun.inference.model import Model
-from metarun.reporting import pictures, plots
+from metarun.reporting import pictures, task_plots
 from metarun.reporting.console import console, inform, relative
 from metarun.storage.files import write_json
 from metarun.tasks.episodes import EpisodeShape
@@ -195,5 +195,5 @@ def draw(
         points = places[0].masked_fill(ended.unsqueeze(-1), torch.nan)[:, :DRAWN]
         title = "before adapting" if step == 0 else f"after {counted(step, 'step')}"
         paths[title] = points.transpose(0, 1)
-    plots.paths(paths, family.goal(parameters), path)
+    task_plots.paths(paths, family.goal(parameters), path)
     return path.name

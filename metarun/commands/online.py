@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def follow(
     followers: Followers,
     stream: Sequence[StreamTask],
     folder: Path,
-    record: Mapping[str, Any],
+    record: dict[str, Any],
     hardware: Hardware,
 ) -> Sequence[Row]:
     """Follow the stream from the next task to its end; the rows of all tasks, also those done before.

@@ -20,7 +20,8 @@ from metarun.reporting import pictures
 from metarun.reporting.classes import report_classes
 from metarun.reporting.console import console, inform, shortened
 from metarun.storage.files import write_csv
-from metarun.tasks.objectives import Objective, confusion
+from metarun.tasks.objectives import Objective
+from metarun.tasks.scores import confusion
 
 REJECTED = ""  # the prediction of a query that belongs to no class
 SHOWN = 30  # the most predictions in the table on screen; predictions.csv contains all

@@ -43,7 +43,8 @@ from metarun.nn.layers import replace_layers
 from metarun.nn.per_task import TaskBatching, run_on_tasks
 from metarun.nn.shared_weights import runs_at_once
 from metarun.tasks.episodes import Episodes, EpisodeShape, UnequalEpisodes
-from metarun.tasks.objectives import REGRESSION, mean_squared_error
+from metarun.tasks.objectives import REGRESSION
+from metarun.tasks.scores import mean_squared_error
 from metarun.training.evaluation import adapted_outcome
 from metarun.training.step import OuterStep
 
