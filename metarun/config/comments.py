@@ -131,7 +131,7 @@ def chosen_help(choices: Mapping[str, str | None], sources: Sequence[Mapping[str
 def option_settings(path: Path) -> Iterator[tuple[str, str, str]]:
     """The settings in an option's file and in the options that it includes: name, default, explanation."""
     lines = path.read_text("utf-8").splitlines()
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for each in (match[1] for line in lines if (match := INCLUDED.fullmatch(line))):
         if (included := path.parent / f"{each}.yaml").is_file():
             found |= {key: (value, comment) for key, value, comment in option_settings(included)}
