@@ -328,9 +328,10 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[Metric], title: str) -> Ta
         table.add_column("95 % interval", min_width=16)
         table.add_column(transductive, justify="right", no_wrap=True)
     else:
-        # Rich crops a table whose columns that wrap have a least width.
-        heading = f"{metrics[0].name},{chr(10) if several else ' '}95 % interval"
-        table.add_column(heading, min_width=None if several else 21, no_wrap=several)
+        # Rich crops a table whose columns that wrap have a least width, which long reasons need.
+        wraps = not several and any(cell.result is None for cell in cells)
+        heading = f"{metrics[0].name},{chr(10) if several or longest > 11 else ' '}95 % interval"
+        table.add_column(heading, min_width=21 if wraps else None, no_wrap=not wraps)
         for heading in [transductive, "seconds"] if timed else [transductive]:
             table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:

@@ -246,6 +246,10 @@ def test_the_table_fits_eighty_columns_with_long_names_and_reasons(monkeypatch):
         console.print(table_of(cells, (ACCURACY,), "title"))
     lines = captured.get().splitlines()
     assert all(line[-1] in "┓┩┫┃│┘┛" for line in lines[1:])
+    varied = replace(result, shape=EpisodeShape(5, 1, 5, True))
+    with console.capture() as captured:
+        console.print(table_of([cell_of("protonet norm=layer", varied)], (ACCURACY,), "title"))
+    assert all(line[-1] in "┓┩┫┃│┘┛" for line in captured.get().splitlines()[1:])
     pairs = [replace(cells[0], dataset=f"injongo eng to {name}") for name in ("eng", "swa", "yor", "zul")]
     title = classes_in(pairs, "test")
     assert title == "injongo eng to eng and 3 more, 2 test classes"
