@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import hydra._internal.defaults_list
+import omegaconf
 import pytest
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 
 from metarun.cli.main import main
@@ -20,6 +25,8 @@ from metarun.config.paths import CONF
 
 # Before torch is imported: small tensors gain nothing from threads, and test processes share cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.disable()  # until the tests are collected
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,6 +39,7 @@ def pytest_collection_finish() -> None:
     """The garbage collector need not look at the modules again and again: they stay until the end."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,31 +53,50 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def yaml_files_are_read_once() -> Iterator[None]:
-    """Parsing metarun's and Hydra's own YAML files is a quarter of the time of composing a config.
+def configs_are_composed_quickly() -> Iterator[None]:
+    """What Hydra reads and parses for a config is most of the time of a command that trains nothing.
 
-    Each composition gets a copy. Files of other folders, which tests write, are read each time.
+    The YAML files of metarun and Hydra, the frames of the commands, each override and each interpolation are
+    read once in a process. Files of other folders, which tests write, are read each time.
     """
     Plugins.instance()  # registers the sources
     with pytest.MonkeyPatch.context() as patch:
-        for source in map(SourcesRegistry.instance().resolve, ("file", "pkg")):
+        for source in map(SourcesRegistry.instance().resolve, ("file", "pkg", "structured")):
             patch.setattr(source, "load_config", reading_once(source.load_config))
+        patch.setattr(OverridesParser, "parse_rule", parsing_once(OverridesParser.parse_rule))
+        parse = cache(omegaconf.grammar_parser.parse)  # nothing changes the tree that it returns
+        for module in (omegaconf.base, omegaconf._utils):
+            patch.setattr(module, "parse", parse)
+        # The choices for interpolations in defaults lists, of which there are none here.
+        patch.setattr(hydra._internal.defaults_list, "_create_interpolation_map", lambda *arguments: None)
         yield
 
 
 def reading_once(load: Callable[..., object]) -> Callable[..., object]:
     """`load` of one of Hydra's sources of configs, which reads a file of metarun or of Hydra once."""
-    results: dict[tuple[str, str, str], object] = {}
+    results: dict[tuple[str, str, str], bytes] = {}
 
     def load_config(source, config_path: str) -> object:
         key = (source.provider, source.path, config_path)
-        if source.path != str(CONF) and not source.path.startswith("hydra"):
+        if source.scheme() == "file" and source.path != str(CONF):
             return load(source, config_path)
         if key not in results:
-            results[key] = load(source, config_path)
-        return copy.deepcopy(results[key])
+            results[key] = pickle.dumps(load(source, config_path))
+        return pickle.loads(results[key])  # a copy, in a fraction of the time of `deepcopy`
 
     return load_config
+
+
+def parsing_once(parse: Callable[..., object]) -> Callable[..., object]:
+    """`parse` of Hydra's grammar of overrides, which parses a text once; each caller gets a copy."""
+    results: dict[tuple[str, str], object] = {}
+
+    def parse_rule(parser, text: str, rule: str) -> object:
+        if (text, rule) not in results:
+            results[text, rule] = parse(parser, text, rule)
+        return copy.deepcopy(results[text, rule])
+
+    return parse_rule
 
 
 @pytest.fixture(autouse=True)

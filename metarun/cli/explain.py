@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 from metarun.config.paths import CONF
@@ -258,7 +259,7 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
     if known and (CONF / parent).is_dir():
         chosen = [a for a in arguments if a.startswith(f"{parent}=")] or [parent]
         return f"{key}: {chosen[-1]} has no setting {last!r}{did_you_mean(last, known)}"
-    others = {other: setting_names(other, []) for other in FRAMES if other != command}
+    others = {other: default_names(other) for other in FRAMES if other != command}
     if meant := OTHER_NAMES.get((command, parent.partition(".")[0] or last)):
         value = next((a.partition("=")[2] for a in arguments if a.partition("=")[0] == key), "NAME")
         return f"{key}: is called {meant} in metarun {command}; type {meant}={value}"
@@ -295,6 +296,12 @@ def quoted_names(names: list[str], key: str) -> str:
 def known_keys(parent: str, names: list[str]) -> list[str]:
     """The names of the settings under `parent` ("": at the top)."""
     return [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == parent]
+
+
+@cache
+def default_names(command: str) -> list[str]:
+    """The dotted names of all settings of a command with its default options."""
+    return setting_names(command, [])
 
 
 def setting_names(command: str, arguments: list[str]) -> list[str]:

@@ -165,15 +165,14 @@ def difference(algorithm: Algorithm, episodes: Episodes, direction: Gradient, h:
     return (losses[0] - losses[1]) / (2 * h)
 
 
-@pytest.mark.parametrize("batching", ["grouped", "unfold", "vmap", "loop"])
 @pytest.mark.parametrize("name", EVERY_BATCHING)
-def test_every_batching_gives_the_same_meta_gradient(name: str, batching: str):
+def test_every_batching_gives_the_same_meta_gradient(name: str):
     algorithm = METHODS[name].build(BACKBONES["conv4"](), 2)
-    episodes = episodes_of()
+    episodes = episodes_of(tasks=2)
     expected = METHODS[name].reference(algorithm, episodes, 2)
-    assert (
-        relative_error(gradient(algorithm, episodes, batching=batching), expected) < METHODS[name].tolerance
-    )
+    for batching in ("grouped", "unfold", "vmap", "loop"):
+        error = relative_error(gradient(algorithm, episodes, batching=batching), expected)
+        assert error < METHODS[name].tolerance, batching
 
 
 @pytest.mark.parametrize("name", [name for name in EMBEDDED if name not in ("meta_networks", "leo")])

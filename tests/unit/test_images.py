@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,14 @@ def test_proportions_are_kept_and_the_ground_filled():
 
 
 SIDE = 84
-INK = Glyphs(test_classes=3, seed=11, size=SIDE).split("test").items[::7, 0].numpy()[:6] / 255
+
+
+@cache
+def sketches() -> np.ndarray:
+    """Six drawings of glyphs, in which ink is 1."""
+    return Glyphs(test_classes=3, seed=11, size=SIDE).split("test").items[::7, 0].numpy()[:6] / 255
+
+
 Y, X = np.mgrid[0:SIDE, 0:SIDE] / SIDE
 
 
@@ -128,7 +135,7 @@ def drawn(kind: str, ink: np.ndarray) -> Image.Image:
 )
 def test_ink_is_the_same_on_any_paper(kind: str, least: float, most: float):
     """Against the clean drawing as a plain reduction: dark ink on any paper and light ink on a board."""
-    for ink in INK:
+    for ink in sketches():
         image = drawn(kind, ink)
         side = balance(image)
         assert side < -least if kind in ("light", "board") else side > least
@@ -147,31 +154,35 @@ def test_a_blank_sheet_stays_blank_and_faint_pencil_does_not():
         noise = np.random.default_rng(0).normal(0, 20, (side, side))
         sheet = Image.fromarray((200 + noise).clip(0, 255).astype(np.uint8))
         assert strokes(sheet, "dark", 28, 28).max() == 0
-    small = drawn("light", INK[0]).resize((28, 28), Image.Resampling.LANCZOS)
+    small = drawn("light", sketches()[0]).resize((28, 28), Image.Resampling.LANCZOS)
     noise = np.random.default_rng(0).normal(0, 20, (28, 28))
     grainy = Image.fromarray((200 - 110 / 255 * np.asarray(small) + noise).clip(0, 255).astype(np.uint8))
     assert np.corrcoef(strokes(grainy, "dark", 28, 28).ravel(), np.asarray(small).ravel())[0, 1] > 0.85
-    pencil = Image.fromarray((220 - 30 * INK[0]).round().astype(np.uint8))
+    pencil = Image.fromarray((220 - 30 * sketches()[0]).round().astype(np.uint8))
     assert strokes(pencil, "dark", 28, 28).max() == 255
 
 
 def test_other_proportions_of_a_drawing():
-    image = Image.fromarray(np.pad(255 - 255 * INK[0], ((0, 0), (SIDE // 2, SIDE // 2)), constant_values=255))
+    image = Image.fromarray(
+        np.pad(255 - 255 * sketches()[0], ((0, 0), (SIDE // 2, SIDE // 2)), constant_values=255)
+    )
     image = image.convert("L")
     padded, cropped = (strokes(image, "dark", 28, 28, how) for how in ("pad", "crop"))
     assert not padded[:7].any() and not padded[21:].any() and padded[7:21].any()
-    plain = images.to_array(drawn("light", INK[0]), (1, 28, 28))[0]
+    plain = images.to_array(drawn("light", sketches()[0]), (1, 28, 28))[0]
     assert np.abs(cropped.astype(float) - plain).mean() < 4
     assert strokes(image, "dark", 28, 28, "stretch")[:7].any()
 
 
 def test_the_polarity_of_a_set_and_one_sheet_that_differs(tmp_path: Path, capsys):
-    sources = saved(tmp_path, *(drawn("grey", ink) for ink in INK[:-1]), drawn("light", INK[-1]))
+    sources = saved(
+        tmp_path, *(drawn("grey", ink) for ink in sketches()[:-1]), drawn("light", sketches()[-1])
+    )
     made = Preparation(ink="auto").with_ink(sources, "sheets")
     said = capsys.readouterr().err
     assert made.majority == "dark" and "sheets: dark ink on a light background" in said
     assert "1 of 6 drawings are of the other polarity" in said
-    for i, ink in enumerate(INK):
+    for i, ink in enumerate(sketches()):
         found = made.array(images.read(tmp_path / f"{i}.png"), (3, 28, 28))
         plain = images.to_array(drawn("light", ink), (3, 28, 28))
         assert np.abs(found.astype(float) - plain).mean() < 4
@@ -181,7 +192,7 @@ def test_the_polarity_of_a_set_and_one_sheet_that_differs(tmp_path: Path, capsys
     blank = saved(tmp_path, Image.new("L", (9, 9), 40))
     assert Preparation(ink="auto").with_ink(blank, "blank", like="light").majority == "light"
     asked = Preparation(ink="light").with_ink(sources, "sheets")
-    assert not asked.array(drawn("grey", INK[0]), (1, 28, 28)).any()
+    assert not asked.array(drawn("grey", sketches()[0]), (1, 28, 28)).any()
 
 
 def test_a_models_images_are_prepared_as_in_its_training_unless_set():

@@ -36,12 +36,12 @@ def drawing(character: int, number: int) -> bytes:
     return buffer.getvalue()
 
 
-def bits(image: torch.Tensor) -> tuple[int, int]:
-    """The character and the number in a loaded 28x28 image."""
-    fields = [image[0, round((bit // 3 * 26 + 13) * 28 / 105), round((bit % 3 * 35 + 17) * 28 / 105)]
-              for bit in range(12)]  # fmt: skip
-    value = sum(int(field > 127) << bit for bit, field in enumerate(fields))
-    return value & 2047, value >> 11
+def bits(images: torch.Tensor) -> list[tuple[int, int]]:
+    """The character and the number in each of the loaded 28x28 images."""
+    places = [(bit // 3 * 26 + 13, bit % 3 * 35 + 17) for bit in range(12)]
+    fields = torch.stack([images[:, 0, round(y * 28 / 105), round(x * 28 / 105)] for y, x in places], 1)
+    values = ((fields > 127).long() << torch.arange(12)).sum(1).tolist()
+    return [(value & 2047, value >> 11) for value in values]
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +151,7 @@ def test_every_drawing_is_with_its_class(imitation, tmp_path, kind):
         assert store.names == class_split("maml")[split]
         assert store.counts.tolist() == [DRAWINGS] * len(store.names)
         expected = [(numbers[name], number) for name in store.names for number in range(DRAWINGS)]
-        assert [bits(image) for image in store.items] == expected
+        assert bits(store.items) == expected
 
 
 def test_rotations_are_new_classes(imitation):
