@@ -209,6 +209,7 @@ def finished_like_a_whole_run(metarun, tmp_path: Path) -> None:
     assert same(*(state["algorithm"] for state in states))
 
 
+@pytest.mark.long
 def test_killed_it_goes_on_from_its_last_checkpoint(metarun, tmp_path: Path):
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = started(tmp_path, "iterations=100000", **nowhere)

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.forks import Fork
 from helpers.images import NAMES, picture, tree
 
 from metarun.datasets import class_folders
@@ -165,22 +167,24 @@ STOPS = ["the bytes", "the metadata", "the last rename"]
 @pytest.mark.parametrize("where", STOPS)
 def test_a_process_killed_at_any_point_leaves_only_what_is_recognised(folder: Path, where: str):
     """And the old entry, if there was one, is never taken for the new one."""
-    code = (
-        "import os, sys; from metarun.storage import cached_arrays as entries\n"
-        "def killed(*args): os._exit(9)\n"
-        "def build(write):\n"
-        "    write(b'new')\n"
-        "    if sys.argv[1] == 'the bytes': killed()\n"
-        "    if sys.argv[1] == 'the metadata': entries.write_json = killed\n"
-        "    if sys.argv[1] == 'the last rename':\n"
-        "        replace = os.replace\n"
-        "        os.replace = lambda a, b: killed() if str(b).endswith('0') else replace(a, b)\n"
-        "    return {}\n"
-        f"entries.memmap_cached({NAME!r}, build)"
-    )
+
+    def killed(*arguments: object) -> None:
+        os._exit(9)
+
+    def build(write: Callable[[bytes], object]) -> dict:
+        write(b"new")
+        if where == "the bytes":
+            killed()
+        if where == "the metadata":
+            cached_arrays.write_json = killed
+        if where == "the last rename":
+            replace = os.replace
+            os.replace = lambda a, b: killed() if str(b).endswith("0") else replace(a, b)
+        return {}
+
     memmap_cached(NAME, lambda write: {"n": write(b"old")})
     (folder / NAME).write_bytes(b"odd")  # so that it is built again
-    assert subprocess.run([sys.executable, "-c", code, where]).returncode == 9
+    assert Fork(lambda say: memmap_cached(NAME, build)).ended() == (9, "")
     left = {path.name for path in folder.iterdir() if path.suffix not in (".json", ".lock")}
     listed = cache.cache_entries()
     assert {entry.path.name for entry in listed} == left and len(left) == 2
@@ -248,22 +252,26 @@ def test_every_flipped_byte_is_found(tmp_path: Path):
 
 def test_an_entry_being_made_is_left_alone(folder: Path):
     name = f"glyphs-{'0' * 24}"
-    code = (
-        "import time; from metarun.storage.cached_arrays import memmap_cached\n"
-        "def build(write):\n"
-        "    write(b'a'); print('building', flush=True); time.sleep(60); return {}\n"
-        f"memmap_cached({name!r}, build)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    def make(say: Callable[[str], None]) -> None:
+        def build(write: Callable[[bytes], object]) -> dict:
+            write(b"a")
+            say("building")
+            time.sleep(60)
+            return {}
+
+        memmap_cached(name, build)
+
+    process = Fork(make)
     try:
-        assert process.stdout and process.stdout.readline() == "building\n"
+        assert process.output.readline() == "building\n"
         (left,) = cache.cache_entries()
         assert left.stale == "left by a run that was stopped"
         assert not cache.remove(left)
         assert left.path.exists()
     finally:
         process.kill()
-        process.communicate()
+        process.ended()
     assert cache.remove(left)
     assert os.listdir(folder) == [f".{name}.lock"]
 

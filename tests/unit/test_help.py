@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from metarun.config.comments import (
@@ -20,7 +22,7 @@ from metarun.config.comments import (
     settings_help,
 )
 from metarun.config.paths import CONF
-from metarun.config.schema import FRAMES
+from metarun.config.schema import FRAMES, register_frames
 
 pytestmark = pytest.mark.quick
 GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}
@@ -120,3 +122,8 @@ def test_every_explained_setting_is_one_of_the_frame():
             assert not first or first in known
             if rest:
                 assert rest in [inner.name for inner in fields(known[first])]
+
+
+def test_hydras_store_is_not_copied_for_each_group():
+    register_frames()
+    assert copy.deepcopy(ConfigStore.instance()) is ConfigStore.instance()

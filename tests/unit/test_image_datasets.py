@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import shutil
-import subprocess
-import sys
+import signal
+import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.forks import Fork
 from helpers.images import NAMES, levels, mini_tree, mnist_files, picture, tree, zipped
 from PIL import Image
 
@@ -303,23 +305,23 @@ def test_mapped_bytes_are_built_once_and_never_half(tmp_path: Path, empty_cache:
 
 def test_two_processes_preparing_one_cache_do_the_work_once(tmp_path: Path, empty_cache: Path):
     """Also after one that was killed half-way."""
-    code = (
-        "import sys, time; from metarun.storage.cached_arrays import memmap_cached\n"
-        "def build(write):\n"
-        "    write(b'a'); print('building', flush=True); time.sleep(float(sys.argv[1])); write(b'b')\n"
-        "    return {}\n"
-        "content, _ = memmap_cached('entry', build); print(bytes(content.tolist()).decode())"
-    )
-    first = subprocess.Popen([sys.executable, "-c", code, "60"], stdout=subprocess.PIPE, text=True)
-    assert first.stdout and first.stdout.readline() == "building\n"
+
+    def prepare(say: Callable[[str], None], seconds: float) -> None:
+        def build(write: Callable[[bytes], object]) -> dict:
+            write(b"a")
+            say("building")
+            time.sleep(seconds)
+            write(b"b")
+            return {}
+
+        say(bytes(memmap_cached("entry", build)[0].tolist()).decode())
+
+    first = Fork(partial(prepare, seconds=60))
+    assert first.output.readline() == "building\n"
     first.kill()
-    first.communicate()
-    both = [
-        subprocess.Popen([sys.executable, "-c", code, "0.5"], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=60)[0] for process in both]
-    assert sorted(outputs) == ["ab\n", "building\nab\n"]
+    assert first.ended() == (-signal.SIGKILL, "")
+    both = [Fork(partial(prepare, seconds=0.5)) for _ in range(2)]
+    assert sorted(process.ended() for process in both) == [(0, "ab\n"), (0, "building\nab\n")]
 
 
 # CIFAR-FS and FC100
