@@ -19,6 +19,7 @@ from metarun.commands import environments, task_folders
 from metarun.commands.models import TestData, dataset_for, queries_of
 from metarun.commands.one_task import Task, adapt_to, user_task
 from metarun.commands.predictions import note_dependence, report_queries
+from metarun.commands.views import check_views
 from metarun.config.build import instantiate, validation_shape
 from metarun.config.check import check
 from metarun.config.schema import AdaptConfig, typed
@@ -51,6 +52,7 @@ def run(cfg: DictConfig) -> float:
         dataset_for(command, model)  # another kind of data is said first
     set_transductive(model.algorithm, command.transductive, model.name, alone=True)
     check_reject(command.reject, model.predicts_values)
+    check_views(model, command.views)
     model.algorithm.eval()
     folder = Path(HydraConfig.get().runtime.output_dir)
     if command.support is not None or command.tasks is not None:
@@ -65,7 +67,7 @@ def run(cfg: DictConfig) -> float:
     task = (
         user_task(command, model) if command.support is not None else dataset_task(command, model, hardware)
     )
-    steps, adapted, outputs = adapt_to(task, model, command.seed)
+    steps, adapted, outputs = adapt_to(task, model, command.seed, command.views)
     report(model, task, steps, outputs, folder, command.reject)
     support_x = model.algorithm.balanced(task.episode).support_x
     AdaptedModel(model, task.classes, adapted, support_x, command.ink, task.preparation).save(  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from metarun.commands.models import load_models
 from metarun.commands.one_task import Pictures, prepared, task_of
 from metarun.commands.task_folders import Results, Scored, mean_and_interval, score, write
 from metarun.commands.trained_on import note_weights, trained_classes
+from metarun.commands.views import check_views
 from metarun.config.schema import EvalConfig
 from metarun.datasets import images, lake_challenge
 from metarun.errors import ConfigError, counted
@@ -48,16 +49,18 @@ def run(command: EvalConfig, trusted: Collection[str], hardware: Hardware) -> fl
     reasons = {model.name: unsupported(model) for model in models}
     if all(reasons.values()):
         raise ConfigError(f"benchmark={command.benchmark}: {models[0].path}: {reasons[models[0].name]}")
+    possible = [model for model in models if not reasons[model.name]]
+    for model in possible:
+        check_views(model, command.views)
     tasks = list(map(pictures_of, lake_challenge.runs(files.get("root"), files.get("download", True))))
     note_other_tasks(tasks)
-    possible = [model for model in models if not reasons[model.name]]
     for model in possible:
         note_trained(model)
     results: Results = {model.name: (model, []) for model in models}
     with Bar("eval", len(possible) * len(tasks), "tasks") as bar:
         for model in possible:
             for task in tasks:
-                results[model.name][1].append(score_on(task, model, command.seed))
+                results[model.name][1].append(score_on(task, model, command.seed, command.views))
                 bar.advance()
     if hardware.ranks.first:  # which alone writes
         report(results, reasons, len(tasks), Path(HydraConfig.get().runtime.output_dir))
@@ -86,12 +89,12 @@ def pictures_of(run: lake_challenge.Run) -> tuple[str, Pictures]:
     return run.name, Pictures(run.classes, support, list(range(len(support))), query, run.labels, names)
 
 
-def score_on(task: tuple[str, Pictures], model: Model, seed: int) -> Scored:
+def score_on(task: tuple[str, Pictures], model: Model, seed: int, views: int = 1) -> Scored:
     """The score of a model on a task, with images prepared as those of `adapt`, whose ink is known."""
     name, pictures = task
     with silent():
         own, preparation = prepared(pictures, model, "dark" if model.dataset.preparation.draws else "auto")
-    return score(name, task_of(own, model.objective(["accuracy"]), preparation), model, seed)
+    return score(name, task_of(own, model.objective(["accuracy"]), preparation), model, seed, views=views)
 
 
 def note_other_tasks(tasks: Sequence[tuple[str, Pictures]]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from metarun.algorithms.base import Adapted, Algorithm
 from metarun.commands.models import own_dataset
 from metarun.commands.predictions import known_targets
+from metarun.commands.views import averaged
 from metarun.config.schema import AdaptConfig
 from metarun.datasets import class_folders
 from metarun.datasets.base import OwnTask
@@ -167,13 +168,17 @@ def described_images(command: AdaptConfig, model: Model) -> tuple[OwnTask, Prepa
     return OwnTask(support_x, none, query_x, known, list(table), list(map(str, files)), about), prepared
 
 
-def adapt_to(task: Task, model: Model, seed: int) -> tuple[list[dict[str, Any]], Adapted, Tensor | None]:
+def adapt_to(
+    task: Task, model: Model, seed: int, views: int = 1
+) -> tuple[list[dict[str, Any]], Adapted, Tensor | None]:
     """Place the task on the device of the model and adapt to it; see `follow`.
 
     Args:
         task: its episode is replaced.
         model: the model.
-        seed: of methods that draw at random when they adapt.
+        seed: of methods that draw at random when they adapt, and of views.
+        views: how many views of the task the predictions and their scores are averaged over; the steps and
+            the loss are of the first one.
 
     Raises:
         ConfigError: the model does not take so many ways.
@@ -185,6 +190,10 @@ def adapt_to(task: Task, model: Model, seed: int) -> tuple[list[dict[str, Any]],
     torch.manual_seed(seed)
     with torch.no_grad(), model.hardware.compute():
         steps, adapted, outputs = follow(model.algorithm, task)
+        if views > 1 and outputs is not None:
+            outputs = averaged(model, task.episode, outputs, views, seed)
+            scores = figures("query", model.algorithm, task.episode, outputs, task.episode.query_y)
+            steps[-1] |= {name: value for name, value in scores.items() if name != "query loss"}
     check_predictions(outputs, steps, model)
     return steps, adapted, outputs
 

@@ -55,7 +55,7 @@ def run(command: AdaptConfig, model: Model, folder: Path) -> float:
         for name, (support, query) in found.items():
             with naming(name, said), errors_naming(name):
                 task = user_task(replace(command, support=str(support), query=str(query)), model)
-                scored.append(score(name, task, model, command.seed, command.reject))
+                scored.append(score(name, task, model, command.seed, command.reject, command.views))
             bar.advance()
     metrics = model.objective(command.metrics).metrics
     console.print(table_of(scored, metrics, f"{model.name}: {counted(len(scored), 'task')}"))
@@ -108,11 +108,13 @@ def errors_naming(task: str) -> Iterator[None]:
         raise type(error)(f"task {task}: {error}") from error
 
 
-def score(name: str, task: Task, model: Model, seed: int, reject: float | None = None) -> Scored:
+def score(
+    name: str, task: Task, model: Model, seed: int, reject: float | None = None, views: int = 1
+) -> Scored:
     """Adapt a model to a task and score its queries. Raises as `adapt_to`, and DataError without queries."""
     if not task.has_queries:
         raise DataError(f"task {name}: has no queries; add some")
-    steps, _, outputs = adapt_to(task, model, seed)
+    steps, _, outputs = adapt_to(task, model, seed, views)
     assert outputs is not None
     episode, names = task.episode, [metric.name for metric in task.objective.metrics]
     scores = {each: steps[-1][f"query {each}"] for each in names if f"query {each}" in steps[-1]}

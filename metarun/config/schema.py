@@ -139,6 +139,7 @@ OF_DRAWN: dict[str, Any] = {"unless": ("benchmark",)}  # settings of tasks that 
 class EvalConfig:
     checkpoint: Any = setting(path="list")  # noqa: RUF009
     benchmark: str | None = None
+    views: int = whole(1, needs=("benchmark",))
     # A dataset, or settings that adjust the checkpoint's own.
     dataset: Node = setting(None, **OF_DRAWN, but=("dataset.root", "dataset.download"))  # noqa: RUF009
     hardware: Node = MISSING
@@ -170,6 +171,7 @@ class AdaptConfig:
     tasks: str | None = setting(None, path="path")
     depth: int = whole(1, needs=FILES)
     ink: str = setting(needs=FILES)
+    views: int = whole(1)
     # A dataset, or settings that adjust the checkpoint's own.
     dataset: Node = setting(  # noqa: RUF009
         None, unless=FILES, but=("dataset.vectors", "dataset.encoder")

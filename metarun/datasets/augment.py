@@ -17,8 +17,9 @@ class Augment:
     `crop`: pixels an image is moved by at most in each direction, with black behind it (a random
     crop of the padded image). `flip`: mirrored left to right, half of the time. `rotation`: degrees
     it is turned by at most, either way. `colour`: brightness, contrast and saturation are each
-    multiplied by up to 1 +- this. `zoom`: its size is multiplied by up to 1 +- this. `drop`: the chance of
-    each pixel to become black, before all else.
+    multiplied by up to 1 +- this. `zoom`: its size is multiplied by up to 1 +- this. `shear`: each row
+    is moved sideways by up to +- this times its distance from the middle. `drop`: the chance of each
+    pixel to become black, before all else.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class Augment:
         colour: float = 0.4,
         zoom: float = 0.0,
         drop: float = 0.0,
+        shear: float = 0.0,
     ) -> None:
-        shares = {"colour": colour, "zoom": zoom, "drop": drop}
+        shares = {"colour": colour, "zoom": zoom, "drop": drop, "shear": shear}
         for name, value in {"crop": crop, "rotation": rotation, **shares}.items():
             if value < 0:
                 raise ConfigError(f"augment.{name}={value}: must not be negative")
@@ -39,8 +41,8 @@ class Augment:
                 bound = "at most 1" if name == "colour" else "below 1"
                 raise ConfigError(f"augment.{name}={value}: must be {bound}")
         self.crop, self.flip, self.rotation, self.colour = crop, flip, rotation, colour
-        self.zoom, self.drop = zoom, drop
-        self.numbers = 7 + bool(zoom) + bool(drop)  # uniform in [0, 1), for each image
+        self.zoom, self.drop, self.shear = zoom, drop, shear
+        self.numbers = 7 + bool(zoom) + bool(shear) + bool(drop)  # uniform in [0, 1), for each image
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1], changed by as many `numbers` in [0, 1) each, [B, numbers]."""
@@ -51,7 +53,7 @@ class Augment:
 
     def moved(self, images: Tensor, numbers: Tensor) -> Tensor:
         """By whole pixels, so that an image that is not turned keeps its values."""
-        if not (self.crop or self.flip or self.rotation or self.zoom):
+        if not (self.crop or self.flip or self.rotation or self.zoom or self.shear):
             return images
         height, width = images.shape[-2:]
         angle = (2 * numbers[:, 0] - 1) * math.radians(self.rotation)
@@ -66,6 +68,9 @@ class Augment:
             torch.stack([mirror * cos, -sin * aspect, 2 * right / width], 1),
             torch.stack([mirror * sin / aspect, cos, 2 * down / height], 1),
         ]
+        if self.shear:
+            slope = self.shear * (2 * numbers[:, 7 + bool(self.zoom)] - 1) * aspect
+            rows = [torch.stack([row[:, 0], row[:, 1] + slope * row[:, 0], row[:, 2]], 1) for row in rows]
         grid = F.affine_grid(torch.stack(rows, 1).to(images.dtype), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
 

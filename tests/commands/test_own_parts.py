@@ -97,7 +97,11 @@ def test_a_frozen_network_is_tested_without_training_and_embeds_each_image_once(
 def test_a_method_that_needs_examples_refuses_bandits_in_one_line(metarun, own_folder: Path):
     done = metarun("train", "-cd", "my_conf", "dataset=bandits", "algorithm=protonet", status=1)
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("metarun: error: ") and "Bandits" in line and "algorithm=maml" in line
+    assert (
+        line.startswith("metarun: error: ")
+        and "needs labelled support and query examples" in line
+        and "algorithm=maml" in line
+    )
 
 
 @pytest.mark.parametrize("word", ["inner_loop=adam", "inner_loop.steps=3", "inner_rate=0.1"])

@@ -20,10 +20,12 @@ from helpers.server import running
 from PIL import Image
 
 import metarun as package
-from metarun.commands import benchmarks, task_folders
+from metarun.commands import benchmarks, task_folders, views
 from metarun.datasets import lake_challenge
+from metarun.datasets.augment import Augment
 from metarun.datasets.glyphs import Glyphs
 from metarun.errors import DataError
+from metarun.tasks.episodes import Episodes
 
 pytestmark = pytest.mark.xdist_group("learned")  # one process trains for all
 
@@ -181,6 +183,51 @@ def test_lakes_challenge(metarun, run: Path, tmp_path: Path):
         assert [row["task"] for row in written["tasks"]] == ["run01", "run02"]
 
 
+def test_predictions_are_averaged_over_views(run: Path):
+    """Of Prototypical networks, by hand: each view has its own prototypes and its own queries."""
+    model = package.load(run, device="cpu")
+    settings = {"crop": 2, "flip": False, "rotation": 20, "colour": 0}
+    model.settings.augment = {"_target_": "metarun.datasets.augment.Augment", **settings}
+    images = characters()[:3, :5].float().flatten(0, 1).unsqueeze(1) / 255
+    support_x, query_x = images.unflatten(0, (3, 5)).split([2, 3], 1)
+    support_y, query_y = (torch.arange(3).repeat_interleave(n).unsqueeze(0) for n in (2, 3))
+    support_x, query_x = support_x.flatten(0, 1), query_x.flatten(0, 1)
+    episode = Episodes(support_x[None], support_y, query_x[None], query_y, torch.arange(3)[None])
+    embed, generator = model.algorithm.backbone.eval(), torch.Generator().manual_seed(7)
+    change, probabilities = Augment(**settings), []
+    with torch.no_grad():
+        for view in range(4):
+            parts = [support_x, query_x]
+            if view:
+                parts = [change(x, torch.rand(len(x), 7, generator=generator)) for x in parts]
+            prototypes = embed(parts[0]).view(3, 2, -1).mean(1)
+            distances = (embed(parts[1])[:, None] - prototypes).square().sum(2)
+            probabilities.append((-distances).softmax(1))
+        first = probabilities[0].log()[None]
+        found = views.averaged(model, episode, first, views=4, seed=7)
+    torch.testing.assert_close(found[0].exp(), torch.stack(probabilities).mean(0), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, first, atol=1e-2)
+
+
+def test_views_need_an_augmentation_and_fixed_tasks(metarun, run: Path, tmp_path: Path):
+    challenge(tmp_path / "runs")
+    words = ["eval", f"checkpoint={run}", "views=2"]
+    done = metarun(*words, "benchmark=lake", "dataset.root=runs", status=1)
+    assert "was trained without augment=" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "views" in metarun(*words, status=1).stderr
+    model = package.load(run, device="cpu")
+    model.settings.augment = {
+        "_target_": "metarun.datasets.augment.Augment",
+        **{"crop": 0, "flip": False, "colour": 0},
+    }
+    scored = [
+        benchmarks.score_on(benchmarks.pictures_of(task), model, 0, views)
+        for task in lake_challenge.runs(str(tmp_path / "runs"), False)
+        for views in (1, 3)
+    ]
+    assert scored[0].scores == scored[1].scores and scored[2].scores == scored[3].scores
+
+
 def test_models_that_cannot_do_the_challenge(metarun, run: Path, trained, tmp_path: Path):
     """A fixed head has as many ways as in training; other models are evaluated."""
     fixed = trained("algorithm=maml", *UNTESTED)
@@ -274,7 +321,9 @@ def test_training_on_the_evaluation_set_is_said(capsys: pytest.CaptureFixture[st
     def note(*names: str) -> str:
         record = {"names": list(names), "marks": torch.zeros(len(names), 8, dtype=torch.int64)}
         settings = SimpleNamespace(backbone={"_target_": "metarun.backbones.conv4.Conv4"})
-        model = SimpleNamespace(name="maml", settings=settings, content={"train_classes": record})
+        model = SimpleNamespace(
+            name="maml", settings=settings, content={"train_classes": record, "choices": {}}
+        )
         benchmarks.note_trained(model)
         return capsys.readouterr().err
 

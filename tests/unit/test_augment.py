@@ -94,3 +94,11 @@ def test_pixels_are_dropped_by_chance():
     assert abs(own.mean().item() - 0.7) < 0.01 and len(own.unique(dim=0)) == 400
     both = torch.corrcoef(own.T) - torch.eye(99)
     assert both.abs().max() < 0.3  # pixels are independent of each other
+
+
+def test_rows_are_moved_in_proportion_to_their_distance_from_the_middle():
+    line = torch.zeros(1, 1, 21, 41)
+    line[..., 20] = 1
+    found = Augment(crop=0, flip=False, colour=0, shear=0.5)(line, torch.tensor([[*STILL, 1.0]]))
+    centres = (found[0, 0] * torch.arange(41)).sum(1) / found[0, 0].sum(1)
+    torch.testing.assert_close(centres, 20 - 0.5 * (torch.arange(21.0) - 10), atol=1e-3, rtol=0)
