@@ -66,8 +66,10 @@ class Algorithm(nn.Module, ABC):
     #: another setting of the same group has a value ("head=svm", "test_steps!=null"; "": always). They are
     #: refused if they are typed. An inner loop, a backbone or a dataset may have this attribute too.
     unread: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
-    #: Whether the meta-loss compares the tasks of a meta-batch, so that they have to be run at once.
+    #: Whether the loss of a task depends on the other tasks of a meta-batch, so that they have to be run at
+    #: once, and what to set so that it does not.
     couples_tasks: bool = False
+    uncoupled: ClassVar[str] = ""
     #: Whether the backbone keeps the weights that it starts with.
     frozen: bool = False
     #: Whether evaluation normalises a query by the statistics of the batch that it is in (batch norm).
@@ -135,6 +137,11 @@ class Algorithm(nn.Module, ABC):
         return bool(task_norms(self))
 
     @property
+    def support_norm(self) -> str:
+        """The setting `norm` of layers that normalise by the support."""
+        return task_norms(self)[0].setting
+
+    @property
     def predicts_beside_support(self) -> bool:
         """Whether predicting a query takes the support examples, beside what `adapt` made of them."""
         return self.normalises_by_support or (self.normalises_batches and not self.transductive)
@@ -171,8 +178,8 @@ class Algorithm(nn.Module, ABC):
             )
         if shape.varied and self.couples_tasks and self.training:
             raise ConfigError(
-                f"varied=true: algorithm={type(self).__name__} compares the tasks of a meta-batch, and tasks "
-                "of different sizes run one after another; leave it out"
+                f"varied=true: algorithm={type(self).__name__} runs the tasks of a meta-batch together, and "
+                f"tasks of different sizes run one after another; set {self.uncoupled}, or leave varied out"
             )
         environment = issubclass(source.spec.tasks, Rollouts)
         if environment and not shape.shots and self.takes_steps and self.inner_loop.step_count():  # type: ignore[operator, union-attr]
@@ -187,13 +194,13 @@ class Algorithm(nn.Module, ABC):
             return
         if not shape.shots:
             raise ConfigError(
-                "shots=0: norm=task normalises by the support examples, and there are none; set shots to 1 "
-                "or more, or choose norm=running or layer"
+                f"shots=0: norm={self.support_norm} normalises by the support examples, and there are none; "
+                "set shots to 1 or more, or choose norm=running or layer"
             )
         if uses_batch_statistics(self):
             raise ConfigError(
-                "norm=task: normalises a query by the support alone, and another layer of the network by its "
-                "batch; choose algorithm.norm=running or layer"
+                f"norm={self.support_norm}: normalises a query by the support alone, and another layer of "
+                "the network by its batch; choose algorithm.norm=running or layer"
             )
 
     def check_training(self, shape: EpisodeShape) -> None:
@@ -286,7 +293,9 @@ class Algorithm(nn.Module, ABC):
         if not self.predicts_beside_support:
             return predict
         if not isinstance(tasks, Episodes):
-            setting = "norm=task" if self.normalises_by_support else "algorithm.transductive=false"
+            setting = (
+                f"norm={self.support_norm}" if self.normalises_by_support else "algorithm.transductive=false"
+            )
             raise ConfigError(
                 f"{setting}: predicts a query beside the support examples, and {tasks.unit} have none; "
                 "leave it out"

@@ -38,7 +38,10 @@ class HSML(MAML):
     Departures: the code assigns the nodes of upper levels by a linear layer instead of the distance to
     centres. The code does not gate the weights of norms, which its inner loop does not adapt. Cells of the
     recurrent autoencoder are PyTorch's GRU. Meta-gradients are not clipped (`clip.value=3`; the code does
-    so for pooling). Classes count equally in pooling and reconstruction.
+    so for pooling, and at 10 for mini-ImageNet). Classes count equally in pooling and reconstruction. Linear
+    layers start as Glorot and Bengio's, biases at 0 (the code: the output of the recurrent decoder normal
+    with deviation 1 and bias 0.1, biases of the levels as their weights); the embedding of images starts as
+    PyTorch's layers (normal with deviation 0.04, biases 0.1, convolutions without a bias).
 
     Args:
         backbone, inner_loop, outputs, item_shape, classes, transductive: see `MAML` and `Algorithm`.
@@ -240,7 +243,7 @@ class Level(nn.Module):
 
 
 def dense(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer with the initial weights of the authors' code (Glorot and Bengio 2010)."""
+    """A linear layer with the initial weights of Glorot and Bengio (2010)."""
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -12,6 +12,7 @@ from metarun.algorithms.feature_method import precise, require
 from metarun.algorithms.matching import MatchingNet
 from metarun.nn.layers import Norm, norm_layer, normalises_batches
 from metarun.nn.per_task import Params, run_on_tasks
+from metarun.nn.task_norm import task_norms
 from metarun.tasks.numbers import noise_like
 from metarun.tasks.objectives import class_weights
 
@@ -41,10 +42,12 @@ class LGMNet(MatchingNet):
             context; even.
         scale: see `MatchingNet`.
         norm: the normalisation in the context encoder.
-        intertask: False: batch norm takes the statistics of each task apart, as in other methods.
+        intertask: whether batch norm takes the statistics of all tasks together in training. False: of each
+            task apart, as in other methods, and as in checkpoints that were made without this setting.
     """
 
     needs_classes = True
+    uncoupled = "algorithm.intertask=false"
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class LGMNet(MatchingNet):
         width: int = 64,
         scale: float = 1.0,
         norm: Norm = "running",
-        intertask: bool = True,
+        intertask: bool = False,
     ) -> None:
         super().__init__(backbone, scale=scale)
         require(width >= 2 and width % 2 == 0, f"algorithm.width={width}: must be even, and at least 2")
@@ -70,12 +73,17 @@ class LGMNet(MatchingNet):
         convolutions = [nn.Conv2d(*pair, 3, padding=1) for pair in pairwise((channels, width, width))]
         # In a tuple, so that its weights, which are never used, do not belong to the method.
         self.target = (nn.Sequential(convolutions[0], nn.ReLU(), pooling(), convolutions[1], nn.Flatten()),)
-        self.couples_tasks = intertask and normalises_batches(self)
+        self.intertask = intertask
+        self.couples_tasks = any(map(self.is_intertask, (backbone, self.context)))
 
     def by_task(self, module: nn.Module, x: Tensor) -> Tensor:
-        if not (self.training and self.couples_tasks):
+        if not (self.training and self.is_intertask(module)):
             return super().by_task(module, x)
         return super().by_task(module, x.flatten(0, 1).unsqueeze(0)).squeeze(0).unflatten(0, x.shape[:2])
+
+    def is_intertask(self, module: nn.Module) -> bool:
+        """Whether all tasks are one batch of a module in training; TaskNorm is by the support of a task."""
+        return self.intertask and normalises_batches(module) and not task_norms(module)
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
         """The generated weights [T, *shape] by name, and what `MatchingNet` needs of the support."""

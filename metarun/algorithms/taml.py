@@ -41,6 +41,7 @@ class TAML(MAML):
 
     needs = Episodes
     plays = False
+    uncoupled = "algorithm.measure=entropy"
     unread: ClassVar = {
         "parameter": tuple(
             f"measure={each}" for each in ("entropy", "theil", "gini", "variance_of_logarithms")

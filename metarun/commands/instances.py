@@ -35,8 +35,9 @@ def instance_cells(cells: list[Cell], command: EvalConfig) -> list[Cell]:
     for cell in found:
         if cell.algorithm.normalises_by_support:
             raise ConfigError(
-                f"instances={command.instances}: with norm=task the first examples of a sequence would be "
-                "normalised by later ones; leave instances out, or train with norm=running or layer"
+                f"instances={command.instances}: with norm={cell.algorithm.support_norm} the first examples "
+                "of a sequence would be normalised by later ones; leave instances out, or train with "
+                "norm=running or layer"
             )
         cell.source.check(EpisodeShape(cell.shape.ways, 1, command.instances - 1))
     return list({(id(cell.model), cell.dataset, cell.shape.ways): cell for cell in found}.values())

@@ -46,6 +46,11 @@ class TaskNorm(nn.Module):
         self.share = Share() if alone else None
         self.support: int | None = None
 
+    @property
+    def setting(self) -> str:
+        """As it is chosen by `norm=`."""
+        return {"instance": "task", "layer": "task_layer", None: "support"}[self.alone]
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W], the support first."""
         own = {"weight": self.weight.unsqueeze(0), "bias": self.bias.unsqueeze(0)}

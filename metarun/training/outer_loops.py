@@ -68,8 +68,8 @@ def require_sum(outer_loop: OuterLoop, ranks: Ranks, algorithm: Algorithm) -> No
     """Raise ConfigError if ranks share the tasks, and more is needed than the sum of their gradients."""
     if ranks.count > 1 and algorithm.couples_tasks:
         raise ConfigError(
-            f"algorithm={type(algorithm).__name__}: its loss compares all tasks of a meta-batch in one "
-            "process; start it without torchrun"
+            f"algorithm={type(algorithm).__name__}: needs all tasks of a meta-batch in one process; set "
+            f"{algorithm.uncoupled}, or start it without torchrun"
         )
     if ranks.count > 1 and not outer_loop.adds_up:
         raise ConfigError(

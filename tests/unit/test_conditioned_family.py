@@ -108,7 +108,10 @@ def test_lgm_nets_context_is_sampled_once_for_each_layer():
 
 def test_lgm_nets_batch_norm_takes_the_statistics_of_all_tasks_in_training():
     """Intertask normalization: support and queries of all tasks are one batch, but not in evaluation."""
-    algorithm, tasks = LGMNet(Conv4(SHAPE, width=4, norm="running"), width=4).train(), episodes_of()
+    algorithm, tasks = (
+        LGMNet(Conv4(SHAPE, width=4, norm="running"), width=4, intertask=True).train(),
+        episodes_of(),
+    )
     other = copy.deepcopy(algorithm.backbone)
     together = other(torch.cat([tasks.support_x, tasks.query_x], 1).flatten(0, 1)).unflatten(0, (3, -1))
     support, query = algorithm.embed_episodes(tasks)
@@ -119,7 +122,19 @@ def test_lgm_nets_batch_norm_takes_the_statistics_of_all_tasks_in_training():
     torch.testing.assert_close(algorithm.eval().embed(tasks.query_x), alone.embed(tasks.query_x))
     assert not torch.allclose(alone.train().embed_episodes(tasks)[0], support)
     assert algorithm.couples_tasks and not alone.couples_tasks
-    assert not LGMNet(Conv4(SHAPE, width=4, norm="layer"), width=4, norm="layer").couples_tasks
+    assert not LGMNet(
+        Conv4(SHAPE, width=4, norm="layer"), width=4, norm="layer", intertask=True
+    ).couples_tasks
+
+
+@pytest.mark.parametrize("norm", ["task", "task_layer", "support"])
+def test_lgm_net_normalises_by_the_support_of_each_task_in_training(norm: str):
+    backbone = Conv4(SHAPE, width=4, norm=norm)
+    algorithm, tasks = LGMNet(backbone, width=4, norm=norm, intertask=True).train(), episodes_of()
+    _, query = algorithm.embed_episodes(tasks)
+    for t in range(len(tasks)):
+        alone = tasks.map(lambda tensor, t=t: tensor[t : t + 1])
+        torch.testing.assert_close(query[t : t + 1], algorithm.embed_episodes(alone)[1])
 
 
 def test_lgm_nets_weights_are_made_of_the_support_and_of_length_one():
