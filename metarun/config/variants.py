@@ -10,14 +10,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from metarun.config.comments import PAIRING, facts
 from metarun.config.paths import CONF
 from metarun.config.unread import shown
 from metarun.errors import printable
 
-GROUPS = ("backbone", "inner_loop", "outer_loop", "augment", "train_tasks", "sampler")
+GROUPS = (
+    *("backbone", "normalise", "initial_weights", "inner_loop", "outer_loop", "augment"),
+    *("train_tasks", "sampler"),
+)
 SETTINGS = ("norm", "fixed_labels", "varied")
 # What the file of a method may choose: of a method that is not metarun's own, its default is not known.
 OF_METHODS = ("backbone", "inner_loop", "augment", "norm")
+# What a pairing may choose: without the pairing, as in older checkpoints, it is no choice of the user's.
+OF_PAIRINGS = ("backbone", "outer_loop", "norm")
 
 
 def variant_name(choices: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -29,6 +35,8 @@ def variant_name(choices: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """
     defaults = defaults_of(str(choices.get("algorithm")), str(choices.get("pairing")))
     now = {group: choices.get(group) for group in GROUPS} | {name: config.get(name) for name in SETTINGS}
+    if "pairing" not in choices and may_be_paired(str(choices.get("dataset"))):
+        now |= dict.fromkeys(OF_PAIRINGS)
     words = [f"{key}={shown(now[key])}" for key in now if now[key] not in (None, defaults.get(key, now[key]))]
     return printable(" ".join([str(choices.get("algorithm")), *words]))
 
@@ -48,6 +56,12 @@ def defaults_of(algorithm: str, pairing: str) -> dict[str, Any]:
     for path in (method, paired):
         found |= stated_in(path) if is_own(path) else {}
     return found
+
+
+def may_be_paired(dataset: str) -> bool:
+    """Whether a dataset needs settings of other groups, or is not one of metarun's."""
+    path = CONF / "dataset" / f"{dataset}.yaml"
+    return not is_own(path) or PAIRING in facts(path)
 
 
 def is_own(path: Path) -> bool:

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.cli.overrides import Failed, arrange
+from metarun.commands.train import GROUPS as STORED
 from metarun.config.build import instantiate
 from metarun.config.check import check
 from metarun.config.paths import CONF
@@ -53,6 +54,23 @@ def test_what_is_not_a_default_is_named():
     assert variant_name(own, {"norm": "none"}) == "mine train_tasks=umtra"
     old = {"algorithm": "../maml", "dataset": "glyphs"}  # of an older checkpoint, or of somebody else's
     assert variant_name(old, {}) == "../maml"
+    assert {"normalise", "initial_weights", "pairing"} <= {*STORED}, "a checkpoint has what its name needs"
+    seen, drawn = ["normalise=train", "initial_weights=xavier"], ["normalise=none", "initial_weights=pytorch"]
+    cfg, choices = composed_with_choices("train", "algorithm=maml", *seen)
+    assert variant_name(choices, cfg) == "maml normalise=train initial_weights=xavier"
+    before = {key: value for key, value in choices.items() if key not in ("normalise", "initial_weights")}
+    assert variant_name(before, cfg) == "maml"
+    cfg, choices = composed_with_choices("train", "algorithm=maml", *drawn)
+    assert variant_name(choices, cfg) == "maml"
+
+
+@pytest.mark.parametrize("dataset", ["phrases", "navigation2d"])
+def test_what_a_dataset_needs_is_not_named_in_older_checkpoints(dataset: str):
+    cfg, choices = composed_with_choices("train", f"dataset={dataset}", "train_tasks=labels")
+    del choices["pairing"]
+    assert variant_name(choices, cfg) == choices["algorithm"]
+    images = {"algorithm": "maml", "dataset": "omniglot", "backbone": "resnet12"}
+    assert variant_name(images, {"norm": "task"}) == "maml backbone=resnet12 norm=task"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
