@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import hydra._internal.hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -22,6 +23,7 @@ from metarun.cli.search import OPTUNA, trial_folder
 from metarun.commands.sweeps import content_of_job
 from metarun.config.changes import changes_the_end, differing, key_of, may_change
 from metarun.config.comments import without_pairing
+from metarun.config.unread import drop_leftovers
 from metarun.errors import ConfigError
 from metarun.training.records import NOT_FINISHED
 
@@ -43,7 +45,9 @@ class SweepLoader(ConfigLoaderImpl):
         """Compose a config; that of a whole sweep without the settings, if the defaults lack some of them."""
         rest = (run_mode, from_shell, validate_sweep_overrides)
         try:
-            return super().load_configuration(config_name, overrides, *rest)
+            config = super().load_configuration(config_name, overrides, *rest)
+            drop_leftovers(config, config.hydra.overrides.task)
+            return config
         except Exception:
             if run_mode != RunMode.MULTIRUN:
                 raise
@@ -92,13 +96,20 @@ class SweepLoader(ConfigLoaderImpl):
 
 @contextlib.contextmanager
 def composing_jobs() -> Iterator[None]:
-    """A context in which Hydra composes configs by `SweepLoader`; it has no setting for that."""
-    before = hydra._internal.hydra.ConfigLoaderImpl
+    """A context in which Hydra composes configs by `SweepLoader`; it has no setting for that.
+
+    Hydra copies its only store whenever it looks at a group, more than a hundred times for a help text. It
+    does so again after this context, because a program may use Hydra itself.
+    """
+    before, outer = hydra._internal.hydra.ConfigLoaderImpl, hasattr(ConfigStore, "__deepcopy__")
     hydra._internal.hydra.ConfigLoaderImpl = SweepLoader  # type: ignore[misc]
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     try:
         yield
     finally:
         hydra._internal.hydra.ConfigLoaderImpl = before  # type: ignore[misc]
+        if not outer:  # a program may start a training inside another one
+            del ConfigStore.__deepcopy__  # type: ignore[attr-defined]
 
 
 def state_of(folder: Path, overrides: Sequence[str]) -> State:

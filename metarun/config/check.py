@@ -22,7 +22,7 @@ from metarun.config.hints import describe, did_you_mean, matches, type_hints
 from metarun.config.published import published_in
 from metarun.config.schema import FRAMES
 from metarun.config.targets import load_class
-from metarun.config.unread import check_read, is_typed, shown, value_of
+from metarun.config.unread import check_read, is_option, is_typed, shown, value_of
 from metarun.errors import ConfigError
 
 # Constructor arguments that the builder passes, by group; the config must not set them.
@@ -212,7 +212,10 @@ def check_group(
     elif required:
         raise ConfigError(f"{name}: has no class; set {name}._target_, or leave {name} out")
     elif node:
-        key = f"{name}.{next(iter(node))}"
+        setting = next(iter(node))
+        key, options = f"{name}.{setting}", [each for each in typed if is_option(each)]
+        if option := next((each for each in options if each.lstrip("+").startswith(f"{name}=")), ""):
+            raise ConfigError(f"{key}: {option} has no setting {setting!r}; leave {key} out")
         raise ConfigError(
             f"{key}: nothing reads it, because {name} has no class ({name}._target_); leave {key} out, with "
             "the recipe if that sets it"

@@ -300,8 +300,6 @@ def register_frames() -> None:
     OmegaConf.register_new_resolver("metarun.options", options_help, replace=True)
     OmegaConf.register_new_resolver("metarun.chosen", chosen_help, replace=True)
     store = ConfigStore.instance()
-    # Hydra copies its only store whenever it looks at a group: more than a hundred times for a help text.
-    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     for name, frame in FRAMES.items():
         if f"{name}_frame.yaml" not in store.repo:  # several commands may run in one process
             store.store(name=f"{name}_frame", node=frame)

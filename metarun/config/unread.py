@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metarun.config.paths import CONF
 from metarun.errors import ConfigError
@@ -22,7 +22,8 @@ def check_read(cfg: DictConfig, frame: type, typed: Iterable[str]) -> None:
     exempt = {name for each in fields(frame) for name in each.metadata.get("but", ())}
     for override in typed:
         key = override.partition("=")[0].lstrip("+~")
-        if key in exempt:
+        # That there is nothing, as in inner_loop=none, is true where nothing reads it.
+        if key in exempt or (is_option(override) and not cfg.get(key, True)):
             continue
         for name, reason in ignored.items():
             if key == name or key.startswith(f"{name}."):
@@ -116,6 +117,21 @@ def is_typed(key: str, typed: Collection[str]) -> bool:
     """Whether a setting, or a group that contains it, has a typed value."""
     names = {override.partition("=")[0].lstrip("+~") for override in typed if not is_option(override)}
     return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+def drop_leftovers(cfg: DictConfig, typed: Collection[str]) -> None:
+    """Remove what a recipe sets in a group for which an option without a class is typed.
+
+    Args:
+        cfg: the composed config, which is changed.
+        typed: the overrides of the command line; settings that are typed stay, to be refused by `check`.
+    """
+    for group in (override.partition("=")[0].lstrip("+") for override in typed if is_option(override)):
+        node: Any = cfg.get(group) if group != "tracker" else None  # which consists of several nodes
+        if OmegaConf.is_dict(node) and "_target_" not in node:
+            with open_dict(cfg):
+                for key in [key for key in node if not is_typed(f"{group}.{key}", typed)]:
+                    del node[key]
 
 
 def is_option(override: str) -> bool:

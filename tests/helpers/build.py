@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
 from metarun.algorithms.base import Algorithm
+from metarun.cli.jobs import composing_jobs
 from metarun.cli.overrides import arrange
 from metarun.config.build import build_algorithm, build_dataset, instantiate
 from metarun.config.comments import facts
@@ -29,7 +30,7 @@ def composed(command: str, *words: str) -> DictConfig:
 def composed_with_choices(command: str, *words: str) -> tuple[DictConfig, dict[str, str]]:
     """The config of a command line, and which option each group has in it."""
     register_frames()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing_jobs(), initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(command, arrange(command, list(words)), return_hydra_config=True)
     choices = dict(cfg.hydra.runtime.choices)
     with open_dict(cfg):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.build import built, composed, composed_with_choices
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -144,6 +145,37 @@ def test_a_setting_that_nothing_can_use_is_refused(line: str):
     command, *words = line.split()
     with pytest.raises(ConfigError, match=IN_VAIN[line]):
         check(composed(command, *words), command, typed=words)
+
+
+LEFT_OVER = (
+    "maml_omniglot initial_weights=pytorch",
+    "relation_mini normalise=none dataset.root=x",
+    "relation_omniglot normalise=none initial_weights=pytorch",
+    "simpleshot_mini augment=none dataset.root=x",
+    "maml_omniglot algorithm=protonet inner_loop=none",
+)
+
+
+@pytest.mark.parametrize("line", LEFT_OVER)
+def test_an_option_without_a_class_is_stronger_than_the_settings_of_a_recipe(line: str):
+    words = f"recipe={line}".split()
+    cfg = composed("train", *words)
+    check(cfg, "train", typed=words)
+    chosen = [word.partition("=")[0] for word in words[1:] if word.endswith(("=pytorch", "=none"))]
+    assert chosen and not any(cfg[group] for group in chosen)
+
+
+@pytest.mark.parametrize("word", ["initial_weights.head=2", "initial_weights.head_bias=2"])
+def test_a_typed_setting_of_an_option_without_a_class_is_refused(word: str):
+    words = ["recipe=relation_omniglot", "initial_weights=pytorch", word]
+    key, name = word.partition("=")[0], word[len("initial_weights.") : -2]
+    with pytest.raises(ConfigError, match=f"{key}: initial_weights=pytorch has no setting '{name}'"):
+        check(composed("train", *words), "train", typed=words)
+
+
+def test_hydra_is_changed_for_the_commands_alone():
+    assert composed("train", "tracker=jsonl").tracker, "its nodes have a class each"
+    assert not hasattr(ConfigStore, "__deepcopy__")
 
 
 def test_own_texts_may_be_encoded_by_a_model_that_was_moved():
