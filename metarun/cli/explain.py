@@ -256,8 +256,7 @@ def explain_key(key: str, command: str, arguments: list[str]) -> str:
     everything = f" (metarun {command} --cfg job shows all)"
     if same := [name for name in names if name.rpartition(".")[2] == last]:
         return f"{key}: there is no such setting; did you mean {quoted_names(same, key)}?{everything}"
-    if known and (CONF / parent).is_dir():
-        chosen = [a for a in arguments if a.startswith(f"{parent}=")] or [parent]
+    if parent and known and (chosen := [a for a in arguments if a.startswith(f"{parent}=")]):
         return f"{key}: {chosen[-1]} has no setting {last!r}{did_you_mean(last, known)}"
     others = {other: default_names(other) for other in FRAMES if other != command}
     if meant := OTHER_NAMES.get((command, parent.partition(".")[0] or last)):

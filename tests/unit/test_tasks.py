@@ -236,7 +236,7 @@ def test_methods_that_need_episodes_are_refused_for_other_tasks():
         if cls.needs is Tasks:
             cls.check_tasks(spec)
             continue
-        with pytest.raises(ConfigError, match=f"{cls.__name__}: needs labelled .* Rollouts") as error:
+        with pytest.raises(ConfigError, match=f"{cls.__name__}: needs labelled .* the tasks of this dataset") as error:
             cls.check_tasks(spec)
         assert "\n" not in str(error.value)
     assert ProtoNet.needs is Episodes
@@ -250,7 +250,7 @@ def test_a_query_beside_the_support_needs_a_support():
     backbone.features = 4
     algorithm = MAML(backbone, SGD(RATE, STEPS), OUTPUTS, transductive=False)
     tasks = sample(Environment(), 2, ONE, torch.Generator())
-    with pytest.raises(ConfigError, match=r"^algorithm\.transductive=false: .*Rollouts"):
+    with pytest.raises(ConfigError, match=r"^algorithm\.transductive=false: .*episodes have none"):
         algorithm.meta_loss(tasks)
 
 
