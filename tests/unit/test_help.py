@@ -12,6 +12,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from metarun.cli.jobs import composing_jobs
 from metarun.config.comments import (
     NOT_EXPLAINED,
     chosen_help,
@@ -124,6 +125,11 @@ def test_every_explained_setting_is_one_of_the_frame():
                 assert rest in [inner.name for inner in fields(known[first])]
 
 
-def test_hydras_store_is_not_copied_for_each_group():
+def test_hydras_store_is_not_copied_for_each_group_by_the_commands_alone():
     register_frames()
-    assert copy.deepcopy(ConfigStore.instance()) is ConfigStore.instance()
+    store = ConfigStore.instance()
+    with composing_jobs():
+        with composing_jobs():
+            pass
+        assert copy.deepcopy(store) is store
+    assert copy.deepcopy(store) is not store, "a program that uses Hydra itself gets its own copy"
