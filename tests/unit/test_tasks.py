@@ -236,7 +236,8 @@ def test_methods_that_need_episodes_are_refused_for_other_tasks():
         if cls.needs is Tasks:
             cls.check_tasks(spec)
             continue
-        with pytest.raises(ConfigError, match=f"{cls.__name__}: needs labelled .* the tasks of this dataset") as error:
+        message = f"{cls.__name__}: needs labelled .* the tasks of this dataset"
+        with pytest.raises(ConfigError, match=message) as error:
             cls.check_tasks(spec)
         assert "\n" not in str(error.value)
     assert ProtoNet.needs is Episodes
