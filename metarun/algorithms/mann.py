@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
 from metarun.algorithms.sequences import order_of, reordered
+from metarun.errors import check_least
 from metarun.tasks.episodes import Episodes, Outcome
 
 
@@ -71,9 +72,7 @@ class MANN(FeatureMethod):
         shuffles: bool = True,
     ) -> None:
         super().__init__(backbone, most_ways=outputs)
-        least = min(size, heads, controller)
-        sizes = f"algorithm.size={size}, algorithm.heads={heads}, algorithm.controller={controller}"
-        require(least >= 1, f"{sizes}: must be at least 1")
+        check_least("algorithm", 1, size=size, heads=heads, controller=controller)
         require(heads <= slots, f"algorithm.heads={heads}: must be at most algorithm.slots={slots}")
         self.slots, self.size, self.heads, self.decay, self.shuffles = slots, size, heads, decay, shuffles
         self.outputs, self.sharpness, self.streams = outputs, sharpness, streams

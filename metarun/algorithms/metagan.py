@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.feature_method import require
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.relation import RelationNet
 from metarun.errors import ConfigError, check_least
@@ -97,11 +96,8 @@ class Adversarial(nn.Module):
     noise_size: int
 
     def add_generator(self, item_shape: tuple[int, ...], generated: int, noise: int, width: int) -> None:
-        require(generated >= 0, f"algorithm.generated={generated}: must be at least 0")
-        require(
-            min(noise, width) >= 1,
-            f"algorithm.noise={noise}, algorithm.generator_width={width}: must be at least 1",
-        )
+        check_least("algorithm", 0, generated=generated)
+        check_least("algorithm", 1, noise=noise, generator_width=width)
         self.generated, self.noise_size = generated, noise
         self.generator = Generator(item_shape, noise, width)
 

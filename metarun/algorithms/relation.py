@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
+from metarun.algorithms.feature_method import FeatureMethod, one_hot
+from metarun.errors import check_least
 from metarun.nn.layers import Norm, norm_layer, without_support
 
 
@@ -46,8 +47,7 @@ class RelationNet(FeatureMethod):
     ) -> None:
         super().__init__(backbone)
         self.shots = shots
-        sizes = f"algorithm.width={width}, algorithm.hidden={hidden}"
-        require(min(width, hidden) >= 1, f"{sizes}: must be at least 1")
+        check_least("algorithm", 1, width=width, hidden=hidden)
         self.map_shape: tuple[int, int, int] = getattr(backbone, "map_shape", (self.features, 1, 1))
         channels, *sides = self.map_shape
         layers: list[nn.Module] = []

@@ -52,11 +52,13 @@ def explain(error: BaseException, command: str, arguments: list[str]) -> str | N
     if str(error) in ("Record does not exist.", "No trials are completed yet."):  # of Optuna
         return "no trial of the search has succeeded; the table shows why"
     if "Config group override must be" in str(error):
-        empty = [a.partition("=")[0] for a in arguments if a.endswith("=null")]
-        return (
-            f"{', '.join(empty)}=null: a group needs one of its options; metarun {command} --help lists them"
-        )
+        words = [a for a in arguments if NO_OPTION.search(a) and (CONF / a.partition("=")[0]).is_dir()]
+        return f"{', '.join(words)}: a group needs one of its options; metarun {command} --help lists them"
     return None
+
+
+# A value that is no text, which an option of a group must be.
+NO_OPTION = re.compile(r"=(null|true|false|[-+.\d]+)$", re.IGNORECASE)
 
 
 def takes_one(key: str, command: str) -> bool:

@@ -146,7 +146,7 @@ class OnlineLearner:
                 adapted = self.algorithm.adapt(tasks)
             else:
                 adapted = {"params": self.algorithm.learner.task_params(1, self.outputs)}
-            return self.algorithm.predict(adapted, tasks.query_x)[0]
+            return self.algorithm.predictor(adapted, tasks)(tasks.query_x)[0]
 
 
 #: The learners: which steps they take, and whether they adapt to the current task.

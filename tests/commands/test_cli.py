@@ -342,6 +342,7 @@ def test_home_is_understood_in_paths(metarun, trained, tmp_path: Path, monkeypat
         (["split=tests"], "must be one of train, validation, test"),
         (["episodes=1"], "at least 2"),
         (["dataset=null"], "dataset=null: a group needs one of its options"),
+        (["dataset=true", "seed=1"], "error: dataset=true: a group needs one of its options"),
         (["+foo=1"], "foo: there is no such setting"),
     ],
 )

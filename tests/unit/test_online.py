@@ -10,6 +10,7 @@ from helpers.stream_references import fine_tuned, meta_update
 from torch import nn
 
 from metarun.algorithms.maml import MAML
+from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.datasets.rainbow import COLOURS, MOST_TASKS, StreamTask, changed, rainbow
 from metarun.errors import ConfigError, DataError
@@ -149,3 +150,16 @@ def test_smoothed_values_leave_out_what_is_missing():
     nan = float("nan")
     found = smoothed(torch.tensor([nan, 2.0, 4.0, nan, 6.0, 8.0, 10.0]).numpy())
     assert str(found[0]) == "nan" and found[1:].tolist() == [2, 3, 3, 4, 5, 7]
+
+
+@pytest.mark.parametrize("norm", ["task", "support"])
+def test_a_test_image_is_normalised_by_the_images_that_have_arrived(norm: str):
+    torch.manual_seed(0)
+    images, labels = torch.rand(14, 1, 8, 8), torch.arange(14) % 3
+    backbone = Conv4((1, 8, 8), width=4, halvings=2, norm=norm)
+    learner = OnlineLearner("ftml", MAML(backbone, SGD(RATE, STEPS), outputs=3), 3, SETTINGS)
+    task = StreamTask("0", images[:8], labels[:8], images[8:], labels[8:])
+    alone = StreamTask("0", images[:8], labels[:8], images[8:9], labels[8:9])
+    for adapts in (True, False):
+        torch.testing.assert_close(learner.predict(task, 8, adapts)[:1], learner.predict(alone, 8, adapts))
+    assert not torch.allclose(learner.predict(task, 8, False), learner.predict(task, 4, False))
