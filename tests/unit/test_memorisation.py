@@ -151,7 +151,8 @@ def test_taml_without_a_weight_is_maml_and_compares_whole_meta_batches(float64: 
     assert engine.at_once == 4
     with pytest.raises(TrainingError, match=r"out of memory with all tasks \(full\); lower meta_batch"):
         engine.halve("full")
-    with pytest.raises(ConfigError, match=r"TAML: its loss compares all tasks .* start it without torchrun"):
+    message = r"TAML: needs all tasks .* set algorithm.measure=entropy, or start it without torchrun"
+    with pytest.raises(ConfigError, match=message):
         require_sum(Gradient(), Ranks(0, 2), engine.algorithm)
     with pytest.raises(ConfigError, match=r"measure=entropy: needs tasks with classes.*measure=theil"):
         TAML(MLP((1,)), SGD(0.1, 1), 1).check_source(Sinusoid().split("train"), EpisodeShape(1, 1, 1))
