@@ -28,7 +28,7 @@ from metarun.algorithms.maml import MAML
 from metarun.config.build import build_algorithm, build_dataset
 from metarun.config.comments import facts
 from metarun.config.paths import CONF
-from metarun.config.published import Published, published_in
+from metarun.config.published import Published, published_in, task_name
 from metarun.config.schema import Node, TrainConfig, register_frames, typed
 from metarun.errors import ConfigError
 from metarun.tasks.episodes import EpisodeShape
@@ -289,7 +289,7 @@ def published() -> str:
     rows = []
     for path in sorted((CONF / "recipe").glob("*.yaml")):
         for each in published_in(OmegaConf.to_container(OmegaConf.load(path))):  # type: ignore[arg-type]
-            task = f"{each.dataset}, {each.ways}-way {each.shots}-shot"
+            task = f"{each.dataset}, {each.task}"
             facts = [task, each.shown, "yes" if each.transductive else "no", each.backbone]
             rows.append(
                 [
@@ -324,7 +324,7 @@ def reproduced() -> str:
     for path in sorted((ROOT / "benchmarks" / "results" / "reproduced").glob("*.json")):
         run = json.loads(path.read_text("utf-8"))
         for each in run["verdicts"]:
-            task, here = f"{each['ways']}-way {each['shots']}-shot", each["here"]
+            task, here = task_name(each["ways"], each["shots"], each.get("steps")), each["here"]
             length = f"{run['iterations']:,} of {run['of']:,}"
             device = run["machine"]["device"].partition(",")[0]
             words = [run["recipe"], *each.get("settings", [])]

@@ -27,6 +27,7 @@ def outcome_of(
     config: Mapping[str, Any],
     split: str = "test",
     model: str = "",
+    steps: int | None = None,
 ) -> Outcome:
     """The result of a run on test tasks; the arguments are those of `Outcome`."""
     return Outcome(
@@ -43,6 +44,7 @@ def outcome_of(
         split=split,
         model=model,
         config=config,
+        steps=steps,
     )
 
 
@@ -61,6 +63,7 @@ def verdicts_of(cells: Sequence[Cell], command: EvalConfig) -> list[Verdict]:
                 model.content["config"],
                 command.split,
                 model.name if len(models) > 1 else "",
+                cell.steps,
             )
             for cell in own
         ]
@@ -81,7 +84,7 @@ def report_verdicts(found: Sequence[Verdict]) -> list[dict[str, Any]]:
         here, unit = each.here, " %" if each.here.scale == 100 else ""
         mean, half = here.scale * here.mean, here.scale * here.interval
         table.add_row(
-            Text(f"{here.model} {here.ways}-way {here.shots}-shot".strip()),
+            Text(f"{here.model} {each.published.task}".strip()),
             each.published.shown,
             f"{mean:.2f} ± {half:.2f}{unit}" if unit else f"{mean:.4g} ± {half:.2g}",
             f"{each.difference:+.2f}{unit}" if unit else f"{each.difference:+.4g}",
@@ -96,6 +99,7 @@ def report_verdicts(found: Sequence[Verdict]) -> list[dict[str, Any]]:
             "where": each.published.where,
             "ways": each.published.ways,
             "shots": each.published.shots,
+            "steps": each.published.steps,
             "settings": each.published.typed,
             "published": each.published.value,
             "published interval": each.published.interval,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, counted
 
 # Typed settings that make another protocol of a recipe; where its files are does not.
 OF_PROTOCOL = re.compile(
@@ -36,6 +36,7 @@ class Published:
         differs: what is always another protocol here; "" if nothing is.
         unverified: what of this entry was not looked up in the paper itself; "" if all was.
         settings: further settings of the run that the result is of, such as {"algorithm.context": 2}.
+        steps: inner steps at test; None: those of the recipe.
     """
 
     paper: str
@@ -53,6 +54,12 @@ class Published:
     differs: str = ""
     unverified: str = ""
     settings: Mapping[str, Any] | None = None
+    steps: int | None = None
+
+    @property
+    def task(self) -> str:
+        """The test tasks, for people."""
+        return task_name(self.ways, self.shots, self.steps)
 
     @property
     def typed(self) -> list[str]:
@@ -83,6 +90,7 @@ class Outcome:
         split: that was tested on.
         model: its name, where several are compared.
         config: all settings of the run.
+        steps: inner steps at test; None: as in the config.
     """
 
     metric: str
@@ -98,6 +106,13 @@ class Outcome:
     split: str = "test"
     model: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+
+    @property
+    def own_steps(self) -> int | None:
+        """The inner steps at test in the config of the run; None for a method without an inner loop."""
+        test = self.setting("inner_loop.test_steps")
+        return self.setting("inner_loop.steps") if test is None else test
 
     def setting(self, key: str) -> Any:
         """A setting of the run by its key, such as "algorithm.context"; None if there is none."""
@@ -127,6 +142,12 @@ class Verdict:
     def difference(self) -> float:
         """The result of the run less the published one, in the units that are shown."""
         return self.here.scale * self.here.mean - self.published.value
+
+
+def task_name(ways: int, shots: int, steps: int | None) -> str:
+    """The name of tasks, with the number of inner steps where a result states it."""
+    with_steps = "" if steps is None else f", {counted(steps, 'step')}"
+    return f"{ways}-way {shots}-shot{with_steps}"
 
 
 def published_in(config: Mapping[str, Any]) -> list[Published]:
@@ -176,13 +197,14 @@ def verdicts(entries: Iterable[Published], outcomes: Iterable[Outcome]) -> list[
 def matching(entries: Sequence[Published], here: Outcome) -> Published | None:
     """The published result for tasks of the same ways and shots.
 
-    If possible, it is of the same further settings, as many as there are, and also as transductive.
+    If possible, it is of the same inner steps and further settings, as many as there are, and also as
+    transductive.
     """
     same = [each for each in entries if (each.ways, each.shots) == (here.ways, here.shots)]
 
-    def rank(each: Published) -> tuple[int, int, bool]:
-        settings = len(each.settings or ())
-        return len(other_settings(each, here)), -settings, each.transductive != here.transductive
+    def rank(each: Published) -> tuple[bool, int, int, bool]:
+        settings, steps = len(each.settings or ()), bool(other_steps(each, here))
+        return steps, len(other_settings(each, here)), -settings, each.transductive != here.transductive
 
     return min(same, key=rank, default=None)
 
@@ -191,6 +213,13 @@ def other_settings(published: Published, here: Outcome) -> list[str]:
     """The further settings of a published result that a run has not."""
     wanted = (published.settings or {}).items()
     return [f"{k}={here.setting(k)}, not {value}" for k, value in wanted if here.setting(k) != value]
+
+
+def other_steps(published: Published, here: Outcome) -> list[str]:
+    """The number of inner steps, if it is not that of a published result."""
+    wanted = here.own_steps if published.steps is None else published.steps
+    taken = here.own_steps if here.steps is None else here.steps
+    return [] if taken == wanted else [f"{taken} inner steps, not {wanted}"]
 
 
 def verdict(published: Published, here: Outcome) -> Verdict:
@@ -229,7 +258,7 @@ def differences(published: Published, here: Outcome) -> list[str]:
         found.append("transductive" if here.transductive else "not transductive")
     if here.split != "test":
         found.append(f"split={here.split}")
-    found += other_settings(published, here)
+    found += other_steps(published, here) + other_settings(published, here)
     typed = [each.lstrip("+") for each in here.overrides if OF_PROTOCOL.fullmatch(each.partition("=")[0])]
     found += [each for each in typed if each.partition("=")[0] not in (published.settings or {})]
     return found + [published.differs] * bool(published.differs)

@@ -77,6 +77,7 @@ def test_verdicts_by_hand(mean: float, interval: float, words: str):
         ({"overrides": ["backbone.width=32"]}, "backbone.width=32"),
         ({"overrides": ["++dataset.rotations=all", "norm=group"]}, "dataset.rotations=all, norm=group"),
         ({"metric": "macro_f1"}, "macro_f1, not accuracy"),
+        ({"steps": 3, "config": {"inner_loop": {"steps": 1, "test_steps": None}}}, "3 inner steps, not 1"),
     ],
 )
 def test_another_protocol_is_named(change: dict, words: str):
@@ -101,6 +102,15 @@ def test_each_task_is_compared_with_its_own_result():
     (only,) = verdicts(two, here[2:3])
     assert only.kind == "another protocol"
     assert verdicts([], here) == []
+
+
+def test_results_after_several_numbers_of_inner_steps():
+    some = [replace(PAPER, value=98.0), *(replace(PAPER, steps=n, value=90.0 + n) for n in (0, 1, 3))]
+    here = replace(HERE, config={"inner_loop": {"steps": 1, "test_steps": 2}})
+    found = verdicts(some, [here, *(replace(here, steps=n) for n in (0, 1, 2, 3, 4))])
+    assert [each.published.value for each in found[:-1]] == [98.0, 90.0, 91.0, 98.0, 93.0]
+    assert [each.kind for each in found] == ["reproduced"] * 5 + ["another protocol"]
+    assert some[3].task == "5-way 1-shot, 3 steps"
 
 
 def test_a_result_of_further_settings_is_that_of_runs_with_them():
