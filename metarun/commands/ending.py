@@ -23,8 +23,10 @@ def check_ending(settings: TrainConfig, metric: Metric) -> None:
     """Check what depends on the main metric before data is loaded.
 
     Raises:
-        ConfigError: if it cannot have the score of `stop.at`, or a search goes in its wrong direction.
+        ConfigError: if it cannot have the score of `stop.at`, or a search goes in its wrong direction; or if
+            the classes of the validation are trained on, and something depends on its score.
     """
+    check_trainval(settings)
     EarlyStopping(settings.stop.patience, settings.stop.at).check(metric)
     typed = any(word.startswith("stop.hopeless=") for word in HydraConfig.get().overrides.task)
     if settings.stop.hopeless and typed and not is_search():
@@ -40,4 +42,15 @@ def check_ending(settings: TrainConfig, metric: Metric) -> None:
         raise ConfigError(
             f"hydra.sweeper.direction={name}: {metric.name} is better if {better}; set "
             f"hydra.sweeper.direction={wanted}, and another folder"
+        )
+
+
+def check_trainval(settings: TrainConfig) -> None:
+    """Raise ConfigError if a score of validation classes that are trained on would decide something."""
+    by_score = [name for name in ("patience", "at") if getattr(settings.stop, name) is not None]
+    decides = f"stop.{by_score[0]}" if by_score else "the search" if is_search() else ""
+    if settings.trainval and decides:
+        raise ConfigError(
+            f"trainval=true: {decides} needs the score of validation classes that are not trained on; set "
+            "trainval=false, or leave the other setting out"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 from metarun.config.build import training_shape, validation_shape
 from metarun.config.schema import TrainConfig
@@ -16,10 +17,15 @@ from metarun.tasks.episodes import EpisodeShape
 OTHERWISE = {"validation": "", "test": ", or set test.episodes=0 for no test"}
 
 
+def training_split(settings: TrainConfig) -> Literal["train", "trainval"]:
+    """The split that a run is trained on."""
+    return "trainval" if settings.trainval else "train"
+
+
 def check_before_loading(dataset: Dataset, settings: TrainConfig) -> None:
     """Raise DataError if the settings of the dataset tell that a split cannot have the tasks of the run."""
     if "_target_" not in (settings.train_tasks or {}):  # others may have more classes than there are labels
-        dataset.check_shape("train", training_shape(settings))
+        dataset.check_shape(training_split(settings), training_shape(settings))
     for split in ("validation", "test") if settings.test.episodes else ("validation",):
         check_shape(partial(dataset.check_shape, split), split, settings)
 

@@ -33,7 +33,8 @@ def report(trainer: Trainer, test: Result | None, name: str) -> None:
         "checkpoint": str((folder / "best.pt").resolve()),
     }
     figure = metric.show_interval(best.score, best.interval)
-    lines = [("validation", f"{metric.name} {figure}  (best, iteration {best.iteration})")]
+    which = "trained classes" if trainer.settings.newest else "best"
+    lines = [("validation", f"{metric.name} {figure}  ({which}, iteration {best.iteration})")]
     if best.iteration == 0 < trainer.iteration:
         lines.append(("", "training did not help: best.pt is the start of the run"))
     if trainer.stopped_by:

@@ -18,7 +18,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.commands import resuming
 from metarun.commands.ending import check_ending, early_stopping
 from metarun.commands.example import counts_confusion, write_example
-from metarun.commands.shapes import check_before_loading, check_shape
+from metarun.commands.shapes import check_before_loading, check_shape, training_split
 from metarun.commands.starting import build_destinations, build_tracker, check_start
 from metarun.commands.summary import report
 from metarun.commands.trained_on import classes_before, load_split, note_weights, pretrained_by
@@ -242,7 +242,7 @@ def build_trainer(
     sampler = instantiate(settings.sampler, "sampler") if settings.sampler else None
     train, validation = (
         load_split(dataset, split, hardware, record, resumed).reporting(objective)
-        for split in ("train", "validation")
+        for split in (training_split(settings), "validation")
     )
     if "_target_" in (settings.augment or {}):
         if not isinstance(train, ClassStore) or train.spec.kind != "images":
@@ -279,6 +279,7 @@ def build_trainer(
         clip=None if clip.value is None and clip.norm is None else Clip(clip.value, clip.norm),
         stopping=early_stopping(settings),
         until=deadline(settings.stop.minutes),
+        newest=settings.trainval,
     )
     train.check(plan.shape)
     check_shape(validation.check, "validation", settings)

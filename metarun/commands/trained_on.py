@@ -60,7 +60,8 @@ def load_split(
 
     Args:
         dataset: the dataset.
-        split: "train", which must be loaded first, "validation" or "test".
+        split: "train" or "trainval", one of which must be loaded first; "validation", whose classes
+            `trainval` trains on; or "test".
         hardware: the device.
         record: of the run, which gets the entries that identify its data.
         resumed: the content of the checkpoint that is resumed; empty for a new run.
@@ -72,13 +73,17 @@ def load_split(
     record.setdefault("fingerprints", {})[split] = source.fingerprint
     record.setdefault("descriptions", {})[split] = source.described_by()
     require_same_descriptions(resumed, split, source)
-    if split == "train":
+    trained = split in ("train", "trainval")
+    if trained:
         require_same_classes(resumed, source)
         classes = TrainedClasses.of(source)
         record["train_classes"] = classes and classes.plain()
         record["train_tasks"] = list(source.tasks)
     compare_with([resumed], split, source)
-    if split == "train":
+    if trained:
+        return source
+    if split == "validation" and "trainval" in record["fingerprints"]:
+        inform("trainval=true: validates on classes that are trained on, so best.pt has the newest weights")
         return source
     instead = "choose another dataset" + (", or set test.episodes=0" if split == "test" else "")
     return without_trained(source, {"this run": trained_classes(record)}, instead=instead)

@@ -13,7 +13,7 @@ from metarun.errors import ConfigError, counted
 
 # Typed settings that make another protocol of a recipe; where its files are does not.
 OF_PROTOCOL = re.compile(
-    r"\+*(norm|augment|(normalise|initial_weights)(\.\w+)?|backbone\.\w+|dataset\.(?!(root|download|descriptions|vectors|encoder)\b)[\w.]+)"
+    r"\+*(norm|augment|trainval|(normalise|initial_weights)(\.\w+)?|backbone\.\w+|dataset\.(?!(root|download|descriptions|vectors|encoder)\b)[\w.]+)"
 )
 
 SHORTENED = re.compile(r"\+*(iterations|meta_batch)")  # typed settings that explain a lower result

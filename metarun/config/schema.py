@@ -110,6 +110,7 @@ class TrainConfig:
     queries: int = whole(1)
     fixed_labels: bool = False
     varied: bool = False
+    trainval: bool = False
     meta_batch: int = whole(1)
     iterations: int = whole(0)
     inner_rate: float = positive(shared="inner_loop.rate")

@@ -19,7 +19,7 @@ GROUPS = (
     *("backbone", "normalise", "initial_weights", "inner_loop", "outer_loop", "augment"),
     *("train_tasks", "sampler"),
 )
-SETTINGS = ("norm", "fixed_labels", "varied")
+SETTINGS = ("norm", "fixed_labels", "varied", "trainval")
 # What the file of a method may choose: of a method that is not metarun's own, its default is not known.
 OF_METHODS = ("backbone", "inner_loop", "augment", "norm")
 # What a pairing may choose: without the pairing, as in older checkpoints, it is no choice of the user's.

@@ -24,7 +24,10 @@ from metarun.tasks.source import SPLITS, EpisodeSource
 from metarun.tasks.spec import TaskSpec
 
 Split = Literal["train", "validation", "test"]
+#: "trainval": the classes to train and to validate on together; "all": those of all splits.
+Splits = Split | Literal["trainval", "all"]
 Unreadable = Literal["stop", "skip"]
+TRAINVAL: tuple[Split, Split] = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -106,30 +109,45 @@ class Dataset(ABC):
         """The splits that there are: all three, except where a user's files have fewer. Raises DataError."""
         return "train", "validation", "test"
 
+    def parts_of(self, name: Splits) -> tuple[Split, ...]:
+        """The splits that a name stands for. Raises DataError if a user's files have none of that name."""
+        return self.splits() if name == "all" else TRAINVAL if name == "trainval" else (name,)
+
+    def for_trainval(self) -> Dataset:
+        """This dataset, whose validation classes are prepared as its training classes are."""
+        return self
+
     def known_classes(self, split: Split) -> tuple[str, int] | None:
         """The name of a split, as in messages, and the number of its classes; None if only its files tell."""
         return None
 
-    def check_shape(self, split: Split | Literal["all"], shape: EpisodeShape) -> None:
+    def check_shape(self, split: Splits, shape: EpisodeShape) -> None:
         """Raise DataError if a split cannot have tasks of this shape, as far as the settings tell.
 
         It is called before files are downloaded or images drawn; `EpisodeSource.check` knows all.
         """
-        sizes = [self.known_classes(each) for each in (SPLITS if split == "all" else (split,))]  # type: ignore[arg-type]
+        parts: Sequence[Any] = SPLITS if split == "all" else TRAINVAL if split == "trainval" else (split,)
+        dataset = self.for_trainval() if split == "trainval" else self
+        sizes = [dataset.known_classes(each) for each in parts]
         known = [size for size in sizes if size is not None]
         if len(known) == len(sizes):
             names, counts = zip(*known, strict=True)
-            name = names[0] if len(names) == 1 else f"{names[0].rpartition(' ')[0]} all"
+            name = names[0] if len(names) == 1 else f"{names[0].rpartition(' ')[0]} {split}"
             check_classes(name, sum(counts), shape.least.ways)
 
-    def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> EpisodeSource:
-        """One split, or the classes of all splits. Raises what `split` raises, and ConfigError."""
-        if name != "all":
+    def load(self, name: Splits, device: torch.device | str = "cpu") -> EpisodeSource:
+        """One split, or the classes of several together. Raises what `split` raises, and ConfigError."""
+        if name != "trainval" and name != "all":
             return self.split(name, device)
-        stores = [self.split(each) for each in self.splits()]
+        dataset = self.for_trainval() if name == "trainval" else self
+        stores = [dataset.split(each) for each in self.parts_of(name)]
         if not all(isinstance(store, ClassStore) for store in stores):
-            raise ConfigError("split=all: this dataset has no classes; choose train, validation or test")
-        return joined(stores, device)  # type: ignore[arg-type]
+            raise ConfigError(
+                "split=all: this dataset has no classes; choose train, validation or test"
+                if name == "all"
+                else "trainval=true: this dataset has no validation classes to train on; leave it out"
+            )
+        return joined(stores, name, device)  # type: ignore[arg-type]
 
     @property
     def preparation(self) -> Any:

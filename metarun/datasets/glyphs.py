@@ -20,12 +20,11 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import ImageDataset, Split, at_least
+from metarun.datasets.base import ImageDataset, Split, Splits, at_least
 from metarun.errors import ConfigError
 from metarun.reporting.console import Bar
 from metarun.tasks.class_store import ClassStore, check_examples
@@ -94,7 +93,7 @@ class Glyphs(ImageDataset):
     def known_classes(self, split: Split) -> tuple[str, int]:
         return f"glyphs {split}", self.classes[split]
 
-    def check_shape(self, split: Split | Literal["all"], shape: EpisodeShape) -> None:
+    def check_shape(self, split: Splits, shape: EpisodeShape) -> None:
         super().check_shape(split, shape)
         check_examples(f"glyphs {split}", "each class", self.images_per_class, shape)
 

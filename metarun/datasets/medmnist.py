@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from metarun.datasets.base import ImageDataset, Split
+from metarun.datasets.base import ImageDataset, Split, Splits
 from metarun.datasets.images import require_folder
 from metarun.datasets.medmnist_sets import OTHERS, SETS, SIZES, URL
 from metarun.datasets.mixture import MixtureStore
@@ -83,15 +83,17 @@ class MedMnist(ImageDataset):
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> ClassStore:
         """The classes of the sets of one split. Raises DataError if there is none, or for a file."""
-        if name not in self.by_split:
-            raise DataError(
-                f"dataset.sets=[{','.join(self.sets)}]: no set is left for {name}; name three sets or more, "
-                "or also dataset.validation and dataset.test; eval and adapt take fewer, with split=test"
-            )
-        return self._stores(self.by_split[name], name, device)
+        return self.load(name, device)
 
-    def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> ClassStore:
-        return self._stores(self.names, name, device) if name == "all" else self.split(name, device)
+    def load(self, name: Splits, device: torch.device | str = "cpu") -> ClassStore:
+        if missing := [each for each in self.parts_of(name) if each not in self.by_split]:
+            raise DataError(
+                f"dataset.sets=[{','.join(self.sets)}]: no set is left for {missing[0]}; name three sets "
+                "or more, or also dataset.validation and dataset.test; eval and adapt take fewer, with "
+                "split=test"
+            )
+        names = [one for each in self.parts_of(name) for one in self.by_split[each]]
+        return self._stores(names, name, device)
 
     def _stores(self, names: Sequence[str], title: str, device: torch.device | str) -> ClassStore:
         stores = {name: self._store(name, f"{name} {title}") for name in names}

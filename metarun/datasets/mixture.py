@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset, Split, at_least
+from metarun.datasets.base import Dataset, Split, Splits, at_least
 from metarun.datasets.preparation import Preparation
 from metarun.errors import ConfigError, naming_part
 from metarun.tasks.choice import different, one_of_each
@@ -107,12 +107,12 @@ class Mixture(Dataset):
         shared = [set(dataset.splits()) for dataset in self.datasets.values()]
         return tuple(split for split in super().splits() if all(split in own for own in shared))
 
-    def check_shape(self, split: Split | Literal["all"], shape: EpisodeShape) -> None:
+    def check_shape(self, split: Splits, shape: EpisodeShape) -> None:
         for dataset in self.datasets.values():
             dataset.check_shape(split, shape)
 
-    def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> MixtureStore:
-        return self.split(name, device)  # type: ignore[arg-type]  # each part loads all of its own
+    def load(self, name: Splits, device: torch.device | str = "cpu") -> MixtureStore:
+        return self.split(name, device)  # type: ignore[arg-type]  # each part loads its own
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> MixtureStore:
         """The classes of all parts. Raises what a part's `split` raises, with its settings' full names.

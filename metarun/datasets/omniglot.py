@@ -6,6 +6,7 @@ induction", Science 2015; https://github.com/brendenlake/omniglot, MIT licence.
 
 from __future__ import annotations
 
+import copy
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
@@ -25,7 +26,9 @@ MD5 = {
     "images_background": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-Classes = Literal["maml", "vinyals", "lake"]
+Classes = Literal["maml", "maml_plus_plus", "vinyals", "lake"]
+# Training and validation characters of the splits at random; the others are to test on.
+AT_RANDOM = {"maml": (1100, 100), "maml_plus_plus": (1150, 50)}
 TURNED = {"train": ("train",), "all": SPLITS, "none": ()}  # splits with rotated drawings, by `rotations`
 
 
@@ -57,15 +60,18 @@ def class_split(classes: Classes) -> dict[Split, list[str]]:
       intended; validation has five of the background set's 30, the same as in `vinyals`: Armenian,
       Bengali, Early_Aramaic, Hebrew and Mkhedruli_(Georgian).
     - `vinyals` (1,028/172/423): see omniglot_vinyals.txt; by alphabet except for Gurmukhi.
-    - `maml` (1,100/100/423): random characters of all alphabets, as in Finn et al. 2017. They published
-      no list; here the order is that of `by_digest`.
+    - `maml` (1,100/100/423) and `maml_plus_plus` (1,150/50/423): random characters of all alphabets, as in
+      Finn et al. 2017 and Antoniou et al. 2019. They published no lists; here the order is that of
+      `by_digest`, with the same test characters in both.
     """
-    if classes == "maml":
+    if classes in AT_RANDOM:
         order = by_digest(character.name for character in characters())
+        train, validation = AT_RANDOM[classes]
+        held_out = train + validation
         return {
-            "train": sorted(order[:1100]),
-            "validation": sorted(order[1100:1200]),
-            "test": sorted(order[1200:]),
+            "train": sorted(order[:train]),
+            "validation": sorted(order[train:held_out]),
+            "test": sorted(order[held_out:]),
         }
     by_piece = {"lake": "images_evaluation", "vinyals": None}[classes]
     parts: dict[Split, list[str]] = {"train": [], "validation": [], "test": []}
@@ -106,6 +112,12 @@ class Omniglot(ImageDataset):
     ) -> None:
         super().__init__(size, channels=1, resize="stretch")
         self.root, self.classes, self.rotations, self.download = root, classes, rotations, download
+
+    def for_trainval(self) -> Omniglot:
+        """With rotated drawings of the validation characters, too, where the training split has them."""
+        twin = copy.copy(self)
+        twin.rotations = "all" if self.rotations == "train" else self.rotations
+        return twin
 
     def known_classes(self, split: Split) -> tuple[str, int]:
         turns = 4 if split in TURNED[self.rotations] else 1

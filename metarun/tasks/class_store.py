@@ -309,14 +309,20 @@ def check_examples(name: str, smallest: str, examples: int, shape: EpisodeShape)
         )
 
 
-def joined(stores: Sequence[ClassStore], device: torch.device | str = "cpu") -> ClassStore:
-    """The classes of all splits of a dataset, whose items are copied into one tensor."""
+def joined(stores: Sequence[ClassStore], name: str, device: torch.device | str = "cpu") -> ClassStore:
+    """The classes of several splits of a dataset, whose items are copied into one tensor.
+
+    Args:
+        stores: the splits.
+        name: of the splits together, such as "all".
+        device: where the items are kept.
+    """
     first, abouts = stores[0], [store.about for store in stores if store.about is not None]
     return ClassStore(
         torch.cat([store.items for store in stores]),
         [count for store in stores for count in store.counts.tolist()],
         [name for store in stores for name in store.names],
-        f"{first.name.rpartition(' ')[0]} all",
+        f"{first.name.rpartition(' ')[0]} {name}",
         device,
         fingerprint=" ".join(store.fingerprint for store in stores),
         decode=first.decode,

@@ -46,6 +46,8 @@ class TrainSettings:
         stopping: when training ends before the last iteration.
         clip: gradient clipping, if any.
         until: the time at which this process stops, as `interrupts.deadline` gives it.
+        newest: whether the weights of the last validation count as the best ones, because its classes are
+            trained on.
     """
 
     iterations: int
@@ -59,6 +61,7 @@ class TrainSettings:
     stopping: EarlyStopping
     clip: Clip | None = None
     until: float = math.inf
+    newest: bool = False
 
 
 @dataclass
@@ -86,8 +89,8 @@ class Trainer:
     """Meta-trains an algorithm.
 
     `last.pt` contains the complete state, so that a killed run resumes bit-exactly; `best.pt` is the state
-    with the best validation score. The start of a run is validated too, as iteration 0: training may make
-    good features worse.
+    with the best validation score, or of the last validation (`TrainSettings.newest`). The start of a run is
+    validated too, as iteration 0: training may make good features worse.
 
     Args:
         algorithm: the algorithm, on the hardware's device.
@@ -323,8 +326,13 @@ class Trainer:
             own = [dict(group) for group in self.optimizer.param_groups]
             self.scheduler.step(result.mean)  # type: ignore[arg-type]
             checkpoint.keep_rate_tensors(self.optimizer, own)
-        if self.best is None or self.lost_best() or main.is_better(result.mean, than=self.best.score):
+        if self.best is None or self.lost_best() or self.improves(result):
             self.save_best(result, tracker)
+
+    def improves(self, result: Result) -> bool:
+        """Whether the weights of a validation replace the best ones."""
+        assert self.best
+        return self.settings.newest or result.metric.is_better(result.mean, than=self.best.score)
 
     def measure(self, advance: Callable[[int], object] = lambda count: None, refused: bool = True) -> Result:
         """The result on the fixed validation tasks.

@@ -81,6 +81,7 @@ def test_a_task_has_classes_of_one_set_and_grey_becomes_colour(folder: Path):
     assert dataset.split("test").names == list(SETS["bloodmnist"].classes)
     everything = dataset.load("all")
     assert isinstance(everything, MixtureStore) and list(everything.parts) == FOUR
+    assert list(dataset.load("trainval").parts) == ["organamnist", "pathmnist", "dermamnist"]
     grey = MedMnist(sets=FOUR, root=str(folder), channels=1).split("train")
     assert grey.item_shape == (1, 28, 28)
     assert dataset.reshaped((1, 14, 14)).split("test").item_shape == (1, 14, 14)

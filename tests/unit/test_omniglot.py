@@ -16,9 +16,15 @@ from metarun.datasets import class_folders, omniglot
 from metarun.datasets.omniglot import MD5, Omniglot, characters, class_split
 from metarun.errors import ConfigError, DataError
 from metarun.storage import downloads
+from metarun.tasks.episodes import EpisodeShape
 
 BACKGROUND, EVALUATION = MD5
-SIZES = {"maml": (1100, 100, 423), "vinyals": (1028, 172, 423), "lake": (792, 172, 659)}
+SIZES = {
+    "maml": (1100, 100, 423),
+    "maml_plus_plus": (1150, 50, 423),
+    "vinyals": (1028, 172, 423),
+    "lake": (792, 172, 659),
+}
 SPLITS = ("train", "validation", "test")
 DRAWINGS = 2  # of each character of the imitation
 
@@ -174,6 +180,19 @@ def test_rotations_by_split(imitation, rotations, factors):
     dataset = Omniglot(root=str(imitation), classes="vinyals", rotations=rotations, size=4)
     for split, size, factor in zip(SPLITS, SIZES["vinyals"], factors, strict=True):
         assert len(dataset.split(split).names) == size * factor
+
+
+@pytest.mark.parametrize("rotations", ["train", "none"])
+def test_trained_validation_characters_are_rotated_as_training_characters_are(imitation, rotations):
+    dataset = Omniglot(root=str(imitation), classes="vinyals", rotations=rotations, size=4)
+    store, degrees = dataset.load("trainval"), ("", *["@90", "@180", "@270"] * (rotations == "train"))
+    names = [name for split in ("train", "validation") for name in class_split("vinyals")[split]]
+    assert store.names != sorted(store.names) and len(store.items) == DRAWINGS * len(store.names)
+    assert sorted(store.names) == sorted(name + each for name in names for each in degrees)
+    dataset.check_shape("trainval", EpisodeShape(len(store.names), 1, 1))
+    with pytest.raises(DataError, match=rf"omniglot trainval has {len(store.names)} classes"):
+        dataset.check_shape("trainval", EpisodeShape(len(store.names) + 1, 1, 1))
+    assert len(dataset.split("validation").names) == 172  # as it was
 
 
 def test_the_cache_is_used_until_the_files_change(imitation, changed, monkeypatch):

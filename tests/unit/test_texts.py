@@ -83,6 +83,8 @@ def test_files_of_every_form_give_the_same_splits(tmp_path, name, text, capsys):
     assert sorted(text for store in stores.values() for text in store.texts) == sorted(t for _, t in LINES)
     assert "8 classes split 4/2/2" in "".join(capsys.readouterr())
     assert len(dataset.load("all").names) == 8
+    trainval = [name for split in ("train", "validation") for name in stores[split].names]
+    assert dataset.load("trainval").names == trainval
 
 
 def test_class_folders_of_text_files_and_a_column_of_splits(tmp_path):

@@ -49,7 +49,7 @@ VIEWS = {
     "some classes": lambda: store().keeping([1, 2, 4, 5]),
     "resized": lambda: store().resized((3, 8, 8)),
     "other metrics": lambda: store().reporting(CLASSIFICATION.choosing(["ece"])),
-    "all splits": lambda: joined([store(2), store(3, first=2)]),
+    "all splits": lambda: joined([store(2), store(3, first=2)], "all"),
     "host memory": lambda: store().with_items(store().items, torch.device("cpu")),
 }
 

@@ -17,6 +17,7 @@ from metarun.datasets.base import (
     OwnQueries,
     OwnTask,
     Split,
+    Splits,
     by_digest,
     number_rows,
     split_by_digest,
@@ -223,19 +224,20 @@ class Table(Dataset):
         chosen = set(order[: len(order) // 2])
         return frozenset(row for row, name in enumerate(names) if name in chosen)
 
-    def groups(self, split: Split | Literal["all"]) -> list[Group]:
+    def groups(self, split: Splits) -> list[Group]:
         """The tasks or classes of a split, with the rows that they have there."""
-        if split != "all" and split not in self.splits():
+        if missing := [each for each in self.parts_of(split) if each not in self.splits()]:
             there = " and ".join(self.splits())
             raise DataError(
-                f"dataset.root={self.root}: there is nothing in the split {split}, only in {there}; eval and "
-                f"adapt take another one, as split={self.splits()[0]}"
+                f"dataset.root={self.root}: there is nothing in the split {missing[0]}, only in {there}; "
+                f"eval and adapt take another one, as split={self.splits()[0]}"
             )
         every = self.layout.groups
-        groups = list(every.values()) if split == "all" else [every[name] for name in self.parts[split]]
+        names = dict.fromkeys(name for each in self.parts_of(split) for name in self.parts[each])
+        groups = [every[name] for name in (every if split == "all" else names)]
         if not self.disjoint or split == "all":
             return groups
-        tested = split != "train"
+        tested = split not in ("train", "trainval")
         return [
             Group(one.name, tuple(tuple(r for r in own if (r in self.of_test) == tested) for own in one.rows))
             for one in groups
@@ -289,7 +291,7 @@ class Table(Dataset):
 
     # Sources
 
-    def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> EpisodeSource:
+    def load(self, name: Splits, device: torch.device | str = "cpu") -> EpisodeSource:
         groups, title = self.groups(name), f"{self.title} {name}"
         if self.roles.target:
             return self._tasks(groups, [], title, device)

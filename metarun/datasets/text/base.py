@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metarun.datasets.base import Dataset, OwnQueries, OwnTask, Split, and_more, at_least
+from metarun.datasets.base import Dataset, OwnQueries, OwnTask, Split, Splits, and_more, at_least
 from metarun.datasets.text import reading
 from metarun.datasets.text.encoder import Encoder
 from metarun.datasets.text.pieces import Pieces, Tokenizer
@@ -227,18 +227,20 @@ class TextDataset(Dataset):
 
     def split(self, name: Split, device: torch.device | str = "cpu") -> TextStore:
         """The classes of one split. Raises DataError."""
+        return self.load(name, device)
+
+    def _corpus(self, name: Split) -> Corpus:
+        """The texts of one split. Raises DataError."""
         if name not in self._corpora:
             raise DataError(
                 f"{self.title}: has no classes for {name}, but for {', '.join(self._corpora)}; choose "
                 "another file, or split=test in eval and adapt"
             )
-        return self._store(self._corpora[name], name, device)
+        return self._corpora[name]
 
-    def load(self, name: Split | Literal["all"], device: torch.device | str = "cpu") -> TextStore:
-        if name != "all":
-            return self.split(name, device)
-        every = {label: texts for corpus in self._corpora.values() for label, texts in corpus.items()}
-        return self._store(every, name, device)
+    def load(self, name: Splits, device: torch.device | str = "cpu") -> TextStore:
+        corpora = [self._corpus(each) for each in self.parts_of(name)]
+        return self._store({label: texts for own in corpora for label, texts in own.items()}, name, device)
 
     def _store(self, corpus: Corpus, name: str, device: torch.device | str) -> TextStore:
         descriptions = [self._description(label) for label in corpus]
