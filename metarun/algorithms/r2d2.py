@@ -33,6 +33,9 @@ class R2D2(FeatureMethod):
             iteratively reweighted least squares from zero (equation 7); the paper has two ways, for which one
             such regression is enough.
         ridge: the initial penalty, above 0.
+        learn_ridge: whether the penalty is learned; the paper's code keeps it at 50.
+        reduction: "sum": the penalty is added to the sum of the losses of the support examples. "mean": to
+            their mean, as in the paper's code for R2D2 (features and targets divided by the root of NK).
         scale: the initial scale of the predictions.
         steps: the number of steps of iteratively reweighted least squares, at least 1.
     """
@@ -48,12 +51,14 @@ class R2D2(FeatureMethod):
         ridge: float = 1.0,
         scale: float = 1.0,
         steps: int = 5,
+        learn_ridge: bool = True,
+        reduction: Literal["sum", "mean"] = "sum",
     ) -> None:
         super().__init__(backbone)
         require(ridge > 0, f"algorithm.ridge={ridge}: must be above 0")
         require(steps >= 1, f"algorithm.steps={steps}: must be at least 1")
-        self.solver, self.steps = solver, steps
-        self.log_ridge = nn.Parameter(torch.tensor(float(ridge)).log())
+        self.solver, self.steps, self.reduction = solver, steps, reduction
+        self.log_ridge = nn.Parameter(torch.tensor(float(ridge)).log(), requires_grad=learn_ridge)
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def on_run_start(self, train: EpisodeSource) -> None:
@@ -69,14 +74,19 @@ class R2D2(FeatureMethod):
         features = with_constant(features)
         with without_autocast(features):
             y, there = (each.to(features.dtype) for each in (tasks.support_y, tasks.there))
-            return {"values": ridge_regression(features, y, self.log_ridge.exp(), there)}
+            return {"values": ridge_regression(features, y, self.penalty(there), there)}
+
+    def penalty(self, balance: Tensor) -> Tensor:
+        """The penalty beside the sum of losses weighted by `balance` [T, S]: a scalar, or [T, 1, 1]."""
+        ridge = self.log_ridge.exp()
+        return ridge * balance.sum(1)[:, None, None] if self.reduction == "mean" else ridge
 
     def fit(self, features: Tensor, targets: Tensor, ways: int) -> dict[str, Any]:
         """{"weights": weights of the classifiers, [T, F+1, N]}; `fit_tasks`: {"values": of a regression}."""
         features = with_constant(features)
-        ridge = self.log_ridge.exp()
         wanted = one_hot(targets, ways, features)
         balance = class_weights(targets, ways).to(features.dtype)
+        ridge = self.penalty(balance)
         with without_autocast(features):
             if self.solver == "ridge":
                 return {"weights": ridge_regression(features, wanted, ridge, balance)}
@@ -102,7 +112,7 @@ def ridge_regression(x: Tensor, y: Tensor, ridge: Tensor, balance: Tensor) -> Te
     Args:
         x: [T, S, F].
         y: [T, S, N].
-        ridge: a scalar.
+        ridge: a scalar, or [T, 1, 1].
         balance: b, the weights of the examples, [T, S].
     """
     roots = balance.sqrt().unsqueeze(-1)
@@ -120,7 +130,7 @@ def logistic_regression(x: Tensor, y: Tensor, ridge: Tensor, balance: Tensor, st
     Args:
         x: [T, S, F].
         y: [T, S, N], in {0, 1}.
-        ridge: a scalar.
+        ridge: a scalar, or [T, 1, 1].
         balance: b, the weights of the examples, [T, S].
         steps: the number of steps.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -134,8 +134,8 @@ def initialise_convolutions(network: nn.Module) -> None:
 class Residual(nn.Module):
     """body(x) + shortcut(x); the shortcut is x itself by default (He et al. 2016, equations 1 and 2).
 
-    Branches that are layers with a grouped form, or nn.Sequentials of them, run on many tasks at once
-    in that form (metarun.nn.per_task).
+    `join` combines the branches. Branches that are layers with a grouped form, or nn.Sequentials of them,
+    run on many tasks at once in that form (metarun.nn.per_task).
     """
 
     def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
@@ -144,7 +144,21 @@ class Residual(nn.Module):
         self.shortcut = shortcut or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) + self.shortcut(x)
+        return self.join(self.body(x), self.shortcut(x))
+
+    @staticmethod
+    def join(body: Any, shortcut: Any) -> Any:
+        """The output of the block for those of its branches."""
+        return body + shortcut
+
+
+class Joined(Residual):
+    """The features [B, F] of the shortcut and of the body, side by side."""
+
+    @staticmethod
+    def join(body: Tensor, shortcut: Tensor) -> Tensor:
+        """[B, F + F'], or [T, B, F + F'] of T tasks."""
+        return torch.cat([shortcut, body], -1)
 
 
 def feature_count(network: nn.Module, item_shape: tuple[int, ...]) -> int:

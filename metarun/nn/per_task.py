@@ -25,7 +25,6 @@ backward is at fault (functorch issue 534). Only the forward pass is therefore v
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, runtime_checkable
@@ -242,7 +241,7 @@ def run_chain(
     x: State,
     apply: Callable[[str, nn.Module, State], State],
     order: Callable[[Chain], Chain] = list,
-    combine: Callable[[State, State], State] = operator.add,
+    combine: Callable[[State, State], State] | None = None,
     prefix: str = "",
 ) -> State:
     """Run nested nn.Sequentials and Residuals: every interpreter of layers goes through this function.
@@ -252,14 +251,15 @@ def run_chain(
         x: the state that passes along the chain, a tensor or whatever `apply` and `combine` take.
         apply: (name, layer, state) -> state, what one layer does. `name` is the layer's in `module`.
         order: rearranges the layers of one chain, or of one branch, before they run.
-        combine: (body, shortcut) -> state, where the branches of a Residual join. The body runs first,
-            so that random layers draw in the order of Residual.forward.
+        combine: (body, shortcut) -> state, where the branches of a Residual join; None: as its own method
+            `join` does. The body runs first, so that random layers draw in the order of Residual.forward.
         prefix: of the names, for a module that is part of another one ("body.").
     """
     for name, layer in order(list(layers(module, prefix))):
-        if type(layer) is Residual:
+        if isinstance(layer, Residual) and type(layer).forward is Residual.forward:
             body = run_chain(layer.body, x, apply, order, combine, f"{name}.body.")
-            x = combine(body, run_chain(layer.shortcut, x, apply, order, combine, f"{name}.shortcut."))
+            shortcut = run_chain(layer.shortcut, x, apply, order, combine, f"{name}.shortcut.")
+            x = (combine or layer.join)(body, shortcut)
         else:
             x = apply(name, layer, x)
     return x

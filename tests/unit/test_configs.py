@@ -26,6 +26,7 @@ FILES = sorted(CONF.rglob("*.yaml"))
 NEEDS_MORE = {"encoder", "timm"}  # tested in test_finetuned_encoder.py and test_timm_network.py
 BACKBONES = sorted({path.stem for path in (CONF / "backbone").glob("*.yaml")} - NEEDS_MORE)
 SMALL = {  # a network of the same kind that is built in no time
+    "conv4_joined": ["backbone.widths=[8,8,8,8]"],
     "resnet12": ["backbone.widths=[8,8,8,8]"],
     "resnet18": ["backbone.width=8"],
     "wrn28_10": ["backbone.depth=10", "backbone.width=1"],

@@ -82,6 +82,23 @@ def test_logistic_regression_converges_to_scikit_learns():
         np.testing.assert_allclose(weights[0, :, k].numpy(), other.coef_[0], rtol=1e-6, atol=1e-12)
 
 
+def test_a_penalty_beside_the_mean_is_that_of_r2d2s_code():
+    """Features with a constant and targets divided by the root of NK, and 50 added to the Gram matrix."""
+    x, y, wanted = labelled(5, 3, 20)
+    fixed = R2D2(Numbers(20), ridge=50.0, learn_ridge=False, reduction="mean")
+    assert [name for name, p in fixed.named_parameters() if not p.requires_grad] == ["log_ridge"]
+    weights = fixed.fit(x, y.expand(2, -1), 5)["weights"]
+    for t in range(2):
+        rows, targets = torch.cat([x[t], torch.ones(15, 1)], 1) / 15**0.5, wanted[t] / 15**0.5
+        expected = rows.T @ torch.linalg.inv(rows @ rows.T + 50 * torch.eye(15)) @ targets
+        torch.testing.assert_close(weights[t], expected)
+    mean, total = (
+        R2D2(Numbers(20), solver="logistic", ridge=ridge, reduction=reduction).fit(x, y.expand(2, -1), 5)
+        for ridge, reduction in ((2.0, "mean"), (30.0, "sum"))  # 15 examples
+    )
+    torch.testing.assert_close(mean["weights"], total["weights"])
+
+
 # Older versions of scikit-learn warn here; whether the solution is the same, the comparison decides.
 @pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torchvision.models import resnet18
 
 from metarun.algorithms.cavia import CAVIA
 from metarun.algorithms.protonet import ProtoNet
+from metarun.backbones.conv4_joined import Conv4Joined
 from metarun.backbones.resnet12 import DropBlock, ResNet12
 from metarun.backbones.resnet18 import ResNet18
 from metarun.backbones.wide_resnet import WideResNet
@@ -37,6 +38,7 @@ PLAIN = {  # without random numbers, so that it can be compared
     ),
     "resnet18": lambda: ResNet18(SHAPE, width=2),
     "resnet18-imagenet-stem": lambda: ResNet18(SHAPE, width=2, stem="imagenet", norm="layer"),
+    "conv4_joined": lambda: Conv4Joined(SHAPE, widths=(2, 3, 4, 4), drop_rate=0.0, norm="layer"),
     "wrn28_10": lambda: WideResNet(SHAPE, depth=10, width=1, norm="group"),
     "wrn28_10-instance": lambda: WideResNet(SHAPE, depth=10, width=1, norm="instance"),
 }

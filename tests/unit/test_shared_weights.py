@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.backbones.conv4 import Conv4
+from metarun.backbones.conv4_joined import Conv4Joined
 from metarun.backbones.resnet12 import DropBlock, ResNet12
 from metarun.nn.layers import StepNorm, move_average
 from metarun.nn.per_task import TaskBatching
@@ -25,6 +26,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "conv4, shift": lambda: Conv4((3, 16, 16), width=4, norm="batch_shift"),
     "conv4, one channel": lambda: Conv4((1, 16, 16), width=4, downsample="stride", norm="running"),
     "resnet12": lambda: ResNet12((3, 16, 16), widths=(4, 4, 6, 8), drop_rate=0.0, norm="running"),
+    "joined": lambda: Conv4Joined((3, 16, 16), widths=(4, 4, 6, 8), drop_rate=0.0, norm="running"),
     "no weights": lambda: nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Flatten()),
 }
 
