@@ -41,6 +41,10 @@ COMMANDS = {
     "online": "metarun.commands.online",
 }
 
+# Loops for which an idle OpenMP thread of PyTorch (libgomp) waits actively before it sleeps; libgomp's 300,000 keep
+# the other threads from the cores if these are busy, and are not faster if they are free (docs/speed.md).
+SPINS = 1000
+
 OUT_OF_TIME = 75  # the exit status that sysexits.h calls a temporary failure: try again
 
 HELP = """\
@@ -120,6 +124,8 @@ def dispatch(arguments: list[str]) -> None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
         fail(f"{name!r} is not a command; {hint}", status=2)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read when PyTorch is imported
     run(name, rest)
 
 

@@ -41,7 +41,7 @@ class Hardware:
         tasks_at_once: the number of tasks in one forward pass. A meta-batch is split into chunks of this size
             and their gradients are added: the same gradient, with less memory. "auto" measures the memory of
             one task and chooses.
-        threads: the number of CPU threads; None: PyTorch's default.
+        threads: the number of CPU threads; None: PyTorch's default, and one for tiny tasks.
         compile: True compiles the meta-gradient by TorchInductor. "auto" only traces it, which takes half a
             second, and only for tiny tasks on a CPU, where the overhead of Python dominates. False does
             neither.
@@ -86,6 +86,7 @@ class Hardware:
         self.images = images
         self.compile, self.graph = compile, graph
         self.batching = TaskBatching(batching, channels_last)
+        self.threads = threads
         if threads is not None:
             most = THREADS_PER_CPU * (os.cpu_count() or 1)
             if not 1 <= threads <= most:
@@ -125,6 +126,12 @@ class Hardware:
             bytes_of_one: measures the peak memory of one task, in bytes.
         """
         return self.compile == "auto" and self.device.type == "cpu" and bytes_of_one() <= TINY_TASK
+
+    def spare_threads(self, say: Callable[[str], object]) -> None:
+        """Use one CPU thread, unless the number was set: tiny operations are not faster with more."""
+        if self.threads is None and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+            say("one CPU thread for tiny tasks")
 
     def place(self, module: Module) -> Module:
         """Move a module to the device and dtype, and set how its networks run per-task weights."""

@@ -1,7 +1,6 @@
 """One outer step: in chunks of tasks, from a compiled trace, or as a CUDA graph.
 
-All ways of running use the same episodes and give the same result up to rounding
-(tests/unit/test_engine.py).
+All ways use the same episodes and give the same result up to rounding (tests/unit/test_engine.py).
 """
 
 from __future__ import annotations
@@ -100,12 +99,11 @@ class OuterStep:
         self.at_once = self.most_at_once = 1 if shape.varied else self.shared.own  # lowered without memory
         self.traced: dict[int, GradientOfDraw] = {}  # by number of tasks; other numbers run eagerly
         self.say: Callable[[str], object] = lambda text: None
-        self.iteration = 0
+        self.iteration, self.capturing = 0, False
         self.draws: Iterator[Draw] = iter(())
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static_draw: Draw = ()  # the input tensors of the graph
         self.static_share: Gradient | None = None  # its results, if ranks add them up
-        self.capturing = False
         self.eager_steps_left: int | None = None  # until the graph is captured; None: it will not be captured
 
     def prepare(self, start: int, say: Callable[[str], object] = lambda text: None) -> None:
@@ -380,6 +378,8 @@ class OuterStep:
     def trace(self, compiles: bool) -> None:
         """Trace, and optionally compile, the gradient for each size of chunk; if that fails, run eagerly."""
         began, random = time.perf_counter(), False
+        if not compiles:
+            self.hardware.spare_threads(self.say)
         try:
             for chunk in split_draw(next(self.draws_from(0)), self.at_once):
                 if len(chunk[0]) not in self.traced:

@@ -143,6 +143,20 @@ def test_only_what_metarun_knows_is_traced_unasked():
     assert not engine_of(Hungry(5), episodes(), compile="auto").traced
 
 
+def test_one_thread_for_tiny_tasks_if_the_number_is_not_set():
+    threads = torch.get_num_threads()
+    try:
+        for hardware, after in ((Hardware("cpu", threads=3), 3), (Hardware("cpu"), 1)):
+            torch.set_num_threads(3)
+            hardware.spare_threads(lambda text: None)
+            assert torch.get_num_threads() == after
+        torch.set_num_threads(3)
+        engine_of(algorithms("protonet"), episodes(), compile="auto")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_backbone_that_views_its_maps_as_vectors_gets_plain_images():
     class Viewing(nn.Module):
         features = 4 * 14 * 14
