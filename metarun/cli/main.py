@@ -41,8 +41,8 @@ COMMANDS = {
     "online": "metarun.commands.online",
 }
 
-# Loops for which an idle OpenMP thread of PyTorch (libgomp) waits actively before it sleeps; libgomp's 300,000 keep
-# the other threads from the cores if these are busy, and are not faster if they are free (docs/speed.md).
+# Loops for which a waiting thread of PyTorch (libgomp) spins before it sleeps. The default of 300,000 takes
+# time from the threads it waits for if cores are busy, and is no faster if they are free (docs/speed.md).
 SPINS = 1000
 
 OUT_OF_TIME = 75  # the exit status that sysexits.h calls a temporary failure: try again
