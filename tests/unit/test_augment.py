@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torchvision.transforms.v2.functional import resized_crop
 
-from metarun.datasets.augment import Augment
+from metarun.datasets.augment import OF_BOX, Augment, boxes
 from metarun.errors import ConfigError
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.episodes import EpisodeShape
@@ -58,7 +61,7 @@ def test_colours():
 
 
 def test_settings_that_cannot_be():
-    for settings in ({"crop": -1}, {"rotation": -1.0}, {"colour": 1.5}):
+    for settings in ({"crop": -1}, {"rotation": -1.0}, {"colour": 1.5}, {"scale": [0, 2]}, {"ratio": [2, 1]}):
         with pytest.raises(ConfigError, match=f"augment.{next(iter(settings))}"):
             Augment(**settings)
 
@@ -102,3 +105,51 @@ def test_rows_are_moved_in_proportion_to_their_distance_from_the_middle():
     found = Augment(crop=0, flip=False, colour=0, shear=0.5)(line, torch.tensor([[*STILL, 1.0]]))
     centres = (found[0, 0] * torch.arange(41)).sum(1) / found[0, 0].sum(1)
     torch.testing.assert_close(centres, 20 - 0.5 * (torch.arange(21.0) - 10), atol=1e-3, rtol=0)
+
+
+def box_of_torchvision(row: list[float], height: int, width: int, scale, ratio) -> tuple[int, int, int, int]:
+    """`RandomResizedCrop.make_params` of torchvision with given random numbers: top, left, height, width."""
+    sizes = iter(row[2:])
+    for share, place in zip(sizes, sizes, strict=True):
+        area = height * width * (scale[0] + share * (scale[1] - scale[0]))
+        aspect = math.exp(math.log(ratio[0]) + place * (math.log(ratio[1]) - math.log(ratio[0])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(row[0] * (height - h + 1)), int(row[1] * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "ratio"),
+    [
+        ((12, 12), (0.08, 1.0), (0.75, 4 / 3)),
+        ((9, 14), (0.9, 1.0), (0.5, 1.2)),
+        ((14, 9), (1.0, 1.0), (1, 1)),
+    ],
+)
+def test_crops_of_random_sizes_are_those_of_torchvision(shape, scale, ratio):
+    """The later ones of these are parts of which hardly any, or none, of ten sizes fits."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(50, 2, *shape, generator=generator, dtype=torch.float64)
+    numbers = torch.rand(50, 7 + OF_BOX, generator=generator, dtype=torch.float64)
+    found = Augment(crop=0, flip=False, colour=0, scale=scale, ratio=ratio)(images, numbers)
+    for row, image, changed in zip(numbers[:, 7:].tolist(), images, found, strict=True):
+        box = box_of_torchvision(row, *shape, scale, ratio)
+        torch.testing.assert_close(changed, resized_crop(image, *box, size=list(shape), antialias=True))
+
+
+def test_a_crop_has_the_numbers_behind_those_of_zoom_and_shear():
+    augment = Augment(crop=0, flip=False, colour=0, zoom=0.1, shear=0.1, drop=0.5, scale=[0.5, 0.5])
+    assert augment.numbers == 7 + 2 + OF_BOX + 1
+    whole = [0.0, 0.0, *[0.5] * (OF_BOX - 2)]
+    (top, left, height, width) = boxes(torch.tensor([whole]), 8, 8, (1.0, 1.0), (1.0, 1.0))
+    assert [each.item() for each in (top, left, height, width)] == [0, 0, 8, 8]
+    numbers = torch.tensor([[*STILL, 0.5, 0.5, *whole, 0.0]] * 3)
+    augment.drop = 0.0
+    corner = augment(IMAGES[..., :8], numbers)
+    torch.testing.assert_close(corner, resized_crop(IMAGES[..., :8], 0, 0, 6, 6, [8, 8], antialias=True))
