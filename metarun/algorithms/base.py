@@ -230,6 +230,17 @@ class Algorithm(nn.Module, ABC):
         The start of a run is a validation, too, also with iterations=0.
         """
 
+    @cached_property
+    def layers_by_step(self) -> list[nn.Module]:
+        """The layers with an `at_iteration`, such as a dropout whose rate depends on the iteration."""
+        return [layer for layer in self.modules() if hasattr(layer, "at_iteration")]
+
+    def start_step(self, iteration: int) -> bool:
+        """Called before every outer step: sets the iteration of layers, and returns `on_step_start`."""
+        for layer in self.layers_by_step:
+            layer.at_iteration(iteration)  # type: ignore[operator]
+        return self.on_step_start(iteration)
+
     def on_step_start(self, iteration: int) -> bool:
         """Hook called before every outer step.
 

@@ -20,14 +20,14 @@ class ResNet12(nn.Sequential):
     are MetaOptNet's (Lee et al. 2019): dropout after the first two blocks, DropBlock after the
     last two.
 
-    Departures: the rate of DropBlock is constant; MetaOptNet's code raises it from 0 over the
-    first 40,000 batches. Pooling comes before the activation, which is equivalent.
+    Departure: pooling comes before the activation, which is equivalent.
 
     Args:
         item_shape: passed by the builder: [C, H, W].
         widths: channels of the four blocks.
         drop_rate: the share that dropout and DropBlock drop.
         block_size: the side of the squares that DropBlock drops, in pixels of the feature map.
+        ramp: the number of iterations in which the rate of DropBlock rises from 0 to `drop_rate`.
         pool: whether the last feature map is averaged; MetaOptNet flattens it (`false`: 16000 features of
             84x84 images).
         norm: the kind of normalisation.
@@ -39,6 +39,7 @@ class ResNet12(nn.Sequential):
         widths: Sequence[int] = (64, 160, 320, 640),
         drop_rate: float = 0.1,
         block_size: int = 5,
+        ramp: int = 0,
         pool: bool = True,
         norm: Norm = "batch",
     ) -> None:
@@ -49,9 +50,11 @@ class ResNet12(nn.Sequential):
             raise ConfigError(f"backbone.drop_rate={drop_rate}: must be at least 0 and below 1")
         if block_size < 1:
             raise ConfigError(f"backbone.block_size={block_size}: must be at least 1")
+        if ramp < 0:
+            raise ConfigError(f"backbone.ramp={ramp}: must be at least 0")
         blocks = []
         for i, (inputs, width) in enumerate(zip((channels, *widths), widths, strict=False)):
-            drop = nn.Dropout(drop_rate) if i < 2 else DropBlock(drop_rate, block_size)
+            drop = nn.Dropout(drop_rate) if i < 2 else DropBlock(drop_rate, block_size, ramp)
             blocks.append(nn.Sequential(*block(inputs, width, norm), drop))
         end = [nn.AdaptiveAvgPool2d(1)] if pool else []
         super().__init__(*blocks, *end, nn.Flatten())
@@ -77,15 +80,23 @@ class DropBlock(nn.Module):
     Args:
         rate: the approximate share that is dropped (squares may overlap).
         block_size: the side of a square; the side of the feature map, if that is smaller.
+        ramp: the number of iterations in which the rate rises linearly from 0; 0: it is constant.
     """
 
-    def __init__(self, rate: float, block_size: int = 5) -> None:
+    def __init__(self, rate: float, block_size: int = 5, ramp: int = 0) -> None:
         super().__init__()
         if not 0 <= rate < 1:
             raise ValueError(f"rate={rate}: must be at least 0 and below 1")
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: must be at least 1")
-        self.rate, self.block_size = rate, block_size
+        self.rate, self.block_size, self.ramp = rate, block_size, ramp
+        # The share of the rate that is reached, a tensor so that it can change in a recorded step.
+        self.register_buffer("reached", torch.zeros(()) if ramp else None, persistent=False)
+
+    def at_iteration(self, iteration: int) -> None:
+        """Called before every outer step."""
+        if self.ramp:
+            self.reached.fill_(min((iteration + 1) / self.ramp, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W]."""
@@ -108,7 +119,8 @@ class DropBlock(nn.Module):
         size = min(self.block_size, height, width)
         starts = (height - size + 1) * (width - size + 1)
         rate = self.rate / size**2 * (height * width) / starts
+        limit = rate * self.reached if self.ramp else rate
         # Always in float32: uniform numbers in half precision are too coarse for a small rate.
         uniform = torch.rand_like(x[:, :, size - 1 :, size - 1 :], dtype=torch.float32)
-        corners = F.pad((uniform < rate).float(), (size - 1,) * 4)
+        corners = F.pad((uniform < limit).float(), (size - 1,) * 4)
         return 1 - F.max_pool2d(corners, size, stride=1)

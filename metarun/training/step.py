@@ -116,7 +116,7 @@ class OuterStep:
         self.say, self.iteration, self.capturing = say, start, False
         self.generator = self.generator or self.ranks.generator()
         algorithm = self.algorithm
-        algorithm.on_step_start(start)
+        algorithm.start_step(start)
         self.traced.clear()
         # Release an earlier graph before memory is measured: it holds memory.
         self.graph, self.static_draw, self.static_share, self.numbers = None, (), None, None
@@ -182,7 +182,7 @@ class OuterStep:
 
     def step(self) -> None:
         """Run one outer step on the next meta-batch, without copying anything from the device to the host."""
-        if self.algorithm.on_step_start(self.iteration):
+        if self.algorithm.start_step(self.iteration):
             self.prepare(self.iteration, self.say)
         if self.generator is not None:  # for numbers of no task, as of dropout: the iteration and the rank
             torch.manual_seed(seed_of(f"step {self.seed} {self.iteration} {self.ranks.rank}"))

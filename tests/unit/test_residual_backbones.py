@@ -224,6 +224,19 @@ def test_tasks_drop_places_of_their_own(how: str, channels_last: bool):
     assert torch.equal(*run_on_tasks(network, params, x, TaskBatching(how))[:2])
 
 
+def test_the_rate_of_dropblock_rises_with_the_iteration_also_in_a_trace():
+    """As in MetaOptNet's code: keep_rate = max(1 - rate * batches / ramp, 1 - rate)."""
+    network = ResNet12(SHAPE, widths=(2, 2, 2, 2), drop_rate=0.4, block_size=1, ramp=4)
+    protonet, x = ProtoNet(network), torch.ones(100, 10, 10, 10)
+    layer = network[2][-1]
+    traced = make_fx(lambda x: layer.mask(x))(x)
+    for iteration, rate in ((0, 0.1), (2, 0.3), (3, 0.4), (50, 0.4)):
+        protonet.start_step(iteration)
+        for mask in (layer.mask, traced):
+            torch.testing.assert_close(mask(x).mean().item(), 1 - rate, atol=0.01, rtol=0)
+    assert not [name for name in protonet.state_dict() if "reached" in name]  # older checkpoints fit
+
+
 def test_a_trace_draws_anew_every_time():
     """One that kept its mask would drop the same places for ever."""
     layer = DropBlock(0.3, 3)
@@ -236,7 +249,9 @@ def test_a_trace_draws_anew_every_time():
     assert torch.equal(traced(x), mine)
 
 
-@pytest.mark.parametrize("settings", [{"drop_rate": 1.0}, {"drop_rate": -0.1}, {"block_size": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"drop_rate": 1.0}, {"drop_rate": -0.1}, {"block_size": 0}, {"ramp": -1}]
+)
 def test_impossible_dropping_is_refused(settings: dict):
     (name, value), *_ = settings.items()
     with pytest.raises(ConfigError, match=f"backbone.{name}={value}: must be at least"):
