@@ -83,6 +83,8 @@ class DropBlock(nn.Module):
         ramp: the number of iterations in which the rate rises linearly from 0; 0: it is constant.
     """
 
+    reached: Tensor
+
     def __init__(self, rate: float, block_size: int = 5, ramp: int = 0) -> None:
         super().__init__()
         if not 0 <= rate < 1:
