@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot
-from metarun.errors import check_least
+from metarun.errors import ConfigError, check_least
 from metarun.nn.layers import Norm, norm_layer, without_support
 
 
@@ -35,6 +36,11 @@ class RelationNet(FeatureMethod):
         norm: the normalisation in the convolutional blocks. The pairs that they compare have no support, so
             that of TaskNorm only the part of each example alone remains: "task" is instance norm here,
             "task_layer" and "support" are layer norm.
+        padding: pixels of zeros around the maps before each convolution of the second network: 1, or 0 as in
+            the paper's code for miniImageNet, with which maps lose 2 pixels.
+
+    Raises:
+        ConfigError: if a setting is outside of its range, or the feature maps are too small.
     """
 
     def __init__(
@@ -44,9 +50,10 @@ class RelationNet(FeatureMethod):
         hidden: int = 8,
         norm: Norm = "running",
         shots: int = 1,
+        padding: Literal[0, 1] = 1,
     ) -> None:
         super().__init__(backbone)
-        self.shots = shots
+        self.shots, self.padding = shots, padding
         check_least("algorithm", 1, width=width, hidden=hidden)
         self.map_shape: tuple[int, int, int] = getattr(backbone, "map_shape", (self.features, 1, 1))
         channels, *sides = self.map_shape
@@ -55,7 +62,13 @@ class RelationNet(FeatureMethod):
         for inputs in (2 * channels, width):
             # Instance norm of a single pixel would always be zero.
             norms = "none" if norm == "instance" and max(sides) == 1 else norm
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), norm_layer(norms, width), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, width, 3, padding=padding), norm_layer(norms, width), nn.ReLU()]
+            sides = [side + 2 * padding - 2 for side in sides]
+            if min(sides) < 1:
+                raise ConfigError(
+                    f"algorithm.padding=0: leaves nothing of feature maps of {self.map_shape[1]}x"
+                    f"{self.map_shape[2]}; choose algorithm.padding=1"
+                )
             if min(sides) >= 2:
                 layers.append(nn.MaxPool2d(2))
                 sides = [side // 2 for side in sides]
@@ -85,7 +98,7 @@ class RelationNet(FeatureMethod):
     def seen(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Feature maps [T, B, F] convolved, [T, B, width, H, W]."""
         maps = features.flatten(0, 1).unflatten(-1, self.map_shape)
-        return F.conv2d(maps, weight, bias, padding=1).unflatten(0, features.shape[:2])
+        return F.conv2d(maps, weight, bias, padding=self.padding).unflatten(0, features.shape[:2])
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean squared error of the relation scores, [T]."""

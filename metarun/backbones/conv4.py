@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_least
 from metarun.nn.layers import Norm, feature_count, norm_layer, require_images
 
 
 class Conv4(nn.Sequential):
-    """Four blocks of 3x3 convolution, normalisation, ReLU and downsampling by 2.
+    """Blocks of 3x3 convolution, normalisation, ReLU and downsampling by 2.
 
     Args:
         item_shape: passed by the builder: [C, H, W].
         width: channels of every convolution.
-        downsample: "max_pool" pools 2x2 after the ReLU and flattens the last feature map
-            (Vinyals et al.). "stride" is MAML's Omniglot network: the convolutions have stride 2
-            instead, which is a quarter of the computation, and the last feature map is averaged.
+        downsample: "max_pool" pools 2x2 after the ReLU (Vinyals et al.). "stride": the convolutions have
+            stride 2 instead, which is a quarter of the computation (MAML, Reptile and iMAML on Omniglot).
         norm: the kind of normalisation.
         halvings: how many of the blocks downsample, the first ones; less than 4 keeps larger feature maps,
             for methods that compare them.
+        slope: of a leaky ReLU for negative numbers, at least 0; 0: ReLU.
+        padding: pixels of zeros around the input of each block, one number for each: 1 keeps the size of the
+            maps, 0 takes 2 pixels from it. There are as many blocks as numbers.
+        pool: whether the last feature map is averaged; false: flattened, as by Reptile and iMAML. None: with
+            downsample="stride" alone, as in MAML's network.
 
     Attributes:
         map_shape: the shape [C, H, W] of the feature maps before they are flattened.
 
     Raises:
-        ConfigError: if the images are too small.
+        ConfigError: if a setting is outside of its range, or the images are too small.
     """
 
     def __init__(
@@ -38,30 +42,57 @@ class Conv4(nn.Sequential):
         downsample: Literal["max_pool", "stride"] = "max_pool",
         norm: Norm = "batch",
         halvings: int = 4,
+        slope: float = 0.0,
+        padding: Sequence[int] = (1, 1, 1, 1),
+        pool: bool | None = None,
     ) -> None:
-        channels, height, side = require_images("conv4", item_shape)
-        if not 0 <= halvings <= 4:
-            raise ConfigError(f"backbone.halvings={halvings}: must be 0 to 4, at most one for each block")
-        least = 2**halvings
-        if min(height, side) < least:
-            times = "four times" if halvings == 4 else f"{halvings} times"
-            raise ConfigError(
-                f"backbone=conv4: halves images {times}, so they must be at least {least}x{least}, not "
-                f"{height}x{side}; lower backbone.halvings, or choose larger images"
-            )
+        channels, *sides = require_images("conv4", item_shape)
+        check_settings(halvings, slope, padding)
+        check_size(sides, halvings)
         strides = downsample == "stride"
         blocks = []
-        for i in range(4):
+        for i, zeros in enumerate(padding):
             halves = i < halvings
+            stride = 2 if strides and halves else 1
             layers = [
-                nn.Conv2d(
-                    width if i else channels, width, 3, stride=2 if strides and halves else 1, padding=1
-                ),
+                nn.Conv2d(width if i else channels, width, 3, stride=stride, padding=zeros),
                 norm_layer(norm, width),
-                nn.ReLU(),
+                nn.LeakyReLU(slope) if slope else nn.ReLU(),
             ]
-            blocks.append(nn.Sequential(*layers, *([nn.MaxPool2d(2)] if halves and not strides else [])))
-        last = [nn.AvgPool2d((math.ceil(height / least), math.ceil(side / least)))] if strides else []
+            sides = [(side + 2 * zeros - 3) // stride + 1 for side in sides]
+            if halves and not strides:
+                layers.append(nn.MaxPool2d(2))
+                sides = [side // 2 for side in sides]
+            if min(sides) < 1:
+                raise ConfigError(
+                    f"backbone.padding={list(padding)}: leaves nothing of images of {item_shape[1]}x"
+                    f"{item_shape[2]} in block {i + 1}; choose 1 for it, or larger images"
+                )
+            blocks.append(nn.Sequential(*layers))
+        averages = strides if pool is None else pool
+        last = [nn.AvgPool2d((sides[0], sides[1]))] if averages else []
         super().__init__(*blocks, *last, nn.Flatten())
         self.features = feature_count(self, item_shape)
-        self.map_shape = (width, 1, 1) if strides else (width, height // least, side // least)
+        self.map_shape = (width, 1, 1) if averages else (width, sides[0], sides[1])
+
+
+def check_settings(halvings: int, slope: float, padding: Sequence[int]) -> None:
+    """Raise ConfigError if a setting is outside of its range."""
+    if not padding or min(padding) < 0:
+        raise ConfigError(f"backbone.padding={list(padding)}: must be a number of at least 0 for each block")
+    if not 0 <= halvings <= len(padding):
+        raise ConfigError(
+            f"backbone.halvings={halvings}: must be 0 to {len(padding)}, at most one for each block"
+        )
+    check_least("backbone", 0, slope=slope)
+
+
+def check_size(sides: Sequence[int], halvings: int) -> None:
+    """Raise ConfigError if images are too small to be halved so often."""
+    least = 2**halvings
+    if min(sides) < least:
+        times = "four times" if halvings == 4 else f"{halvings} times"
+        raise ConfigError(
+            f"backbone=conv4: halves images {times}, so they must be at least {least}x{least}, not "
+            f"{sides[0]}x{sides[1]}; lower backbone.halvings, or choose larger images"
+        )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_least
 from metarun.nn.layers import Joined, Norm, feature_count, norm_layer, require_images
 
 
@@ -41,8 +41,7 @@ class Conv4Joined(nn.Sequential):
             raise ConfigError(f"backbone.widths={list(widths)}: must be four numbers, one for each block")
         if not 0 <= drop_rate < 1:
             raise ConfigError(f"backbone.drop_rate={drop_rate}: must be at least 0 and below 1")
-        if slope < 0:
-            raise ConfigError(f"backbone.slope={slope}: must be at least 0")
+        check_least("backbone", 0, slope=slope)
         first, second, third, last = (
             nn.Sequential(
                 nn.Conv2d(inputs, outputs, 3, padding=1),

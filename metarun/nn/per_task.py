@@ -289,14 +289,19 @@ def by_task(x: Tensor, tasks: int) -> Tensor:
 
 
 def pooled_first(chain: Chain) -> Chain:
-    """The chain with every max pooling moved before the ReLU that it follows.
+    """The chain with every max pooling moved before the ReLU, leaky or not, that it follows.
 
-    The result is the same, as ReLU is monotonic, and ReLU then runs on a quarter of the numbers (2x2).
+    The result is the same, as they are monotonic, and they then run on a quarter of the numbers (2x2).
     """
     for i in range(1, len(chain)):
-        if type(chain[i][1]) is nn.MaxPool2d and type(chain[i - 1][1]) is nn.ReLU:
+        if type(chain[i][1]) is nn.MaxPool2d and is_monotonic(chain[i - 1][1]):
             chain[i - 1], chain[i] = chain[i], chain[i - 1]
     return chain
+
+
+def is_monotonic(layer: nn.Module) -> bool:
+    """Whether this is a ReLU, leaky or not, that never falls."""
+    return type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
