@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class IMAML(MAML):
         cg_steps: the number of conjugate gradient steps, at least 1.
         damping: added to `proximal` in the linear system only (the paper's code solves
             2 v + H v / (proximal + 10)).
+        pull: None: the proximal term is part of every step. A number: the steps are plain, and in training
+            the weights then go back by this share of the way to the initial ones, at most 1. The paper's
+            code does so, with the inner rate times `proximal`.
     """
 
     plays = False
@@ -50,14 +53,24 @@ class IMAML(MAML):
         proximal: float = 2.0,
         cg_steps: int = 5,
         damping: float = 0.0,
+        pull: float | None = None,
     ) -> None:
         refuse_learned(inner_loop, "the implicit gradient does not pass through its steps")
         if cg_steps < 1:
             raise ConfigError(f"algorithm.cg_steps={cg_steps}: must be at least 1")
         if proximal <= 0:
             raise ConfigError(f"algorithm.proximal={proximal}: must be above 0")
+        if pull is not None and not 0 <= pull <= 1:
+            raise ConfigError(f"algorithm.pull={pull}: must be 0 to 1, or null")
         super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
-        self.proximal, self.cg_steps, self.damping = proximal, cg_steps, damping
+        self.proximal, self.cg_steps, self.damping, self.pull = proximal, cg_steps, damping, pull
+
+    def adapt(self, tasks: Tasks) -> dict[str, Any]:
+        loss, slow, fast = self.inner_problem(tasks)
+        adapted = self.inner_loop(loss, fast)
+        if self.pull is not None and self.training:
+            adapted = {name: torch.lerp(p, fast[name], self.pull) for name, p in adapted.items()}
+        return {"params": slow | adapted}
 
     def meta_loss(self, tasks: Tasks) -> Outcome:
         """The query loss, with the implicit gradient as its gradient."""
@@ -85,6 +98,8 @@ class IMAML(MAML):
 
     def inner_problem(self, tasks: Tasks) -> tuple[Loss, Params, Params]:
         loss, slow, fast = super().inner_problem(tasks)
+        if self.pull is not None:
+            return loss, slow, fast
         return with_proximal_term(loss, fast, self.proximal), slow, fast
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,6 +100,33 @@ def test_any_inner_loop_with_any_algorithm_or_one_line_why_not(algorithm: str, i
 
 
 # implicit MAML
+
+
+def test_weights_are_pulled_back_after_plain_steps_in_training():
+    """As in aravindr93/imaml_dev: in training one more step, of the proximal term alone."""
+    tasks = vectors(tasks=1)
+    algorithm = IMAML(MLP((6,), (4,)), SGD(0.1, 2), 3, proximal=2.0, pull=0.2)
+    for training in (True, False):
+        net = copy.deepcopy(nn.Sequential(algorithm.learner.backbone, algorithm.learner.head))
+        start = [p.detach().clone() for p in net.parameters()]
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for step in range(3 if training else 2):
+            optimizer.zero_grad()
+            if step < 2:
+                nn.functional.cross_entropy(net(tasks.support_x[0]), tasks.support_y[0]).backward()
+            else:
+                pairs = zip(net.parameters(), start, strict=True)
+                sum((p - q).square().sum() for p, q in pairs).backward()  # lambda / 2 is 1
+            optimizer.step()
+        adapted = algorithm.train(training).adapt(tasks)["params"]
+        for mine, expected in zip(adapted.values(), net.parameters(), strict=True):
+            torch.testing.assert_close(mine[0], expected)
+
+
+@pytest.mark.parametrize("pull", [-0.1, 1.5])
+def test_an_impossible_pull_is_refused(pull: float):
+    with pytest.raises(ConfigError, match=rf"^algorithm\.pull={pull}: must be 0 to 1, or null$"):
+        IMAML(MLP((6,), (4,)), SGD(0.1, 2), 3, pull=pull)
 
 
 def test_conjugate_gradient_solves_each_tasks_system():
