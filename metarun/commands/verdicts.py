@@ -28,6 +28,7 @@ def outcome_of(
     split: str = "test",
     model: str = "",
     steps: int | None = None,
+    rate: float | None = None,
 ) -> Outcome:
     """The result of a run on test tasks; the arguments are those of `Outcome`."""
     return Outcome(
@@ -45,6 +46,7 @@ def outcome_of(
         model=model,
         config=config,
         steps=steps,
+        rate=rate,
     )
 
 
@@ -64,6 +66,7 @@ def verdicts_of(cells: Sequence[Cell], command: EvalConfig) -> list[Verdict]:
                 command.split,
                 model.name if len(models) > 1 else "",
                 cell.steps,
+                cell.rate,
             )
             for cell in own
         ]
@@ -76,7 +79,9 @@ def report_verdicts(found: Sequence[Verdict]) -> list[dict[str, Any]]:
     if not found:
         return []
     table = Table(title="beside the paper", box=None, padding=(0, 2, 0, 0))
-    table.add_column("task", no_wrap=True)
+    if with_models := any(each.here.model for each in found):
+        table.add_column("model", overflow="fold")
+    table.add_column("task", no_wrap=not with_models)
     for heading in ("published", "here", "difference"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
@@ -84,7 +89,8 @@ def report_verdicts(found: Sequence[Verdict]) -> list[dict[str, Any]]:
         here, unit = each.here, " %" if each.here.scale == 100 else ""
         mean, half = here.scale * here.mean, here.scale * here.interval
         table.add_row(
-            Text(f"{here.model} {each.published.task}".strip()),
+            *([Text(here.model)] * with_models),
+            each.published.task,
             each.published.shown,
             f"{mean:.2f} ± {half:.2f}{unit}" if unit else f"{mean:.4g} ± {half:.2g}",
             f"{each.difference:+.2f}{unit}" if unit else f"{each.difference:+.4g}",

@@ -91,6 +91,7 @@ class Outcome:
         model: its name, where several are compared.
         config: all settings of the run.
         steps: inner steps at test; None: as in the config.
+        rate: inner rate at test, if it was chosen for it.
     """
 
     metric: str
@@ -107,6 +108,7 @@ class Outcome:
     model: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    rate: float | None = None
 
     @property
     def own_steps(self) -> int | None:
@@ -258,6 +260,8 @@ def differences(published: Published, here: Outcome) -> list[str]:
         found.append("transductive" if here.transductive else "not transductive")
     if here.split != "test":
         found.append(f"split={here.split}")
+    if here.rate is not None:
+        found.append(f"inner rate {here.rate:g}, chosen for the test")
     found += other_steps(published, here) + other_settings(published, here)
     typed = [each.lstrip("+") for each in here.overrides if OF_PROTOCOL.fullmatch(each.partition("=")[0])]
     found += [each for each in typed if each.partition("=")[0] not in (published.settings or {})]

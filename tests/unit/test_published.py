@@ -77,6 +77,7 @@ def test_verdicts_by_hand(mean: float, interval: float, words: str):
         ({"overrides": ["backbone.width=32"]}, "backbone.width=32"),
         ({"overrides": ["++dataset.rotations=all", "norm=group"]}, "dataset.rotations=all, norm=group"),
         ({"metric": "macro_f1"}, "macro_f1, not accuracy"),
+        ({"rate": 0.3}, "inner rate 0.3, chosen for the test"),
         ({"steps": 3, "config": {"inner_loop": {"steps": 1, "test_steps": None}}}, "3 inner steps, not 1"),
     ],
 )
