@@ -26,7 +26,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.baseline import Classifier
 from metarun.algorithms.maml import MAML
 from metarun.config.build import build_algorithm, build_dataset
-from metarun.config.comments import facts
+from metarun.config.comments import METHODS, facts
 from metarun.config.paths import CONF
 from metarun.config.published import Published, published_in, task_name
 from metarun.config.schema import Node, TrainConfig, register_frames, typed
@@ -39,7 +39,6 @@ from metarun.training.hardware import Hardware
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("backbone.width=8", "dataset.size=16")
 CPU = Hardware("cpu")
-RULES = ("sgd", "adam", "meta_sgd", "layer_rates", "alfa", "meta_curvature", "lstm", "learned_optimizer")
 #: The kinds of tasks by their headings, each with an example.
 KINDS = {
     "images": ("dataset=glyphs",),
@@ -126,9 +125,11 @@ def adapts(algorithm: MAML) -> str:
 def update_rules() -> str:
     """The inner loops that each gradient-based method can be built with."""
     found: dict[str, list[str]] = {}
+    rules = [rule for rule, stated in options("inner_loop").items() if METHODS not in stated]
+    rules.remove("none")
     for name in sorted(methods("gradient")):
         own = OmegaConf.load(CONF / "algorithm" / f"{name}.yaml").get("inner_loop", {})
-        known = [rule for rule in RULES if takes_rule(name, rule, own)]
+        known = [rule for rule in rules if takes_rule(name, rule, own)]
         found.setdefault(", ".join(f"`{rule}`" for rule in known), []).append(f"`{name}`")
     rows = sorted(([", ".join(names), rules] for rules, names in found.items()), key=lambda row: -len(row[1]))
     return markdown(["`algorithm=`", "`inner_loop=`"], rows)
@@ -270,6 +271,8 @@ def row_of(group: str) -> str:
     families: dict[str, list[str]] = {}
     for name, stated in sorted(options(group).items(), key=lambda item: item[0] != default):
         notes = [*(["default"] if name == default else []), *([stated["note"]] if "note" in stated else [])]
+        if METHODS in stated:
+            notes.append("for " + " and ".join(f"`{each}`" for each in stated[METHODS].split(", ")))
         words = f"`{name}`" + (f" ({', '.join(notes)})" if notes else "")
         families.setdefault(stated.get("family", ""), []).append(words)
     order = sorted(families.items(), key=lambda item: [*FAMILIES, ""].index(item[0]))

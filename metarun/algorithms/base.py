@@ -146,6 +146,22 @@ class Algorithm(nn.Module, ABC):
         """Whether predicting a query takes the support examples, beside what `adapt` made of them."""
         return self.normalises_by_support or (self.normalises_batches and not self.transductive)
 
+    @property
+    def unused_settings(self) -> Mapping[str, str]:
+        """Typed settings that nothing reads in the method as it is built, each with the reason.
+
+        They are refused like those of `unread`, which other settings decide. A part of an algorithm, such as
+        an inner loop, may have this attribute, too.
+        """
+        name, found = f"in algorithm={type(self).__name__}", {}
+        if not self.normalises_batches:
+            found["algorithm.transductive"] = f"{name}, where no layer here normalises queries by their batch"
+        if not any(isinstance(layer, nn.Linear) for head in self.own_heads() for layer in head.modules()):
+            found |= dict.fromkeys(
+                ("initial_weights.head", "initial_weights.head_bias"), f"{name}, which has no linear head"
+            )
+        return found
+
     def own_backbone(self) -> nn.Module | None:
         """The network that `init=RUN` fills with another run's weights; None: there is none."""
         return None
@@ -163,8 +179,7 @@ class Algorithm(nn.Module, ABC):
     def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
         """Raise ConfigError if the method does not support tasks of this shape from this source."""
         self.check_shots(source, shape.shots)
-        self.check(shape.ways)
-        self.check_norms(shape)
+        self.check_shape(shape)
         if self.classifies_training_classes and not source.has_fixed_classes:
             raise ConfigError(
                 f"train_tasks: algorithm={type(self).__name__} learns to tell all training classes apart, "
@@ -187,6 +202,11 @@ class Algorithm(nn.Module, ABC):
                 f"shots=0: algorithm={type(self).__name__} learns by inner steps, each from the trajectories "
                 "of the shots; set shots, as in shots=20"
             )
+
+    def check_shape(self, shape: EpisodeShape) -> None:
+        """Raise ConfigError if the method does not support tasks of this shape, whatever they are made of."""
+        self.check(shape.ways)
+        self.check_norms(shape)
 
     def check_norms(self, shape: EpisodeShape) -> None:
         """Raise ConfigError for TaskNorm without a support, or together with batch norm by the batch."""

@@ -46,6 +46,7 @@ class Classifier(FeatureMethod):
         scale: float = 10.0,
     ) -> None:
         super().__init__(backbone)
+        require(scale > 0, f"algorithm.scale={scale}: must be above 0")
         self.cosine, self.scale = cosine, scale
         self.classifier = nn.Linear(self.features, classes or 1, bias=not cosine)
 

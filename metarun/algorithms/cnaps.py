@@ -50,6 +50,7 @@ class CNAPs(ModulatedMethod):
         norm: Norm = "running",
     ) -> None:
         super().__init__(backbone)
+        require(penalty >= 0, f"algorithm.penalty={penalty}: must be at least 0")
         self.frozen, self.penalty = frozen, penalty
         if frozen:
             backbone.requires_grad_(False)

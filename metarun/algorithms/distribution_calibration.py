@@ -15,6 +15,7 @@ from metarun.algorithms.multinomial import multinomial_regression
 from metarun.nn.layers import relates_examples
 from metarun.nn.per_task import Params
 from metarun.tasks.class_store import ClassStore
+from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import class_weights
 from metarun.tasks.source import EpisodeSource
 
@@ -73,10 +74,7 @@ class DistributionCalibration(Classifier):
         count = classes or 1
         require(power >= 0, f"algorithm.power={power}: must be at least 0")
         require(base_power >= 0, f"algorithm.base_power={base_power}: must be at least 0")
-        require(
-            1 <= nearest <= count,
-            f"algorithm.nearest={nearest}: must be from 1 to {count}, the number of training classes",
-        )
+        require(nearest >= 1, f"algorithm.nearest={nearest}: must be at least 1")
         require(spread >= 0, f"algorithm.spread={spread}: must be at least 0")
         require(generated >= 0, f"algorithm.generated={generated}: must be at least 0")
         require(steps >= 1, f"algorithm.steps={steps}: must be at least 1")
@@ -92,6 +90,12 @@ class DistributionCalibration(Classifier):
         if isinstance(saved, Tensor) and saved.dim() == 3:  # R depends on the images of a class
             self.factors = self.factors.new_zeros(len(self.factors), saved.shape[1], self.features)
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
+
+    def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
+        super().check_source(source, shape)
+        count = len(self.means)
+        must = f"must be from 1 to {count}, the number of training classes"
+        require(self.nearest <= count, f"algorithm.nearest={self.nearest}: {must}")
 
     @torch.no_grad()
     def on_validation(self, train: EpisodeSource) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -81,9 +81,12 @@ class HSML(MAML):
         check_least("algorithm", 1, hidden=hidden, width=width)
         check_least("algorithm", 0, reconstruction=reconstruction)
         check_above_0("algorithm", spread=spread)
-        if min(clusters, default=1) < 1:
-            raise ConfigError(f"algorithm.clusters={list(clusters)}: each level needs at least 1 cluster")
-        self.reconstruction = reconstruction
+        if min(clusters, default=0) < 1:
+            raise ConfigError(
+                f"algorithm.clusters={list(clusters)}: must be the clusters of one or more levels, "
+                "at least 1 each"
+            )
+        self.reconstruction, self.embeds_images = reconstruction, classes is not None
         self.pairs = ImagePairs(item_shape, outputs, width) if classes else ValuePairs(item_shape, outputs)
         kind = Recurrent if aggregator == "recurrent" else Pooling
         self.aggregator = kind(self.pairs.size, hidden, images=classes is not None)
@@ -91,6 +94,11 @@ class HSML(MAML):
         self.gates = nn.ModuleDict(
             {PerWeight.key(n): dense(2 * hidden, p.numel()) for n, p in self.learner.own_parameters().items()}
         )
+
+    @property
+    def unused_settings(self) -> Mapping[str, str]:
+        images = {} if self.embeds_images else {"algorithm.width": "for tasks without classes of images"}
+        return {**super().unused_settings, **images}
 
     def inner_problem(self, tasks: Episodes) -> tuple[Loss, Params, Params]:  # type: ignore[override]
         loss, slow, fast = super().inner_problem(tasks)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.maml import MAML
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_least
 from metarun.inner_loops.base import InnerLoop, Loss, refuse_learned, with_proximal_term
 from metarun.nn.per_task import Params, flatten, unflatten
 from metarun.tasks.episodes import Outcome, Tasks
@@ -62,6 +62,7 @@ class IMAML(MAML):
             raise ConfigError(f"algorithm.proximal={proximal}: must be above 0")
         if pull is not None and not 0 <= pull <= 1:
             raise ConfigError(f"algorithm.pull={pull}: must be 0 to 1, or null")
+        check_least("algorithm", 0, damping=damping)
         super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
         self.proximal, self.cg_steps, self.damping, self.pull = proximal, cg_steps, damping, pull
 

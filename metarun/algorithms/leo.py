@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, precise, prototypes, require, without_autocast
+from metarun.errors import check_above_0, check_least
 from metarun.nn.frozen import Frozen
 from metarun.tasks import numbers
 from metarun.tasks.episodes import Episodes, Outcome
@@ -80,6 +81,9 @@ class LEO(FeatureMethod):
             steps >= 1 and tuning_steps >= 0,
             f"algorithm.steps={steps}, algorithm.tuning_steps={tuning_steps}: must be at least 1 and 0",
         )
+        check_above_0("algorithm", rate=rate, tuning_rate=tuning_rate)
+        check_least("algorithm", 0, divergence=divergence, encoder=encoder)
+        check_least("algorithm", 0, decay=decay, orthogonality=orthogonality)
         require(0 <= dropout < 1, f"algorithm.dropout={dropout}: must be from 0 to below 1")
         self.steps, self.tuning_steps, self.dropout = steps, tuning_steps, dropout
         self.divergence, self.distance = divergence, encoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -80,6 +80,17 @@ class MAMLPlusPlus(MAML):
                 "algorithm.step_statistics=true: the backbone has no batch norm; choose norm=batch"
             )
         self.register_buffer("loss_weights", torch.zeros(rows), persistent=False)
+
+    @property
+    def unused_settings(self) -> Mapping[str, str]:
+        found = dict(super().unused_settings)
+        if not self.norms:
+            found |= {"algorithm.step_affine": "where the backbone has no batch norm"}
+        if self.final_order == 1:
+            found |= {"algorithm.first_order": "with inner_loop.order=1"}
+        if self.inner_loop.steps < 2:
+            found |= {"algorithm.multi_step_loss": "with fewer than 2 inner steps"}
+        return found
 
     def is_fast(self, name: str) -> bool:
         layer, _, _ = name.rpartition(".")

@@ -43,7 +43,7 @@ class MetaOptNet(FeatureMethod):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(backbone)
-        for name, value in (("penalty", penalty), ("ridge", ridge)):
+        for name, value in (("penalty", penalty), ("ridge", ridge), ("scale", scale)):
             require(value > 0, f"algorithm.{name}={value}: must be above 0")
         smooth = f"algorithm.label_smoothing={label_smoothing}: must be at least 0 and below 1"
         require(0 <= label_smoothing < 1, smooth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Literal
 
@@ -80,6 +81,14 @@ class MMAML(MAML):
         self.names = [places[id(layer)] for layer in layers]
         size: int = self.encoder.size  # type: ignore[assignment]
         self.modulators = nn.ModuleList(nn.Linear(size, 2 * layer.task_scale.numel()) for layer in layers)  # type: ignore[operator,union-attr]
+
+    @property
+    def unused_settings(self) -> Mapping[str, str]:
+        images = isinstance(self.encoder, ImageEncoder)
+        return {
+            **super().unused_settings,
+            **({} if images else {"algorithm.width": "for tasks without classes of images"}),
+        }
 
     def is_fast(self, name: str) -> bool:
         return not name.endswith((".task_scale", ".task_shift"))

@@ -75,6 +75,11 @@ class MRMAML(MAML):
     ) -> None:
         check_least("algorithm", 0, weight=weight)
         check_above_0("algorithm", deviation=deviation)
+        if min(decoder, default=1) < 1 or (bottleneck is not None and bottleneck < 1):
+            raise ConfigError(
+                f"algorithm.bottleneck={bottleneck}, algorithm.decoder={list(decoder)}: layers must have at "
+                "least 1 unit; leave out what is not needed"
+            )
         if regularises == "activations" and not bottleneck:
             raise ConfigError(
                 "algorithm.regularises=activations: needs a bottleneck; set algorithm.bottleneck=5"

@@ -64,7 +64,7 @@ class PLATIPUS(MAML):
         weight: float = 1.0,
     ) -> None:
         super().__init__(backbone, inner_loop, outputs, head, "all", transductive)
-        check_above_0("algorithm", deviation=deviation)
+        check_above_0("algorithm", deviation=deviation, rate=rate)
         check_least("algorithm", 1, samples=samples)
         check_least("algorithm", 0, weight=weight)
         self.samples, self.classifies, self.weight = samples, classes is not None, weight

@@ -57,6 +57,7 @@ class R2D2(FeatureMethod):
         super().__init__(backbone)
         require(ridge > 0, f"algorithm.ridge={ridge}: must be above 0")
         require(steps >= 1, f"algorithm.steps={steps}: must be at least 1")
+        require(scale > 0, f"algorithm.scale={scale}: must be above 0")
         self.solver, self.steps, self.reduction = solver, steps, reduction
         self.log_ridge = nn.Parameter(torch.tensor(float(ridge)).log(), requires_grad=learn_ridge)
         self.scale = nn.Parameter(torch.tensor(float(scale)))

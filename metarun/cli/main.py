@@ -312,8 +312,12 @@ def existing_folders(arguments: list[str]) -> frozenset[Path]:
 
 
 def check_output_folder(name: str, folders: Iterable[Path]) -> None:
-    """Exit with status 1 if the output folder of a command other than `train` is a training run."""
-    for folder in folders:
+    """Exit with status 1 if the output folder of a command other than `train` is a training run.
+
+    That of a stream that goes on is checked when its checkpoint is read.
+    """
+    resumes = any(argument.startswith("resume=") for argument in sys.argv[1:])
+    for folder in () if resumes else folders:
         if name != "train" and (folder / "last.pt").is_file() and (folder / ".hydra") in folders:
             fail(
                 f"hydra.run.dir={folder}: has a training run, whose files this would replace; "

@@ -90,6 +90,8 @@ def arrange(name: str, arguments: list[str]) -> list[str]:
     overrides = [f"++{a}" if PART.fullmatch(a.partition("=")[0]) else a for a in overrides]
     resume = [a.partition("=")[2].strip("'\"") for a in typed if a.lstrip("+").startswith("resume=")]
     resume = resume if name in RESUMED else []
+    if name == "online" and resume[-1:] == ["auto"]:
+        fail("resume=auto: is for metarun train; name the output folder of the stream to continue", status=1)
     if name == "train" and resume[-1:] == ["auto"]:
         named = any(a.lstrip("+").startswith("hydra.run.dir=") for a in typed)
         if not sweep and not named and {"-cd", "--config-dir"}.isdisjoint(flags):

@@ -167,17 +167,22 @@ def step_table(
     return table
 
 
+UNKNOWN = (0.2, 0.4, 0.8)  # the colour of unknown pixels, which no grey value has
+
+
 def draw_completion(task: Task, outputs: Tensor, size: int, path: Path) -> None:
     """Write the figure of an image: the support, the predicted values, their deviations, and the truth."""
     episode, objective = task.episode, task.objective
     x = torch.cat([episode.support_x[0], episode.query_x[0]])
 
     def whole(queries: Tensor, support: Tensor) -> Tensor:
-        return image_of(x, torch.cat([support, queries]), size)[None, None]
+        return image_of(x, torch.cat([support, queries]), size)[None, None].expand(1, 3, -1, -1)
 
     known, values = episode.support_y[0], objective.to_units(outputs)[0]
+    unknown = whole(torch.ones_like(values), torch.zeros_like(known)) > 0
+    blue = values.new_tensor(UNKNOWN).view(3, 1, 1)
     rows = {
-        "support": whole(torch.zeros_like(values), known) + 0.5,
+        "support": torch.where(unknown, blue, whole(values, known) + 0.5),
         "prediction": whole(values, known) + 0.5,
         "truth": whole(episode.query_y[0], known) + 0.5,
     }

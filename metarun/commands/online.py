@@ -74,12 +74,18 @@ def online(cfg: DictConfig, folder: Path, path: Path | None) -> None:
     command: OnlineConfig = typed(cfg)
     check_command(command)
     hardware = instantiate(command.hardware, "hardware")
-    source = build_source(build_dataset(command.dataset), "train", hardware)
-    if not isinstance(source, ClassStore) or source.spec.kind != "images":
+    dataset = build_dataset(command.dataset)
+    if dataset.spec.kind != "images" or dataset.spec.outputs is not None:
         raise ConfigError("dataset: a stream is made of images; choose one with images, such as glyphs")
+    algorithm = build_learner(command, dataset.spec.item_shape, hardware)
+    source = build_source(dataset, "train", hardware)
+    assert isinstance(source, ClassStore)
     sizes = command.classes, command.tasks, command.images, command.test_images
     stream = rainbow(source, *sizes, command.seed)
-    followers = build_followers(command, stream, hardware)
+    settings = OnlineSettings(
+        command.batch, command.meta_steps, command.meta_batch, command.minibatch, command.lr, command.seed
+    )
+    followers = Followers(list(dict.fromkeys(command.learners)), algorithm, command.classes, settings)
     record = {"config": plain(command), "choices": choices, "data": source.fingerprint}
     if state is None:
         resuming.write_hydra_files(cfg, folder)
@@ -103,16 +109,12 @@ def check_command(command: OnlineConfig) -> None:
         raise ConfigError(f"learners={command.learners}: choose some of {', '.join(LEARNERS)}")
 
 
-def build_followers(command: OnlineConfig, stream: Sequence[StreamTask], hardware: Hardware) -> Followers:
-    """The learners with the first weights."""
+def build_learner(command: OnlineConfig, item_shape: tuple[int, ...], hardware: Hardware) -> MAML:
+    """The learner with the first weights, for images of the dataset on coloured backgrounds."""
     torch.manual_seed(command.seed)
-    spec = TaskSpec(tuple(stream[0].x.shape[1:]), classes=command.classes)
+    spec = TaskSpec((3, *item_shape[1:]), classes=command.classes)
     inner_loop = SGD(command.rate, command.steps)
-    algorithm = hardware.place(MAML(build_backbone(command.backbone, spec), inner_loop, command.classes))
-    settings = OnlineSettings(
-        command.batch, command.meta_steps, command.meta_batch, command.minibatch, command.lr, command.seed
-    )
-    return Followers(list(dict.fromkeys(command.learners)), algorithm, command.classes, settings)
+    return hardware.place(MAML(build_backbone(command.backbone, spec), inner_loop, command.classes))  # type: ignore[return-value]
 
 
 def follow(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metarun.commands.example import FILE
 from metarun.config.schema import path_kind
+from metarun.config.variants import method_of
 from metarun.errors import counted, printable
 from metarun.reporting.classes import class_rows
 from metarun.reporting.console import relative, shortened
@@ -90,7 +91,7 @@ def run_row(each: Record) -> list[CellText]:
     return [
         text(name_of(each)),
         CellText(when := f"{each.started:%Y-%m-%d %H:%M}", when, number=True),
-        text(each.choices.get("algorithm")),
+        text(method_of(each)),
         text(each.choices.get("dataset")),
         text(each.status),
         score(each.validation, each.metric),

@@ -14,6 +14,7 @@ from rich.text import Text
 from metarun.commands.sweeps import is_sweep, jobs_in, print_tables
 from metarun.config.check import check
 from metarun.config.schema import RunsConfig, typed
+from metarun.config.variants import method_of
 from metarun.errors import ConfigError, DataError, counted
 from metarun.reporting.console import console, print_line, relative
 from metarun.storage.files import user_path
@@ -115,7 +116,7 @@ def print_runs(runs: Sequence[Record]) -> None:
 
 def cells_of(each: Record) -> tuple[str, ...]:
     """The first line of a run."""
-    names = (each.choices.get(group, "?") for group in ("algorithm", "dataset"))
+    names = method_of(each), each.choices.get("dataset", "?")
     figures = (shown(each, figure) for figure in (each.validation, each.test))
     return f"{each.started:%y-%m-%d %H:%M}", *names, each.status, *figures
 

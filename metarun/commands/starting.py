@@ -2,40 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_class
 
-from metarun.config.build import build_algorithm, instantiate
+from metarun.algorithms.base import Algorithm
+from metarun.config.build import (
+    build_algorithm,
+    draw_weights,
+    instantiate,
+    training_shape,
+    validation_shape,
+)
 from metarun.config.restore import start_from
 from metarun.config.schema import TrainConfig
+from metarun.config.unread import refuse
 from metarun.datasets.base import Dataset
-from metarun.errors import MetarunError
+from metarun.errors import ConfigError
+from metarun.nn.frozen import frozen_part
 from metarun.reporting.destinations import Background, Destination, RunFacts
 from metarun.reporting.tracker import Events, Tracker, Unwritten
+from metarun.tasks.rollouts import Rollouts
+from metarun.tasks.spec import TaskSpec
 from metarun.training.hardware import Hardware
 from metarun.training.trainer import Trainer
 
 Start = tuple[Path, dict[str, Any]]
 
 
-def check_start(start: Start | None, settings: TrainConfig, dataset: Dataset, hardware: Hardware) -> None:
-    """Raise ConfigError if the backbone of the checkpoint `init` does not fit, before data is loaded.
+CLASSES = 1000  # of the training split, for a method that is built before these are known
 
-    It is tried on an algorithm that is built for this alone; the random state of the run is kept.
+
+def check_method(
+    settings: TrainConfig,
+    dataset: Dataset,
+    hardware: Hardware,
+    typed: Iterable[str] = (),
+    start: Start | None = None,
+) -> None:
+    """Build the method once before data is loaded, and check what does not need data.
+
+    The random state of the run is kept.
+
+    Args:
+        settings: of the run.
+        dataset: the dataset.
+        hardware: the device, the precision and the batching.
+        typed: the overrides of the command line.
+        start: the checkpoint `init`, whose backbone must fit.
+
+    Raises:
+        ConfigError: if a setting is out of its bounds or has no effect, or the parts do not fit each other.
     """
-    if start is None:
-        return
+    for group in ("sampler", "augment", "train_tasks"):
+        if "_target_" in (node := getattr(settings, group) or {}):
+            instantiate(node, group)
     with hardware.forked_random():
-        try:
-            spec = dataset.spec
-            algorithm = build_algorithm(settings, replace(spec, classes=spec.classes or 2), hardware)
-        except MetarunError:
-            return  # which is said when all is known of the data
-        start_from(algorithm, *start)
+        algorithm = build_algorithm(settings, spec_before_loading(dataset), hardware)
+        refuse(unused_by(algorithm), typed)
+        check_trains(algorithm, settings)
+        for shape in (training_shape(settings), validation_shape(settings)):
+            algorithm.check_shape(shape)
+        if settings.iterations:
+            algorithm.check_training(training_shape(settings))
+        draw_weights(algorithm, settings.initial_weights)
+        if start is not None:
+            start_from(algorithm, *start)
+
+
+def check_trains(algorithm: Algorithm, settings: TrainConfig) -> None:
+    """Raise ConfigError if a frozen backbone leaves an algorithm nothing to train, or it needs training."""
+    if not settings.iterations:
+        algorithm.check_untrained()
+    elif frozen_part(algorithm.own_backbone()) and not any(p.requires_grad for p in algorithm.parameters()):
+        raise ConfigError(
+            f"iterations={settings.iterations}: the backbone is frozen, and "
+            f"algorithm={type(algorithm).__name__} has no other weights to train; set iterations=0 to test "
+            "it as it is, or choose algorithm=simpleshot or baseline (or with algorithm=protonet "
+            "algorithm.learn_scale=true)"
+        )
+
+
+def spec_before_loading(dataset: Dataset) -> TaskSpec:
+    """The kind of tasks of a dataset, with an assumption about what its files would tell."""
+    spec = dataset.spec
+    with_classes = spec.outputs is None and not issubclass(spec.tasks, Rollouts)
+    classes = (spec.classes or CLASSES) if with_classes else None
+    return replace(spec, classes=classes, description=spec.description or (1,))
+
+
+def unused_by(algorithm: Algorithm) -> dict[str, str]:
+    """The settings that nothing reads in an algorithm as it is built, each with the reason."""
+    found: dict[str, str] = {}
+    for part in algorithm.modules():
+        stated = getattr(part, "unused_settings", None)
+        if isinstance(stated, Mapping):
+            found |= {name: f"{reason}; leave it out" for name, reason in stated.items()}
+    return found
 
 
 def build_destinations(settings: TrainConfig) -> dict[str, Destination]:

@@ -19,7 +19,7 @@ from metarun.commands import resuming
 from metarun.commands.ending import check_ending, early_stopping
 from metarun.commands.example import counts_confusion, write_example
 from metarun.commands.shapes import check_before_loading, check_shape, training_split
-from metarun.commands.starting import build_destinations, build_tracker, check_start
+from metarun.commands.starting import build_destinations, build_tracker, check_method
 from metarun.commands.summary import report
 from metarun.commands.trained_on import classes_before, load_split, note_weights, pretrained_by
 from metarun.commands.training_tasks import with_training_tasks
@@ -45,7 +45,6 @@ from metarun.config.unread import in_use
 from metarun.config.variants import variant_name
 from metarun.datasets.base import Dataset
 from metarun.errors import ConfigError, RankLost, described
-from metarun.nn.frozen import frozen_part
 from metarun.reporting import plots
 from metarun.reporting.console import Bar, inform, relative
 from metarun.reporting.destinations import flat
@@ -131,7 +130,7 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
         rebuild(state, settings, hardware, resumed)  # so that it is refused before any data is loaded
     torch.manual_seed(settings.seed)
     dataset = restored_dataset(state or {}, settings.dataset)
-    check_start(start, settings, dataset, hardware)
+    check_method(settings, dataset, hardware, overrides if state is None else (), start)
     check_before_loading(dataset, settings)
     objective = dataset.spec.objective.choosing(settings.metrics, training=True)
     check_ending(settings, objective.metrics[0])
@@ -260,7 +259,6 @@ def build_trainer(
         settings.dataset = OmegaConf.to_container(OmegaConf.merge(settings.dataset, dataset.decided))
     spec = task_spec(dataset, train)
     algorithm = build_algorithm(settings, spec, hardware)
-    check_trains(algorithm, settings)
     weights: list[torch.Tensor] = list(algorithm.parameters()) or [
         nn.Parameter(torch.empty(0))
     ]  # no optimizer takes none
@@ -284,8 +282,6 @@ def build_trainer(
     train.check(plan.shape)
     check_shape(validation.check, "validation", settings)
     algorithm.check_source(train, plan.shape)
-    if plan.iterations:
-        algorithm.check_training(plan.shape)
     algorithm.check_source(validation, plan.validation.shape)
     if not resumed:
         start_run(algorithm, train.undisturbed, settings.initial_weights)
@@ -337,19 +333,6 @@ def frozen_by(algorithm: Algorithm, settings: TrainConfig) -> str:
             else f"algorithm={type(algorithm).__name__}"
         )
     return "backbone.frozen=true" if frozen else ""
-
-
-def check_trains(algorithm: Algorithm, settings: TrainConfig) -> None:
-    """Raise ConfigError if a frozen backbone leaves an algorithm nothing to train, or it needs training."""
-    if not settings.iterations:
-        algorithm.check_untrained()
-    elif frozen_part(algorithm.own_backbone()) and not any(p.requires_grad for p in algorithm.parameters()):
-        raise ConfigError(
-            f"iterations={settings.iterations}: the backbone is frozen, and "
-            f"algorithm={type(algorithm).__name__} has no other weights to train; set iterations=0 to test "
-            "it as it is, or choose algorithm=simpleshot or baseline (or with algorithm=protonet "
-            "algorithm.learn_scale=true)"
-        )
 
 
 def embed_images(trainer: Trainer) -> None:

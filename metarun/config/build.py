@@ -267,16 +267,22 @@ def start_run(algorithm: Algorithm, train: EpisodeSource, initial_weights: Node)
     It is called of the algorithm and of its parts that have it. The backbone `bag` sets the weights of its
     tokens by their frequencies in the training texts.
     """
-    if "_target_" in (initial_weights or {}):
-        backbone = algorithm.own_backbone()
-        if backbone is None:
-            raise ConfigError(
-                f"initial_weights: algorithm={type(algorithm).__name__} has no backbone; leave it out"
-            )
-        instantiate(initial_weights, "initial_weights")(backbone, algorithm.own_heads())
+    draw_weights(algorithm, initial_weights)
     for part in algorithm.modules():
         if callable(start := getattr(part, "on_run_start", None)):
             start(train)
+
+
+def draw_weights(algorithm: Algorithm, initial_weights: Node) -> None:
+    """Draw the initial weights again, if they are not PyTorch's. Raises ConfigError if there are none."""
+    if "_target_" not in (initial_weights or {}):
+        return
+    backbone = algorithm.own_backbone()
+    if backbone is None:
+        raise ConfigError(
+            f"initial_weights: algorithm={type(algorithm).__name__} has no backbone; leave it out"
+        )
+    instantiate(initial_weights, "initial_weights")(backbone, algorithm.own_heads())
 
 
 def is_required(parameter: inspect.Parameter) -> bool:

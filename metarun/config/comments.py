@@ -24,7 +24,8 @@ ALGORITHM_FACTS = (
 )
 NOTE = "note"  # of any option: a few words in the table of options
 PAIRING = "pairing"  # of a dataset: the file in conf/pairing with the settings that it needs in other groups
-FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE, PAIRING))}): (.*)")
+METHODS = "for"  # of an inner loop: the only methods that it has defaults for
+FACT = re.compile(rf"# ({'|'.join((*DATASET_FACTS, *ALGORITHM_FACTS, NOTE, PAIRING, METHODS))}): (.*)")
 # The groups of the commands other than `train`.
 OTHERS = {"dataset", "hardware"}
 OF_COMMAND = {"predict": {"hardware"}, "online": {*OTHERS, "backbone"}}

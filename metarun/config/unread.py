@@ -12,19 +12,51 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from metarun.config.changes import key_of
+from metarun.config.comments import METHODS, facts
 from metarun.config.paths import CONF
 from metarun.errors import ConfigError
 
 
-def check_read(cfg: DictConfig, frame: type, typed: Iterable[str]) -> None:
+def check_read(cfg: DictConfig, frame: type, typed: Collection[str]) -> None:
     """Raise ConfigError for the first typed setting that nothing reads."""
     ignored = unread(cfg, frame, OmegaConf.to_yaml(in_use(cfg))) | unread_by_classes(cfg)
     exempt = {name for each in fields(frame) for name in each.metadata.get("but", ())}
-    for override in typed:
-        key = override.partition("=")[0].lstrip("+~")
-        # That there is nothing, as in inner_loop=none, is true where nothing reads it.
-        if key in exempt or (is_option(override) and not cfg.get(key, True)):
+    # That there is nothing, as in inner_loop=none, is true where nothing reads it.
+    empty = {key_of(each) for each in typed if is_option(each) and not cfg.get(key_of(each), True)}
+    check_methods(cfg, typed)
+    refuse(ignored, [each for each in typed if key_of(each) not in exempt | empty])
+
+
+def check_methods(cfg: DictConfig, typed: Iterable[str]) -> None:
+    """Raise ConfigError for a typed inner loop that is a method's own, with another method.
+
+    Its file has the defaults of that method, whose steps differ from those of its class only there.
+    """
+    for group, _, option in (each.lstrip("+").partition("=") for each in typed):
+        path = CONF / "inner_loop" / f"{option}.yaml"
+        if group != "inner_loop" or not path.is_file() or METHODS not in (stated := facts(path)):
             continue
+        methods = stated[METHODS].split(", ")
+        if not issubclass(get_class(cfg.algorithm._target_), tuple(map(class_of_method, methods))):
+            rule = OmegaConf.load(path).defaults[0]  # type: ignore[union-attr]
+            raise ConfigError(
+                f"inner_loop={option}: is inner_loop={rule} with the settings of algorithm="
+                f"{' or '.join(methods)}, and not that method; choose inner_loop={rule} and set its steps "
+                "and rate, or choose that algorithm"
+            )
+
+
+def class_of_method(option: str) -> type:
+    """The class of an option of the group `algorithm`."""
+    node: Any = OmegaConf.load(CONF / "algorithm" / f"{option}.yaml")
+    return get_class(node.get("algorithm", node)._target_)
+
+
+def refuse(ignored: Mapping[str, str], typed: Iterable[str]) -> None:
+    """Raise ConfigError for the first typed setting among those that nothing reads, which have reasons."""
+    for override in typed:
+        key = key_of(override)
         for name, reason in ignored.items():
             if key == name or key.startswith(f"{name}."):
                 raise ConfigError(f"{override}: nothing reads it {reason}")

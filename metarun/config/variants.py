@@ -14,6 +14,7 @@ from metarun.config.comments import PAIRING, facts
 from metarun.config.paths import CONF
 from metarun.config.unread import shown
 from metarun.errors import printable
+from metarun.training.records import Record
 
 GROUPS = (
     *("backbone", "normalise", "initial_weights", "inner_loop", "outer_loop", "augment"),
@@ -39,6 +40,11 @@ def variant_name(choices: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         now |= dict.fromkeys(OF_PAIRINGS)
     words = [f"{key}={shown(now[key])}" for key in now if now[key] not in (None, defaults.get(key, now[key]))]
     return printable(" ".join([str(choices.get("algorithm")), *words]))
+
+
+def method_of(run: Record) -> str:
+    """The method of a run by its files, as `variant_name`; "?" if it is not known."""
+    return variant_name(run.choices, run.settings) if "algorithm" in run.choices else "?"
 
 
 @cache

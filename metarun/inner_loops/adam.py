@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from metarun.errors import check_above_0, check_bound
 from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.nn.per_task import Params
 
@@ -35,6 +36,9 @@ class Adam(InnerLoop):
         epsilon: float = 1e-8,
     ) -> None:
         super().__init__(steps, test_steps, order)
+        betas = {"beta1": beta1, "beta2": beta2}
+        check_bound("inner_loop", betas, lambda beta: 0 <= beta < 1, "at least 0 and below 1")
+        check_above_0("inner_loop", epsilon=epsilon)
         self.rate, self.beta1, self.beta2, self.epsilon = rate, beta1, beta2, epsilon
 
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:

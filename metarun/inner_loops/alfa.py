@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from metarun.errors import check_least
 from metarun.inner_loops.base import Loss, PerWeight
 from metarun.inner_loops.layer_rates import LayerRates
 from metarun.nn.per_task import Params
@@ -42,6 +43,7 @@ class ALFA(LayerRates):
         order: int = 2,
     ) -> None:
         super().__init__(rate, steps, test_steps, order)
+        check_least("inner_loop", 0, decay=decay)
         self.decay = decay
 
     def attach(self, weights: Params) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from metarun.errors import ConfigError, check_above_0
 from metarun.inner_loops.adam import Adam
+from metarun.nn.per_task import Params
 
 
 class ArchitectureAdam(Adam):
@@ -16,6 +18,9 @@ class ArchitectureAdam(Adam):
         rate: the learning rate of weights.
         architecture_rate: the learning rate of the architecture.
         steps, test_steps, order, beta1, beta2, epsilon: see `Adam`.
+
+    Raises:
+        ConfigError: if there is no architecture among the adapted weights.
     """
 
     def __init__(
@@ -30,7 +35,20 @@ class ArchitectureAdam(Adam):
         epsilon: float = 1e-8,
     ) -> None:
         super().__init__(rate, steps, test_steps, order, beta1, beta2, epsilon)
+        check_above_0("inner_loop", architecture_rate=architecture_rate)
         self.architecture_rate = architecture_rate
 
+    def attach(self, weights: Params) -> None:
+        if not any(map(is_architecture, weights)):
+            raise ConfigError(
+                "inner_loop=architecture_adam: the backbone has no architecture to adapt; choose "
+                "inner_loop=adam, or backbone=cells"
+            )
+
     def rate_of(self, name: str) -> float:
-        return self.architecture_rate if ".architecture." in name else self.rate
+        return self.architecture_rate if is_architecture(name) else self.rate
+
+
+def is_architecture(name: str) -> bool:
+    """Whether a weight of this name belongs to the architecture."""
+    return ".architecture." in name

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_least
 from metarun.inner_loops.base import InnerLoop, Loss, PerWeight, rows
 from metarun.nn.per_task import Params
 
@@ -33,6 +33,7 @@ class MetaSGD(InnerLoop):
         order: int = 2,
     ) -> None:
         super().__init__(steps, test_steps, order)
+        check_least("inner_loop", 0, low=low)
         if low > high:
             raise ConfigError(f"inner_loop.low={low}: must not be above inner_loop.high={high}")
         self.low, self.high = low, high

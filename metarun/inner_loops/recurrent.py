@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_above_0
 from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.nn.per_task import Params, flatten, unflatten
 
@@ -121,6 +121,7 @@ class LearnedOptimizer(InnerLoop):
     ) -> None:
         super().__init__(steps, test_steps, order=1)
         require_steps(steps)
+        check_above_0("inner_loop", scale=scale)
         self.scale = scale
         self.cells = nn.ModuleList([LSTMCell(2, hidden), LSTMCell(hidden, hidden)])
         self.output = nn.Linear(hidden, 1)

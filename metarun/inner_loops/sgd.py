@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from metarun.errors import check_above_0
 from metarun.inner_loops.base import InnerLoop, Loss
 from metarun.nn.per_task import Params
 
@@ -32,6 +33,7 @@ class SGD(InnerLoop):
         test_decay: float = 1.0,
     ) -> None:
         super().__init__(steps, test_steps, order)
+        check_above_0("inner_loop", test_decay=test_decay)
         self.rate, self.test_decay = rate, test_decay
 
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:

@@ -37,7 +37,7 @@ def stream_curves(
         look: dict[str, Any] = style(i)
         y = 100 * np.asarray(final[name], dtype=float)
         x = np.arange(1, len(y) + 1)
-        axes[0].plot(x, y, **{**look, "linestyle": ""}, markersize=3, alpha=0.3)
+        axes[0].plot(x, y, **{**look, "linestyle": ""}, markersize=5, alpha=0.6, markeredgewidth=0)
         axes[0].plot(x, smoothed(y), color=look["color"], linewidth=1.8, label=name)
         images, accuracies = zip(*arriving[name], strict=True)
         axes[1].plot(images, 100 * np.asarray(accuracies), **look, linewidth=1.8)

@@ -132,7 +132,7 @@ def load(path: Path, kind: str = "run") -> dict[str, Any]:
         )
     if content["kind"] != kind:
         found = KINDS.get(content["kind"], "another kind of file")
-        hint = USE_OF_ADAPTED.format(path) if content["kind"] == "adapted" else ""
+        hint = USE_OF.get(content["kind"], "").format(path)
         raise CheckpointError(f"{path}: this is {found}; name {KINDS[kind]} instead{hint}")
     return content
 
@@ -222,7 +222,13 @@ FOLDERS = {  # by the file that is looked for
     "adapted.pt": "an output folder of metarun adapt",
     "stream.pt": "an output folder of metarun online",
 }
-USE_OF_ADAPTED = ", or predict with it: metarun predict adapted={} query=..."
+# The file of each kind in a folder, the commands that need it, and how to use it instead.
+FILE_OF = {"adapted": "adapted.pt", "stream": "stream.pt", "run": "last.pt"}
+USE_OF = {
+    "adapted": ", or predict with it: metarun predict adapted={} query=...",
+    "stream": ", or continue it: metarun online resume={}",
+    "run": ", or continue it: metarun train resume={}",
+}
 
 
 def find(
@@ -252,10 +258,11 @@ def find(
         raise CheckpointError(
             f"{setting}={reference}: the run stopped before its first checkpoint; start it again"
         )
-    hint = USE_OF_ADAPTED.format(reference) if of_run and (path / "adapted.pt").is_file() else ""
-    raise CheckpointError(
-        f"{setting}={reference}: this folder has no {' or '.join(names)}; name {folder} or a .pt file{hint}"
-    )
+    others = [kind for kind, name in FILE_OF.items() if name not in names and (path / name).is_file()]
+    found, hint = f"this folder has no {' or '.join(names)}", ""
+    if others:
+        found, hint = f"this folder has {KINDS[others[0]]}", USE_OF[others[0]].format(reference)
+    raise CheckpointError(f"{setting}={reference}: {found}; name {folder} or a .pt file{hint}")
 
 
 def to_cpu(value: Any) -> Any:

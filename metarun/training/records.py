@@ -22,6 +22,7 @@ NOT_FINISHED = "not finished"  # how failure.json begins of a job that was start
 NOT_FIGURES = ("iteration", "split", "loss", "interval", "seconds")
 STARTED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # in the name that metarun gives a folder
 CHOICES = re.compile(r"^    choices:\n((?:      .*\n)+)", re.MULTILINE)  # in .hydra/hydra.yaml
+SETTING = re.compile(r"^(\w+): (\S+)$", re.MULTILINE)  # in .hydra/config.yaml, those that are in no group
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Record:
         status: "stopped" is a run without a result that no process works on.
         why: of a failed run, the error; of others "".
         choices: the options of its groups, such as {"algorithm": "maml"}; what is not known is missing.
+        settings: the settings that are in no group, such as {"norm": "batch"}; likewise.
         iteration: the last one that was logged.
         metric: the name of the first metric; "" where it is not known.
         validation, test: the best validation, and the test of the best checkpoint, if there were any.
@@ -54,6 +56,7 @@ class Record:
     status: Status
     why: str
     choices: dict[str, str]
+    settings: dict[str, str | bool]
     iteration: int
     metric: str
     validation: Figure | None
@@ -95,6 +98,7 @@ def record_of(folder: Path) -> Record:
         status=status,
         why=error if status == "failed" else "",
         choices=choices_of(folder, result),
+        settings=settings_of(folder),
         iteration=last,
         metric=metric,
         validation=best,
@@ -192,3 +196,11 @@ def choices_of(folder: Path, result: dict[str, Any]) -> dict[str, str]:
             return {name: printable(option) for name, _, option in pairs if option and option != "null"}
     named = re.match(r"(\S+)(?: \S+=\S+)* on ([^,]+),", str(result.get("name", "")))
     return dict(zip(("algorithm", "dataset"), map(printable, named.groups()), strict=True)) if named else {}
+
+
+def settings_of(folder: Path) -> dict[str, str | bool]:
+    """The settings of a run that are in no group, from its config."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        pairs = SETTING.findall(read_regular(folder / ".hydra" / "config.yaml").decode())
+        return {name: {"true": True, "false": False}.get(value, printable(value)) for name, value in pairs}
+    return {}

@@ -25,6 +25,9 @@ def test_learners_follow_a_stream(metarun, tmp_path: Path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     last = [row["accuracy"] for row in rows if row["learner"] == "ftml" and row["images"] == 8]
     assert results["learners"]["ftml"]["accuracy"] == sum(last) / 3
+    for command in ("train resume=out", "train init=out", "eval checkpoint=out"):
+        error = metarun(*command.split(), status=1).stderr
+        assert "has a checkpoint of metarun online" in error and "metarun online resume=out" in error
     again = metarun("online", *SMALL, status=1)  # does not overwrite it
     assert "out/online.jsonl: this folder already has the rows of a stream" in again.stderr
     assert len((tmp_path / "out" / "online.jsonl").read_text().splitlines()) == len(rows)
@@ -75,12 +78,19 @@ def write_network(folder: Path) -> None:
     )
 
 
-def test_mistakes(metarun):
+def test_mistakes(metarun, tmp_path: Path):
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / "last.pt").touch()
+    error = metarun("online", "resume=run", status=1).stderr
+    assert "resume=run: this folder has a checkpoint of a training run" in error
+    assert "metarun train resume=run" in error
     for word, message in {
         "learners=[maml]": "learners=['maml']: choose some of ftml, joint, everything, scratch",
         "batch=9": "batch=9: a task has images=8; lower batch",
         "threshold=1.5": "threshold=1.5: must be between 0 and 1",
         "dataset=sinusoid": "a stream is made of images",
+        "resume=auto": "resume=auto: is for metarun train; name the output folder of the stream",
+        "norm=running": "running averages",
     }.items():
-        words = [word] if word.startswith("dataset") else [*SMALL, word]
+        words = [word] if word.startswith(("dataset", "resume")) else [*SMALL, word]
         assert message in metarun("online", *words, status=1).stderr

@@ -72,6 +72,16 @@ def test_runs_are_listed_filtered_and_sorted(metarun, outputs: Path, monkeypatch
     assert sorted(path.name for path in Path("outputs").iterdir()) == ["a", "b", "c"]  # it leaves nothing
 
 
+def test_a_run_is_named_by_what_is_not_default(metarun, outputs: Path):
+    with Path("outputs/a/1/.hydra/config.yaml").open("a") as file:
+        file.write("norm: task\nfixed_labels: false\n")
+    with Path("outputs/a/1/.hydra/hydra.yaml").open("a") as file:
+        file.write("      augment: standard\n      train_tasks: labels\n")
+    assert "maml augment=standard norm=task  glyphs" in metarun("runs", "method=maml").stdout
+    metarun("report", "outputs", "hydra.run.dir=page")
+    assert "maml augment=standard norm=task" in Path("page/report.html").read_text()
+
+
 BROKEN = {
     "no json": b"{",
     "a list": b"[1, 2]",

@@ -14,12 +14,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.cli.overrides import Failed, arrange
+from metarun.commands.starting import check_method
 from metarun.commands.train import GROUPS as STORED
-from metarun.config.build import instantiate
+from metarun.config.build import build_dataset, instantiate
 from metarun.config.check import check
 from metarun.config.paths import CONF
+from metarun.config.schema import typed
 from metarun.config.variants import variant_name
 from metarun.errors import ConfigError
+from metarun.training.hardware import Hardware
 
 GROUPS = ("dataset", "algorithm", "backbone", "inner_loop", "hardware")
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -114,6 +117,7 @@ IN_VAIN = {
     "train algorithm=matching algorithm.reads=3": "nothing reads it with algorithm.full_context=false",
     "train algorithm=baseline inner_loop.steps=50": "nothing reads it with inner_loop.test_steps=100",
     "train algorithm=imaml inner_loop.order=2": "inner_loop.order=2: nothing reads it in algorithm=IMAML",
+    "train algorithm=hsml inner_loop=imaml": "inner_loop=imaml: is inner_loop=sgd with the settings of",
     "train test.episodes=0 test.seed=1": "nothing reads it without test.episodes",
     "train +test.fold=1": "test.fold: there is no such setting",
     "train +backbone._convert_=none": "backbone._convert_: there is no such setting",
@@ -145,6 +149,37 @@ def test_a_setting_that_nothing_can_use_is_refused(line: str):
     command, *words = line.split()
     with pytest.raises(ConfigError, match=IN_VAIN[line]):
         check(composed(command, *words), command, typed=words)
+
+
+#: Command lines that are refused when the method is built, before any data is loaded, and by which words.
+REFUSED_AS_BUILT = {
+    "initial_weights=kaiming initial_weights.head=0.1": "head=0.1: nothing reads it.* no linear head",
+    "algorithm=hsml dataset=functions algorithm.width=8": "width=8: nothing reads it for tasks without",
+    "algorithm=maml norm=layer algorithm.transductive=false": "nothing reads it .*no layer here normalises",
+    "algorithm=maml_plus_plus norm=layer algorithm.step_affine=true": "where the backbone has no batch norm",
+    "algorithm=maml inner_loop=architecture_adam": "the backbone has no architecture to adapt",
+    "algorithm=hsml algorithm.clusters=[]": r"clusters=\[\]: must be the clusters of one or more levels",
+    "algorithm=protonet algorithm.scale=0": "scale=0: must be above 0",
+    "algorithm=oml ways=3": "algorithm.trajectory=3: leaves none of ways=3",
+    "train_tasks=cactus train_tasks.clusters=1": "clusters=1: must be at least 2",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED_AS_BUILT)
+def test_a_method_is_refused_before_data_is_loaded(line: str, monkeypatch: pytest.MonkeyPatch):
+    words = ["backbone.width=4", *line.split()] if "functions" not in line else line.split()
+    settings = typed(composed("train", *words))
+    dataset = build_dataset(settings.dataset)
+    monkeypatch.setattr(type(dataset), "load", None)
+    before = torch.get_rng_state()
+    with pytest.raises(ConfigError, match=REFUSED_AS_BUILT[line]):
+        check_method(settings, dataset, Hardware("cpu"), words)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_recipe_sets_may_be_without_effect():
+    settings = typed(composed("train", "initial_weights=kaiming", "initial_weights.head=0.1"))
+    check_method(settings, build_dataset(settings.dataset), Hardware("cpu"))
 
 
 LEFT_OVER = (
