@@ -130,8 +130,8 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
         rebuild(state, settings, hardware, resumed)  # so that it is refused before any data is loaded
     torch.manual_seed(settings.seed)
     dataset = restored_dataset(state or {}, settings.dataset)
-    check_method(settings, dataset, hardware, overrides if state is None else (), start)
     check_before_loading(dataset, settings)
+    check_method(settings, dataset, hardware, overrides if state is None else (), start)
     objective = dataset.spec.objective.choosing(settings.metrics, training=True)
     check_ending(settings, objective.metrics[0])
     record = {"choices": choices, "overrides": overrides, **classes_before(state, start and start[1])}
