@@ -90,7 +90,7 @@ def test_mistakes(metarun, tmp_path: Path):
         "threshold=1.5": "threshold=1.5: must be between 0 and 1",
         "dataset=sinusoid": "a stream is made of images",
         "resume=auto": "resume=auto: is for metarun train; name the output folder of the stream",
-        "norm=running": "running averages",
+        "norm=running": "error: norm=running keeps averages over tasks",
     }.items():
         words = [word] if word.startswith(("dataset", "resume")) else [*SMALL, word]
         assert message in metarun("online", *words, status=1).stderr
