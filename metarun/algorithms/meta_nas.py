@@ -77,9 +77,9 @@ class MetaNAS(Reptile):
             raise ConfigError(f"algorithm.test_share={test_share}: must be between 0 and 1")
         if warm_up < 0:
             raise ConfigError(f"algorithm.warm_up={warm_up}: must be at least 0")
-        super().__init__(backbone, inner_loop, outputs, head, transductive, batch)
-        if not any(self.is_architecture(name) for name in self.learner.own_parameters()):
+        if not any(self.is_architecture(f"backbone.{name}") for name, _ in backbone.named_parameters()):
             raise ConfigError("algorithm=meta_nas: the backbone has no architecture; choose backbone=cells")
+        super().__init__(backbone, inner_loop, outputs, head, transductive, batch)
         self.warm_up, self.test_share, self.architecture_lr = warm_up, test_share, architecture_lr
         self.temperature, self.last_temperature = temperature, last_temperature
         if test_share < 1 and isinstance(inner_loop, Adam) and inner_loop.beta1:

@@ -156,7 +156,8 @@ def test_generated_images_are_normalised_by_the_support_where_queries_are(norm: 
 @pytest.mark.parametrize("setting", [{"nearest": 6}, {"nearest": 0}, {"spread": -1.0}, {"generated": -1}])
 def test_impossible_settings_are_refused(setting: dict[str, float]):
     with pytest.raises(ConfigError, match=rf"algorithm.{next(iter(setting))}="):
-        DistributionCalibration(Positive(), classes=5, **setting)
+        method = DistributionCalibration(Positive(), classes=5, **setting)
+        method.check_source(store_of(classes=5), EpisodeShape(5, 1, 1))
 
 
 # hallucination
