@@ -142,7 +142,7 @@ def test_hsml_leaves_missing_points_out_and_shares_tasks_among_clusters():
     level = hsml.levels[0]
     near = level.assignments(level.centres.detach().unsqueeze(0) * 100)[0]  # of nodes that are far apart
     torch.testing.assert_close(near, torch.eye(4))
-    with pytest.raises(ConfigError, match=r"clusters=\[2, 0\]: each level needs at least 1 cluster"):
+    with pytest.raises(ConfigError, match=r"clusters=\[2, 0\]: must be the clusters of one or more levels"):
         HSML(MLP((1,), (6, 5)), SGD(0.01, 2), 1, (1,), clusters=(2, 0))
     with pytest.raises(ConfigError, match=r"with classes it embeds images.*choose algorithm=maml"):
         HSML(MLP((4,)), SGD(0.1, 1), 3, (4,), classes=5)
