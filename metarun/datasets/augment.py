@@ -67,9 +67,10 @@ class Augment:
         if self.drop:
             images = images * (noise(numbers[:, -1], *images.shape[-2:]) >= self.drop)
         numbers = numbers.to(images)
-        if self.scale:
-            images = resized_crops(images, numbers[:, self.box], self.scale, self.ratio)
-        return self.recoloured(self.moved(images, numbers), 2 * numbers[:, 4:7] - 1)
+        with torch.autocast(images.device.type, enabled=False):  # the places of pixels need all their digits
+            if self.scale:
+                images = resized_crops(images, numbers[:, self.box], self.scale, self.ratio)
+            return self.recoloured(self.moved(images, numbers), 2 * numbers[:, 4:7] - 1)
 
     def moved(self, images: Tensor, numbers: Tensor) -> Tensor:
         """By whole pixels, so that an image that is not turned keeps its values."""

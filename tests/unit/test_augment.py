@@ -143,6 +143,17 @@ def test_crops_of_random_sizes_are_those_of_torchvision(shape, scale, ratio):
         torch.testing.assert_close(changed, resized_crop(image, *box, size=list(shape), antialias=True))
 
 
+@pytest.mark.parametrize("settings", [{}, {"crop": 0, "scale": [0.2, 1.0]}])
+def test_images_are_changed_in_full_precision_under_autocast(settings):
+    """In bfloat16, pixels would come from places that are wrong by a part of a pixel."""
+    augment = Augment(**settings)
+    images = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    numbers = torch.rand(4, augment.numbers, generator=torch.Generator().manual_seed(1))
+    expected = augment(images, numbers)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment(images, numbers), expected)
+
+
 def test_a_crop_has_the_numbers_behind_those_of_zoom_and_shear():
     augment = Augment(crop=0, flip=False, colour=0, zoom=0.1, shear=0.1, drop=0.5, scale=[0.5, 0.5])
     assert augment.numbers == 7 + 2 + OF_BOX + 1
