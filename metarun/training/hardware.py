@@ -128,7 +128,7 @@ class Hardware:
         return self.compile == "auto" and self.device.type == "cpu" and bytes_of_one() <= TINY_TASK
 
     def spare_threads(self, say: Callable[[str], object]) -> None:
-        """Use one CPU thread, unless the number was set: tiny operations are not faster with more."""
+        """Use one CPU thread until the end of `compute`, unless the number was set: more are not faster."""
         if self.threads is None and torch.get_num_threads() > 1:
             torch.set_num_threads(1)
             say("one CPU thread for tiny tasks")
@@ -165,6 +165,7 @@ class Hardware:
     def compute(self):
         """A context that sets the precision; on exit, the settings of the process are restored."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(threads_of_process())
             if self.device.type == "cuda":
                 stack.enter_context(tensor_float_32(self.precision == "tf32"))
                 stack.enter_context(deterministic_convolutions())
@@ -198,6 +199,17 @@ class Hardware:
             "Python": platform.python_version(),
             **{name: version for name, version in versions.items() if version},
         }
+
+
+@contextlib.contextmanager
+def threads_of_process() -> Iterator[None]:
+    """A context that restores the number of CPU threads on exit, for later jobs of a sweep, or a program."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def processor() -> str:
