@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from metarun.commands.pruning import hopeless, is_search
@@ -11,6 +14,7 @@ from metarun.config.schema import TrainConfig
 from metarun.errors import ConfigError
 from metarun.tasks.objectives import Metric
 from metarun.training.stopping import EarlyStopping
+from metarun.training.trainer import needs_score
 
 
 def early_stopping(settings: TrainConfig) -> EarlyStopping:
@@ -34,8 +38,7 @@ def check_ending(settings: TrainConfig, metric: Metric) -> None:
             "stop.hopeless=true: only a search compares its runs; add -m hydra/sweeper=optuna, or leave it "
             "out"
         )
-    hydra = HydraConfig.get()
-    direction = OmegaConf.select(hydra, "sweeper.direction")  # type: ignore[arg-type]
+    hydra, direction = HydraConfig.get(), direction_of_search()
     name = str(getattr(direction, "name", direction))
     wanted, better = ("maximize", "higher") if metric.higher_is_better else ("minimize", "lower")
     if hydra.mode == RunMode.MULTIRUN and name in {"maximize", "minimize"} - {wanted}:
@@ -47,10 +50,20 @@ def check_ending(settings: TrainConfig, metric: Metric) -> None:
 
 def check_trainval(settings: TrainConfig) -> None:
     """Raise ConfigError if a score of validation classes that are trained on would decide something."""
-    by_score = [name for name in ("patience", "at") if getattr(settings.stop, name) is not None]
-    decides = f"stop.{by_score[0]}" if by_score else "the search" if is_search() else ""
-    if settings.trainval and decides:
+    decides = {
+        "stop.patience": settings.stop.patience is not None,
+        "stop.at": settings.stop.at is not None,
+        "this scheduler": settings.scheduler and needs_score(get_class(settings.scheduler["_target_"])),
+        "a search": HydraConfig.get().mode == RunMode.MULTIRUN and direction_of_search() is not None,
+    }
+    if settings.trainval and any(decides.values()):
+        name = next(name for name, score in decides.items() if score)
         raise ConfigError(
-            f"trainval=true: {decides} needs the score of validation classes that are not trained on; set "
+            f"trainval=true: {name} needs the score of validation classes that are not trained on; set "
             "trainval=false, or leave the other setting out"
         )
+
+
+def direction_of_search() -> Any:
+    """The direction of a sweeper whose jobs depend on the scores of others; None for one without."""
+    return OmegaConf.select(HydraConfig.get(), "sweeper.direction")  # type: ignore[arg-type]

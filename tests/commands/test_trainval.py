@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import pytest
 from helpers.runs import UNTESTED
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
+from metarun.commands.ending import check_trainval
+from metarun.errors import ConfigError
 from metarun.training import checkpoint
 
 RUN = [*UNTESTED, "trainval=true", "optimizer.lr=0.0"]
@@ -32,3 +39,29 @@ def test_what_needs_held_out_classes_or_has_none_is_refused(metarun):
     assert "trainval=true: stop.patience needs the score of validation classes that are not" in done.stderr
     done = metarun("train", "dataset=sinusoid", "algorithm=maml", "trainval=true", status=1)
     assert "trainval=true: this dataset has no validation classes to train on" in done.stderr
+
+
+PLATEAU = {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau"}
+STEPS = {"_target_": "torch.optim.lr_scheduler.StepLR"}
+
+
+@pytest.mark.parametrize(
+    ("name", "stop", "scheduler", "sweeper"),
+    [
+        ("stop.at", {"at": 0.9}, None, None),
+        ("this scheduler", {}, PLATEAU, None),
+        ("a search", {}, STEPS, {"direction": "maximize", "storage": None}),
+        (None, {}, STEPS, {}),  # a grid
+    ],
+)
+def test_what_depends_on_the_score_is_refused(monkeypatch, name, stop, scheduler, sweeper):
+    mode = RunMode.RUN if sweeper is None else RunMode.MULTIRUN
+    hydra = OmegaConf.create({"hydra": {"mode": mode, "sweeper": sweeper}})
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", hydra)
+    stop = SimpleNamespace(**{"patience": None, "at": None} | stop)
+    check_trainval(SimpleNamespace(trainval=False, stop=stop, scheduler=scheduler))
+    settings = SimpleNamespace(trainval=True, stop=stop, scheduler=scheduler)
+    if name is None:
+        return check_trainval(settings)
+    with pytest.raises(ConfigError, match=f"^trainval=true: {name} needs the score"):
+        check_trainval(settings)
