@@ -33,7 +33,7 @@ def choose_rates(
         hardware: the device, the precision and the number of tasks at once.
 
     Raises:
-        ConfigError: no model has an inner loop with a rate.
+        ConfigError: no model has an inner loop with a rate, or one was trained on the validation classes.
     """
     if command.rates is None:
         return
@@ -41,6 +41,11 @@ def choose_rates(
     if not own:
         raise ConfigError(
             f"rates={command.rates}: no model takes inner steps with a rate; set steps, or leave rates out"
+        )
+    if trained := [cell.model.name for cell in own if cell.settings.trainval]:
+        raise ConfigError(
+            f"rates={command.rates}: {trained[0]} was trained on the validation classes, so that no tasks "
+            "are left to choose its rate; leave rates out"
         )
     validation = TestData(replace(command, split="validation"), hardware, models)
     rates = values_of(command.rates)

@@ -85,7 +85,8 @@ def load_split(
     if split == "validation" and "trainval" in record["fingerprints"]:
         inform("trainval=true: validates on classes that are trained on, so best.pt has the newest weights")
         return source
-    instead = "choose another dataset" + (", or set test.episodes=0" if split == "test" else "")
+    other = "test.episodes=0" if split == "test" else "trainval=true, which validates on trained classes"
+    instead = f"choose another dataset, or set {other}"
     return without_trained(source, {"this run": trained_classes(record)}, instead=instead)
 
 

@@ -85,7 +85,9 @@ def record_of(folder: Path) -> Record:
     if not isinstance(metric, str):
         metric = next((key for key in (validated or [{}])[0] if key not in NOT_FIGURES), "")
     figures = [found for row in validated if (found := figure_of(row, metric))]
-    best = figure_of(result.get("validation"), "mean") or best_of(figures, metric)
+    settings = settings_of(folder)
+    so_far = figures[-1:] if settings.get("trainval") is True else figures  # as best.pt
+    best = figure_of(result.get("validation"), "mean") or best_of(so_far, metric)
     error = printable(str(failure.get("error", "")))
     failed = bool(failure) and not error.startswith(NOT_FINISHED)
     status: Status = "ended" if result else "failed" if failed else "stopped"
@@ -98,7 +100,7 @@ def record_of(folder: Path) -> Record:
         status=status,
         why=error if status == "failed" else "",
         choices=choices_of(folder, result),
-        settings=settings_of(folder),
+        settings=settings,
         iteration=last,
         metric=metric,
         validation=best,

@@ -6,14 +6,17 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from helpers.run_folders import make
 from helpers.runs import UNTESTED
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from metarun.commands.ending import check_trainval
+from metarun.commands.rates import choose_rates
 from metarun.errors import ConfigError
 from metarun.training import checkpoint
+from metarun.training.records import record_of
 
 RUN = [*UNTESTED, "trainval=true", "optimizer.lr=0.0"]
 
@@ -29,9 +32,30 @@ def test_validation_classes_are_trained_on_and_the_newest_weights_count(metarun,
     assert "trained on 10 of" not in metarun(*few).stderr
     assert "trained on all of its 10 classes" in metarun(*few, "split=validation", status=1).stderr
     assert "data has changed" not in metarun(*few, "split=train").stderr
+    done = metarun("train", *UNTESTED, f"init={folder}", status=1)
+    assert "all of its 10 classes; choose another dataset, or set trainval=true" in done.stderr
     result = json.loads((folder / "result.json").read_text())
     assert result["name"].startswith("protonet trainval=true on glyphs")
     assert result["validation"]["iteration"] == 12
+
+
+def test_the_newest_validation_is_that_of_a_run_so_far(tmp_path):
+    make(tmp_path, "anil", scores=(0.2, 0.5, 0.4))
+    with (tmp_path / ".hydra/config.yaml").open("a") as file:
+        file.write("\ntrainval: true\n")
+    assert record_of(tmp_path).validation.mean == 0.4
+
+
+def test_no_rate_is_chosen_on_classes_that_were_trained_on():
+    loop = SimpleNamespace(rate=0.1, steps=1, test_steps=None, learned=False)
+    cell = SimpleNamespace(
+        algorithm=SimpleNamespace(takes_steps=True, inner_loop=loop),
+        steps=None,
+        model=SimpleNamespace(name="maml"),
+        settings=SimpleNamespace(trainval=True),
+    )
+    with pytest.raises(ConfigError, match="maml was trained on the validation classes, so"):
+        choose_rates([cell], [], SimpleNamespace(rates=[0.1, 0.2]), None)
 
 
 def test_what_needs_held_out_classes_or_has_none_is_refused(metarun):
