@@ -65,7 +65,8 @@ def check_method(
         refuse(unused_by(algorithm), typed)
         check_trains(algorithm, settings)
         for shape in (training_shape(settings), validation_shape(settings)):
-            algorithm.check_shape(shape)
+            # The split itself checks the ways of tasks without classes, once it is loaded.
+            (algorithm.check_shape if has_classes(dataset.spec) else algorithm.check_norms)(shape)
         if settings.iterations:
             algorithm.check_training(training_shape(settings))
         draw_weights(algorithm, settings.initial_weights)
@@ -89,9 +90,13 @@ def check_trains(algorithm: Algorithm, settings: TrainConfig) -> None:
 def spec_before_loading(dataset: Dataset) -> TaskSpec:
     """The kind of tasks of a dataset, with an assumption about what its files would tell."""
     spec = dataset.spec
-    with_classes = spec.outputs is None and not issubclass(spec.tasks, Rollouts)
-    classes = (spec.classes or CLASSES) if with_classes else None
+    classes = (spec.classes or CLASSES) if has_classes(spec) else None
     return replace(spec, classes=classes, description=spec.description or (1,))
+
+
+def has_classes(spec: TaskSpec) -> bool:
+    """Whether tasks are made of classes, not of one function or environment."""
+    return spec.outputs is None and not issubclass(spec.tasks, Rollouts)
 
 
 def unused_by(algorithm: Algorithm) -> dict[str, str]:

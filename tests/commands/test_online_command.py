@@ -73,7 +73,7 @@ def write_network(folder: Path) -> None:
     (folder / "own_dropout.py").write_text(
         "from torch import nn\n"
         "class Small(nn.Sequential):\n"
-        "    def __init__(self, item_shape, width, halvings, norm, downsample):\n"
+        "    def __init__(self, item_shape, width, **settings):\n"
         "        super().__init__(nn.Flatten(), nn.Dropout(0.2), nn.Linear(432, width))\n"
     )
 

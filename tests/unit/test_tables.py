@@ -62,7 +62,7 @@ def test_what_the_documents_say_of_all_methods(tables):
     row = next(row for row in tables.table("kinds of tasks").splitlines() if "`maml`" in row)
     assert "`fomaml`" in row and "`taml`" not in row and "`metagan_maml`" not in row
     row = next(row for row in tables.table("update rules").splitlines() if "`reptile`" in row)
-    assert "`meta_nas`" in row and row.endswith("| `sgd`, `adam` |")
+    assert "`imaml`" in row and row.endswith("| `adam`, `sgd` |")
 
 
 def test_every_algorithm_has_a_row_with_an_independent_reference():

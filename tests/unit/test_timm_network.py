@@ -15,7 +15,7 @@ from metarun.algorithms.cnaps import CNAPs
 from metarun.algorithms.maml import MAML
 from metarun.algorithms.protonet import ProtoNet
 from metarun.backbones.timm_network import TimmNetwork, check_name
-from metarun.commands.train import check_trains
+from metarun.commands.starting import check_trains
 from metarun.config.schema import TrainConfig
 from metarun.errors import ConfigError
 from metarun.inner_loops.sgd import SGD
