@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -26,11 +27,14 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.baseline import Classifier
 from metarun.algorithms.maml import MAML
 from metarun.config.build import build_algorithm, build_dataset
+from metarun.config.changes import key_of
 from metarun.config.comments import METHODS, facts
 from metarun.config.paths import CONF
 from metarun.config.published import Published, published_in, task_name
 from metarun.config.schema import Node, TrainConfig, register_frames, typed
+from metarun.config.unread import shown
 from metarun.errors import ConfigError
+from metarun.reporting.destinations import flat
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import CLASSIFICATION, DISTRIBUTIONS, REGRESSION, Metric
 from metarun.tasks.rollouts import Rollouts
@@ -333,9 +337,20 @@ def reproduced() -> str:
             words = [run["recipe"], *each.get("settings", [])]
             cells = [f"`{' '.join(words)}`", task, f"{each['published']:g}"]
             cells += [f"{here:.4g} ± {each['here interval']:.2g}", each["verdict"], length]
-            rows.append([*cells, f"{run['seconds'] / 60:.1f}, {device}", run["note"] or "-"])
+            note = "; ".join(filter(None, [run["note"], changed_since(run)]))
+            rows.append([*cells, f"{run['seconds'] / 60:.1f}, {device}", note or "-"])
     headings = ["`recipe=`", "task", "published", "here", "verdict", "iterations", "minutes, on", "note"]
     return markdown(headings, rows)
+
+
+def changed_since(run: dict[str, Any]) -> str:
+    """The settings that a recipe has now, and had not when a run of it was made; "" if there are none."""
+    recipe = OmegaConf.to_container(OmegaConf.load(CONF / "recipe" / f"{run['recipe']}.yaml"))
+    assert isinstance(recipe, dict)
+    now = flat({name: value for name, value in recipe.items() if name not in ("defaults", "published")})
+    then, known = dict(flat(run["config"])), {key_of(override) for override in run.get("overrides", ())}
+    new = [f"{key}={shown(value)}" for key, value in now if key not in known and then.get(key) != value]
+    return f"before the recipe had `{' '.join(new)}`" if new else ""
 
 
 #: The tables by the names of their markers: the file that each is in, and what writes it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +28,15 @@ def tables() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_row_of_a_run_names_what_its_recipe_has_now(tables):
+    """The recipe was without `trainval=true` when this run was made."""
+    path = ROOT / "benchmarks" / "results" / "reproduced" / "protonet_omniglot.json"
+    run = json.loads(path.read_text("utf-8"))
+    assert tables.changed_since(run) == "before the recipe had `trainval=true`"
+    assert tables.changed_since({**run, "config": {**run["config"], "trainval": True}}) == ""
+    assert tables.changed_since({**run, "overrides": ["trainval=false"]}) == ""  # which the run was made with
 
 
 def test_the_tables_are_up_to_date(tables, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
