@@ -25,6 +25,7 @@ from metarun.cli.overrides import Failed, arrange, fail, unquoted
 from metarun.cli.ranks import announce, end, is_first, is_launched, join, reports, speak
 from metarun.cli.search_path import forget_current_folder
 from metarun.cli.streams import output_that_never_fails
+from metarun.cli.waiting import wait_briefly_if_busy
 from metarun.config.paths import CONF
 from metarun.errors import RankLost, described, first_line, message_line
 from metarun.training.interrupts import OutOfTime, ending_on_signals, stop_requested
@@ -40,10 +41,6 @@ COMMANDS = {
     "data": "metarun.commands.data",
     "online": "metarun.commands.online",
 }
-
-# Loops for which a waiting thread of PyTorch (libgomp) spins before it sleeps. The default of 300,000 takes
-# time from the threads it waits for if cores are busy, and is no faster if they are free (docs/speed.md).
-SPINS = 1000
 
 OUT_OF_TIME = 75  # the exit status that sysexits.h calls a temporary failure: try again
 
@@ -124,8 +121,7 @@ def dispatch(arguments: list[str]) -> None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
         fail(f"{name!r} is not a command; {hint}", status=2)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read when PyTorch is imported
+    wait_briefly_if_busy()  # before PyTorch is imported
     run(name, rest)
 
 
