@@ -102,5 +102,5 @@ def pooling_behind(backbone: nn.Module, layer: nn.Module) -> nn.MaxPool2d:
                 return behind[0]
     raise ConfigError(
         "algorithm.film=pooling: there is no max pooling behind the modulated layer; choose "
-        "algorithm.film=norm, or backbone=conv4"
+        "algorithm.film=norm, or a network that pools there, such as conv4 with downsample=max_pool"
     )
