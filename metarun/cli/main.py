@@ -217,6 +217,7 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     from metarun.cli.jobs import check_composed, enter_folder, value_of_job
     from metarun.cli.sweep import in_worker, is_left, is_search, out_of_time_job, record_success
     from metarun.config.check import check_hydra
+    from metarun.config.stated import naming_origins
     from metarun.config.targets import naming_options
 
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -228,7 +229,8 @@ def run_command(name: str, cfg: Any, raw: bool, kept: frozenset[Path] = frozense
     try:
         check_composed(cfg)
         check_hydra(HydraConfig.get())
-        with naming_options(cfg, HydraConfig.get().runtime.choices):
+        typed, choices = HydraConfig.get().overrides.task, HydraConfig.get().runtime.choices
+        with naming_origins(typed), naming_options(cfg, choices):
             result = load(name).run(cfg)
     except BaseException as error:
         if sweep and isinstance(error, OutOfTime):

@@ -50,18 +50,21 @@ def check_ending(settings: TrainConfig, metric: Metric) -> None:
 
 def check_trainval(settings: TrainConfig) -> None:
     """Raise ConfigError if a score of validation classes that are trained on would decide something."""
-    decides = {
-        "stop.patience": settings.stop.patience is not None,
-        "stop.at": settings.stop.at is not None,
-        "this scheduler": settings.scheduler and needs_score(get_class(settings.scheduler["_target_"])),
-        "a search": HydraConfig.get().mode == RunMode.MULTIRUN and direction_of_search() is not None,
-    }
-    if settings.trainval and any(decides.values()):
-        name = next(name for name, score in decides.items() if score)
-        raise ConfigError(
-            f"trainval=true: {name} needs the score of validation classes that are not trained on; set "
-            "trainval=false, or leave the other setting out"
-        )
+    if not settings.trainval:
+        return
+    scheduler = settings.scheduler and needs_score(get_class(settings.scheduler["_target_"]))
+    search = HydraConfig.get().mode == RunMode.MULTIRUN and direction_of_search() is not None
+    for name, decides, otherwise in (
+        ("stop.patience", settings.stop.patience is not None, "stop.patience=null"),
+        ("stop.at", settings.stop.at is not None, "stop.at=null"),
+        ("this scheduler", scheduler, "scheduler=null"),
+        ("a search", search, "hydra/sweeper=basic"),
+    ):
+        if decides:
+            raise ConfigError(
+                f"trainval=true: {name} needs the score of validation classes that are not trained on; set "
+                f"{otherwise} or trainval=false"
+            )
 
 
 def direction_of_search() -> Any:

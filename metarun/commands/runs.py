@@ -69,10 +69,11 @@ def print_sweep(folder: Path) -> None:
 
 def is_chosen(each: Record, command: RunsConfig) -> bool:
     """Whether a run fits the filters."""
-    wanted = {"algorithm": command.method, "dataset": command.data}
+    option, data = each.choices.get("algorithm", ""), each.choices.get("dataset", "?")
+    wanted = ((command.method, {option, method_of(each)}), (command.data, {data}))
     named = all(
-        pattern is None or fnmatch.fnmatchcase(each.choices.get(group, ""), pattern)
-        for group, pattern in wanted.items()
+        pattern is None or any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        for pattern, names in wanted
     )
     return named and command.status in (None, each.status)
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from metarun.config.hints import describe, did_you_mean, matches, type_hints
 from metarun.config.published import published_in
 from metarun.config.schema import FRAMES
+from metarun.config.stated import origin_of
 from metarun.config.targets import load_class
 from metarun.config.unread import check_read, is_option, is_typed, shown, value_of
 from metarun.errors import ConfigError
@@ -310,9 +311,11 @@ def check_node(
         if key in supplied:
             raise ConfigError(f"{path}.{key}={value}: is set by metarun; leave it out")
         if key not in allowed and typed and not is_typed(f"{path}.{key}", typed):
+            origin = origin_of(f"{path}.{key}", typed)
             raise ConfigError(
-                f"{path}.{key}: {owner(path, cls)} has no setting {key!r}, which other options here set for "
-                f"{path}; leave {owner(path, cls)} out, or choose other options"
+                f"{path}.{key}: {owner(path, cls)} has no setting {key!r}, which "
+                f"{origin or 'another option here'} sets; leave {owner(path, cls)} out, or "
+                f"{origin or 'choose other options'}"
             )
         if key not in allowed:
             raise ConfigError(

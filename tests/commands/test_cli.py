@@ -134,7 +134,11 @@ BAD_VALUES = {
     "algorithm=imaml inner_loop=lstm": "the implicit gradient does not pass through its steps; choose",
     "algorithm=pretrain inner_loop=layer_rates": "pretraining takes no inner steps; choose inner_loop=sgd",
     "algorithm=minibatch_prox inner_loop=meta_curvature": "has meta-parameters",
-    "algorithm=fomaml inner_loop=lstm": "no setting 'order', which other options here set for inner_loop",
+    "algorithm=fomaml inner_loop=lstm": "no setting 'order', which algorithm=fomaml sets; leave",
+    "recipe=simpleshot_mini dataset=sinusoid algorithm=maml backbone=mlp": "this dataset has vectors; set "
+    "normalise=none, since recipe=simpleshot_mini sets it",
+    "backbone=resnet12 backbone.ramp=5 backbone.drop_rate=0": "ramp=5: nothing reads it with "
+    "backbone.drop_rate=0; leave it out",
     "algorithm=imaml algorithm.proximal=0": "algorithm.proximal=0: must be above 0",
     "algorithm=imaml algorithm.cg_steps=0": "algorithm.cg_steps=0: must be at least 1",
     "algorithm=cavia algorithm.layer=9": "algorithm.layer=9: choose a weight layer of the backbone, 1 to 4",
@@ -213,6 +217,18 @@ def test_a_bad_value_is_one_line_and_exit_1_and_leaves_nothing(metarun, tmp_path
         (
             "train validation.shots=30",
             "validation.shots=30 and queries=5 need 35 examples a class: each class",
+        ),
+        (
+            "train recipe=maml_plus_plus_omniglot backbone=mlp",
+            "which recipe=maml_plus_plus_omniglot sets; leave",
+        ),
+        (
+            "train recipe=r2d2_cifar_fs trainval=true",
+            "not trained on; set stop.patience=null or trainval=false",
+        ),
+        (
+            "train algorithm=distribution_calibration algorithm.nearest=1001",
+            "nearest=1001: must be from 1 to 1000, the number of training classes",
         ),
         ("train dataset=cifar_fs ways=65", "cifar_fs train has 64 classes"),
         ("train dataset=omniglot ways=4401", "omniglot train has 4400 classes"),
