@@ -176,8 +176,12 @@ class Algorithm(nn.Module, ABC):
     def check_untrained(self) -> None:
         """Raise ConfigError if the method, as it is set, cannot be used without any training."""
 
+    def check_classes(self) -> None:
+        """Raise ConfigError if the method, as it is set, does not fit the number of training classes."""
+
     def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
         """Raise ConfigError if the method does not support tasks of this shape from this source."""
+        self.check_classes()
         self.check_shots(source, shape.shots)
         self.check_shape(shape)
         if self.classifies_training_classes and not source.has_fixed_classes:

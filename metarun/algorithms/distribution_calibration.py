@@ -15,7 +15,6 @@ from metarun.algorithms.multinomial import multinomial_regression
 from metarun.nn.layers import relates_examples
 from metarun.nn.per_task import Params
 from metarun.tasks.class_store import ClassStore
-from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import class_weights
 from metarun.tasks.source import EpisodeSource
 
@@ -91,8 +90,7 @@ class DistributionCalibration(Classifier):
             self.factors = self.factors.new_zeros(len(self.factors), saved.shape[1], self.features)
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[arg-type]
 
-    def check_source(self, source: EpisodeSource, shape: EpisodeShape) -> None:
-        super().check_source(source, shape)
+    def check_classes(self) -> None:
         count = len(self.means)
         must = f"must be from 1 to {count}, the number of training classes"
         require(self.nearest <= count, f"algorithm.nearest={self.nearest}: {must}")

@@ -7,8 +7,10 @@ from typing import Literal
 
 from torch import nn
 
-from metarun.errors import ConfigError, check_least
+from metarun.errors import ConfigError, check_least, counted
 from metarun.nn.layers import Norm, feature_count, norm_layer, require_images
+
+BLOCKS = 4  # by default
 
 
 class Conv4(nn.Sequential):
@@ -47,7 +49,7 @@ class Conv4(nn.Sequential):
         pool: bool | None = None,
     ) -> None:
         channels, *sides = require_images("conv4", item_shape)
-        check_settings(halvings, slope, padding)
+        check_settings(halvings, slope, list(padding))
         check_size(sides, halvings)
         strides = downsample == "stride"
         blocks = []
@@ -78,11 +80,17 @@ class Conv4(nn.Sequential):
 
 def check_settings(halvings: int, slope: float, padding: Sequence[int]) -> None:
     """Raise ConfigError if a setting is outside of its range."""
-    if not padding or min(padding) < 0:
-        raise ConfigError(f"backbone.padding={list(padding)}: must be a number of at least 0 for each block")
-    if not 0 <= halvings <= len(padding):
+    blocks = len(padding)
+    if not blocks or min(padding) < 0:
+        raise ConfigError(f"backbone.padding={padding}: must be a number of at least 0 for each block")
+    if blocks < halvings <= BLOCKS:
         raise ConfigError(
-            f"backbone.halvings={halvings}: must be 0 to {len(padding)}, at most one for each block"
+            f"backbone.padding={padding}: has a number for {counted(blocks, 'block')}, and {halvings} blocks "
+            f"halve; name one for each block, as in {[1] * BLOCKS}, or set backbone.halvings={blocks}"
+        )
+    if not 0 <= halvings <= blocks:
+        raise ConfigError(
+            f"backbone.halvings={halvings}: must be 0 to {blocks}, the number of blocks (of backbone.padding)"
         )
     check_least("backbone", 0, slope=slope)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class ResNet12(nn.Sequential):
             84x84 images).
         norm: the kind of normalisation.
     """
+
+    unread: ClassVar = dict.fromkeys(("ramp", "block_size"), ("drop_rate=0", "drop_rate=0.0"))
 
     def __init__(
         self,

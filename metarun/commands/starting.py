@@ -10,6 +10,7 @@ from typing import Any
 from hydra.utils import get_class
 
 from metarun.algorithms.base import Algorithm
+from metarun.commands.shapes import training_split
 from metarun.config.build import (
     build_algorithm,
     draw_weights,
@@ -61,7 +62,10 @@ def check_method(
         if "_target_" in (node := getattr(settings, group) or {}):
             instantiate(node, group)
     with hardware.forked_random():
-        algorithm = build_algorithm(settings, spec_before_loading(dataset), hardware)
+        classes = known_classes(dataset, settings)
+        algorithm = build_algorithm(settings, spec_before_loading(dataset, classes), hardware)
+        if classes is not None:
+            algorithm.check_classes()
         refuse(unused_by(algorithm), typed)
         check_trains(algorithm, settings)
         for shape in (training_shape(settings), validation_shape(settings)):
@@ -87,10 +91,22 @@ def check_trains(algorithm: Algorithm, settings: TrainConfig) -> None:
         )
 
 
-def spec_before_loading(dataset: Dataset) -> TaskSpec:
-    """The kind of tasks of a dataset, with an assumption about what its files would tell."""
+def known_classes(dataset: Dataset, settings: TrainConfig) -> int | None:
+    """The number of training classes, as far as the settings tell."""
+    made = "_target_" in (settings.train_tasks or {})  # of images in other classes than their labels
+    known = None if made else dataset.known_size(training_split(settings))
+    return known and known[1]
+
+
+def spec_before_loading(dataset: Dataset, known: int | None = None) -> TaskSpec:
+    """The kind of tasks of a dataset, with an assumption about what its files would tell.
+
+    Args:
+        dataset: the dataset.
+        known: the number of its training classes, if it is known.
+    """
     spec = dataset.spec
-    classes = (spec.classes or CLASSES) if has_classes(spec) else None
+    classes = (known or spec.classes or CLASSES) if has_classes(spec) else None
     return replace(spec, classes=classes, description=spec.description or (1,))
 
 

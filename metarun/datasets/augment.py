@@ -52,7 +52,7 @@ class Augment:
                 bound = "at most 1" if name == "colour" else "below 1"
                 raise ConfigError(f"augment.{name}={value}: must be {bound}")
         self.crop, self.flip, self.rotation, self.colour = crop, flip, rotation, colour
-        for name, pair in {"scale": scale or (1, 1), "ratio": ratio}.items():
+        for name, pair in {"scale": (1, 1) if scale is None else scale, "ratio": ratio}.items():
             if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= (1 if name == "scale" else math.inf):
                 bounds = " and at most 1" if name == "scale" else ""
                 raise ConfigError(

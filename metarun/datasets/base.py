@@ -121,19 +121,23 @@ class Dataset(ABC):
         """The name of a split, as in messages, and the number of its classes; None if only its files tell."""
         return None
 
+    def known_size(self, split: Splits) -> tuple[str, int] | None:
+        """`known_classes` of one or several splits together."""
+        parts: Sequence[Any] = SPLITS if split == "all" else TRAINVAL if split == "trainval" else (split,)
+        dataset = self.for_trainval() if split == "trainval" else self
+        known = [size for each in parts if (size := dataset.known_classes(each)) is not None]
+        if len(known) < len(parts):
+            return None
+        names, counts = zip(*known, strict=True)
+        return names[0] if len(names) == 1 else f"{names[0].rpartition(' ')[0]} {split}", sum(counts)
+
     def check_shape(self, split: Splits, shape: EpisodeShape) -> None:
         """Raise DataError if a split cannot have tasks of this shape, as far as the settings tell.
 
         It is called before files are downloaded or images drawn; `EpisodeSource.check` knows all.
         """
-        parts: Sequence[Any] = SPLITS if split == "all" else TRAINVAL if split == "trainval" else (split,)
-        dataset = self.for_trainval() if split == "trainval" else self
-        sizes = [dataset.known_classes(each) for each in parts]
-        known = [size for size in sizes if size is not None]
-        if len(known) == len(sizes):
-            names, counts = zip(*known, strict=True)
-            name = names[0] if len(names) == 1 else f"{names[0].rpartition(' ')[0]} {split}"
-            check_classes(name, sum(counts), shape.least.ways)
+        if (known := self.known_size(split)) is not None:
+            check_classes(*known, shape.least.ways)
 
     def load(self, name: Splits, device: torch.device | str = "cpu") -> EpisodeSource:
         """One split, or the classes of several together. Raises what `split` raises, and ConfigError."""

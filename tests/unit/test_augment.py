@@ -154,6 +154,12 @@ def test_images_are_changed_in_full_precision_under_autocast(settings):
         assert torch.equal(augment(images, numbers), expected)
 
 
+@pytest.mark.parametrize("scale", [[], [0.5], [0.8, 0.2]])
+def test_bounds_of_a_crop_are_two_numbers(scale):
+    with pytest.raises(ConfigError, match=r"augment\.scale=\[.*must be two numbers above 0"):
+        Augment(scale=scale)
+
+
 def test_a_crop_has_the_numbers_behind_those_of_zoom_and_shear():
     augment = Augment(crop=0, flip=False, colour=0, zoom=0.1, shear=0.1, drop=0.5, scale=[0.5, 0.5])
     assert augment.numbers == 7 + 2 + OF_BOX + 1

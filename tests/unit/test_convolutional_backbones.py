@@ -164,7 +164,11 @@ def test_the_joined_features_are_those_of_the_code(shape: tuple, widths: tuple, 
         (lambda: Conv4((1, 28, 28), slope=-0.1), "backbone.slope=-0.1: must be at least 0"),
         (lambda: Conv4((1, 28, 28), padding=[]), "backbone.padding=[]: must be a number of at least 0"),
         (lambda: Conv4((1, 28, 28), padding=[1, -1]), "backbone.padding=[1, -1]: must be a number of"),
-        (lambda: Conv4((1, 28, 28), padding=[1, 1]), "backbone.halvings=4: must be 0 to 2"),
+        (
+            lambda: Conv4((1, 28, 28), padding=[1, 1]),
+            "backbone.padding=[1, 1]: has a number for 2 blocks, and 4",
+        ),
+        (lambda: Conv4((1, 28, 28), halvings=5), "backbone.halvings=5: must be 0 to 4, the number of blocks"),
         (lambda: Conv4((1, 28, 28), padding=[0] * 4), "leaves nothing of images of 28x28 in block 4"),
         (lambda: RelationNet(Conv4((1, 16, 16)), padding=0), "algorithm.padding=0: leaves nothing of"),
         (
