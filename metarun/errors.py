@@ -6,6 +6,8 @@ import contextlib
 import errno
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
 
 
 class MetarunError(Exception):
@@ -64,7 +66,23 @@ NO_MEMORY = re.compile(
 )
 
 
-def check_bound(setting: str, values: Mapping[str, float], fits: Callable[[float], bool], must: str) -> None:
+BOUNDED = ContextVar("BOUNDED", default=True)
+
+
+@contextlib.contextmanager
+def without_bounds() -> Iterator[None]:
+    """A context in which `check_bound` accepts any number.
+
+    For a checkpoint that was trained, perhaps with an earlier version that had fewer bounds.
+    """
+    before = BOUNDED.set(False)
+    try:
+        yield
+    finally:
+        BOUNDED.reset(before)
+
+
+def check_bound(setting: str, values: Mapping[str, Any], fits: Callable[[Any], bool], must: str) -> None:
     """Raise ConfigError for the first value that is out of its bounds, naming that one alone.
 
     Args:
@@ -74,7 +92,7 @@ def check_bound(setting: str, values: Mapping[str, float], fits: Callable[[float
         must: how it must be, in words.
     """
     for name, value in values.items():
-        if not fits(value):
+        if BOUNDED.get() and not fits(value):
             raise ConfigError(f"{setting}.{name}={value}: must be {must}")
 
 

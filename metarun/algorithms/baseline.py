@@ -17,6 +17,7 @@ from metarun.algorithms.feature_method import (
     require,
     squared_distances,
 )
+from metarun.errors import check_above_0
 from metarun.inner_loops.base import InnerLoop, refuse_learned
 from metarun.nn.per_task import Params
 from metarun.tasks.episodes import Episodes, Outcome
@@ -46,7 +47,7 @@ class Classifier(FeatureMethod):
         scale: float = 10.0,
     ) -> None:
         super().__init__(backbone)
-        require(scale > 0, f"algorithm.scale={scale}: must be above 0")
+        check_above_0("algorithm", scale=scale)
         self.cosine, self.scale = cosine, scale
         self.classifier = nn.Linear(self.features, classes or 1, bias=not cosine)
 

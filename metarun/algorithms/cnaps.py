@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import prototypes, require
 from metarun.algorithms.modulation import ModulatedMethod, add_modulations
+from metarun.errors import check_least
 from metarun.nn.layers import Norm, norm_layer
 from metarun.tasks.episodes import Episodes, Outcome
 from metarun.tasks.objectives import class_weights
@@ -50,7 +51,7 @@ class CNAPs(ModulatedMethod):
         norm: Norm = "running",
     ) -> None:
         super().__init__(backbone)
-        require(penalty >= 0, f"algorithm.penalty={penalty}: must be at least 0")
+        check_least("algorithm", 0, penalty=penalty)
         self.frozen, self.penalty = frozen, penalty
         if frozen:
             backbone.requires_grad_(False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import one_hot
 from metarun.algorithms.maml import MAML
-from metarun.errors import ConfigError, check_above_0, check_least
+from metarun.errors import ConfigError, check_above_0, check_bound, check_least
 from metarun.inner_loops.base import InnerLoop, Loss, PerWeight
 from metarun.nn.per_task import Params
 from metarun.tasks.episodes import Episodes, Outcome
@@ -81,11 +81,12 @@ class HSML(MAML):
         check_least("algorithm", 1, hidden=hidden, width=width)
         check_least("algorithm", 0, reconstruction=reconstruction)
         check_above_0("algorithm", spread=spread)
-        if min(clusters, default=0) < 1:
-            raise ConfigError(
-                f"algorithm.clusters={list(clusters)}: must be the clusters of one or more levels, "
-                "at least 1 each"
-            )
+        check_bound(
+            "algorithm",
+            {"clusters": list(clusters)},
+            lambda nodes: min(nodes, default=0) >= 1,
+            "the clusters of one or more levels, at least 1 each",
+        )
         self.reconstruction, self.embeds_images = reconstruction, classes is not None
         self.pairs = ImagePairs(item_shape, outputs, width) if classes else ValuePairs(item_shape, outputs)
         kind = Recurrent if aggregator == "recurrent" else Pooling

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, require
 from metarun.algorithms.sequences import order_of, reordered
-from metarun.errors import check_above_0, check_least
+from metarun.errors import check_above_0, check_bound, check_least
 from metarun.tasks.episodes import Episodes, Outcome
 
 
@@ -74,7 +74,7 @@ class MANN(FeatureMethod):
         super().__init__(backbone, most_ways=outputs)
         check_least("algorithm", 1, size=size, heads=heads, controller=controller)
         require(heads <= slots, f"algorithm.heads={heads}: must be at most algorithm.slots={slots}")
-        require(0 <= decay <= 1, f"algorithm.decay={decay}: must be from 0 to 1")
+        check_bound("algorithm", {"decay": decay}, lambda value: 0 <= value <= 1, "from 0 to 1")
         check_above_0("algorithm", sharpness=sharpness)
         self.slots, self.size, self.heads, self.decay, self.shuffles = slots, size, heads, decay, shuffles
         self.outputs, self.sharpness, self.streams = outputs, sharpness, streams

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metarun.algorithms.feature_method import FeatureMethod, one_hot, precise, require, without_autocast
+from metarun.errors import check_above_0
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.objectives import class_weights
 from metarun.tasks.source import EpisodeSource
@@ -57,7 +58,7 @@ class R2D2(FeatureMethod):
         super().__init__(backbone)
         require(ridge > 0, f"algorithm.ridge={ridge}: must be above 0")
         require(steps >= 1, f"algorithm.steps={steps}: must be at least 1")
-        require(scale > 0, f"algorithm.scale={scale}: must be above 0")
+        check_above_0("algorithm", scale=scale)
         self.solver, self.steps, self.reduction = solver, steps, reduction
         self.log_ridge = nn.Parameter(torch.tensor(float(ridge)).log(), requires_grad=learn_ridge)
         self.scale = nn.Parameter(torch.tensor(float(scale)))

@@ -20,7 +20,7 @@ from metarun.config.paths import CONF
 from metarun.config.schema import FRAMES, Node, TrainConfig
 from metarun.config.targets import naming_options
 from metarun.datasets.base import Dataset
-from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError, first_line
+from metarun.errors import CheckpointError, ConfigError, DataError, MetarunError, first_line, without_bounds
 from metarun.nn.frozen import frozen_part
 from metarun.tasks.spec import TaskSpec
 from metarun.training.checkpoint import check_weights
@@ -118,7 +118,7 @@ def rebuild(
             about = content.get("description")  # None in older checkpoints, and where there are none
             described = tuple(about) if about else dataset.spec.description
             spec = replace(dataset.spec, classes=content["classes"], description=described)
-            with Limited(most):
+            with Limited(most), without_bounds():
                 algorithm = build_algorithm(settings, spec, hardware)
     except MetarunError:
         raise

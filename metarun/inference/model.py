@@ -16,7 +16,7 @@ from metarun.config.schema import TrainConfig, typed
 from metarun.config.targets import naming_options, targets_in
 from metarun.config.variants import variant_name
 from metarun.datasets.base import Dataset
-from metarun.errors import ConfigError
+from metarun.errors import ConfigError, check_least
 from metarun.reporting.console import inform
 from metarun.tasks.episodes import EpisodeShape
 from metarun.tasks.objectives import Objective
@@ -220,6 +220,8 @@ def set_steps(settings: TrainConfig, steps: Any, name: str, alone: bool) -> None
     if steps is None:
         return
     if settings.inner_loop and "test_steps" in settings.inner_loop:
+        for number in steps if isinstance(steps, list) else [steps]:
+            check_least("inner_loop", 0, test_steps=number)
         # Cells set the other values of a list.
         settings.inner_loop["test_steps"] = steps[0] if isinstance(steps, list) else steps
     elif alone:

@@ -17,9 +17,10 @@ from helpers.runs import UNTESTED
 
 import metarun as package
 from metarun.algorithms.base import Algorithm
+from metarun.backbones.conv4 import Conv4
 from metarun.config.restore import EVALUATED, config_of, rebuild
 from metarun.config.schema import typed
-from metarun.errors import CheckpointError
+from metarun.errors import CheckpointError, ConfigError
 from metarun.training import checkpoint
 from metarun.training.hardware import Hardware
 
@@ -281,6 +282,13 @@ def test_a_bad_value_in_a_checkpoint_is_one_line_with_its_name(content, tmp_path
         rebuilt(saved(content, tmp_path / "bad.pt"), None)
     assert str(refused.value).startswith(f"{tmp_path}/bad.pt: ") and message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_may_be_older_than_a_bound(content, tmp_path: Path):
+    put("config.backbone.slope", -1.0)(content)
+    rebuilt(saved(content, tmp_path / "older.pt"), None)
+    with pytest.raises(ConfigError, match=r"backbone\.slope=-1\.0: must be at least 0"):
+        Conv4((1, 16, 16), slope=-1.0)
 
 
 def test_a_compressed_checkpoint_does_not_fill_the_memory(trained, tmp_path: Path):
