@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import TINY, UNTESTED
+from helpers.runs import TINY, UNTESTED, Died, at_call, die
 
 from metarun.cli.streams import Output
 from metarun.commands import train
@@ -68,26 +68,6 @@ def assert_same_run(whole: Path, stopped: Path) -> None:
             del state["seconds"], state["overrides"], state["config"]["stop"]
         assert same(*states), file
     assert rows_of(whole) == rows_of(stopped)
-
-
-def at_call(patch: pytest.MonkeyPatch, owner: object, name: str, count: int, action: Callable) -> None:
-    """Call `action` before the call number `count` of a function."""
-    calls, original = iter(range(1, 10**6)), getattr(owner, name)
-
-    def wrapped(*args, **kwargs):
-        if next(calls) == count:
-            action()
-        return original(*args, **kwargs)
-
-    patch.setattr(owner, name, wrapped)
-
-
-class Died(BaseException):
-    """Stands for kill -9: no handler, no checkpoint."""
-
-
-def die() -> None:
-    raise Died
 
 
 class Late:

@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import TINY
-
-import metarun as package
+from helpers.runs import TINY, import_path
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -30,7 +28,7 @@ def torchrun(count: int, *words: str) -> list[str]:
 
 
 def started(folder: Path, count: int, *words: str, **streams) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(package.__file__).parents[1])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}
     if Path("/sys/class/net/lo").exists():  # also where there is no network
         environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(torchrun(count, *words), cwd=folder, env=environment, text=True, **streams)

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import UNTESTED
+from helpers.runs import UNTESTED, import_path
 
-import metarun as package
 from metarun.algorithms.base import Algorithm
 from metarun.backbones.conv4 import Conv4
 from metarun.config.restore import EVALUATED, config_of, rebuild
@@ -189,7 +188,7 @@ def test_files_in_the_current_folder_are_not_imported(tmp_path: Path):
     for name in ("hydra_plugins/evil.py", "yaml.py", "omegaconf.py"):
         (tmp_path / name).write_text(f"open({str(tmp_path / 'trace')!r}, 'a').write(__name__)\n")
     words = [sys.executable, "-m", "metarun", "train", "--cfg", "job"]
-    environment = os.environ | {"PYTHONPATH": f"{Path(package.__file__).parents[1]}{os.pathsep}"}
+    environment = os.environ | {"PYTHONPATH": f"{import_path()}{os.pathsep}"}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert not (tmp_path / "trace").exists()
     assert done.returncode == 0 and "algorithm" in done.stdout

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
+
+import metarun
 
 #: A training run of a few seconds; tests append to it.
 TINY = [
@@ -59,3 +63,29 @@ LEARNED = [
 def some_quick(values: Iterable[str], *quick: str) -> list:
     """Values to parametrize a test by, a few of them marked `quick`."""
     return [pytest.param(value, marks=pytest.mark.quick) if value in quick else value for value in values]
+
+
+def import_path() -> str:
+    """PYTHONPATH of a new process: the metarun that is tested, then what is in it already."""
+    before = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(Path(metarun.__file__).parents[1]), *([before] if before else [])])
+
+
+class Died(BaseException):
+    """Stands for kill -9: no handler, no checkpoint."""
+
+
+def die() -> None:
+    raise Died
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: object, name: str, count: int, action: Callable) -> None:
+    """Call `action` before the call number `count` of a function."""
+    calls, original = iter(range(1, 10**6)), getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == count:
+            action()
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, wrapped)
