@@ -267,7 +267,6 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("name", ["maml", "protonet", "reptile"])
 def test_a_captured_step_gives_the_losses_of_an_eager_one(name: str):
     """On a GPU: ten steps, three of them before the capture."""
