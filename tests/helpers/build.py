@@ -10,10 +10,15 @@ from omegaconf import DictConfig, open_dict
 from metarun.algorithms.base import Algorithm
 from metarun.cli.jobs import composing_jobs
 from metarun.cli.overrides import arrange
+from metarun.commands.shapes import check_before_loading
+from metarun.commands.starting import check_method
 from metarun.config.build import build_algorithm, build_dataset, instantiate
+from metarun.config.check import check
 from metarun.config.comments import facts
 from metarun.config.paths import CONF
 from metarun.config.schema import register_frames, typed
+from metarun.config.unread import in_use
+from metarun.training.hardware import Hardware
 
 #: The algorithms, without those for environments or distributions alone, and that which needs `init=`.
 ALGORITHMS = sorted(
@@ -45,3 +50,17 @@ def built(cfg: DictConfig, classes: int = 11) -> Algorithm:
     if spec.outputs is None:
         spec = replace(spec, classes=classes)
     return build_algorithm(settings, spec, instantiate(settings.hardware))
+
+
+def check_run(*words: str) -> None:
+    """What `metarun train WORDS` checks before it loads data, on the CPU; it also builds the method.
+
+    Raises:
+        ConfigError: if the command would end with this error.
+    """
+    cfg = composed("train", *words)
+    check(cfg, "train", typed=words)
+    settings = typed(in_use(cfg))
+    dataset = build_dataset(settings.dataset)
+    check_before_loading(dataset, settings)
+    check_method(settings, dataset, Hardware("cpu"), words)
