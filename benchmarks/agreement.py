@@ -53,7 +53,7 @@ COARSE = 0.05  # and in float32 by so much: rounding decides on which side of a 
 SMALL = ["dataset.train_classes=40", "dataset.validation_classes=20", "meta_batch=4"]
 IMAGES = ["dataset=glyphs", *SMALL]
 #: Methods that need more than `algorithm=NAME dataset=glyphs`, and cases that are not on glyphs.
-NOT_ON_IMAGES = ("rl2", "zero_shot")
+NOT_ON_IMAGES = ("rl2", "zero_shot", "np", "anp", "cnp")
 MORE = {
     "protonet, resnet12": ["algorithm=protonet", "backbone=resnet12", *IMAGES],
     "protonet, resnet18": ["algorithm=protonet", "backbone=resnet18", *IMAGES],
@@ -64,6 +64,9 @@ MORE = {
     "maml, adam": ["algorithm=maml", "inner_loop=adam", "inner_loop.rate=0.01", *IMAGES],
     "maml, sinusoid": ["algorithm=maml", "dataset=sinusoid"],
     "cavia, sinusoid": ["algorithm=cavia", "dataset=sinusoid"],
+    "np, gp": ["algorithm=np", "dataset=gp", "meta_batch=4"],
+    "anp, gp": ["algorithm=anp", "dataset=gp", "meta_batch=4"],
+    "cnp, gp": ["algorithm=cnp", "dataset=gp", "meta_batch=4"],
     "protonet, phrases": ["algorithm=protonet", "dataset=phrases"],
     "maml, phrases": ["algorithm=maml", "dataset=phrases"],
     "zero_shot": ["algorithm=zero_shot", "shots=0", *IMAGES],

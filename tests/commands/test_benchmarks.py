@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.build import check_run
 from torch import Tensor
+
+from metarun.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -74,6 +77,18 @@ def test_every_kind_of_workload_is_exact(benchmarks, name: str):
     workload = replace(benchmarks.WORKLOADS[name], width=8)
     reference = benchmarks.PlainLoop(workload, 2, torch.float64, CPU).gradient()
     assert benchmarks.gradient_error(benchmarks.Metarun, workload, reference, CPU) < benchmarks.EXACT
+
+
+def test_every_run_of_the_check_of_a_gpu_is_accepted(benchmarks):
+    from benchmarks import agreement, gpu
+
+    cases = agreement.cases()
+    for name, words in {**cases, "training": gpu.TRAINING, "quick training": gpu.QUICK_TRAINING}.items():
+        try:
+            check_run(*words)
+        except ConfigError as error:
+            pytest.fail(f"{name}: {error}")
+    assert {*gpu.QUICK_CASES} <= {*cases}
 
 
 def test_the_limit_counts_the_operations_of_a_matrix_product(benchmarks):
