@@ -66,6 +66,9 @@ class Algorithm(nn.Module, ABC):
     #: another setting of the same group has a value ("head=svm", "test_steps!=null"; "": always). They are
     #: refused if they are typed. An inner loop, a backbone or a dataset may have this attribute too.
     unread: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    #: Settings of the algorithm that are `iterations` unless they are typed. A resumed run keeps them, also
+    #: if it is given more iterations.
+    of_all_iterations: ClassVar[tuple[str, ...]] = ()
     #: Whether the loss of a task depends on the other tasks of a meta-batch, so that they have to be run at
     #: once, and what to set so that it does not.
     couples_tasks: bool = False

@@ -53,6 +53,7 @@ class RL2(Algorithm):
     needs = Rollouts
     plays = True
     trains_critic = True
+    of_all_iterations = ("annealed",)
     unread: ClassVar = {
         **{f"dataset.estimator.{name}": "" for name in ("baseline", "normalise", "surrogate", "credit")},
         "outer_loop.inner_kl": "",

@@ -45,6 +45,7 @@ class TADAM(ModulatedMethod):
         auxiliary: T, the iterations of the decay; 0: no auxiliary task.
     """
 
+    of_all_iterations = ("auxiliary",)
     share: Tensor
 
     def __init__(

@@ -11,8 +11,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from metarun.algorithms.base import Algorithm
 from metarun.config.changes import RESUMABLE, differing, key_of, may_change
 from metarun.config.restore import config_of
 from metarun.config.schema import TrainConfig
@@ -156,8 +158,20 @@ def resumed_config(
             f"iterations={cfg.iterations}: the learning rate schedule of this run is for "
             f"{state['config']['iterations']} iterations; start a new run"
         )
+    say_what_stays(cfg, state["config"]["iterations"])
     cfg.resume = cfg.trust = None
     return cfg
+
+
+def say_what_stays(cfg: DictConfig, before: int) -> None:
+    """Say which settings of the method are still those of a run of `before` iterations, if it gets others."""
+    algorithm: type[Algorithm] = get_class(cfg.algorithm._target_)
+    for name in algorithm.of_all_iterations if cfg.iterations != before else ():
+        if cfg.algorithm.get(name) == before:
+            inform(
+                f"iterations={cfg.iterations}: algorithm.{name} stays {before}, so that the weights will "
+                f"differ from those of a new run of {cfg.iterations} iterations"
+            )
 
 
 def change(cfg: DictConfig, now: DictConfig, overrides: Iterable[str]) -> None:

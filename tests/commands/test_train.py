@@ -404,3 +404,12 @@ def test_a_run_from_before_a_setting_came_is_resumed_at_its_default(metarun, tra
     checkpoint.save(path, content)
     metarun("train", "resume=old", "iterations=15")
     assert json.loads((tmp_path / "old/result.json").read_text())["iterations"] == 15
+
+
+def test_a_run_with_more_iterations_says_what_stays(metarun, trained, tmp_path: Path):
+    says = "iterations=13: algorithm.auxiliary stays 12, so that the weights will differ from"
+    for word, count in (("algorithm.auxiliary=12", 1), ("algorithm.auxiliary=11", 0)):
+        run = tmp_path / str(count)
+        shutil.copytree(trained("algorithm=tadam", *UNTESTED, word), run)
+        assert says not in metarun("train", f"resume={run}").stderr
+        assert metarun("train", f"resume={run}", "iterations=13").stderr.count(says) == count

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.build import built, composed, composed_with_choices
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from metarun.cli.overrides import Failed, arrange
@@ -101,6 +102,16 @@ def test_every_yaml_opens_with_its_command_which_composes_and_checks(path: Path)
     if group in GROUPS and "_target_" in (cfg[group] or {}):
         expected = "metarun.training.hardware." if group == "hardware" else f"metarun.{group}s."
         assert cfg[group]._target_.startswith(expected)
+
+
+def test_settings_that_are_the_iterations_of_a_run_are_stated():
+    """`metarun train resume=RUN iterations=N` names them."""
+    for path in (CONF / "algorithm").glob("*.yaml"):
+        node = OmegaConf.load(path)
+        node = OmegaConf.to_container(node.get("algorithm", node))
+        names = tuple(key for key, value in node.items() if value == "${iterations}")
+        # A file without a class has the settings of another one.
+        assert names == (get_class(node["_target_"]).of_all_iterations if "_target_" in node else ()), path
 
 
 #: Command lines of which the last word would be without effect, and what the error says.
