@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metarun.errors import check_above_0, check_bound
-from metarun.inner_loops.base import InnerLoop, Loss
+from metarun.inner_loops.base import InnerLoop, Loss, rows
 from metarun.nn.per_task import Params
 
 
 class Adam(InnerLoop):
     """Adam (Kingma and Ba 2015, algorithm 1) on T tasks at once.
 
-    Departure: the moments of every task start at zero. Reptile's own code carries the second moment over
-    from one task to the next, which is not defined for tasks that run in parallel.
-
     Args:
         rate: the learning rate.
         steps, test_steps, order: see `InnerLoop`.
         beta1, beta2: decay rates of the first and second moment.
         epsilon: added to the denominator.
+        carry: whether a task starts with the second moment of the gradients of earlier training tasks, as in
+            Reptile's code, and not at zero; see `CarriedMoment`.
     """
 
     def __init__(
@@ -34,32 +33,104 @@ class Adam(InnerLoop):
         beta1: float = 0.0,
         beta2: float = 0.999,
         epsilon: float = 1e-8,
+        carry: bool = False,
     ) -> None:
         super().__init__(steps, test_steps, order)
         betas = {"beta1": beta1, "beta2": beta2}
         check_bound("inner_loop", betas, lambda beta: 0 <= beta < 1, "at least 0 and below 1")
         check_above_0("inner_loop", epsilon=epsilon)
         self.rate, self.beta1, self.beta2, self.epsilon = rate, beta1, beta2, epsilon
+        self.carry = carry
+        self.moment: CarriedMoment | None = None
+
+    def attach(self, weights: Params) -> None:
+        self.moment = CarriedMoment(weights, self.beta2) if self.carry else None
 
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
         first = {name: torch.zeros_like(p) for name, p in params.items()}
-        second = {name: torch.zeros_like(p) for name, p in params.items()}
-        for step in range(self.step_count()):
+        second, steps_before = first, 0
+        if self.moment is not None:
+            second, steps_before = self.moment.start(params, self.training)
+        steps = self.step_count()
+        for step in range(steps):
             grads = self.gradients(loss, params, step)
-            correct1, correct2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
-            for name, g in grads.items():
-                first[name] = self.beta1 * first[name] + (1 - self.beta1) * g
-                second[name] = self.beta2 * second[name] + (1 - self.beta2) * g.square()
+            correct1, correct2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (steps_before + step + 1)
+            first = {name: self.beta1 * first[name] + (1 - self.beta1) * g for name, g in grads.items()}
+            second = {
+                name: self.beta2 * second[name] + (1 - self.beta2) * g.square() for name, g in grads.items()
+            }
             params = {
                 name: p
                 - self.rate_of(name) * first[name] / correct1 / (root(second[name] / correct2) + self.epsilon)
                 for name, p in params.items()
             }
+            if self.moment is not None and self.training and step == steps - 1:
+                self.moment.update(second, steps)
             yield params
 
     def rate_of(self, name: str) -> float:
         """The learning rate of the weight of a name."""
         return self.rate
+
+
+class CarriedMoment(nn.Module):
+    """The second moment of the inner gradients, carried on from task to task.
+
+    Departure from Reptile's code, which runs tasks one after another: all tasks of a meta-batch start with the
+    moment before it. The moment after it contains their squared gradients as if they had followed each other.
+
+    Args:
+        weights: the adapted weights by name, [*shape] each.
+        beta2: the decay rate of the moment.
+
+    Attributes:
+        averages: the moment by name, [*shape] each; 0 before training.
+        steps: the number of inner steps in it.
+    """
+
+    steps: Tensor
+    steps_before: Tensor
+
+    def __init__(self, weights: Params, beta2: float) -> None:
+        super().__init__()
+        self.beta2, self.names = beta2, {name: f"of {name}".replace(".", "/") for name in weights}
+        for name, weight in weights.items():
+            self.register_buffer(self.names[name], torch.zeros_like(weight))
+            # What the tasks of the current meta-batch start with, also if they run in several chunks.
+            self.register_buffer(f"before {self.names[name]}", torch.zeros_like(weight), persistent=False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps_before", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(of) for name, of in self.names.items()}
+
+    @property
+    def before(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(f"before {of}") for name, of in self.names.items()}
+
+    def at_iteration(self, iteration: int) -> None:
+        """Called before every outer step."""
+        self.steps_before.copy_(self.steps)
+        for name, average in self.averages.items():
+            self.before[name].copy_(average)
+
+    def start(self, params: Params, training: bool) -> tuple[Params, Tensor]:
+        """The moment that tasks with these weights [T, *shape] start with, and the steps in it."""
+        moments, steps = (self.before, self.steps_before) if training else (self.averages, self.steps)
+        return {name: rows(moments[name], p).expand_as(p) for name, p in params.items()}, steps.double()
+
+    def update(self, ends: Params, steps: int) -> None:
+        """Add what the tasks of a chunk have added to the moment in their `steps`, [T, *shape] each."""
+        for name, end in ends.items():
+            tasks, average = len(end), rows(self.averages[name], end)
+            added = end.detach() - self.beta2**steps * rows(self.before[name], end)
+            if added.shape[1:] != average.shape:  # the rows of a shared head are copies of one vector
+                added = added.mean(1, keepdim=True)
+            later = torch.arange(tasks - 1, -1, -1, device=end.device)  # the tasks that follow each
+            factors = (self.beta2 ** (later * steps).double()).to(end.dtype)
+            average.mul_(self.beta2 ** (steps * tasks)).add_(torch.tensordot(factors, added, 1))
+        self.steps += steps * tasks
 
 
 def root(x: Tensor) -> Tensor:

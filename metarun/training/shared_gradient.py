@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from metarun.inner_loops.adam import CarriedMoment
 from metarun.training.parallel import Ranks
 
 
 class SharedGradient:
     """Adds up the ranks' shares of a gradient.
 
-    The running averages of a batch norm are combined as if the tasks had updated them one after the other.
+    Running averages (of a batch norm, of the moments of `inner_loop.carry=true`) are combined as if the tasks had
+    updated them one after the other.
     Other floating point buffers move by the mean of the ranks' changes, weighted by their tasks, and counters
     by the sum of the changes.
 
@@ -33,11 +34,9 @@ class SharedGradient:
         saved = module.state_dict(keep_vars=True).values() if ranks.joined else []
         buffers = [each for each in saved if not isinstance(each, nn.Parameter)]
         self.buffers = [each for each in buffers if each.dtype != torch.bool]
-        self.norms: dict[Tensor, tuple[float, Tensor]] = {}  # the momentum and the counter of an average
+        self.averages: dict[Tensor, tuple[float, Tensor]] = {}  # the momentum and the counter of each
         for layer in module.modules() if ranks.joined else []:
-            if is_averaging(layer):
-                of = layer.momentum, layer.num_batches_tracked
-                self.norms |= {layer.running_mean: of, layer.running_var: of}
+            self.averages |= averages_of(layer)
 
     def begin(self) -> None:
         """Note the buffers; called before the share of a step is computed."""
@@ -68,17 +67,17 @@ class SharedGradient:
         ]
         *sums, figures = self.ranks.sum([*own, *map(self.part_of_buffer, self.buffers), figures])
         for each, total in zip(self.buffers, sums[len(own) :], strict=True):
-            each.copy_(total if each in self.norms else self.before[each] + total)
+            each.copy_(total if each in self.averages else self.before[each] + total)
         rest = iter(sums)
         return [next(rest) if used else None for used in self.used], figures
 
     def part_of_buffer(self, buffer: Tensor) -> Tensor:
-        """This rank's part in a running average of a batch norm, or in the change of another buffer."""
+        """This rank's part in a running average, or in the change of another buffer."""
         before = self.before[buffer]
-        if buffer not in self.norms:
+        if buffer not in self.averages:
             change = torch.where(buffer == before, 0, buffer - before)  # of an infinite constant, zero
             return change * (self.own / self.tasks) if buffer.is_floating_point() else change
-        momentum, counter = self.norms[buffer]
+        momentum, counter = self.averages[buffer]
         each = (counter - self.before[counter]) // self.own  # updates of a task
 
         def kept(tasks: int) -> Tensor:
@@ -89,10 +88,12 @@ class SharedGradient:
         return part + kept(self.tasks) * before if self.ranks.first else part
 
 
-def is_averaging(layer: nn.Module) -> TypeGuard[Any]:
-    """Whether this is a batch norm with running averages that forget exponentially."""
-    return (
-        isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        and layer.running_mean is not None
-        and layer.momentum is not None
-    )
+def averages_of(layer: nn.Module) -> dict[Tensor, tuple[float, Tensor]]:
+    """The running averages of a layer that forget exponentially: the momentum and the counter of each."""
+    if isinstance(layer, CarriedMoment):
+        return {average: (1 - layer.beta2, layer.steps) for average in layer.averages.values()}
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is not None:
+        averages = layer.running_mean, layer.running_var
+        counter = layer.num_batches_tracked
+        return {each: (layer.momentum, counter) for each in averages if each is not None and counter is not None}
+    return {}

@@ -19,6 +19,7 @@ from metarun.algorithms.reptile import Reptile
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.errors import TrainingError
+from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.episodes import Episodes, Outcome
 from metarun.training.checkpoint import load_optimizer
@@ -34,7 +35,7 @@ def algorithms(name: str) -> Algorithm:
     if name == "protonet":
         return ProtoNet(Conv4(SHAPE, 4, norm="running")).double()
     if name == "reptile":
-        return Reptile(Conv4(SHAPE, 4), SGD(0.1, 2, order=1), 3, batch=4).double()
+        return Reptile(Conv4(SHAPE, 4, norm="layer"), Adam(0.01, 2, epsilon=1e-3, carry=True), 3, batch=4).double()
     if name == "tiny":
         return ProtoNet(MLP(SHAPE, hidden=(4,))).double()
     return MAML(Conv4(SHAPE, 4), SGD(0.1, 2), 3).double()

@@ -470,3 +470,63 @@ def test_memory_that_ran_out_is_remembered_when_the_computation_changes():
     engine.step()
     assert algorithm.phase[0] == 2
     assert engine.at_once == 2
+
+
+def one_after_another(net: nn.Module, tasks: Episodes, steps: int, at_once: int) -> list[dict[str, Tensor]]:
+    """Reptile's code: one torch.optim.Adam for all tasks; and the weights after each meta-batch of `at_once`.
+
+    The tasks of a meta-batch start from the same state of it, which then takes in all their gradients.
+    """
+    inner, found = torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.0, 0.999)), []
+    for start in range(0, len(tasks), at_once):
+        theta = [p.detach().clone() for p in net.parameters()]
+        begun, gradients = copy.deepcopy(inner.state_dict()), []
+        moved = [torch.zeros_like(p) for p in theta]
+        for t in range(start, start + at_once):
+            inner.load_state_dict(copy.deepcopy(begun))
+            for _ in range(steps):
+                inner.zero_grad()
+                x = torch.cat([tasks.support_x[t], tasks.query_x[t]])
+                nn.functional.cross_entropy(net(x), torch.cat([tasks.support_y[t], tasks.query_y[t]])).backward()
+                gradients.append([p.grad.clone() for p in net.parameters()])
+                inner.step()
+            for p, old, total in zip(net.parameters(), theta, moved, strict=True):
+                total += (p.detach() - old) / at_once
+                p.data.copy_(old)
+        inner.load_state_dict(copy.deepcopy(begun))
+        for each in gradients:  # of all tasks, at the same weights' state of the optimizer
+            for p, g in zip(net.parameters(), each, strict=True):
+                p.grad = g
+            inner.step()
+        for p, old, total in zip(net.parameters(), theta, moved, strict=True):
+            p.data.copy_(old + total)
+        found.append({name: p.detach().clone() for name, p in net.named_parameters()})
+    return found
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_carried_moment_is_that_of_one_optimizer_for_all_tasks(at_once: int):
+    """With one task in a meta-batch, exactly Reptile's code."""
+    tasks = vectors(tasks=6)
+    algorithm = Reptile(MLP((6,), hidden=(5,)), Adam(0.01, 2, carry=True), 3, batch=0)
+    net = copy.deepcopy(nn.Sequential(algorithm.learner.backbone, algorithm.learner.head))
+    expected = one_after_another(net, tasks, 2, at_once)
+    optimizer = torch.optim.SGD(algorithm.parameters(), lr=1.0)
+    for start, weights in zip(range(0, 6, at_once), expected, strict=True):
+        algorithm.start_step(start)
+        part = Episodes(*(each[start : start + at_once] for each in parts_of(tasks)))
+        optimizer.zero_grad()
+        algorithm.meta_loss(part).loss.mean().backward()
+        optimizer.step()
+        own = [*algorithm.learner.backbone.parameters(), *algorithm.learner.head.parameters()]
+        for p, other in zip(own, weights.values(), strict=True):
+            torch.testing.assert_close(p.detach(), other)
+    saved = algorithm.state_dict()
+    assert saved["inner_loop.moment.steps"] == 12
+    algorithm.eval().adapt(tasks)
+    for name, value in algorithm.state_dict().items():
+        assert torch.equal(value, saved[name]), f"{name}: changed by an evaluation"
+
+
+def parts_of(tasks: Episodes) -> tuple[Tensor, ...]:
+    return tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, tasks.classes

@@ -21,6 +21,7 @@ from metarun.algorithms.reptile import Reptile
 from metarun.algorithms.versa import Versa
 from metarun.backbones.conv4 import Conv4
 from metarun.errors import ConfigError, RankLost
+from metarun.inner_loops.adam import Adam
 from metarun.inner_loops.sgd import SGD
 from metarun.tasks.class_store import ClassStore
 from metarun.tasks.curriculum import PrioritizedReplay
@@ -45,11 +46,11 @@ def backbone(norm: str) -> nn.Module:
 
 
 def algorithms() -> dict[str, Algorithm]:
-    """Of each kind: second-order, with random mini-batches, with running averages, with noise."""
+    """Of each kind: second-order, with random mini-batches and a carried moment, with running averages, with noise."""
     torch.manual_seed(0)
     return {
         "maml": MAML(backbone("batch"), SGD(0.1, 2), 3),
-        "reptile": Reptile(backbone("layer"), SGD(0.1, 2, order=1), 3, batch=2),
+        "reptile": Reptile(backbone("layer"), Adam(0.01, 2, epsilon=1e-3, carry=True), 3, batch=2),
         "protonet": ProtoNet(backbone("running")),
         "versa": Versa(backbone("running")),
         "mr_maml": MRMAML(backbone("layer"), SGD(0.1, 1), 3, weight=0.1, deviation=0.1),
