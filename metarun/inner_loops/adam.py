@@ -48,7 +48,8 @@ class Adam(InnerLoop):
 
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
         first = {name: torch.zeros_like(p) for name, p in params.items()}
-        second, steps_before = first, 0
+        second: Params = first
+        steps_before: Tensor | int = 0
         if self.moment is not None:
             second, steps_before = self.moment.start(params, self.training)
         steps = self.step_count()
@@ -76,8 +77,9 @@ class Adam(InnerLoop):
 class CarriedMoment(nn.Module):
     """The second moment of the inner gradients, carried on from task to task.
 
-    Departure from Reptile's code, which runs tasks one after another: all tasks of a meta-batch start with the
-    moment before it. The moment after it contains their squared gradients as if they had followed each other.
+    Departure from Reptile's code, which runs tasks one after another: all tasks of a meta-batch start with
+    the moment before it. The moment after it contains their squared gradients as if they had followed each
+    other.
 
     Args:
         weights: the adapted weights by name, [*shape] each.

@@ -14,10 +14,9 @@ from metarun.training.parallel import Ranks
 class SharedGradient:
     """Adds up the ranks' shares of a gradient.
 
-    Running averages (of a batch norm, of the moments of `inner_loop.carry=true`) are combined as if the tasks had
-    updated them one after the other.
-    Other floating point buffers move by the mean of the ranks' changes, weighted by their tasks, and counters
-    by the sum of the changes.
+    Running averages (of a batch norm, of the moments of `inner_loop.carry=true`) are combined as if the tasks
+    had updated them one after the other. Other floating point buffers move by the mean of the ranks' changes,
+    weighted by their tasks, and counters by the sum of the changes.
 
     Args:
         ranks: the processes.
@@ -91,9 +90,9 @@ class SharedGradient:
 def averages_of(layer: nn.Module) -> dict[Tensor, tuple[float, Tensor]]:
     """The running averages of a layer that forget exponentially: the momentum and the counter of each."""
     if isinstance(layer, CarriedMoment):
-        return {average: (1 - layer.beta2, layer.steps) for average in layer.averages.values()}
+        return dict.fromkeys(layer.averages.values(), (1 - layer.beta2, layer.steps))
     if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is not None:
-        averages = layer.running_mean, layer.running_var
-        counter = layer.num_batches_tracked
-        return {each: (layer.momentum, counter) for each in averages if each is not None and counter is not None}
+        averages, counter = (layer.running_mean, layer.running_var), layer.num_batches_tracked
+        if counter is not None:
+            return {each: (layer.momentum, counter) for each in averages if each is not None}
     return {}

@@ -35,7 +35,8 @@ def algorithms(name: str) -> Algorithm:
     if name == "protonet":
         return ProtoNet(Conv4(SHAPE, 4, norm="running")).double()
     if name == "reptile":
-        return Reptile(Conv4(SHAPE, 4, norm="layer"), Adam(0.01, 2, epsilon=1e-3, carry=True), 3, batch=4).double()
+        inner_loop = Adam(0.01, 2, epsilon=1e-3, carry=True)
+        return Reptile(Conv4(SHAPE, 4, norm="layer"), inner_loop, 3, batch=4).double()
     if name == "tiny":
         return ProtoNet(MLP(SHAPE, hidden=(4,))).double()
     return MAML(Conv4(SHAPE, 4), SGD(0.1, 2), 3).double()

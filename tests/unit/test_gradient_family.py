@@ -487,7 +487,8 @@ def one_after_another(net: nn.Module, tasks: Episodes, steps: int, at_once: int)
             for _ in range(steps):
                 inner.zero_grad()
                 x = torch.cat([tasks.support_x[t], tasks.query_x[t]])
-                nn.functional.cross_entropy(net(x), torch.cat([tasks.support_y[t], tasks.query_y[t]])).backward()
+                y = torch.cat([tasks.support_y[t], tasks.query_y[t]])
+                nn.functional.cross_entropy(net(x), y).backward()
                 gradients.append([p.grad.clone() for p in net.parameters()])
                 inner.step()
             for p, old, total in zip(net.parameters(), theta, moved, strict=True):

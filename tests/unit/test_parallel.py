@@ -46,7 +46,7 @@ def backbone(norm: str) -> nn.Module:
 
 
 def algorithms() -> dict[str, Algorithm]:
-    """Of each kind: second-order, with random mini-batches and a carried moment, with running averages, with noise."""
+    """Second-order, with random mini-batches and a carried moment, with running averages, with noise."""
     torch.manual_seed(0)
     return {
         "maml": MAML(backbone("batch"), SGD(0.1, 2), 3),
