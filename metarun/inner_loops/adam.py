@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.errors import check_above_0, check_bound
-from metarun.inner_loops.base import InnerLoop, Loss, rows
+from metarun.inner_loops.base import InnerLoop, Loss, PerWeight, rows
 from metarun.nn.per_task import Params
 
 
@@ -95,21 +95,21 @@ class CarriedMoment(nn.Module):
 
     def __init__(self, weights: Params, beta2: float) -> None:
         super().__init__()
-        self.beta2, self.names = beta2, {name: f"of {name}".replace(".", "/") for name in weights}
+        self.beta2, self.keys = beta2, {name: PerWeight.key(name) for name in weights}
         for name, weight in weights.items():
-            self.register_buffer(self.names[name], torch.zeros_like(weight))
+            self.register_buffer(f"average/{self.keys[name]}", torch.zeros_like(weight))
             # What the tasks of the current meta-batch start with, also if they run in several chunks.
-            self.register_buffer(f"before {self.names[name]}", torch.zeros_like(weight), persistent=False)
+            self.register_buffer(f"before/{self.keys[name]}", torch.zeros_like(weight), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("steps_before", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(of) for name, of in self.names.items()}
+        return {name: self.get_buffer(f"average/{key}") for name, key in self.keys.items()}
 
     @property
     def before(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(f"before {of}") for name, of in self.names.items()}
+        return {name: self.get_buffer(f"before/{key}") for name, key in self.keys.items()}
 
     def at_iteration(self, iteration: int) -> None:
         """Called before every outer step."""
