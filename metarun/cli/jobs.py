@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +21,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metarun.cli.search import OPTUNA, trial_folder
+from metarun.cli.shared import COMMAND, REFUSED, read_by_some, without_unread
 from metarun.commands.sweeps import content_of_job
 from metarun.config.changes import changes_the_end, differing, key_of, may_change
 from metarun.config.comments import without_pairing
-from metarun.config.unread import drop_leftovers
+from metarun.config.unread import drop_leftovers, is_option
 from metarun.errors import ConfigError
 from metarun.training.records import NOT_FINISHED
 
-REFUSED = "refused"  # in the config of a job that cannot be composed: the reason
+SWEPT = re.compile(r"=.*(,|\b(choice|range|interval|tag|glob)\()")  # the values of a search
 State = Literal["new", "stopped", "failed", "done"]
 
 
 class SweepLoader(ConfigLoaderImpl):
-    """Composes the configs of a sweep, which may have jobs that lack some of the settings."""
+    """Composes the configs of a sweep, which may have jobs that lack some of the settings.
+
+    Attributes:
+        shared: settings that some job of the sweep reads, so that others are composed without them.
+    """
+
+    shared: frozenset[str] = frozenset()
 
     def load_configuration(
         self,
@@ -65,12 +73,33 @@ class SweepLoader(ConfigLoaderImpl):
 
         The folder of the sweep is absolute in it: a process on another machine may be started in any folder.
         """
-        config = self.composed(master_config, sweep_overrides)
+        _, config = self.without_unread(master_config, sweep_overrides)
         sweep: Any = OmegaConf.to_container(config.hydra.sweep)  # in which nothing is resolved yet
         config.hydra.sweep.dir = os.path.join(os.getcwd().replace("${", "\\${"), sweep["dir"])
         if config.hydra.sweeper["_target_"] == OPTUNA and sweep["subdir"] == "${hydra:job.num}":
             config.hydra.sweep.subdir = trial_folder(sweep_overrides)
         return config
+
+    def share(self, master_config: DictConfig, jobs: Sequence[list[str]]) -> None:
+        """Find out what jobs of a sweep may leave out; they are not known before a search."""
+        if master_config.hydra.job.config_name != COMMAND:
+            return
+        if jobs:
+            self.shared = read_by_some(jobs, lambda words: self.composed(master_config, words))
+            return
+        params = (
+            f"{key}={value}" for key, value in (master_config.hydra.sweeper.get("params") or {}).items()
+        )
+        words = [*params, *master_config.hydra.overrides.task]
+        if any(is_option(word) and SWEPT.search(word) for word in words):
+            self.shared = frozenset(map(key_of, words))
+
+    def without_unread(self, master_config: DictConfig, words: list[str]) -> tuple[list[str], DictConfig]:
+        """The overrides of a job without those that other jobs are for, and its config with them."""
+        try:
+            return without_unread(words, self.shared, lambda kept: self.composed(master_config, kept))
+        except Exception:  # of a setting that the job refuses
+            return words, self.composed(master_config, words)
 
     def composed(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """The config of a job, as Hydra composes it or with the reason why that is not possible."""
@@ -86,12 +115,22 @@ class SweepLoader(ConfigLoaderImpl):
             with open_dict(config):
                 config[REFUSED] = message
             config.hydra.overrides.task = sweep_overrides
+            name_options(config, sweep_overrides)
             parsed = OverridesParser.create(config_loader=self).parse_overrides(sweep_overrides)
             look = config.hydra.job.config.override_dirname
             config.hydra.job.override_dirname = get_overrides_dirname(
                 parsed, look.exclude_keys, look.item_sep, look.kv_sep
             )
             return config
+
+
+def name_options(config: DictConfig, words: Sequence[str]) -> None:
+    """Note the options of a job that cannot be composed, as far as its overrides tell them."""
+    options = {key_of(word): word.partition("=")[2] for word in words if is_option(word)}
+    with open_dict(config):
+        if "recipe" in options:  # which has chosen others
+            config.hydra.runtime.choices = {}
+        config.hydra.runtime.choices.update(options)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -17,8 +16,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from metarun.cli.jobs import REFUSED, definition, is_kept, other_job, state_of
+from metarun.cli.jobs import SWEPT, SweepLoader, definition, is_kept, other_job, state_of
 from metarun.cli.search import OPTUNA, prepare_search
+from metarun.cli.shared import REFUSED
 from metarun.commands.sweeps import (
     Row,
     content_of_job,
@@ -38,7 +38,6 @@ from metarun.training.interrupts import OutOfTime, Requests, deadline, stop_requ
 from metarun.training.records import NOT_FINISHED, write_failure
 
 OUT_OF_TIME = f"{NOT_FINISHED}: stop.minutes is over"
-SWEPT = re.compile(r"=.*(,|\b(choice|range|interval|tag|glob)\()")  # the values of a search
 LOCK = contextlib.ExitStack()  # holds the lock of the sweep of this process; locks cannot be sent to workers
 LOCKED = ".sweep.lock"
 
@@ -76,14 +75,18 @@ class SweepTable(Callback):
         if self.retry not in ("failed", "none"):
             stop_with(f"retry={self.retry}: must be failed (try failed jobs again) or none (leave them)")
         self.folder, self.command = (folder := Path(config.hydra.sweep.dir)), config.hydra.job.config_name
-        self.jobs = [without_pairing(words) for words in planned_jobs(config)]
-        fixed = [word for word in config.hydra.overrides.task if not SWEPT.search(word)]
-        self.typed = {key_of(word) for word in fixed}
+        jobs, loader = planned_jobs(config), loader_of_sweep()
+        loader.share(config, jobs)
+        self.fixed = [word for word in config.hydra.overrides.task if not SWEPT.search(word)]
+        self.planned = [without_pairing(words) for words in jobs]
         self.again = is_sweep(folder)
+        if self.again:  # the records of jobs say with which settings they ran
+            jobs = [loader.without_unread(config, words)[0] for words in jobs]
+        self.jobs = [without_pairing(words) for words in jobs]
         sweep: Any = OmegaConf.to_container(config.hydra.sweep)  # in which nothing is resolved
         if self.again and sweep["subdir"] == "${hydra:job.num}":
             self.check_same_jobs()
-        check_one_composes(config, self.jobs)
+        check_one_composes(config, self.planned)
         prepare_launcher(config.hydra.launcher)
         folder.mkdir(parents=True, exist_ok=True)
         if not LOCK.enter_context(locked(folder / "sweep")):
@@ -114,14 +117,21 @@ class SweepTable(Callback):
         if jobs:
             words = [word for word in words if not all(word in job for job in jobs)]
         else:
-            words = [word for word in words if key_of(word) not in self.typed]
+            words = [word for word in words if key_of(word) not in map(key_of, self.fixed)]
         name = f"job {number + 1}{f' of {len(jobs)}' if jobs else ''}: {' '.join(words)}".rstrip(": ")
         inform(f"{name} ({state} before)" if kept else name)
         if not kept:
+            self.say_what_is_left_out(number, config.hydra.overrides.task)
             again = f"; metarun train resume={relative(folder)} continues it"
             train = config.hydra.job.config_name == "train"
             record_failure(folder, NOT_FINISHED + (again if train else ""))
         self.write()
+
+    def say_what_is_left_out(self, number: int, words: Iterable[str]) -> None:
+        """Print a line for each typed setting that a job runs without."""
+        typed, kept = self.planned[number] if self.planned else self.fixed, set(map(key_of, words))
+        for word in (each for each in typed if key_of(each) not in kept):
+            inform(f"{word}: nothing reads it in this job, which runs without it")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
@@ -224,9 +234,16 @@ def prepare_launcher(launcher: DictConfig) -> None:
             launcher.ray.init.setdefault("object_store_memory", None)
 
 
+def loader_of_sweep() -> SweepLoader:
+    """What composes the configs of the jobs, also in processes that a launcher starts."""
+    loader = GlobalHydra.instance().config_loader()
+    assert isinstance(loader, SweepLoader)
+    return loader
+
+
 def check_one_composes(config: DictConfig, jobs: list[list[str]]) -> None:
     """Exit with status 1 if the settings of every job are refused, which is no sweep but a mistake."""
-    loader, reason = GlobalHydra.instance().config_loader(), ""
+    loader, reason = loader_of_sweep(), ""
     for words in jobs:
         message = loader.load_sweep_config(config, words).get(REFUSED)
         if message is None:
@@ -288,7 +305,13 @@ def record_failure(folder: Path, message: str) -> None:
 
     Other files in the folder of the job are not changed. A full disk leaves the file as it was.
     """
-    write_failure(folder, without_pairing(HydraConfig.get().overrides.task), message)
+    hydra = HydraConfig.get()
+    choices = {
+        str(group): option
+        for group, option in hydra.runtime.choices.items()
+        if isinstance(option, str) and not str(group).startswith("hydra/")
+    }
+    write_failure(folder, without_pairing(hydra.overrides.task), message, choices)
 
 
 def record_success(folder: Path, value: float | None) -> None:

@@ -97,10 +97,10 @@ def table_of(results: dict[str, Row]) -> Table:
 
 
 def swept_settings(results: dict[str, Row]) -> list[str]:
-    """The typed settings that differ between jobs."""
+    """The typed settings that differ between the jobs that have them."""
     settings = [typed(result) for result in results.values()]
     keys = dict.fromkeys(key for own in settings for key in own)
-    return [key for key in keys if len({own.get(key) for own in settings}) > 1]
+    return [key for key in keys if len({own[key] for own in settings if key in own}) > 1]
 
 
 def over_seeds(results: dict[str, Row]) -> list[Row]:

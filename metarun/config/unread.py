@@ -20,12 +20,18 @@ from metarun.errors import ConfigError
 
 def check_read(cfg: DictConfig, frame: type, typed: Collection[str]) -> None:
     """Raise ConfigError for the first typed setting that nothing reads."""
+    check_methods(cfg, typed)
+    for override, reason in without_effect(cfg, frame, typed):
+        raise ConfigError(f"{override}: nothing reads it {reason}")
+
+
+def without_effect(cfg: DictConfig, frame: type, typed: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The typed settings that nothing reads, each with the reason."""
     ignored = unread(cfg, frame, OmegaConf.to_yaml(in_use(cfg))) | unread_by_classes(cfg)
     exempt = {name for each in fields(frame) for name in each.metadata.get("but", ())}
     # That there is nothing, as in inner_loop=none, is true where nothing reads it.
     empty = {key_of(each) for each in typed if is_option(each) and not cfg.get(key_of(each), True)}
-    check_methods(cfg, typed)
-    refuse(ignored, [each for each in typed if key_of(each) not in exempt | empty])
+    yield from among(ignored, [each for each in typed if key_of(each) not in exempt | empty])
 
 
 def check_methods(cfg: DictConfig, typed: Iterable[str]) -> None:
@@ -55,11 +61,17 @@ def class_of_method(option: str) -> type:
 
 def refuse(ignored: Mapping[str, str], typed: Iterable[str]) -> None:
     """Raise ConfigError for the first typed setting among those that nothing reads, which have reasons."""
+    for override, reason in among(ignored, typed):
+        raise ConfigError(f"{override}: nothing reads it {reason}")
+
+
+def among(settings: Mapping[str, str], typed: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The typed settings that are among some, or in a group that is, each with the reason of that."""
     for override in typed:
-        key = key_of(override)
-        for name, reason in ignored.items():
-            if key == name or key.startswith(f"{name}."):
-                raise ConfigError(f"{override}: nothing reads it {reason}")
+        for name, reason in settings.items():
+            if f"{key_of(override)}.".startswith(f"{name}."):
+                yield override, reason
+                break
 
 
 def unread(cfg: DictConfig, frame: type, references: str, prefix: str = "") -> dict[str, str]:

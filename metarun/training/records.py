@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -110,16 +110,20 @@ def record_of(folder: Path) -> Record:
     )
 
 
-def write_failure(folder: Path, overrides: list[str], error: str) -> None:
+def write_failure(
+    folder: Path, overrides: list[str], error: str, choices: Mapping[str, Any] | None = None
+) -> None:
     """Write failure.json: why a run, or another job of a sweep, has failed. A full disk leaves it unsaid.
 
     Args:
         folder: of the run.
         overrides: the typed settings.
         error: in one line.
+        choices: the options of its groups, of a job that may fail before its settings are written.
     """
     with contextlib.suppress(OSError):
-        write_json(folder / "failure.json", {"overrides": overrides, "error": error})
+        content: dict[str, Any] = {"overrides": overrides, "error": error}
+        write_json(folder / "failure.json", content | ({"choices": choices} if choices else {}))
 
 
 def started(folder: Path) -> float:
@@ -190,14 +194,17 @@ def verdicts_of(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def choices_of(folder: Path, result: dict[str, Any]) -> dict[str, str]:
-    """The options of the groups of a run, from Hydra's record; else from its name."""
+    """The options of the groups of a run, from Hydra's record; else from its name, or its failure."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         text = read_regular(folder / ".hydra" / "hydra.yaml").decode()
         if found := CHOICES.search(text):
             pairs = (line.strip().partition(": ") for line in found[1].splitlines())
             return {name: printable(option) for name, _, option in pairs if option and option != "null"}
-    named = re.match(r"(\S+)(?: \S+=\S+)* on ([^,]+),", str(result.get("name", "")))
-    return dict(zip(("algorithm", "dataset"), map(printable, named.groups()), strict=True)) if named else {}
+    if named := re.match(r"(\S+)(?: \S+=\S+)* on ([^,]+),", str(result.get("name", ""))):
+        return dict(zip(("algorithm", "dataset"), map(printable, named.groups()), strict=True))
+    noted = content_of(folder / "failure.json").get("choices")
+    options = noted if isinstance(noted, dict) else {}
+    return {name: printable(option) for name, option in options.items() if isinstance(option, str)}
 
 
 def settings_of(folder: Path) -> dict[str, str | bool]:

@@ -131,17 +131,38 @@ def test_a_sweep_ends_with_one_table_and_is_not_overwritten_by_another(metarun, 
     assert metarun("runs", "-m", "folder=sweep", "show=1,2").stdout.count("4 runs in sweep") == 2
 
 
-def test_settings_that_some_jobs_lack_are_refused_in_their_rows(metarun, tmp_path: Path):
-    """Also if the default options lack them, or the options of all jobs have them."""
-    words = ["train", "-m", *UNTESTED, "iterations=1", "inner_loop.steps=2", "sweep=sweep"]
-    done = metarun(*words, "algorithm=matching,anil,maml", status=1)
-    refused, *rows = csv.DictReader((tmp_path / "sweep/sweep.csv").read_text().splitlines())
-    assert refused["error"].startswith("inner_loop.steps: ") and refused["algorithm"] == "matching"
-    assert [row["error"] for row in rows] == ["", ""]
-    assert refused["error"] in done.stderr
-    again = metarun(*words, "algorithm=matching,anil,maml", "retry=none", status=1)
+def test_a_job_runs_without_settings_that_only_other_jobs_read(metarun, tmp_path: Path):
+    """Its config lacks inner_loop.steps; nothing in it reads inner_rate, nor an inner loop."""
+    only = ["inner_loop=sgd", "inner_loop.steps=2", "inner_rate=0.1"]
+    words = ["train", "-m", *UNTESTED, "iterations=1", *only, "sweep=sweep"]
+    done = metarun(*words, "algorithm=matching,anil")
+    for word in only:
+        assert done.stderr.count(f"{word}: nothing reads it in this job, which runs without it") == 1
+    first, second = csv.DictReader((tmp_path / "sweep/sweep.csv").read_text().splitlines())
+    assert (first["inner_rate"], second["inner_rate"]) == ("", "0.1")
+    notes = checkpoint.load(tmp_path / "sweep/0/last.pt")
+    assert not set(only) & set(notes["overrides"]) and notes["config"]["inner_loop"] is None
+    again = metarun(*words, "algorithm=matching,anil")
+    assert "job 1 of 2: algorithm=matching (done before)" in again.stderr and again.stderr.count("\n") == 2
+    other = metarun(*words, "algorithm=protonet,anil", status=1).stderr
+    assert "contains another sweep, whose job 0 has another algorithm;" in other
+
+
+def test_settings_that_no_job_reads_are_refused_in_the_rows_of_all(metarun, tmp_path: Path):
+    words = ["train", "-m", *UNTESTED, "iterations=1", "sweep=sweep", "algorithm=matching,protonet,nosuch"]
+    metarun(*words, "inner_rate=0.1", status=1)
+    rows = list(csv.DictReader((tmp_path / "sweep/sweep.csv").read_text().splitlines()))
+    refused = "inner_rate=0.1: nothing reads it here; leave it out"
+    assert [row["error"] for row in rows[:2]] == [refused, refused]
+    assert "algorithm=nosuch: no such algorithm" in rows[2]["error"]
+    listed = metarun("runs", "sweep").stdout
+    for method, error in {"matching": refused, "protonet": refused, "nosuch": "algorithm=nosuch: no"}.items():
+        assert re.search(rf" {method} +glyphs +failed\n +sweep/\d: {error}", listed)
+    again = metarun(*words, "inner_rate=0.1", "retry=none", status=1)
     assert "job 1 of 3: algorithm=matching (failed before)" in again.stderr
     assert "error" not in again.stderr
+    typo = metarun("train", "-m", *UNTESTED, "algorithm=maml,matching", "inner_loop.stps=2", status=1)
+    assert "no such setting" in typo.stderr and not typo.stdout
     assert "retry=all: must be failed" in metarun(*words, "retry=all", status=1).stderr
     assert "retry=none: is only read in a sweep" in metarun("train", "retry=none", status=1).stderr
 
