@@ -55,6 +55,7 @@ class SweepLoader(ConfigLoaderImpl):
         try:
             config = super().load_configuration(config_name, overrides, *rest)
             drop_leftovers(config, config.hydra.overrides.task)
+            name_classes(config)
             return config
         except Exception:
             if run_mode != RunMode.MULTIRUN:
@@ -122,6 +123,15 @@ class SweepLoader(ConfigLoaderImpl):
                 parsed, look.exclude_keys, look.item_sep, look.kv_sep
             )
             return config
+
+
+def name_classes(config: DictConfig) -> None:
+    """Note typed classes, `backbone._target_=my_package.Net`, as the choices of their groups."""
+    choices = config.hydra.runtime.choices
+    for word in config.hydra.overrides.task:
+        group, _, name = key_of(word).rpartition(".")
+        if name == "_target_" and group in choices:
+            choices[group] = word.partition("=")[2]
 
 
 def name_options(config: DictConfig, words: Sequence[str]) -> None:

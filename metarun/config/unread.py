@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from metarun.config.changes import key_of
 from metarun.config.comments import METHODS, facts
 from metarun.config.paths import CONF
+from metarun.config.targets import load_class
 from metarun.errors import ConfigError
 
 
@@ -164,7 +165,8 @@ def is_typed(key: str, typed: Collection[str]) -> bool:
 
 
 def drop_leftovers(cfg: DictConfig, typed: Collection[str]) -> None:
-    """Remove what a recipe sets in a group for which an option without a class is typed.
+    """Remove what a recipe sets in a group for which an option without a class is typed, and settings of an
+    option in whose place a class is typed that does not take them.
 
     Args:
         cfg: the composed config, which is changed.
@@ -176,6 +178,23 @@ def drop_leftovers(cfg: DictConfig, typed: Collection[str]) -> None:
             with open_dict(cfg):
                 for key in [key for key in node if not is_typed(f"{group}.{key}", typed)]:
                     del node[key]
+    for group, _, name in (key_of(override).rpartition(".") for override in typed):
+        if name == "_target_" and is_option(group) and OmegaConf.is_dict(cfg.get(group)):
+            drop_unknown(cfg[group], group, typed)
+
+
+def drop_unknown(node: DictConfig, group: str, typed: Collection[str]) -> None:
+    """Remove the settings of a group that are not typed and that its class does not take."""
+    try:
+        parameters = inspect.signature(load_class(group, node.get("_target_"))).parameters
+    except (ConfigError, ValueError):  # which `check` reports
+        return
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
+    with open_dict(node):
+        for key in [key for key in map(str, node) if key != "_target_" and key not in parameters]:
+            if not is_typed(f"{group}.{key}", typed):
+                del node[key]
 
 
 def is_option(override: str) -> bool:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "adding_an_algorithm.md").read_text("utf-8")
 FILES = re.findall(r"^```(?:python|yaml)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -74,6 +75,25 @@ class Fixed(nn.Module):
     def forward(self, x):
         return nn.functional.conv2d(x, self.filters, stride=4).relu().amax((2, 3))
 """
+
+
+def test_a_typed_class_gets_no_settings_that_it_does_not_take(metarun, own_folder: Path):
+    (own_folder / "my_package" / "fixed.py").write_text(FIXED)
+    words = [
+        "backbone._target_=my_package.fixed.Fixed",
+        *SMALL,
+        *GLYPHS[:1],
+        "dataset.size=17",
+        "iterations=0",
+    ]
+    done = metarun("train", *words)
+    assert "protonet backbone=my_package.fixed.Fixed on glyphs" in done.stderr
+    backbone = OmegaConf.load(own_folder / "run" / ".hydra" / "config.yaml").backbone
+    assert backbone == {"_target_": "my_package.fixed.Fixed"}
+    done = metarun("train", *words, "backbone.slope=0.1", "hydra.run.dir=other", status=1)
+    assert "backbone.slope: backbone=my_package.fixed.Fixed has no setting 'slope'" in done.stderr
+    done = metarun("train", "backbone._target_=my_package.fixed.Lost", status=1)
+    assert "backbone._target_=my_package.fixed.Lost: import failed" in done.stderr
 
 
 def test_a_frozen_network_is_tested_without_training_and_embeds_each_image_once(metarun, own_folder: Path):
