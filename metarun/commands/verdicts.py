@@ -74,29 +74,44 @@ def verdicts_of(cells: Sequence[Cell], command: EvalConfig) -> list[Verdict]:
     return found
 
 
-def report_verdicts(found: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """Print a table of the verdicts, if there are any; returns them as plain values for a result file."""
-    if not found:
-        return []
-    table = Table(title="beside the paper", box=None, padding=(0, 2, 0, 0))
-    if with_models := any(each.here.model for each in found):
-        table.add_column("model", overflow="fold")
-    table.add_column("task", no_wrap=not with_models)
+def table_of(found: Sequence[Verdict], model: str) -> Table:
+    """The table of the verdicts on one model; its name is "" if there are no others."""
+    table = Table(title=Text(f"{model} beside the paper".strip()), box=None, padding=(0, 2, 0, 0))
+    table.add_column("task", no_wrap=True)
     for heading in ("published", "here", "difference"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold")
+    table.add_column("verdict")
     for each in found:
         here, unit = each.here, " %" if each.here.scale == 100 else ""
         mean, half = here.scale * here.mean, here.scale * here.interval
         table.add_row(
-            *([Text(here.model)] * with_models),
             each.published.task,
             each.published.shown,
             f"{mean:.2f} ± {half:.2f}{unit}" if unit else f"{mean:.4g} ± {half:.2g}",
             f"{each.difference:+.2f}{unit}" if unit else f"{each.difference:+.4g}",
-            Text(each.words, style=STYLES[each.kind]),
+            Text(each.words.partition(": ")[0], style=STYLES[each.kind]),
         )
-    console.print(table)
+    return table
+
+
+def differences(found: Sequence[Verdict]) -> list[str]:
+    """What differs from the papers' protocols, in lines of their own: a cell would break long settings."""
+    tasks: dict[str, list[str]] = {}
+    for each in found:
+        if what := each.words.partition(": ")[2]:
+            tasks.setdefault(what, []).append(each.published.task)
+    return [f"another protocol ({', '.join(own)}): {what}" for what, own in tasks.items()]
+
+
+def report_verdicts(found: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Print a table of the verdicts of each model, if any; returns them as plain values for a result file."""
+    if not found:
+        return []
+    for model in dict.fromkeys(each.here.model for each in found):
+        own = [each for each in found if each.here.model == model]
+        console.print(table_of(own, model))
+        for line in differences(own):
+            console.print(Text(line), soft_wrap=True)
     papers = dict.fromkeys(f"{each.published.paper}, {each.published.where}" for each in found)
     console.print(Text(f"published: {'; '.join(papers)}"), soft_wrap=True)
     return [

@@ -12,16 +12,32 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from metarun.commands.verdicts import report_verdicts
 from metarun.config.paths import CONF
 from metarun.config.published import Outcome, Published, published_in, verdict, verdicts
 from metarun.config.schema import register_frames
 from metarun.errors import ConfigError
+from metarun.reporting.console import TextConsole
 from metarun.training.records import record_of
 
 RECIPES = sorted((CONF / "recipe").glob("*.yaml"))
 PAPER = Published("A et al. 2020", "table 1", "maml", "omniglot", "conv4", 5, 1, 98.7, 0.4, 600, True)
 CHOICES = {"algorithm": "maml", "dataset": "omniglot", "backbone": "conv4"}
 HERE = Outcome("accuracy", 100, True, 0.981, 0.004, 5, 1, True, CHOICES, ["recipe=x", "dataset.root=y"])
+
+
+def test_long_settings_and_names_of_models_are_not_broken(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("metarun.commands.verdicts.console", TextConsole())
+    model, choices = "maml_plus_plus norm=task train_tasks=umtra", CHOICES | {"backbone": "long_network" * 4}
+    outcomes = [replace(HERE, model=model, choices=choices), replace(HERE, model="maml")]
+    report_verdicts([verdict(PAPER, each) for each in outcomes])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{model} beside the paper" in [line.strip() for line in lines]
+    assert f"another protocol (5-way 1-shot): backbone={'long_network' * 4}" in lines
+    assert all(len(line) <= 80 for line in lines if not line.startswith("another protocol ("))
+    first, second = (line.rstrip() for line in lines if " ± " in line)
+    assert first.endswith("  another protocol") and second.endswith("  short by 0.60 %")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
