@@ -27,6 +27,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 TOOLS = ("python3 -m venv", "pip install", "pytest", "ruff", "mypy", "python -m benchmarks", ". .venv")
 TOOLS += ("torchrun",)  # of PyTorch; tests/commands/test_ranks.py runs it
 TOOLS += ("ray start",)  # of Ray
+TOOLS += ("export CUDA_MPS_", "mkdir -p /tmp/mps", "nvidia-cuda-mps-control")  # of CUDA
 EXAMPLES = [main.HELP, *(path.read_text("utf-8") for path in sorted(CONF.glob("*.yaml")))]
 
 
