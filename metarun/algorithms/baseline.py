@@ -18,7 +18,7 @@ from metarun.algorithms.feature_method import (
     squared_distances,
 )
 from metarun.errors import check_above_0
-from metarun.inner_loops.base import InnerLoop, refuse_learned
+from metarun.inner_loops.base import InnerLoop, refuse_trained
 from metarun.nn.per_task import Params
 from metarun.tasks.episodes import Episodes, Outcome
 from metarun.tasks.objectives import class_weights, cross_entropy
@@ -107,7 +107,7 @@ class Baseline(Classifier):
         cosine: bool = False,
         scale: float = 10.0,
     ) -> None:
-        refuse_learned(inner_loop, "pretraining takes no inner steps")
+        refuse_trained(inner_loop, "pretraining takes no inner steps")
         super().__init__(backbone, classes, cosine, scale)
         self.inner_loop = inner_loop
         inner_loop.attach({name: p[0] for name, p in self.new_head(1, 1, torch.zeros(())).items()})

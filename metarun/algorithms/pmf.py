@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from metarun.algorithms.feature_method import prototypes, require
 from metarun.algorithms.protonet import ProtoNet
-from metarun.inner_loops.base import InnerLoop, Loss, refuse_learned
+from metarun.inner_loops.base import InnerLoop, Loss, refuse_trained
 from metarun.nn.per_task import Params, shared_names
 from metarun.tasks.episodes import Episodes
 from metarun.tasks.objectives import class_weights, cross_entropy
@@ -57,7 +57,7 @@ class PMF(ProtoNet):
     def __init__(
         self, backbone: nn.Module, inner_loop: InnerLoop, scale: float = 10.0, augment: float = 0.9
     ) -> None:
-        refuse_learned(inner_loop, "meta-training takes no inner steps")
+        refuse_trained(inner_loop, "meta-training takes no inner steps")
         require(0 <= augment <= 1, f"algorithm.augment={augment}: must be from 0 to 1")
         super().__init__(backbone, "cosine", scale, learn_scale=True)
         self.inner_loop, self.augment = inner_loop, augment

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from metarun.algorithms.maml import MAML
-from metarun.inner_loops.base import InnerLoop, refuse_learned
+from metarun.inner_loops.base import InnerLoop, refuse_trained
 from metarun.tasks.episodes import Episodes, Outcome
 from metarun.tasks.rollouts import Rollouts
 
@@ -44,7 +44,7 @@ class Pretrain(MAML):
         transductive: bool = True,
         constants: int = 0,
     ) -> None:
-        refuse_learned(inner_loop, "pretraining takes no inner steps")
+        refuse_trained(inner_loop, "pretraining takes no inner steps")
         super().__init__(
             backbone,
             inner_loop,

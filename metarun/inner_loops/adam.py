@@ -40,33 +40,34 @@ class Adam(InnerLoop):
         check_bound("inner_loop", betas, lambda beta: 0 <= beta < 1, "at least 0 and below 1")
         check_above_0("inner_loop", epsilon=epsilon)
         self.rate, self.beta1, self.beta2, self.epsilon = rate, beta1, beta2, epsilon
-        self.carry = carry
+        self.carries = carry
         self.moment: CarriedMoment | None = None
 
     def attach(self, weights: Params) -> None:
-        self.moment = CarriedMoment(weights, self.beta2) if self.carry else None
+        self.moment = CarriedMoment(weights, self.beta2) if self.carries else None
 
     def trajectory(self, loss: Loss, params: Params) -> Iterator[Params]:
         first = {name: torch.zeros_like(p) for name, p in params.items()}
-        second: Params = first
+        own = first  # what the gradients of the task add to the second moment
+        carried: Params = {}
         steps_before: Tensor | int = 0
         if self.moment is not None:
-            second, steps_before = self.moment.start(params, self.training)
+            carried, steps_before = self.moment.start(params, self.training)
         steps = self.step_count()
         for step in range(steps):
             grads = self.gradients(loss, params, step)
             correct1, correct2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (steps_before + step + 1)
             first = {name: self.beta1 * first[name] + (1 - self.beta1) * g for name, g in grads.items()}
-            second = {
-                name: self.beta2 * second[name] + (1 - self.beta2) * g.square() for name, g in grads.items()
-            }
+            own = {name: self.beta2 * own[name] + (1 - self.beta2) * g.square() for name, g in grads.items()}
+            kept = self.beta2 ** (step + 1)
+            second = own | {name: own[name] + kept * each for name, each in carried.items()}
             params = {
                 name: p
                 - self.rate_of(name) * first[name] / correct1 / (root(second[name] / correct2) + self.epsilon)
                 for name, p in params.items()
             }
             if self.moment is not None and self.training and step == steps - 1:
-                self.moment.update(second, steps)
+                self.moment.update(own, steps)
             yield params
 
     def rate_of(self, name: str) -> float:
@@ -79,7 +80,7 @@ class CarriedMoment(nn.Module):
 
     Departure from Reptile's code, which runs tasks one after another: all tasks of a meta-batch start with
     the moment before it. The moment after it contains their squared gradients as if they had followed each
-    other.
+    other. If tasks have fewer ways than the head, the mean over their ways counts for the others.
 
     Args:
         weights: the adapted weights by name, [*shape] each.
@@ -122,16 +123,20 @@ class CarriedMoment(nn.Module):
         moments, steps = (self.before, self.steps_before) if training else (self.averages, self.steps)
         return {name: rows(moments[name], p).expand_as(p) for name, p in params.items()}, steps.double()
 
-    def update(self, ends: Params, steps: int) -> None:
+    def update(self, additions: Params, steps: int) -> None:
         """Add what the tasks of a chunk have added to the moment in their `steps`, [T, *shape] each."""
-        for name, end in ends.items():
-            tasks, average = len(end), rows(self.averages[name], end)
-            added = end.detach() - self.beta2**steps * rows(self.before[name], end)
-            if added.shape[1:] != average.shape:  # the rows of a shared head are copies of one vector
-                added = added.mean(1, keepdim=True)
-            later = torch.arange(tasks - 1, -1, -1, device=end.device)  # the tasks that follow each
-            factors = (self.beta2 ** (later * steps).double()).to(end.dtype)
-            average.mul_(self.beta2 ** (steps * tasks)).add_(torch.tensordot(factors, added, 1))
+        for name, added in additions.items():
+            tasks, average = len(added), self.averages[name]
+            later = torch.arange(tasks - 1, -1, -1, device=added.device)  # the tasks that follow each
+            factors = (self.beta2 ** (later * steps).double()).to(added.dtype)
+            total = torch.tensordot(factors, added.detach(), 1)
+            if (
+                total.shape != average.shape
+            ):  # of a head: a vector for all ways, or more ways than in the task
+                missing = average.shape[0] - len(total)
+                mean = total.mean(0, keepdim=True)
+                total = mean if missing < 0 else torch.cat([total, *[mean] * missing])
+            average.mul_(self.beta2 ** (steps * tasks)).add_(total)
         self.steps += steps * tasks
 
 

@@ -34,6 +34,8 @@ class InnerLoop(nn.Module, ABC):
 
     #: Whether the rule has meta-parameters. Only a meta-gradient through the inner steps can train them.
     learned: bool = False
+    #: Whether training tasks leave something to later tasks, which start their inner steps with it.
+    carries: bool = False
 
     def __init__(self, steps: int, test_steps: int | None, order: int) -> None:
         super().__init__()
@@ -132,6 +134,16 @@ def refuse_learned(inner_loop: InnerLoop, reason: str) -> None:
         raise ConfigError(
             f"inner_loop={type(inner_loop).__name__}: it has meta-parameters, and {reason}; "
             "choose inner_loop=sgd or adam, or algorithm=maml"
+        )
+
+
+def refuse_trained(inner_loop: InnerLoop, reason: str) -> None:
+    """Raise ConfigError if training changes the inner loop, whose steps the method takes in tests only."""
+    refuse_learned(inner_loop, reason)
+    if inner_loop.carries:
+        raise ConfigError(
+            f"inner_loop.carry=true: carries on from training task to training task, and {reason}; "
+            "choose inner_loop=adam"
         )
 
 

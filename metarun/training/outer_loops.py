@@ -78,6 +78,16 @@ def require_sum(outer_loop: OuterLoop, ranks: Ranks, algorithm: Algorithm) -> No
         )
 
 
+def require_one_pass(outer_loop: OuterLoop, algorithm: Algorithm) -> None:
+    """Raise ConfigError if tasks leave something to later ones, and a task is adapted to several times."""
+    inner_loop = getattr(algorithm, "inner_loop", None)
+    if outer_loop.needs_rollouts and inner_loop is not None and inner_loop.carries:
+        raise ConfigError(
+            f"inner_loop.carry=true: outer_loop={type(outer_loop).__name__.lower()} takes the inner steps of "
+            "a task several times; choose inner_loop=adam, or outer_loop=gradient"
+        )
+
+
 class Gradient(OuterLoop):
     """One step of the optimizer along the meta-gradient."""
 

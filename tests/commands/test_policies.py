@@ -192,6 +192,7 @@ ERRORS = {
     "train dataset=navigation2d outer_loop.max_kl=-1": "error: outer_loop.max_kl=-1: must be above 0",
     "train dataset=bandit dataset.pulls=0": "error: dataset.pulls=0: must be at least 1",
     "train dataset=bandit algorithm=maml": "from the trajectories of the shots; set shots, as in shots=20",
+    "train dataset=navigation2d algorithm=maml inner_loop=adam_carried": "a task several times",
     "train dataset=bandit outer_loop=trpo": "another option here sets; leave outer_loop=trpo out",
 }
 

@@ -169,6 +169,7 @@ REFUSED_AS_BUILT = {
     "algorithm=maml norm=layer algorithm.transductive=false": "nothing reads it .*no layer here normalises",
     "algorithm=maml_plus_plus norm=layer algorithm.step_affine=true": "where the backbone has no batch norm",
     "algorithm=maml inner_loop=architecture_adam": "the backbone has no architecture to adapt",
+    "algorithm=pretrain inner_loop=adam_carried": "pretraining takes no inner steps; choose inner_loop=adam",
     "algorithm=hsml algorithm.clusters=[]": r"clusters=\[\]: must be the clusters of one or more levels",
     "algorithm=protonet algorithm.scale=0": "scale=0: must be above 0",
     "algorithm=oml ways=3": "algorithm.trajectory=3: leaves none of ways=3",

@@ -529,5 +529,24 @@ def test_a_carried_moment_is_that_of_one_optimizer_for_all_tasks(at_once: int):
         assert torch.equal(value, saved[name]), f"{name}: changed by an evaluation"
 
 
+@pytest.mark.parametrize("head", ["fixed", "shared"])
+def test_the_moment_of_a_head_with_other_ways(head):
+    """Of ways that no task has, the mean of the others; of a vector for all ways, the mean."""
+    tasks, outputs = vectors(tasks=1), 4 if head == "fixed" else 3
+    algorithm = Reptile(MLP((6,), hidden=(5,)), Adam(0.01, 1, carry=True), outputs, head, batch=0)
+    algorithm.start_step(0)
+    algorithm.meta_loss(tasks)
+    whole = tasks.joined()
+    weight = algorithm.learner.head.weight.detach()
+    rows = weight[:3].expand(3, -1).clone().requires_grad_()
+    features = algorithm.learner.backbone(whole.support_x[0])
+    logits = features @ rows.T + algorithm.learner.head.bias[:3]
+    gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, whole.support_y[0]), rows)[0]
+    own = 0.001 * gradient.square()
+    mean = own.mean(0, keepdim=True)
+    expected = torch.cat([own, mean]) if head == "fixed" else mean
+    torch.testing.assert_close(algorithm.inner_loop.moment.averages["head.weight"], expected)
+
+
 def parts_of(tasks: Episodes) -> tuple[Tensor, ...]:
     return tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, tasks.classes
