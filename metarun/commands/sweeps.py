@@ -146,12 +146,14 @@ def curves_of(results: dict[str, Row]) -> tuple[str, dict[str, dict[str, list[Ro
         points = [({key: typed(each).get(key, "") for key in swept}, each[split]) for each in jobs.values()]
     curves: dict[str, dict[str, list[Row]]] = {}
     for key in swept:
-        numbers = [(number(settings.get(key, "")), settings, score) for settings, score in points]
+        having = [(settings, score) for settings, score in points if settings.get(key, "") != ""]
+        numbers = [(number(settings[key]), settings, score) for settings, score in having]
         if any(x is None for x, *_ in numbers) or len({x for x, *_ in numbers}) < 2:
             continue
         own = curves.setdefault(key, {})
         for x, settings, score in numbers:
-            name = ", ".join(f"{other}={value}" for other, value in settings.items() if other != key)
+            others = {other: value for other, value in settings.items() if other != key and value != ""}
+            name = ", ".join(f"{other}={value}" for other, value in others.items())
             own.setdefault(name, []).append({"x": x, **score})
         if len(own) == len(numbers):  # a search, in which all settings are different
             curves[key] = {OTHERS_DIFFER: [point for points in own.values() for point in points]}

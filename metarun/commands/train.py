@@ -117,7 +117,10 @@ def train(cfg: DictConfig, folder: Path, resumed: Path | None, ranks: Ranks) -> 
             f"{folder / existing[0]}: this folder already contains a run; continue it with "
             f"resume={relative(folder)}, or choose another hydra.run.dir"
         )
-    check(cfg, "train", typed=chosen.overrides.task)
+    # A resumed config has values in place of references such as ${inner_rate}: what was typed at the start of
+    # the run is read, although nothing refers to it any more.
+    known = state["overrides"] if state else ()
+    check(cfg, "train", typed=[each for each in chosen.overrides.task if each not in known])
     cfg = in_use(cfg)
     ranks.require_equal(dict(flat(plain(cfg))), "start the same command on all machines")
     if state is None and ranks.first:

@@ -145,7 +145,8 @@ def test_a_run_that_ends_early_goes_on_as_if_it_had_not(metarun, tmp_path: Path)
 
 
 def test_the_same_command_starts_a_run_goes_on_and_ends(metarun, tmp_path: Path):
-    words = ["train", *TINY, "checkpoint.every=4", "resume=auto"]
+    # Others refer to `norm`, which a checkpoint has resolved.
+    words = ["train", *TINY, "checkpoint.every=4", "norm=layer", "resume=auto"]
     metarun(*words, "hydra.run.dir=whole")
     words += ["hydra.run.dir=stopped"]
     for owner, name, count, left in (

@@ -157,6 +157,8 @@ def test_points_of_a_sweep_are_means_over_seeds_and_search_points_are_not_joined
         "algorithm=maml": [0.1, 0.2],
         "algorithm=anil": [0.1, 0.2],
     }
+    without = {**job(0, "protonet", 0), "overrides": ["algorithm=protonet", "seed=0"]}  # which reads no rate
+    assert curves_of({str(i): each for i, each in enumerate([*grid, without])})[1] == curves
     del grid[0]["test"]
     split, curves = curves_of({str(i): each for i, each in enumerate(grid)})
     assert split == "validation"
