@@ -130,14 +130,20 @@ class CarriedMoment(nn.Module):
             later = torch.arange(tasks - 1, -1, -1, device=added.device)  # the tasks that follow each
             factors = (self.beta2 ** (later * steps).double()).to(added.dtype)
             total = torch.tensordot(factors, added.detach(), 1)
-            if (
-                total.shape != average.shape
-            ):  # of a head: a vector for all ways, or more ways than in the task
-                missing = average.shape[0] - len(total)
-                mean = total.mean(0, keepdim=True)
-                total = mean if missing < 0 else torch.cat([total, *[mean] * missing])
-            average.mul_(self.beta2 ** (steps * tasks)).add_(total)
+            average.mul_(self.beta2 ** (steps * tasks)).add_(with_rows(total, len(average)))
         self.steps += steps * tasks
+
+
+def with_rows(x: Tensor, count: int) -> Tensor:
+    """A moment [N, *rest] of the N ways of tasks as that of the `count` vectors of a head, [count, *rest].
+
+    Ways that the tasks do not have get the mean. A shared head has one vector for all ways: their mean, too.
+    Of other weights, N is `count`.
+    """
+    if len(x) == count:
+        return x
+    mean = x.mean(0, keepdim=True)
+    return mean if count == 1 else torch.cat([x, mean.expand(count - len(x), *x.shape[1:])])
 
 
 def root(x: Tensor) -> Tensor:

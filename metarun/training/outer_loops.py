@@ -64,6 +64,12 @@ class OuterLoop(ABC):
         """Change the weights of `outer.algorithm` by the tasks of a draw."""
 
 
+def check_fit(outer_loop: OuterLoop, ranks: Ranks, algorithm: Algorithm) -> None:
+    """Raise ConfigError if an outer loop does not fit the processes or the method."""
+    require_sum(outer_loop, ranks, algorithm)
+    require_one_pass(outer_loop, algorithm)
+
+
 def require_sum(outer_loop: OuterLoop, ranks: Ranks, algorithm: Algorithm) -> None:
     """Raise ConfigError if ranks share the tasks, and more is needed than the sum of their gradients."""
     if ranks.count > 1 and algorithm.couples_tasks:

@@ -36,7 +36,7 @@ from metarun.training.compiled import (
 )
 from metarun.training.hardware import Hardware
 from metarun.training.memory import peak_bytes
-from metarun.training.outer_loops import Clip, OuterLoop, require_one_pass, require_sum
+from metarun.training.outer_loops import Clip, OuterLoop, check_fit
 from metarun.training.outer_loops import Gradient as GradientStep
 from metarun.training.shared_gradient import SharedGradient
 
@@ -91,8 +91,7 @@ class OuterStep:
         self.params = [p for p in algorithm.parameters() if p.requires_grad]
         self.running_totals = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=hardware.device)
         self.ranks, self.share = hardware.ranks, hardware.ranks.share(meta_batch)
-        require_sum(self.outer_loop, self.ranks, algorithm)
-        require_one_pass(self.outer_loop, algorithm)
+        check_fit(self.outer_loop, self.ranks, algorithm)
         self.shared = SharedGradient(self.ranks, algorithm, self.params, meta_batch)
         self.generator: torch.Generator | None = None  # of the numbers of tasks, if there are ranks
         self.numbers: TaskNumbers | None = None
